@@ -1,0 +1,101 @@
+"""Make GPT-2 small: cut a student out of a teacher, distil it, measure honestly how good it is.
+
+Every command of the command line is one function here, with one configuration:
+`tinygpt2.distill(tinygpt2.DistillConfig(...))` does what `tinygpt2 distill ...` does and returns a typed
+result. Names load on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinygpt2.config import (
+        DistillConfig,
+        FinetuneConfig,
+        GenerateConfig,
+        PplConfig,
+        PregenerateConfig,
+        PretrainConfig,
+        QuickstartConfig,
+        TrainTokenizerConfig,
+        TruncateStudentConfig,
+        VerifyConfig,
+    )
+    from tinygpt2.errors import (
+        ConfigError,
+        DataError,
+        DivergedError,
+        InterruptedRunError,
+        ModelError,
+        TinyGPT2Error,
+    )
+    from tinygpt2.generation import generate
+    from tinygpt2.pack import pregenerate
+    from tinygpt2.perplexity import ppl
+    from tinygpt2.pipeline import quickstart
+    from tinygpt2.tokenizer import train_tokenizer
+    from tinygpt2.train import distill, finetune, pretrain
+    from tinygpt2.truncate import truncate_student
+    from tinygpt2.verification import verify
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "config": [
+        "DistillConfig", "FinetuneConfig", "GenerateConfig", "PplConfig", "PregenerateConfig", "PretrainConfig",
+        "QuickstartConfig", "TrainTokenizerConfig", "TruncateStudentConfig", "VerifyConfig",
+    ],
+    "errors": ["ConfigError", "DataError", "DivergedError", "InterruptedRunError", "ModelError", "TinyGPT2Error"],
+    "generation": ["generate"],
+    "pack": ["pregenerate"],
+    "perplexity": ["ppl"],
+    "pipeline": ["quickstart"],
+    "tokenizer": ["train_tokenizer"],
+    "train": ["distill", "finetune", "pretrain"],
+    "truncate": ["truncate_student"],
+    "verification": ["verify"],
+}  # fmt: skip
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "DistillConfig",
+    "DivergedError",
+    "FinetuneConfig",
+    "GenerateConfig",
+    "InterruptedRunError",
+    "ModelError",
+    "PplConfig",
+    "PregenerateConfig",
+    "PretrainConfig",
+    "QuickstartConfig",
+    "TinyGPT2Error",
+    "TrainTokenizerConfig",
+    "TruncateStudentConfig",
+    "VerifyConfig",
+    "distill",
+    "finetune",
+    "generate",
+    "ppl",
+    "pregenerate",
+    "pretrain",
+    "quickstart",
+    "train_tokenizer",
+    "truncate_student",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'tinygpt2' has no attribute {name!r}")
+    value = getattr(import_module(f"tinygpt2.{_MODULE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE])

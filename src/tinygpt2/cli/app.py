@@ -1,0 +1,156 @@
+"""The one Typer app. Nothing here imports torch: help and version answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+
+from tinygpt2 import config as c
+from tinygpt2 import progress
+from tinygpt2.cli.options import Run, add_command, print_version
+from tinygpt2.cli.output import print_error
+from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error
+
+app = typer.Typer(
+    name="tinygpt2",
+    help="Make GPT-2 small: cut a student out of a teacher, distil it, and measure honestly how good it is.",
+    epilog="First time here? Run: tinygpt2 quickstart",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", callback=print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+def _library(name: str) -> Run:
+    """Return the library's function of that name, loaded when the command runs."""
+
+    def run(config: Any, as_json: bool) -> Any:
+        _prepare()
+        return getattr(import_module("tinygpt2"), name)(config)
+
+    return run
+
+
+def _generate(config: Any, as_json: bool) -> Any:
+    _prepare()
+    from tinygpt2.cli.talk import speak
+
+    return speak(config, as_json=as_json)
+
+
+def _prepare() -> None:
+    """Show progress, and keep the libraries' own bars and chatter off the screen."""
+    progress.show()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import logging
+
+    import datasets
+    import huggingface_hub.utils
+    import transformers
+
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for library in ("transformers", "datasets", "accelerate", "huggingface_hub", "torch"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+
+
+add_command(
+    app, "quickstart", c.QuickstartConfig, _library("quickstart"),
+    "The whole pipeline in a few minutes, on text that needs no download: tokenizer, teacher, student, baselines, table.",
+    ["tinygpt2 quickstart", "tinygpt2 quickstart --out my-first-student"],
+)  # fmt: skip
+add_command(
+    app, "train-tokenizer", c.TrainTokenizerConfig, _library("train_tokenizer"),
+    "Train a byte-level BPE tokenizer, for any language.",
+    ["tinygpt2 train-tokenizer novels/ --vocab-size 8192 --out tokenizer"],
+)  # fmt: skip
+add_command(
+    app, "pregenerate", c.PregenerateConfig, _library("pregenerate"),
+    "Turn a corpus into packed token blocks, split into train and test by document.",
+    ["tinygpt2 pregenerate novels/ pages.jsonl --tokenizer tokenizer --sequence-length 512 --out data"],
+)  # fmt: skip
+add_command(
+    app, "pretrain", c.PretrainConfig, _library("pretrain"),
+    "Train a language model from random weights (--model-config) or given ones (--model).",
+    ["tinygpt2 pretrain --model-config distilgpt2 --data data --out model", "tinygpt2 pretrain --model cut --data data --out model"],
+)  # fmt: skip
+add_command(
+    app, "truncate-student", c.TruncateStudentConfig, _library("truncate_student"),
+    "Cut a student's starting weights from a teacher's layers.",
+    ["tinygpt2 truncate-student --teacher gpt2 --num-layers 6 --out cut"],
+)  # fmt: skip
+add_command(
+    app, "distill", c.DistillConfig, _library("distill"),
+    "Teach a student what its teacher computes.",
+    ["tinygpt2 distill --teacher gpt2 --student cut --data data --out student"],
+)  # fmt: skip
+add_command(
+    app, "finetune", c.FinetuneConfig, _library("finetune"),
+    "Fine-tune any GPT-2 on a text or a pregenerated dataset.",
+    ["tinygpt2 finetune --model student --data mine.txt --out mine"],
+)  # fmt: skip
+add_command(
+    app, "ppl", c.PplConfig, _library("ppl"),
+    "Zero-shot perplexity of one or several models, in one table.",
+    ["tinygpt2 ppl --model gpt2 --model student --task wikitext --task-data wiki.test.raw", "tinygpt2 ppl --model student --task mine.txt"],
+)  # fmt: skip
+add_command(
+    app, "generate", c.GenerateConfig, _generate,
+    "Text from one or several models side by side; greedy unless sampling or beams are asked for.",
+    ["tinygpt2 generate --model teacher --model student --prompt 'Once upon a time' --top-p 0.9", "tinygpt2 generate --model student --interactive"],
+)  # fmt: skip
+add_command(
+    app, "verify", c.VerifyConfig, _library("verify"),
+    "Check a pregenerated dataset or a model directory, and say what is wrong.",
+    ["tinygpt2 verify data", "tinygpt2 verify student"],
+)  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave with the promised exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(_run(arguments, as_json="--json" in arguments))
+
+
+def _run(arguments: list[str], *, as_json: bool) -> int:
+    debug = os.environ.get("TINYGPT2_DEBUG") == "1"
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except TinyGPT2Error as error:
+        failure = error
+    except typer.TyperException as error:
+        failure = ConfigError(error.format_message(), "see tinygpt2 --help, or --help after the command")
+    except (KeyboardInterrupt, typer.Abort):
+        failure = InterruptedRunError("interrupted")
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        failure = TinyGPT2Error(
+            f"a defect of tinygpt2: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
+            "run again with TINYGPT2_DEBUG=1 to see where, and report it",
+        )
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+    else:
+        return 0
+    print_error(failure, as_json=as_json)
+    return failure.exit_code

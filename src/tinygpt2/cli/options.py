@@ -1,0 +1,150 @@
+"""From a configuration class to a command: signature, help, defaults, YAML and flags come from its fields.
+
+Typer sees every option as text; types and bounds are checked once, by the configuration, so that all
+problems, on the command line and in YAML, are reported together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from tinygpt2.cli.output import print_result
+from tinygpt2.config import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
+from tinygpt2.errors import ConfigError
+from tinygpt2.schema import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
+
+Run = Callable[[Any, bool], Any]
+"""Called with the configuration and whether JSON was asked for; returns a result, or None if it was shown."""
+
+PANELS = (
+    "Options",
+    OBJECTIVES,
+    DECODING,
+    TEXT,
+    LENGTH,
+    OPTIMISATION,
+    RUN,
+)  # the order in which help lists them
+
+
+def add_command(
+    app: typer.Typer, name: str, config_type: type[Config], run: Run, about: str, examples: list[str]
+) -> None:
+    """Give `app` the command `name`: build its configuration, call `run` with it, print what it returns.
+
+    Args:
+        about: what the command does, one sentence.
+        examples: command lines for its help.
+    """
+
+    def command(**given: Any) -> None:
+        file, print_config, as_json = given.pop("config"), given.pop("print_config"), given.pop("json")
+        given.pop("version")
+        config = resolve(config_type, file, {key: value for key, value in given.items() if value not in (None, [], ())})
+        if print_config:
+            typer.echo(config.to_yaml(), nl=False)
+            return
+        result = run(config, as_json)
+        if result is not None:
+            print_result(result, as_json=as_json)
+        raise typer.Exit(getattr(result, "exit_code", 0))
+
+    options = sorted(config_type.options().items(), key=lambda item: PANELS.index(extra(item[1], "panel")))
+    parameters = [_parameter(key, field) for key, field in options] + _common()
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    epilog = "Examples:  " + "  |  ".join(examples)
+    app.command(name, help=about, epilog=epilog)(command)
+
+
+def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) -> Config:
+    """Lay the flags over the file, and the file over the defaults.
+
+    Raises:
+        ConfigError: every problem at once, with the file's name if it may be at fault.
+    """
+    from_file = read_yaml(Path(file)) if file else {}
+    try:
+        return config_type(**{**from_file, **given})
+    except ConfigError as error:
+        if from_file.keys() - given.keys():
+            raise ConfigError(f"{error.message}\n(options come from {file} and the command line)", error.hint) from None
+        raise
+
+
+def _parameter(key: str, field: FieldInfo) -> inspect.Parameter:
+    kind = plain_type(field)
+    is_list = get_origin(kind) is list
+    annotation: Any = bool | None if kind is bool else list[str] | None if is_list else str | None
+    facts = [part for part in (bounds_label(field), _default(field)) if part]
+    text = (field.description or "") + (f" [{'; '.join(facts)}]" if facts else "")
+    if extra(field, "positional"):
+        info: Any = typer.Argument(
+            help=text, metavar=f"{key.upper()}..." if is_list else key.upper(), show_default=False
+        )
+    else:
+        flag = flag_name(key)
+        names = f"{flag}/--no-{flag[2:]}" if kind is bool and field.default else flag
+        info = typer.Option(names, help=text, metavar=None if kind is bool else type_label(field), show_default=False)
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info])
+
+
+def _default(field: FieldInfo) -> str:
+    """Say what holds when the option is not given."""
+    shown = extra(field, "shown")
+    if field.is_required() and not extra(field, "positional"):
+        return "required"
+    if shown is None and (field.is_required() or field.default in (None, False) or field.default == []):
+        return ""
+    value = ", ".join(field.default) if isinstance(field.default, list) else field.default
+    return f"default {shown or ('yes' if value is True else value)}"
+
+
+def _common() -> list[inspect.Parameter]:
+    options: list[tuple[str, Any, Any]] = [
+        (
+            "config",
+            str | None,
+            _common_option("--config", "YAML file of options, by their names; flags win over it.", "FILE"),
+        ),
+        (
+            "print_config",
+            bool,
+            _common_option("--print-config", "Print the resolved options as YAML and stop."),
+        ),
+        ("json", bool, _common_option("--json", "Print exactly one JSON object on standard output.")),
+        (
+            "version",
+            bool,
+            _common_option("--version", "Print the version and stop.", callback=print_version, is_eager=True),
+        ),
+    ]
+    defaults = {"config": None}
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults.get(name, False),
+            annotation=Annotated[annotation, info],
+        )
+        for name, annotation, info in options
+    ]
+
+
+def _common_option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
+    return typer.Option(name, help=text, metavar=metavar, show_default=False, **more)
+
+
+def print_version(asked: bool) -> None:
+    """Print the version and stop, if asked."""
+    if asked:
+        from tinygpt2 import __version__
+
+        typer.echo(f"tinygpt2 {__version__}")
+        raise typer.Exit

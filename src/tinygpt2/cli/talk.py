@@ -1,0 +1,94 @@
+"""Generation on a terminal: texts as they are made, and a prompt that keeps its history."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from transformers import TextStreamer
+
+from tinygpt2.config import GenerateConfig
+from tinygpt2.errors import ConfigError
+from tinygpt2.generation import GenerateResult, Generation, Speaker, continue_prompt, generate, load_speaker
+
+
+def speak(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
+    """Run `generate`; return None where the texts were already shown while they were made."""
+    if config.interactive:
+        return _converse(config, as_json=as_json)
+    live = not as_json and sys.stdout.isatty() and _can_stream(config)
+    if not live:
+        return generate(config)
+    generate(config, _announce)
+    return None
+
+
+def _can_stream(config: GenerateConfig) -> bool:
+    return config.num_beams == 1 and config.num_samples == 1
+
+
+def _announce(speaker: Speaker, prompt: str) -> TextStreamer:
+    """Head a text with its model and prompt, and show its tokens as they come."""
+    console = Console(highlight=False)
+    console.rule(speaker.name, align="left")
+    console.print(prompt, markup=False, style="bold", end="", soft_wrap=True)
+    return TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
+    """Ask for prompts until end of input and answer each with every model."""
+    speakers = [load_speaker(name, allow_pickle=config.allow_pickle) for name in config.model]
+    console = Console(highlight=False)
+    texts: list[Generation] = []
+    with _history():
+        for turn, prompt in enumerate(_prompts()):
+            # Another seed for each turn: the same prompt asked again gives another sample.
+            settings = config.model_copy(update={"seed": config.seed + turn})
+            for speaker in speakers:
+                live = not as_json and _can_stream(config)
+                try:
+                    added = list(
+                        continue_prompt(speaker, prompt, settings, _announce(speaker, prompt) if live else None)
+                    )
+                except ConfigError as error:  # a prompt that is too long ends no conversation
+                    console.print(str(error), markup=False, style="red")
+                    continue
+                texts += added
+                for text in added if not live and not as_json else []:
+                    console.print(text.prompt, markup=False, style="bold", end="", soft_wrap=True)
+                    console.print(text.text, markup=False, soft_wrap=True)
+    return GenerateResult(texts) if as_json else None
+
+
+def _prompts() -> Iterator[str]:
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if prompt.strip():
+            yield prompt
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """Keep the prompts typed on a terminal from one session to the next."""
+    try:
+        import readline
+    except ImportError:  # Windows: no history
+        yield
+        return
+    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tinygpt2" / "history"
+    if path.is_file():
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        if sys.stdin.isatty():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(1000)
+            readline.write_history_file(path)

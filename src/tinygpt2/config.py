@@ -1,0 +1,349 @@
+"""One typed configuration per command. An option is declared once, here.
+
+Order of precedence, weakest first: the default below, the recipe (distill), `--config FILE`, the flag.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from tinygpt2.errors import ConfigError
+from tinygpt2.schema import Config, extra, flag_name, option, read_yaml
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
+PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
+HiddenScale = Literal["none", "variance"]
+Strategy = Literal["uniform", "alternate", "first", "last"]
+
+LENGTH, OPTIMISATION, RUN = "Length of training", "Optimisation", "Running, logging and saving"
+OBJECTIVES, TEXT, DECODING = "Objectives", "Text", "Decoding"
+BY_RECIPE = "by the recipe"
+DEFAULT_SEQUENCE_LENGTH = 1024
+
+
+class QuickstartConfig(Config):
+    """Options of `quickstart`."""
+
+    out: str = option("tinygpt2-quickstart", "Directory for everything it makes; an earlier one is continued.")
+    seed: int = option(42, "Seed of every random choice.", ge=0)
+
+
+class TextOptions(Config):
+    """How texts become documents: shared by every command that reads sources."""
+
+    document: str | None = option(
+        None,
+        "What one document is in a text file: file, line, blank-line or separator:REGEX.",
+        panel=TEXT,
+        shown="file; JSON lines hold one a line",
+    )
+    text_column: str = option("text", "Field of a JSON line that holds the text.", panel=TEXT)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check the document rule."""
+        rule = self.document
+        if rule is not None and rule.startswith("separator:"):
+            pattern = rule.removeprefix("separator:")
+            try:
+                if re.compile(pattern).fullmatch(""):
+                    yield f"--document separator:{pattern}: the pattern matches the empty string"
+            except re.error as error:
+                yield f"--document separator:{pattern}: not a regular expression ({error})"
+        elif rule not in (None, "file", "line", "blank-line"):
+            yield f"--document {rule!r}: expected file, line, blank-line or separator:REGEX"
+
+
+class TrainTokenizerConfig(TextOptions):
+    """Options of `train-tokenizer`."""
+
+    source: list[str] = option(..., "Text files, directories, .jsonl files, - (stdin) or python-docs.", positional=True)
+    out: str = option(..., "Directory for the tokenizer.")
+    vocab_size: int = option(50257, "Exact size of the vocabulary, <|endoftext|> included.", ge=257)
+
+
+class PackOptions(TextOptions):
+    """How documents become packed blocks."""
+
+    sequence_length: int | None = option(
+        None,
+        "Tokens in a block.",
+        panel=TEXT,
+        ge=2,
+        shown="1024, or the model's positions where those are fewer",
+    )
+    test_fraction: float = option(0.05, "Share of the documents held out.", panel=TEXT, ge=0, lt=1)
+    append_eos: bool = option(True, "End every document with the end-of-text token.", panel=TEXT)
+    num_workers: int = option(1, "Processes that tokenise.", panel=TEXT, ge=1)
+
+
+class PregenerateConfig(PackOptions):
+    """Options of `pregenerate`."""
+
+    source: list[str] = option(..., "Text files, directories, .jsonl files, - (stdin) or python-docs.", positional=True)
+    tokenizer: str = option(..., "Tokenizer: a local directory or a Hub id.")
+    out: str = option(..., "Directory for the dataset.")
+    stride: int | None = option(None, "Tokens from one block's start to the next.", ge=1, shown="the sequence length")
+    test_source: list[str] | None = option(None, "Held-out text of its own; --test-fraction is then unused.")
+    seed: int = option(42, "Seed of the choice of held-out documents.", ge=0)
+    overwrite: bool = option(False, "Replace an existing dataset in --out once the new one is complete.")
+
+    def conflicts(self) -> Iterator[str]:
+        """Check the stride against the length."""
+        yield from super().conflicts()
+        length = self.sequence_length or DEFAULT_SEQUENCE_LENGTH
+        if isinstance(self.stride, int) and isinstance(length, int) and self.stride > length:
+            yield f"--stride {self.stride} is beyond --sequence-length {length}: tokens between blocks would be lost"
+
+
+class TrainOptions(Config):
+    """Options that pretrain, distill and finetune share."""
+
+    out: str = option(..., "Directory for the trained model.")
+    max_steps: int | None = option(None, "Optimizer steps.", panel=LENGTH, ge=1)
+    num_epochs: float | None = option(None, "Passes over the training blocks.", panel=LENGTH, gt=0, shown="1")
+    max_tokens: int | None = option(None, "Tokens to train on.", panel=LENGTH, ge=1)
+    micro_batch_size: int = option(8, "Sequences per device and forward pass.", panel=OPTIMISATION, ge=1)
+    gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", panel=OPTIMISATION, ge=1)
+    learning_rate: float = option(5e-4, "Peak learning rate of AdamW.", panel=OPTIMISATION, gt=0)
+    lr_schedule: Schedule = option("cosine", "Shape after the warm-up.", panel=OPTIMISATION)
+    warmup_ratio: float = option(
+        0.01, "Share of the steps in which the rate rises from 0.", panel=OPTIMISATION, ge=0, le=1
+    )
+    plateau_ratio: float = option(
+        0.04, "Share of the steps at the peak, for --lr-schedule plateau.", panel=OPTIMISATION, ge=0, le=1
+    )
+    weight_decay: float = option(0.01, "AdamW's decay; never on biases and layer norms.", panel=OPTIMISATION, ge=0)
+    grad_clip: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.", panel=OPTIMISATION, ge=0)
+    dropout: float = option(
+        0.0, "Dropout while training, for all three of GPT-2's rates.", panel=OPTIMISATION, ge=0, lt=1
+    )
+    freeze: list[str] = option(
+        [], "Parameters to leave as they are: a name pattern such as 'transformer.wte.*'.", panel=OPTIMISATION
+    )
+    precision: Precision = option(
+        "fp32", "Arithmetic of the matrix products; weights stay float32.", panel=OPTIMISATION
+    )
+    seed: int = option(42, "Seed of initial weights, data order and dropout.", panel=OPTIMISATION, ge=0)
+    eval_every: int | None = option(None, "Steps between evaluations.", panel=RUN, ge=1, shown="only at the end")
+    save_every: int = option(1000, "Steps between checkpoints; one is always saved at the end.", panel=RUN, ge=1)
+    keep: int = option(1, "Checkpoints to keep, the newest.", panel=RUN, ge=1)
+    resume: bool = option(False, "Continue from the newest checkpoint in --out, if there is one.", panel=RUN)
+    log_every: int = option(10, "Steps between lines of metrics.jsonl.", panel=RUN, ge=1)
+    report_to: list[str] = option([], "Also log to: tensorboard.", panel=RUN)
+    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.", panel=RUN)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check that one length is given and that the trackers are known."""
+        yield from super().conflicts()
+        lengths = [name for name in ("max_steps", "num_epochs", "max_tokens") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            yield f"{' and '.join(map(flag_name, lengths))} contradict each other: give one"
+        for tracker in self.report_to:
+            if tracker != "tensorboard":
+                yield f"--report-to {tracker!r}: expected tensorboard"
+        if self.lr_schedule == "plateau" and self.warmup_ratio + self.plateau_ratio > 1:
+            yield "--warmup-ratio and --plateau-ratio together are beyond 1"
+
+
+class PretrainConfig(TrainOptions):
+    """Options of `pretrain`."""
+
+    data: str = option(..., "Pregenerated dataset.")
+    shape: str | None = option(None, "Random weights of this shape: a preset or a config file.", alias="model_config")
+    model: str | None = option(None, "Start from these weights: a local directory or a Hub id.")
+
+    def conflicts(self) -> Iterator[str]:
+        """Exactly one start."""
+        yield from super().conflicts()
+        if (self.model is None) == (self.shape is None):
+            yield "give one of --model-config (random weights) and --model (given weights)"
+
+
+class FinetuneConfig(TrainOptions, PackOptions):
+    """Options of `finetune`."""
+
+    model: str = option(..., "Model to fine-tune: a local directory or a Hub id.")
+    data: str = option(..., "Pregenerated dataset, or a text source that is packed with the model's tokenizer.")
+
+
+class DistillConfig(TrainOptions):
+    """Options of `distill`. The recipe gives objectives and optimisation; whatever is named beside it wins.
+
+    Sources: TinyGPT2 (attention, hidden, soft labels), DistilGPT2 (cosine, temperature).
+    """
+
+    teacher: str | None = option(None, "Teacher: a local directory or a Hub id.")
+    student: str = option(..., "Student: a directory with weights, or a preset or config file for random weights.")
+    data: str = option(..., "Pregenerated dataset.")
+    recipe: str = option(
+        "default", "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file."
+    )
+    attention_weight: float = option(
+        0.0, "Weight of the attention scores' squared error.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE
+    )
+    hidden_weight: float = option(
+        0.0, "Weight of the hidden states' squared error.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE
+    )
+    hidden_scale: HiddenScale = option(
+        "none",
+        "Divide the hidden error by the teacher state's variance, or not.",
+        panel=OBJECTIVES,
+        shown=BY_RECIPE,
+    )
+    prediction_weight: float = option(0.0, "Weight of the soft labels' loss.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE)
+    prediction_loss: PredictionLoss = option(
+        "forward_kl", "What compares the two predictions.", panel=OBJECTIVES, shown=BY_RECIPE
+    )
+    temperature: float = option(
+        1.0,
+        "Softens both predictions; the loss is multiplied by its square.",
+        panel=OBJECTIVES,
+        gt=0,
+        shown=BY_RECIPE,
+    )
+    ce_weight: float = option(
+        0.0, "Weight of next-token cross-entropy on the data.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE
+    )
+    cosine_weight: float = option(
+        0.0, "Weight of 1 - cos of the last hidden states.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE
+    )
+    layer_map: str = option(
+        "uniform",
+        "Teacher layer for each student layer: uniform, last, first or 3,6,9,12.",
+        panel=OBJECTIVES,
+        shown=BY_RECIPE,
+    )
+
+    @classmethod
+    def layered(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Put the recipe under the given values."""
+        return {**read_recipe(str(values.get("recipe", cls.model_fields["recipe"].default))), **values}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any active objective looks at the teacher."""
+        return any((self.attention_weight, self.hidden_weight, self.prediction_weight, self.cosine_weight))
+
+    def conflicts(self) -> Iterator[str]:
+        """Check that there is something to learn, and someone to learn it from."""
+        yield from super().conflicts()
+        if self.needs_teacher and self.teacher is None:
+            yield "missing --teacher: an objective with a weight above 0 compares the student with it"
+        if not self.needs_teacher and not self.ce_weight:
+            yield "every objective's weight is 0: there is nothing to learn"
+        if self.layer_map not in ("uniform", "last", "first") and not re.fullmatch(r"\d+(,\d+)*", str(self.layer_map)):
+            yield f"--layer-map {self.layer_map!r}: expected uniform, last, first or numbers such as 3,6,9,12"
+
+
+class TruncateStudentConfig(Config):
+    """Options of `truncate-student`."""
+
+    teacher: str = option(..., "Teacher: a local directory or a Hub id.")
+    out: str = option(..., "Directory for the student.")
+    num_layers: int | None = option(None, "Layers to keep.", ge=1)
+    strategy: Strategy | None = option(
+        None,
+        "Which layers --num-layers keeps: uniform keeps both ends, alternate takes every N/M-th from 0.",
+        shown="uniform",
+    )
+    layers: str | None = option(None, "Blocks to keep, counted from 0, such as 0,2,4,7,9,11.")
+    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.")
+
+    def conflicts(self) -> Iterator[str]:
+        """Exactly one way to choose layers."""
+        if (self.num_layers is None) == (self.layers is None):
+            yield "give one of --num-layers and --layers"
+        if self.strategy is not None and self.layers is not None:
+            yield "--strategy and --layers contradict each other: --layers already names the layers"
+        if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
+            yield f"--layers {self.layers!r}: expected block numbers such as 0,2,4"
+
+
+class PplConfig(Config):
+    """Options of `ppl`."""
+
+    model: list[str] = option(["gpt2"], "Model to measure, repeatable: a local directory or a Hub id.")
+    task: list[str] = option(..., "What to measure on, repeatable: wikitext, a text file or a pregenerated dataset.")
+    task_data: str | None = option(None, "File or folder that holds the named task's text, instead of a download.")
+    stride: int | None = option(None, "Tokens from one window's start to the next.", ge=1, shown="the window")
+    batch_size: int = option(8, "Windows in one forward pass.", ge=1)
+    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.")
+
+
+class GenerateConfig(Config):
+    """Options of `generate`. Greedy unless sampling or beams are asked for."""
+
+    model: list[str] = option(..., "Model to try, repeatable: a local directory or a Hub id.")
+    prompt: list[str] = option([], "Text to continue, repeatable.", shown="start of a text")
+    prompt_file: str | None = option(None, "UTF-8 file whose whole text is the prompt.")
+    interactive: bool = option(False, "Ask for prompts until end of input; earlier ones are in the history.")
+    max_new_tokens: int | None = option(
+        None, "Tokens to add.", panel=DECODING, ge=1, shown="100, or what the positions leave"
+    )
+    temperature: float | None = option(None, "Sample, with logits divided by this.", panel=DECODING, gt=0)
+    top_k: int | None = option(None, "Sample among the k likeliest tokens.", panel=DECODING, ge=1)
+    top_p: float | None = option(
+        None, "Sample among the likeliest tokens that hold this share.", panel=DECODING, gt=0, le=1
+    )
+    num_beams: int = option(1, "Beam search of this width.", panel=DECODING, ge=1)
+    num_samples: int = option(1, "Texts for each prompt: samples, or the best beams.", panel=DECODING, ge=1)
+    seed: int = option(42, "Seed of sampling.", panel=DECODING, ge=0)
+    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random: any sampling option, or several texts without beams."""
+        asked = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
+        return asked or (self.num_samples > 1 and self.num_beams == 1)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check prompts and decoding."""
+        given = [name for name in ("prompt", "prompt_file", "interactive") if getattr(self, name)]
+        if len(given) > 1:
+            yield f"{' and '.join(map(flag_name, given))} contradict each other: give one"
+        if self.num_beams > 1 and self.samples:
+            yield "--num-beams contradicts --temperature, --top-k and --top-p: beam search does not sample"
+        if 1 < self.num_beams < self.num_samples:
+            yield f"--num-samples {self.num_samples} is beyond --num-beams {self.num_beams}"
+
+
+class VerifyConfig(Config):
+    """Options of `verify`."""
+
+    path: str = option(..., "Pregenerated dataset or model directory.", positional=True)
+
+
+def changed_mathematics(config: TrainOptions, earlier: dict[str, Any]) -> list[str]:
+    """Return the options that differ from an earlier run's and alter what a resumed run computes."""
+    now = config.model_dump(mode="json", by_alias=True)
+    mathematics = (LENGTH, OPTIMISATION, OBJECTIVES)
+    keys = [key for key, field in config.options().items() if extra(field, "panel") in mathematics]
+    return [flag_name(key) for key in keys if key in earlier and earlier[key] != now[key]]
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Read a recipe: a shipped one by its name, or a YAML file.
+
+    Raises:
+        ConfigError: no such recipe, or it sets something that is neither objective nor optimisation.
+    """
+    shipped = {
+        Path(item.name).stem: Path(str(item))
+        for item in files("tinygpt2.recipes").iterdir()
+        if item.name.endswith(".yaml")
+    }
+    path = shipped.get(name, Path(name))
+    if name not in shipped and not path.is_file():
+        raise ConfigError(f"no recipe {name!r}: no such file", f"shipped recipes: {', '.join(sorted(shipped))}")
+    values = read_yaml(path)
+    allowed = {
+        key for key, field in DistillConfig.options().items() if extra(field, "panel") in (OBJECTIVES, OPTIMISATION)
+    }
+    if stray := sorted(set(values) - allowed):
+        raise ConfigError(f"recipe {name}: {', '.join(stray)}: a recipe holds objectives and optimisation only")
+    return values

@@ -1,0 +1,71 @@
+"""Writing without surprises: temporary names, renames, and output directories that are really free."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tinygpt2.errors import ConfigError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` that becomes `path` if the block succeeds, else vanishes.
+
+    Works for a file and for a directory alike; the block decides which it makes. An existing directory
+    at `path` is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = scratch / path.name
+    try:
+        yield temporary
+        if path.is_dir():
+            os.replace(path, scratch / "replaced")
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file in one rename."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON in one rename."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def atomic_contents(directory: Path) -> Iterator[Path]:
+    """Yield a temporary directory whose files move into `directory`, one rename each, on success."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=directory) as scratch:
+        yield Path(scratch)
+        for file in sorted(Path(scratch).iterdir()):
+            os.replace(file, directory / file.name)
+
+
+def require_free(out: Path, hint: str) -> None:
+    """Check that nothing would be overwritten in `out`.
+
+    Raises:
+        ConfigError: `out` is a file, or a directory that is not empty.
+    """
+    if out.is_file():
+        raise ConfigError(f"--out {out} is a file", "name a directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} is not empty", hint)

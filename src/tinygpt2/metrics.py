@@ -1,0 +1,107 @@
+"""What a run measures: metrics.jsonl, the picture of its curves, the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinygpt2.files import atomic_path, write_text
+
+METRICS, CURVES = "metrics.jsonl", "curves.png"
+
+
+class MetricsLog:
+    """metrics.jsonl: one object per logged step, appended as it happens.
+
+    Args:
+        out: the run's directory.
+        step: the step that the run continues from; later lines of an earlier attempt are dropped.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
+        self._path = out / METRICS
+        kept = [row for row in read_metrics(out) if row["step"] <= step] if step else []
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append one step's figures."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+
+def read_metrics(out: Path) -> list[dict[str, float]]:
+    """Read a run's metrics; a last line that was cut short by a crash is passed over."""
+    rows = []
+    path = out / METRICS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_runs(runs: Mapping[str, Path], key: str, path: Path, title: str) -> None:
+    """Draw one metric of several runs against tokens, as a PNG."""
+    figure, axes = _figure(1)
+    for name, out in runs.items():
+        rows = [row for row in read_metrics(out) if key in row]
+        axes[0].plot([row["tokens"] for row in rows], [row[key] for row in rows], marker=".", label=name)
+    axes[0].set(xlabel="tokens", ylabel=key, title=title)
+    axes[0].legend()
+    _save(figure, path)
+
+
+def plot_curves(out: Path) -> None:
+    """Draw a run's losses and learning rate against tokens into its directory."""
+    rows = read_metrics(out)
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if "loss" in key]
+    figure, axes = _figure(2)
+    for key in keys:
+        points = [(row["tokens"], row[key]) for row in rows if key in row]
+        axes[0].plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("eval") else None)
+    axes[0].set(xlabel="tokens", ylabel="loss (nats)", title=out.name)
+    axes[0].legend()
+    rates = [(row["tokens"], row["learning_rate"]) for row in rows if "learning_rate" in row]
+    if rates:
+        axes[1].plot(*zip(*rates, strict=True))
+    axes[1].set(xlabel="tokens", ylabel="learning rate")
+    _save(figure, out / CURVES)
+
+
+def _figure(columns: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * columns, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def model_card(title: str, how: str, figures: Mapping[str, Any], command: str | None = None) -> str:
+    """Render a model card: what it is, how it was made, what was measured."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    run = f"\nMade by\n\n    {command}\n\nwith the options in config.yaml.\n" if command else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+- tinygpt2
+---
+
+# {title}
+
+{how} Plain `transformers` opens it: `GPT2LMHeadModel.from_pretrained(...)`, `AutoTokenizer.from_pretrained(...)`.
+
+| | |
+|---|---|
+{rows}
+{run}"""

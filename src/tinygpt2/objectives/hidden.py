@@ -1,0 +1,46 @@
+"""Hidden states through one learned map, and DistilGPT2's cosine of the last ones."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from tinygpt2.config import HiddenScale
+
+
+def hidden_loss(
+    student: Float[Tensor, "B T Ds"],
+    teacher: Float[Tensor, "B T Dt"],
+    projection: nn.Module,
+    scale: HiddenScale,
+) -> Float[Tensor, ""]:
+    """Mean squared error between the mapped student state and the teacher state.
+
+    Args:
+        student, teacher: one hidden state of each.
+        projection: the map from Ds to Dt, the same for every pair of states.
+        scale: `variance` divides by the teacher state's variance over all its entries: a pre-LN residual
+            stream grows with depth, and deep states would drown the rest.
+    Source: TinyBERT, arXiv:1909.10351, eq. 8; scaling: TinyGPT2's README, "Objective scaling".
+    """
+    mapped, target = _wide(projection(student)), _wide(teacher)
+    loss = F.mse_loss(mapped, target)
+    return loss / target.var(correction=0) if scale == "variance" else loss
+
+
+def cosine_loss(student: Float[Tensor, "B T D"], teacher: Float[Tensor, "B T D"]) -> Float[Tensor, ""]:
+    """Mean over positions of 1 - cos between last hidden states, in [0, 2].
+
+    Raises:
+        ValueError: the widths differ.
+    Source: DistilBERT, arXiv:1910.01108, section 3; used for DistilGPT2.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"cosine needs equal widths, not {student.shape[-1]} and {teacher.shape[-1]}")
+    return 1 - F.cosine_similarity(_wide(student), _wide(teacher), dim=-1).mean()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,277 @@
+"""`quickstart`: the whole pipeline on text that every CPython brings along.
+
+It calls the same functions as the commands, and does nothing that a user could not do with them. What is
+finished is written down in OUT/quickstart.json, so that a second run continues where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinygpt2.config import (
+    DistillConfig,
+    GenerateConfig,
+    PplConfig,
+    Precision,
+    PregenerateConfig,
+    PretrainConfig,
+    QuickstartConfig,
+    TrainTokenizerConfig,
+    TruncateStudentConfig,
+)
+from tinygpt2.corpus import PYTHON_DOCS
+from tinygpt2.errors import ConfigError
+from tinygpt2.files import read_json, write_json, write_text
+from tinygpt2.generation import generate
+from tinygpt2.metrics import plot_runs
+from tinygpt2.pack import pregenerate
+from tinygpt2.perplexity import ppl
+from tinygpt2.progress import say
+from tinygpt2.tokenizer import train_tokenizer
+from tinygpt2.train import distill, pretrain
+from tinygpt2.truncate import truncate_student
+
+JOURNAL, REPORT, CURVES = "quickstart.json", "report.md", "curves.png"
+PROMPT = "The following example shows how to"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of the run; the defaults fill a few minutes of two cores."""
+
+    vocab_size: int = 4096
+    sequence_length: int = 128
+    n_layer: int = 6
+    n_embd: int = 192
+    n_head: int = 6
+    student_layers: int = 2
+    teacher_tokens: int = 1_500_000
+    student_tokens: int = 600_000
+    batch_size: int = 16
+    new_tokens: int = 60
+    learning_rate: float = 2e-3
+    precision: Precision = "fp32"
+    source: str = PYTHON_DOCS
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """One row of the table. `bytes` is the size of the weights on disk, `tokens_per_second` of greedy text."""
+
+    model: str
+    layers: int
+    parameters: int
+    perplexity: float
+    bytes: int
+    tokens_per_second: float
+    sample: str
+
+
+@dataclass(frozen=True)
+class QuickstartResult:
+    """What `quickstart` made and measured."""
+
+    teacher: ModelSummary
+    student: ModelSummary
+    baselines: dict[str, ModelSummary]
+    seconds: float
+    report: str
+
+    @property
+    def summary(self) -> str:
+        """The report, for people."""
+        return Path(self.report).read_text(encoding="utf-8")
+
+
+def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> QuickstartResult:
+    """Train tokenizer, teacher, student and two baselines, measure them, and write a report.
+
+    The student is distilled from the teacher; the baselines have its shape and see the same tokens in the
+    same order at the same learning rate, but learn from the text alone: one from the same truncated start,
+    one from random weights.
+
+    Args:
+        config: where to, and the seed.
+        scale: sizes; the default fills a few minutes of two cores.
+
+    Raises:
+        ConfigError: the output directory holds something else, or an earlier run of other sizes or seed.
+    """
+    scale = scale or Scale()
+    out = Path(config.out)
+    stages = _Stages(out, {"seed": config.seed, **asdict(scale)})
+    common = _common(config, scale, out)
+    stages.run("tokenizer", lambda: train_tokenizer(
+        TrainTokenizerConfig(source=[scale.source], vocab_size=scale.vocab_size, out=str(out / "tokenizer"))
+    ))  # fmt: skip
+    stages.run("data", lambda: pregenerate(PregenerateConfig(
+        source=[scale.source], tokenizer=str(out / "tokenizer"), out=str(out / "data"),
+        sequence_length=scale.sequence_length, seed=config.seed,
+    )))  # fmt: skip
+    shape = {
+        "n_layer": scale.n_layer,
+        "n_head": scale.n_head,
+        "n_embd": scale.n_embd,
+        "n_positions": scale.sequence_length,
+    }
+    teacher_shape, student_shape = out / "teacher.yaml", out / "student.yaml"
+    write_text(teacher_shape, yaml.safe_dump(shape, sort_keys=False))
+    write_text(student_shape, yaml.safe_dump({**shape, "n_layer": scale.student_layers}, sort_keys=False))
+    stages.run("teacher", lambda: pretrain(PretrainConfig(
+        model_config=str(teacher_shape), out=str(out / "teacher"), max_tokens=scale.teacher_tokens, **common,
+    )))  # fmt: skip
+    stages.run("truncated", lambda: truncate_student(TruncateStudentConfig(
+        teacher=str(out / "teacher"), num_layers=scale.student_layers, out=str(out / "truncated"),
+    )))  # fmt: skip
+    student = {"max_tokens": scale.student_tokens, **common}
+    stages.run("student", lambda: distill(DistillConfig(
+        teacher=str(out / "teacher"), student=str(out / "truncated"), out=str(out / "student"), **student,
+    )))  # fmt: skip
+    stages.run("baseline-truncated", lambda: pretrain(PretrainConfig(
+        model=str(out / "truncated"), out=str(out / "baseline-truncated"), **student,
+    )))  # fmt: skip
+    stages.run("baseline-random", lambda: pretrain(PretrainConfig(
+        model_config=str(student_shape), out=str(out / "baseline-random"), **student,
+    )))  # fmt: skip
+    models = ("teacher", "student", "baseline-truncated", "baseline-random")
+    figures = stages.run("figures", lambda: _measure(out, models, scale))
+    rows = [ModelSummary(model=str((out / name).resolve()), **figures[name]) for name in models]
+    plot_runs({name: out / name for name in models}, "eval/loss", out / CURVES, "held-out loss (nats/token)")
+    result = QuickstartResult(
+        rows[0],
+        rows[1],
+        {"truncated": rows[2], "random": rows[3]},
+        stages.seconds,
+        str((out / REPORT).resolve()),
+    )
+    write_text(out / REPORT, _report(out, result, scale))
+    return result
+
+
+def _common(config: QuickstartConfig, scale: Scale, out: Path) -> dict[str, Any]:
+    """Options of all four training runs: the comparison is fair because they are the same."""
+    steps = scale.student_tokens // (scale.batch_size * scale.sequence_length)
+    return {
+        "data": str(out / "data"),
+        "seed": config.seed,
+        "micro_batch_size": scale.batch_size,
+        "learning_rate": scale.learning_rate,
+        "warmup_ratio": 0.05,
+        "precision": scale.precision,
+        "eval_every": max(1, steps // 8),
+        "save_every": max(1, steps // 4),
+        "resume": True,
+    }
+
+
+class _Stages:
+    """The journal of finished stages; a stage that is in it, and whose directory is there, is not run again."""
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        self._out, self._file = out, out / JOURNAL
+        if self._file.is_file():
+            self._journal = read_json(self._file)
+            if self._journal["settings"] != settings:
+                raise ConfigError(f"--out {out} holds a quickstart of another seed or size", "give another --out")
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"--out {out} holds something else than a quickstart", "give another --out")
+        else:
+            self._journal = {"settings": settings, "stages": {}}
+            write_json(self._file, self._journal)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all stages, over all runs into this directory."""
+        return float(sum(stage["seconds"] for stage in self._journal["stages"].values()))
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do a stage unless it is done; return what its work returned, as JSON."""
+        stages = self._journal["stages"]
+        if name in stages and ((self._out / name).is_dir() or name == "figures"):
+            say(f"{name}: done before")
+            return stages[name]["result"]
+        started = time.perf_counter()
+        directory = self._out / name
+        if directory.is_dir() and not (directory / "config.yaml").is_file():
+            shutil.rmtree(directory)  # half a tokenizer or dataset; a training run resumes instead
+        result = work()
+        seconds = time.perf_counter() - started
+        stages[name] = {"seconds": seconds, "result": result if isinstance(result, dict) else asdict(result)}
+        write_json(self._file, self._journal)
+        return stages[name]["result"]
+
+
+def _measure(out: Path, models: tuple[str, ...], scale: Scale) -> dict[str, Any]:
+    """Measure the held-out perplexity, size and greedy speed of each model, and take a sample."""
+    paths = [str(out / name) for name in models]
+    measured = ppl(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size)).results
+    texts = generate(GenerateConfig(model=paths, prompt=[PROMPT], max_new_tokens=scale.new_tokens)).results
+    runs = {name: read_json(out / name / "config.json") for name in models}
+    journal = read_json(out / JOURNAL)["stages"]
+    return {
+        name: {
+            "layers": runs[name]["n_layer"],
+            "parameters": journal[name]["result"]["parameters"],
+            "perplexity": row.perplexity,
+            "bytes": (out / name / "model.safetensors").stat().st_size,
+            "tokens_per_second": text.tokens / text.seconds,
+            "sample": text.text,
+        }
+        for name, row, text in zip(models, measured, texts, strict=True)
+    }
+
+
+def _report(out: Path, result: QuickstartResult, scale: Scale) -> str:
+    rows = {
+        "teacher": result.teacher,
+        "student (distilled)": result.student,
+        "baseline: same start, text only": result.baselines["truncated"],
+        "baseline: random start, text only": result.baselines["random"],
+    }
+    table = "\n".join(
+        f"| {name} | {row.layers} | {row.parameters:,} | {row.bytes / 1e6:.1f} MB | {row.perplexity:.2f} | {row.tokens_per_second:,.0f} |"
+        for name, row in rows.items()
+    )
+    samples = "\n\n".join(f"**{name}**\n\n> {PROMPT}{' '.join(row.sample.split())}" for name, row in rows.items())
+    student = out / "student"
+    return f"""# quickstart
+
+A teacher trained on {scale.teacher_tokens:,} tokens of Python's own documentation, a student cut from it and distilled on
+{scale.student_tokens:,} tokens, and two baselines of the student's shape that saw the same tokens at the same learning rate.
+
+| model | layers | parameters | on disk | held-out perplexity | greedy tokens/s |
+|---|---|---|---|---|---|
+{table}
+
+{result.seconds:.0f} seconds of work. Lower perplexity is better; the held-out documents were never trained on.
+
+![held-out loss of the four runs]({CURVES})
+
+## Samples (greedy)
+
+{samples}
+
+## What to try next
+
+Talk to the student:
+
+    tinygpt2 generate --model {student} --interactive
+
+Your own text (a file, a directory or .jsonl), with this teacher and tokenizer:
+
+    tinygpt2 pregenerate my-texts/ --tokenizer {out / "tokenizer"} --sequence-length {scale.sequence_length} --out my-data
+    tinygpt2 distill --teacher {out / "teacher"} --student {out / "truncated"} --data my-data --out my-student
+
+GPT-2 itself as the teacher (from the Hub, or a local directory instead of gpt2):
+
+    tinygpt2 pregenerate my-texts/ --tokenizer gpt2 --out gpt2-data
+    tinygpt2 truncate-student --teacher gpt2 --num-layers 6 --out gpt2-cut
+    tinygpt2 distill --teacher gpt2 --student gpt2-cut --data gpt2-data --out gpt2-small
+"""

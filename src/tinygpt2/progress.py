@@ -1,0 +1,80 @@
+"""Progress for people: a live bar on a terminal, plain lines elsewhere, nothing unless asked for.
+
+The library is silent. The command line calls `show()` once, and from then on every `track()` draws on
+stderr; stdout is left to results.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_mode: Literal["silent", "plain", "live"] = "silent"
+
+
+def show() -> None:
+    """Report progress on stderr from now on."""
+    global _mode
+    _mode = "live" if sys.stderr.isatty() else "plain"
+
+
+def say(message: str) -> None:
+    """Print one line of talk on stderr."""
+    if _mode != "silent":
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+class Task:
+    """One stage of work; `advance` it, and give `note` what a watcher wants to see now."""
+
+    def __init__(self, bar: Progress | None, description: str, total: int | None) -> None:
+        self._bar = bar
+        self._id = bar.add_task(description, total=total, note="") if bar else None
+
+    def advance(self, amount: int = 1, note: str | None = None) -> None:
+        """Move on by `amount` of the task's unit."""
+        if self._bar is not None and self._id is not None:
+            fields = {} if note is None else {"note": note}
+            self._bar.update(self._id, advance=amount, **fields)
+
+    def line(self, message: str) -> None:
+        """Print a plain line where there is no live bar to carry it."""
+        if self._bar is None:
+            say(message)
+
+
+@contextmanager
+def track(description: str, total: int | None) -> Iterator[Task]:
+    """Show a stage of `total` units of work (None: unknown) while the block runs."""
+    if _mode != "live":
+        say(description)
+        yield Task(None, description, total)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
+        yield Task(bar, description, total)

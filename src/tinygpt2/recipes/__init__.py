@@ -1,0 +1,1 @@
+"""Recipes of distillation, one YAML file each."""
