@@ -87,4 +87,4 @@ def _keep_scores(kept: dict[int, tuple[Tensor, Tensor]], number: int, heads: int
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, T, K)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)  # (B, H, T, K)

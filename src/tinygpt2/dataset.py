@@ -44,7 +44,8 @@ class Blocks:
     def row(self, index: int) -> np.ndarray[Any, Any]:
         """Return block `index` as stored."""
         chunk = int(np.searchsorted(self._ends, index, side="right"))
-        return self._chunks[chunk][index - (int(self._ends[chunk - 1]) if chunk else 0)]
+        block: np.ndarray[Any, Any] = self._chunks[chunk][index - (int(self._ends[chunk - 1]) if chunk else 0)]
+        return block
 
     def batch(self, indices: Any) -> Int[Tensor, "B T"]:
         """Return blocks as int64 tokens, one row per index."""
@@ -144,7 +145,8 @@ def check_dataset(path: Path) -> Iterator[str]:
         yield f"tokenizer/ is not the one that made the dataset: its fingerprint differs from {MANIFEST}'s"
     for name, blocks in (("train", packed.train), ("test", packed.test)):
         if blocks.sequence_length != manifest.get("sequence_length"):
-            yield f"{name}: blocks of {blocks.sequence_length} tokens, {MANIFEST} says {manifest.get('sequence_length')}"
+            expected = manifest.get("sequence_length")
+            yield f"{name}: blocks of {blocks.sequence_length} tokens, {MANIFEST} says {expected}"
         expected = manifest.get("splits", {}).get(name, {}).get("sequences")
         if len(blocks) != expected:
             yield f"{name}: {len(blocks)} sequences, {MANIFEST} says {expected}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if path.is_dir():
-            os.replace(path, scratch / "replaced")
-        os.replace(temporary, path)
+            path.replace(scratch / "replaced")
+        temporary.replace(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -56,7 +55,7 @@ def atomic_contents(directory: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=directory) as scratch:
         yield Path(scratch)
         for file in sorted(Path(scratch).iterdir()):
-            os.replace(file, directory / file.name)
+            file.replace(directory / file.name)
 
 
 def require_free(out: Path, hint: str) -> None:

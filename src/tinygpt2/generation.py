@@ -80,7 +80,8 @@ def continue_prompt(
     count = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
     if room < 1 or count > room:
         raise ConfigError(
-            f"{speaker.name} has {model.config.n_positions} positions: {len(ids)} prompt tokens leave no room for {max(count, 1)} more",
+            f"{speaker.name} has {model.config.n_positions} positions: "
+            f"{len(ids)} prompt tokens leave no room for {max(count, 1)} more",
             "shorten the prompt" if room < 1 else f"use --max-new-tokens {room} or fewer",
         )
     torch.manual_seed(config.seed)

@@ -277,7 +277,8 @@ def check_fits(packed: Packed, model: Any, tokenizer_fingerprint: str | None, wh
     ours = packed.manifest["tokenizer_fingerprint"]
     if tokenizer_fingerprint not in (None, ours):
         raise DataError(
-            f"dataset {packed.path} was made with another tokenizer ({ours[:12]}) than {who}'s ({str(tokenizer_fingerprint)[:12]})",
+            f"dataset {packed.path} was made with another tokenizer ({ours[:12]}) "
+            f"than {who}'s ({str(tokenizer_fingerprint)[:12]})",
             "pregenerate the text with the model's own tokenizer",
         )
     if packed.vocab_size > model.vocab_size:

@@ -125,7 +125,7 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
     write_text(teacher_shape, yaml.safe_dump(shape, sort_keys=False))
     write_text(student_shape, yaml.safe_dump({**shape, "n_layer": scale.student_layers}, sort_keys=False))
     stages.run("teacher", lambda: pretrain(PretrainConfig(
-        model_config=str(teacher_shape), out=str(out / "teacher"), max_tokens=scale.teacher_tokens, **common,
+        shape=str(teacher_shape), out=str(out / "teacher"), max_tokens=scale.teacher_tokens, **common,
     )))  # fmt: skip
     stages.run("truncated", lambda: truncate_student(TruncateStudentConfig(
         teacher=str(out / "teacher"), num_layers=scale.student_layers, out=str(out / "truncated"),
@@ -138,7 +138,7 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
         model=str(out / "truncated"), out=str(out / "baseline-truncated"), **student,
     )))  # fmt: skip
     stages.run("baseline-random", lambda: pretrain(PretrainConfig(
-        model_config=str(student_shape), out=str(out / "baseline-random"), **student,
+        shape=str(student_shape), out=str(out / "baseline-random"), **student,
     )))  # fmt: skip
     models = ("teacher", "student", "baseline-truncated", "baseline-random")
     figures = stages.run("figures", lambda: _measure(out, models, scale))
@@ -236,15 +236,17 @@ def _report(out: Path, result: QuickstartResult, scale: Scale) -> str:
         "baseline: random start, text only": result.baselines["random"],
     }
     table = "\n".join(
-        f"| {name} | {row.layers} | {row.parameters:,} | {row.bytes / 1e6:.1f} MB | {row.perplexity:.2f} | {row.tokens_per_second:,.0f} |"
+        f"| {name} | {row.layers} | {row.parameters:,} | {row.bytes / 1e6:.1f} MB "
+        f"| {row.perplexity:.2f} | {row.tokens_per_second:,.0f} |"
         for name, row in rows.items()
     )
     samples = "\n\n".join(f"**{name}**\n\n> {PROMPT}{' '.join(row.sample.split())}" for name, row in rows.items())
-    student = out / "student"
+    student, length = out / "student", scale.sequence_length
     return f"""# quickstart
 
-A teacher trained on {scale.teacher_tokens:,} tokens of Python's own documentation, a student cut from it and distilled on
-{scale.student_tokens:,} tokens, and two baselines of the student's shape that saw the same tokens at the same learning rate.
+A teacher trained on {scale.teacher_tokens:,} tokens of Python's own documentation, a student cut from it and
+distilled on {scale.student_tokens:,} tokens, and two baselines of the student's shape that saw the same tokens at
+the same learning rate.
 
 | model | layers | parameters | on disk | held-out perplexity | greedy tokens/s |
 |---|---|---|---|---|---|
@@ -266,7 +268,7 @@ Talk to the student:
 
 Your own text (a file, a directory or .jsonl), with this teacher and tokenizer:
 
-    tinygpt2 pregenerate my-texts/ --tokenizer {out / "tokenizer"} --sequence-length {scale.sequence_length} --out my-data
+    tinygpt2 pregenerate my-texts/ --tokenizer {out / "tokenizer"} --sequence-length {length} --out my-data
     tinygpt2 distill --teacher {out / "teacher"} --student {out / "truncated"} --data my-data --out my-student
 
 GPT-2 itself as the teacher (from the Hub, or a local directory instead of gpt2):

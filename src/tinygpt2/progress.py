@@ -41,8 +41,9 @@ class Task:
     def advance(self, amount: int = 1, note: str | None = None) -> None:
         """Move on by `amount` of the task's unit."""
         if self._bar is not None and self._id is not None:
-            fields = {} if note is None else {"note": note}
-            self._bar.update(self._id, advance=amount, **fields)
+            self._bar.advance(self._id, amount)
+            if note is not None:
+                self._bar.update(self._id, note=note)
 
     def line(self, message: str) -> None:
         """Print a plain line where there is no live bar to carry it."""

@@ -123,14 +123,14 @@ class Config(BaseModel):
 
     @classmethod
     def _problems(cls, error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
-        options = cls.options()
+        options = {**cls.model_fields, **cls.options()}
         bad = {str(item["loc"][0]) if item["loc"] else "" for item in error.errors()}
         for item in error.errors():
             key = str(item["loc"][0]) if item["loc"] else ""
             if not key:
                 yield str(item["ctx"]["error"])
             elif item["type"] == "extra_forbidden":
-                close = difflib.get_close_matches(key, options, n=1)
+                close = difflib.get_close_matches(key, cls.options(), n=1)
                 yield f"unknown option '{key}'" + (f", did you mean '{close[0]}'?" if close else "")
             elif item["type"] == "missing":
                 name = key.upper() if extra(options[key], "positional") else flag_name(key)

@@ -109,10 +109,12 @@ class Step(nn.Module):
         head = self.student.lm_head.weight
         (teacher,) = self._teacher
         if teacher is None:
-            return self.objectives(input_ids, student, head)
-        with torch.no_grad():
-            taught = capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_scores)
-        return self.objectives(input_ids, student, head, taught, teacher.lm_head.weight)
+            loss, terms = wanted(input_ids, student, head)
+        else:
+            with torch.no_grad():
+                taught = capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_scores)
+            loss, terms = wanted(input_ids, student, head, taught, teacher.lm_head.weight)
+        return loss, terms
 
 
 def pretrain(config: PretrainConfig) -> TrainResult:
@@ -157,8 +159,11 @@ def distill(config: DistillConfig) -> TrainResult:
             )
         check_fits(data, teacher.config, _fingerprint(source), f"teacher {config.teacher}")
         teacher.requires_grad_(False)
-    check_fits(data, student.config, directory and _fingerprint(directory), f"student {config.student}")
-    how = f"A GPT-2 that learned from {config.teacher} by recipe {config.recipe}, started from {config.student}, on {_sources(data)}."
+    check_fits(data, student.config, _fingerprint(directory), f"student {config.student}")
+    how = (
+        f"A GPT-2 that learned from {config.teacher} by recipe {config.recipe}, "
+        f"started from {config.student}, on {_sources(data)}."
+    )
     return _train(Job(config, how, student, data, Weights.of(config), teacher))
 
 
@@ -201,8 +206,8 @@ def _pack_text(config: FinetuneConfig, tokenizer: Path, positions: int) -> str:
     return str(out)
 
 
-def _fingerprint(directory: Path) -> str | None:
-    tokenizer = model_tokenizer(directory)
+def _fingerprint(directory: Path | None) -> str | None:
+    tokenizer = None if directory is None else model_tokenizer(directory)
     return None if tokenizer is None else fingerprint(tokenizer)
 
 

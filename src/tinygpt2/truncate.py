@@ -89,7 +89,8 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     kept = ", ".join(map(str, layers))
     card = model_card(
         out.name,
-        f"A GPT-2 of {len(layers)} layers, cut from {config.teacher} and not trained since: its blocks {kept}, weights copied.",
+        f"A GPT-2 of {len(layers)} layers, cut from {config.teacher} and not trained since: "
+        f"its blocks {kept}, weights copied.",
         {"parameters": f"{parameters:,}", "teacher's parameters": f"{before:,}", "blocks kept, from 0": kept},
     )
     save_model(student, out, model_tokenizer(directory), card, config.to_yaml())

@@ -1,4 +1,4 @@
-"""`verify`: is this dataset or model what it should be?"""
+"""`verify`: whether a dataset or model is what it should be."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from tinygpt2 import progress
 from tinygpt2.cli.options import Run, add_command, print_version
 from tinygpt2.cli.output import print_error
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error
+from tinygpt2.schema import Config
 
 app = typer.Typer(
     name="tinygpt2",
@@ -37,11 +38,11 @@ def _main(
 
 
 def _library(name: str) -> Run:
-    """Return the library's function of that name, loaded when the command runs."""
+    """Return what runs the command of that name: the library's function, loaded when it is called."""
 
     def run(config: Any, as_json: bool) -> Any:
         _prepare()
-        return getattr(import_module("tinygpt2"), name)(config)
+        return getattr(import_module("tinygpt2"), name.replace("-", "_"))(config)
 
     return run
 
@@ -60,66 +61,93 @@ def _prepare() -> None:
     import logging
 
     import datasets
-    import huggingface_hub.utils
     import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     for library in ("transformers", "datasets", "accelerate", "huggingface_hub", "torch"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
-add_command(
-    app, "quickstart", c.QuickstartConfig, _library("quickstart"),
-    "The whole pipeline in a few minutes, on text that needs no download: tokenizer, teacher, student, baselines, table.",
-    ["tinygpt2 quickstart", "tinygpt2 quickstart --out my-first-student"],
-)  # fmt: skip
-add_command(
-    app, "train-tokenizer", c.TrainTokenizerConfig, _library("train_tokenizer"),
-    "Train a byte-level BPE tokenizer, for any language.",
-    ["tinygpt2 train-tokenizer novels/ --vocab-size 8192 --out tokenizer"],
-)  # fmt: skip
-add_command(
-    app, "pregenerate", c.PregenerateConfig, _library("pregenerate"),
-    "Turn a corpus into packed token blocks, split into train and test by document.",
-    ["tinygpt2 pregenerate novels/ pages.jsonl --tokenizer tokenizer --sequence-length 512 --out data"],
-)  # fmt: skip
-add_command(
-    app, "pretrain", c.PretrainConfig, _library("pretrain"),
-    "Train a language model from random weights (--model-config) or given ones (--model).",
-    ["tinygpt2 pretrain --model-config distilgpt2 --data data --out model", "tinygpt2 pretrain --model cut --data data --out model"],
-)  # fmt: skip
-add_command(
-    app, "truncate-student", c.TruncateStudentConfig, _library("truncate_student"),
-    "Cut a student's starting weights from a teacher's layers.",
-    ["tinygpt2 truncate-student --teacher gpt2 --num-layers 6 --out cut"],
-)  # fmt: skip
-add_command(
-    app, "distill", c.DistillConfig, _library("distill"),
-    "Teach a student what its teacher computes.",
-    ["tinygpt2 distill --teacher gpt2 --student cut --data data --out student"],
-)  # fmt: skip
-add_command(
-    app, "finetune", c.FinetuneConfig, _library("finetune"),
-    "Fine-tune any GPT-2 on a text or a pregenerated dataset.",
-    ["tinygpt2 finetune --model student --data mine.txt --out mine"],
-)  # fmt: skip
-add_command(
-    app, "ppl", c.PplConfig, _library("ppl"),
-    "Zero-shot perplexity of one or several models, in one table.",
-    ["tinygpt2 ppl --model gpt2 --model student --task wikitext --task-data wiki.test.raw", "tinygpt2 ppl --model student --task mine.txt"],
-)  # fmt: skip
-add_command(
-    app, "generate", c.GenerateConfig, _generate,
-    "Text from one or several models side by side; greedy unless sampling or beams are asked for.",
-    ["tinygpt2 generate --model teacher --model student --prompt 'Once upon a time' --top-p 0.9", "tinygpt2 generate --model student --interactive"],
-)  # fmt: skip
-add_command(
-    app, "verify", c.VerifyConfig, _library("verify"),
-    "Check a pregenerated dataset or a model directory, and say what is wrong.",
-    ["tinygpt2 verify data", "tinygpt2 verify student"],
-)  # fmt: skip
+COMMANDS: list[tuple[str, type[Config], str, list[str]]] = [
+    (
+        "quickstart",
+        c.QuickstartConfig,
+        "The whole pipeline in a few minutes, on text that needs no download: teacher, student, baselines, table.",
+        ["quickstart", "quickstart --out my-first-student"],
+    ),
+    (
+        "train-tokenizer",
+        c.TrainTokenizerConfig,
+        "Train a byte-level BPE tokenizer, for any language.",
+        ["train-tokenizer novels/ --vocab-size 8192 --out tokenizer"],
+    ),
+    (
+        "pregenerate",
+        c.PregenerateConfig,
+        "Turn a corpus into packed token blocks, split into train and test by document.",
+        ["pregenerate novels/ pages.jsonl --tokenizer tokenizer --sequence-length 512 --out data"],
+    ),
+    (
+        "pretrain",
+        c.PretrainConfig,
+        "Train a language model from random weights (--model-config) or given ones (--model).",
+        [
+            "pretrain --model-config distilgpt2 --data data --out model",
+            "pretrain --model cut --data data --out model",
+        ],
+    ),
+    (
+        "truncate-student",
+        c.TruncateStudentConfig,
+        "Cut a student's starting weights from a teacher's layers.",
+        ["truncate-student --teacher gpt2 --num-layers 6 --out cut"],
+    ),
+    (
+        "distill",
+        c.DistillConfig,
+        "Teach a student what its teacher computes.",
+        [
+            "distill --teacher gpt2 --student cut --data data --out student",
+            "distill --recipe tinygpt2 --teacher gpt2 --student tinygpt2-4l-312 --data data --out student",
+        ],
+    ),
+    (
+        "finetune",
+        c.FinetuneConfig,
+        "Fine-tune any GPT-2 on a text or a pregenerated dataset.",
+        ["finetune --model student --data mine.txt --out mine"],
+    ),
+    (
+        "ppl",
+        c.PplConfig,
+        "Zero-shot perplexity of one or several models, in one table.",
+        [
+            "ppl --model student --task mine.txt",
+            "ppl --model gpt2 --model student --task wikitext --task-data wiki.test.raw",
+        ],
+    ),
+    (
+        "generate",
+        c.GenerateConfig,
+        "Text from one or several models side by side; greedy unless sampling or beams are asked for.",
+        [
+            "generate --model teacher --model student --prompt 'Once upon a time' --top-p 0.9",
+            "generate --model student --interactive",
+        ],
+    ),
+    (
+        "verify",
+        c.VerifyConfig,
+        "Check a pregenerated dataset or a model directory, and say what is wrong.",
+        ["verify data", "verify student"],
+    ),
+]
+
+for _name, _config, _about, _examples in COMMANDS:
+    add_command(app, _name, _config, _generate if _name == "generate" else _library(_name), _about, _examples)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -40,7 +40,7 @@ def add_command(
 
     Args:
         about: what the command does, one sentence.
-        examples: command lines for its help.
+        examples: command lines for its help, without the program's name.
     """
 
     def command(**given: Any) -> None:
@@ -59,8 +59,8 @@ def add_command(
     parameters = [_parameter(key, field) for key, field in options] + _common()
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    epilog = "Examples:  " + "  |  ".join(examples)
-    app.command(name, help=about, epilog=epilog)(command)
+    lines = "\n\n".join(f"  tinygpt2 {example}" for example in examples)
+    app.command(name, help=about, epilog=f"Examples:\n\n{lines}")(command)
 
 
 def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) -> Config:

@@ -99,7 +99,8 @@ class Objectives(nn.Module):
             self.layer_map = teacher_layers(weights.layer_map, student.n_layer, teacher.n_layer)
         if weights.attention and student.n_head != teacher.n_head:
             raise ConfigError(
-                f"--attention-weight compares head by head: the student has {student.n_head} heads, the teacher {teacher.n_head}",
+                f"--attention-weight compares head by head: "
+                f"the student has {student.n_head} heads, the teacher {teacher.n_head}",
                 f"take a student with {teacher.n_head} heads, or --attention-weight 0",
             )
         if weights.cosine and student.n_embd != teacher.n_embd:

@@ -36,7 +36,9 @@ def attention_loss(
         raise ValueError(
             f"scores of shape {tuple(student[0].shape[:3])} and {tuple(teacher[0].shape[:3])} do not compare"
         )
-    loss: Tensor = _AttentionLoss.apply(*student, *teacher, student_scale, teacher_scale)
+    loss: Tensor = _AttentionLoss.apply(  # type: ignore[no-untyped-call]
+        *student, *teacher, student_scale, teacher_scale
+    )
     return loss
 
 

@@ -97,7 +97,9 @@ def prediction_loss(
     """
     chunk = chunk or default_chunk(head)
     teacher_hidden, teacher_head = teacher if teacher is not None else (None, None)
-    total, prediction, ce = _ChunkedLoss.apply(hidden, head, targets, teacher_hidden, teacher_head, objective, chunk)
+    total, prediction, ce = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, head, targets, teacher_hidden, teacher_head, objective, chunk
+    )
     terms = {}
     if objective.prediction_weight:
         terms["prediction"] = prediction
