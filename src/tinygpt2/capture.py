@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -68,18 +69,18 @@ def capture(
     return Captured(last, kept_states, kept_scores, scale)
 
 
-_Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+_Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], None]
 
 
 def _keep_state(kept: dict[int, Tensor], number: int) -> _Hook:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         kept[number] = output
 
     return hook
 
 
 def _keep_scores(kept: dict[int, tuple[Tensor, Tensor]], number: int, heads: int) -> _Hook:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         query, key, _ = output.chunk(3, dim=-1)  # each (B, T, D)
         kept[number] = (_by_head(query, heads), _by_head(key, heads))
 

@@ -120,7 +120,7 @@ def _split(text: str, document: str) -> Iterator[str]:
     elif document == "line":
         yield from (line.removesuffix("\r") for line in text.split("\n"))
     else:
-        pattern = r"\n[ \t\r]*\n\s*" if document == "blank-line" else document.removeprefix("separator:")
+        pattern = r"\r?\n[ \t\r]*\n\s*" if document == "blank-line" else document.removeprefix("separator:")
         start = 0
         for match in re.finditer(pattern, text):
             yield text[start : match.start()]

@@ -48,8 +48,10 @@ def read_shape(name: str, tokenizer: Tokenizer) -> GPT2Config:
     if not path.is_file():
         raise ConfigError(f"no model configuration {name!r}", f"a file, or one of: {', '.join(preset_names())}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # JSON apart: YAML 1.1 reads its 1e-05 as text
+        read = json.loads if path.suffix == ".json" else yaml.safe_load
+        values = read(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} does not hold a model configuration")

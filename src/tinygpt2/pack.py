@@ -216,7 +216,9 @@ def _write(out: Path, streams: dict[str, _Stream], length: int, stride: int) -> 
         for name, stream in streams.items():
             file = Path(scratch) / f"{name}.arrow"
             splits[name], counts[name] = _write_split(file, name, stream, length, stride)
-        datasets.DatasetDict(splits).save_to_disk(str(out))
+        # The library would write an empty split as no file at all, and then not open it.
+        shards = {name: None if len(split) else 1 for name, split in splits.items()}
+        datasets.DatasetDict(splits).save_to_disk(str(out), num_shards=shards)
     return counts
 
 
@@ -238,7 +240,10 @@ def _write_split(file: Path, name: str, stream: _Stream, length: int, stride: in
         writer.finalize()
     tokens = sum(len(piece) for piece in stream.pieces)
     used = (sequences - 1) * stride + length if sequences else 0
-    dataset = datasets.Dataset.from_file(str(file), split=name)
+    if sequences:
+        dataset = datasets.Dataset.from_file(str(file), split=name)
+    else:
+        dataset = datasets.Dataset.from_dict({"input_ids": []}, features, split=name)
     dataset._fingerprint = content.hexdigest()[:16]  # from content: the library's own is random
     return dataset, SplitCounts(stream.documents, stream.bytes, tokens, sequences, tokens - used)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
@@ -146,7 +146,7 @@ def token_losses(model: GPT2LMHeadModel, input_ids: Int[Tensor, "B T"], first: i
 
 def score(
     model: GPT2LMHeadModel,
-    tokens: np.ndarray[Any, Any],
+    tokens: Integer[np.ndarray, " N"],
     spans: list[Window],
     batch_size: int,
     advance: Callable[[int], None] = lambda windows: None,
@@ -237,7 +237,7 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _tokens(model: GPT2LMHeadModel, directory: Path, task: Task) -> tuple[np.ndarray[Any, Any], str, int]:
+def _tokens(model: GPT2LMHeadModel, directory: Path, task: Task) -> tuple[Integer[np.ndarray, " N"], str, int]:
     """Return the task as tokens and as text, and the window."""
     positions = model.config.n_positions
     tokenizer = model_tokenizer(directory)

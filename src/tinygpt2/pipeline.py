@@ -19,7 +19,6 @@ from tinygpt2.config import (
     DistillConfig,
     GenerateConfig,
     PplConfig,
-    Precision,
     PregenerateConfig,
     PretrainConfig,
     QuickstartConfig,
@@ -46,18 +45,17 @@ PROMPT = "The following example shows how to"
 class Scale:
     """Sizes of the run; the defaults fill a few minutes of two cores."""
 
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     sequence_length: int = 128
-    n_layer: int = 6
-    n_embd: int = 192
-    n_head: int = 6
+    n_layer: int = 4
+    n_embd: int = 160
+    n_head: int = 5
     student_layers: int = 2
-    teacher_tokens: int = 1_500_000
-    student_tokens: int = 600_000
-    batch_size: int = 16
-    new_tokens: int = 60
+    teacher_tokens: int = 1_000_000
+    student_tokens: int = 120_000
+    batch_size: int = 4
     learning_rate: float = 2e-3
-    precision: Precision = "fp32"
+    new_tokens: int = 60
     source: str = PYTHON_DOCS
 
 
@@ -107,7 +105,7 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
     scale = scale or Scale()
     out = Path(config.out)
     stages = _Stages(out, {"seed": config.seed, **asdict(scale)})
-    common = _common(config, scale, out)
+    pupil = _training(config, scale, out, scale.student_tokens)
     stages.run("tokenizer", lambda: train_tokenizer(
         TrainTokenizerConfig(source=[scale.source], vocab_size=scale.vocab_size, out=str(out / "tokenizer"))
     ))  # fmt: skip
@@ -125,20 +123,19 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
     write_text(teacher_shape, yaml.safe_dump(shape, sort_keys=False))
     write_text(student_shape, yaml.safe_dump({**shape, "n_layer": scale.student_layers}, sort_keys=False))
     stages.run("teacher", lambda: pretrain(PretrainConfig(
-        shape=str(teacher_shape), out=str(out / "teacher"), max_tokens=scale.teacher_tokens, **common,
+        shape=str(teacher_shape), out=str(out / "teacher"), **_training(config, scale, out, scale.teacher_tokens),
     )))  # fmt: skip
     stages.run("truncated", lambda: truncate_student(TruncateStudentConfig(
         teacher=str(out / "teacher"), num_layers=scale.student_layers, out=str(out / "truncated"),
     )))  # fmt: skip
-    student = {"max_tokens": scale.student_tokens, **common}
     stages.run("student", lambda: distill(DistillConfig(
-        teacher=str(out / "teacher"), student=str(out / "truncated"), out=str(out / "student"), **student,
+        teacher=str(out / "teacher"), student=str(out / "truncated"), out=str(out / "student"), **pupil,
     )))  # fmt: skip
     stages.run("baseline-truncated", lambda: pretrain(PretrainConfig(
-        model=str(out / "truncated"), out=str(out / "baseline-truncated"), **student,
+        model=str(out / "truncated"), out=str(out / "baseline-truncated"), **pupil,
     )))  # fmt: skip
     stages.run("baseline-random", lambda: pretrain(PretrainConfig(
-        shape=str(student_shape), out=str(out / "baseline-random"), **student,
+        shape=str(student_shape), out=str(out / "baseline-random"), **pupil,
     )))  # fmt: skip
     models = ("teacher", "student", "baseline-truncated", "baseline-random")
     figures = stages.run("figures", lambda: _measure(out, models, scale))
@@ -155,18 +152,18 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
     return result
 
 
-def _common(config: QuickstartConfig, scale: Scale, out: Path) -> dict[str, Any]:
-    """Options of all four training runs: the comparison is fair because they are the same."""
-    steps = scale.student_tokens // (scale.batch_size * scale.sequence_length)
+def _training(config: QuickstartConfig, scale: Scale, out: Path, tokens: int) -> dict[str, Any]:
+    """Return the options of a training run: all four share them, so that the comparison is fair."""
+    steps = tokens // (scale.batch_size * scale.sequence_length)
     return {
         "data": str(out / "data"),
+        "max_tokens": tokens,
         "seed": config.seed,
         "micro_batch_size": scale.batch_size,
         "learning_rate": scale.learning_rate,
         "warmup_ratio": 0.05,
-        "precision": scale.precision,
-        "eval_every": max(1, steps // 8),
-        "save_every": max(1, steps // 4),
+        "eval_every": max(1, steps // 6),
+        "save_every": max(1, steps // 6),
         "resume": True,
     }
 
@@ -212,7 +209,9 @@ def _measure(out: Path, models: tuple[str, ...], scale: Scale) -> dict[str, Any]
     """Measure the held-out perplexity, size and greedy speed of each model, and take a sample."""
     paths = [str(out / name) for name in models]
     measured = ppl(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size)).results
-    texts = generate(GenerateConfig(model=paths, prompt=[PROMPT], max_new_tokens=scale.new_tokens)).results
+    greedy = GenerateConfig(model=paths, prompt=[PROMPT], max_new_tokens=scale.new_tokens)
+    texts = generate(greedy).results
+    samples = generate(greedy.model_copy(update={"temperature": 0.8, "top_p": 0.9})).results
     runs = {name: read_json(out / name / "config.json") for name in models}
     journal = read_json(out / JOURNAL)["stages"]
     return {
@@ -222,9 +221,9 @@ def _measure(out: Path, models: tuple[str, ...], scale: Scale) -> dict[str, Any]
             "perplexity": row.perplexity,
             "bytes": (out / name / "model.safetensors").stat().st_size,
             "tokens_per_second": text.tokens / text.seconds,
-            "sample": text.text,
+            "sample": sample.text,
         }
-        for name, row, text in zip(models, measured, texts, strict=True)
+        for name, row, text, sample in zip(models, measured, texts, samples, strict=True)
     }
 
 
@@ -240,7 +239,7 @@ def _report(out: Path, result: QuickstartResult, scale: Scale) -> str:
         f"| {row.perplexity:.2f} | {row.tokens_per_second:,.0f} |"
         for name, row in rows.items()
     )
-    samples = "\n\n".join(f"**{name}**\n\n> {PROMPT}{' '.join(row.sample.split())}" for name, row in rows.items())
+    samples = "\n\n".join(f"**{name}**\n\n> {' '.join((PROMPT + row.sample).split())}" for name, row in rows.items())
     student, length = out / "student", scale.sequence_length
     return f"""# quickstart
 
@@ -256,7 +255,7 @@ the same learning rate.
 
 ![held-out loss of the four runs]({CURVES})
 
-## Samples (greedy)
+## Samples (temperature 0.8, top-p 0.9)
 
 {samples}
 

@@ -137,7 +137,7 @@ class Config(BaseModel):
                 yield f"missing {name}: {options[key].description}"
             else:
                 message = item["msg"].removeprefix("Value error, ")
-                yield f"{flag_name(key)} {item['input']!r}: {message[0].lower()}{message[1:]}"
+                yield f"{flag_name(key)} {item['input']}: {message[0].lower()}{message[1:]}"
         if "" not in bad:  # pydantic looks for contradictions only in a sound whole: look in what is sound
             defaults = {
                 name: None if field.is_required() else field.default for name, field in cls.model_fields.items()

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+PIPED_WIDTH = 400  # a table that goes to a file or a pipe is not folded
+
+
 def print_result(result: Any, *, as_json: bool) -> None:
     """Print what a command returned, a dataclass."""
     if as_json:
@@ -23,7 +26,7 @@ def print_result(result: Any, *, as_json: bool) -> None:
         from rich.console import Console
 
         render = RENDER.get(type(result).__name__, _render_fields)
-        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
         render(result, console)
     sys.stdout.flush()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import TextStreamer
 
+from tinygpt2.cli.output import print_error
 from tinygpt2.config import GenerateConfig
 from tinygpt2.errors import ConfigError
 from tinygpt2.generation import GenerateResult, Generation, Speaker, continue_prompt, generate, load_speaker
@@ -55,7 +56,7 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
                         continue_prompt(speaker, prompt, settings, _announce(speaker, prompt) if live else None)
                     )
                 except ConfigError as error:  # a prompt that is too long ends no conversation
-                    console.print(str(error), markup=False, style="red")
+                    print_error(error, as_json=False)
                     continue
                 texts += added
                 for text in added if not live and not as_json else []:

@@ -57,16 +57,17 @@ class _AttentionLoss(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, length, _ = q.shape
         pairs = batch * heads * (length * (length + 1) // 2)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         needs_grad = q.requires_grad or k.requires_grad
-        q_grad, k_grad = (torch.zeros_like(q), torch.zeros_like(k, dtype=torch.float32)) if needs_grad else (None, None)
-        total = q.new_zeros((), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        q_grad, k_grad = (torch.zeros_like(q), torch.zeros_like(k, dtype=wide)) if needs_grad else (None, None)
+        total = q.new_zeros((), dtype=wide)
         for start in range(0, length, ROWS):
             stop = min(start + ROWS, length)
             rows, keys = slice(start, stop), slice(0, stop)
             difference = (q[:, :, rows] @ k[:, :, keys].mT) * scale
             difference -= (teacher_q[:, :, rows] @ teacher_k[:, :, keys].mT).to(difference.dtype) * teacher_scale
             difference = difference.tril(diagonal=start)  # (B, H, rows, keys)
-            total += difference.to(total.dtype).square().sum()
+            total += difference.to(wide).square().sum()
             if q_grad is not None and k_grad is not None:
                 difference *= 2 * scale / pairs
                 q_grad[:, :, rows] = difference @ k[:, :, keys]

@@ -1,0 +1,91 @@
+"""Checks, each a session: `nox` runs them all, `nox -s lint` one.
+
+Sessions that need torch share one environment, because torch is large; `minimums` has its own, with the
+oldest dependencies that pyproject.toml promises, and `build` another, with nothing but the wheel.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import tomllib
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "docs", "tests", "build", "minimums"]
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+CONSTRAINTS = ("-c", "constraints.txt")
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
+
+
+def group(name: str) -> list[str]:
+    """Return a dependency group's requirements."""
+    return [item for item in PROJECT["dependency-groups"][name] if isinstance(item, str)]
+
+
+def shared(session: nox.Session) -> str:
+    """Make or reuse the one environment with torch, the package and every tool; return its Python."""
+    folder = Path(".nox") / "shared"
+    python = folder.absolute() / "bin" / "python"
+    if not python.exists():
+        session.run("python", "-m", "venv", str(folder), external=True)
+    tools = [*group("test"), *group("types")]
+    session.run(str(python), "-m", "pip", "install", "-q", *CONSTRAINTS, "-e", ".", *tools, external=True)
+    return str(python)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    session.install("-q", *CONSTRAINTS, *group("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Strict types of the package."""
+    session.run(shared(session), "-m", "mypy", external=True)
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """The command reference says what the program says."""
+    session.run(shared(session), "docs/make_cli.py", "--check", external=True)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """The whole test suite."""
+    session.run(shared(session), "-m", "pytest", *session.posargs, external=True)
+
+
+@nox.session(reuse_venv=False)
+def build(session: nox.Session) -> None:
+    """The wheel, installed where nothing else is."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", *CONSTRAINTS, "-w", folder, ".")
+        (wheel,) = Path(folder).glob("*.whl")
+        session.install("-q", *CONSTRAINTS, str(wheel))
+        session.chdir(folder)
+        session.run("tinygpt2", "--help", silent=True)
+        session.run("tinygpt2", "--version")
+        session.run("python", "-c", "import tinygpt2; tinygpt2.distill, tinygpt2.quickstart")
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """The oldest dependencies that are promised; torch stays at its constraint."""
+    oldest = [re.sub(r">=", "==", item) for item in PROJECT["project"]["dependencies"] if not item.startswith("torch")]
+    torch = next(line for line in Path("constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    session.install("-q", torch, *oldest, *group("test"))
+    session.install("-q", "--no-deps", "-e", ".")
+    ignore = ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
+    session.run(
+        "python", "-m", "pytest", *ignore, "-m", "not slow", env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    )

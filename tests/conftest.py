@@ -1,0 +1,161 @@
+"""Small real things that the tests share: a corpus, a tokenizer, a dataset, a teacher."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+# Shapes in annotations are checked under the tests.
+install_import_hook(["tinygpt2.objectives", "tinygpt2.capture", "tinygpt2.perplexity"], "beartype.beartype")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+
+from tinygpt2 import PregenerateConfig, TrainTokenizerConfig, pregenerate, train_tokenizer  # noqa: E402
+from tinygpt2.cli import app  # noqa: E402
+from tinygpt2.model import save_model  # noqa: E402
+from tinygpt2.tokenizer import load_tokenizer  # noqa: E402
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "log",
+    "and",
+    "then",
+    "it",
+    "was",
+    "very",
+    "happy",
+    "sad",
+    "big",
+    "small",
+    "red",
+    "blue",
+    "日本",
+    "naïve",
+]
+LENGTH = 32
+
+
+def sentences(count: int, seed: int) -> str:
+    """Return text with enough structure to be learned and enough variety to be held out."""
+    pick = random.Random(seed)
+    return " ".join(" ".join(pick.choices(WORDS, k=pick.randint(4, 12))) + "." for _ in range(count))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty text files in a directory."""
+    root = tmp_path_factory.mktemp("corpus")
+    for index in range(40):
+        (root / f"{index:02}.txt").write_text(sentences(30, index), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 320 tokens."""
+    out = tmp_path_factory.mktemp("tokenizer") / "t"
+    train_tokenizer(TrainTokenizerConfig(source=[str(corpus)], vocab_size=320, out=str(out)))
+    return out
+
+
+@pytest.fixture(scope="session")
+def data(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus in blocks of 32 tokens."""
+    out = tmp_path_factory.mktemp("data") / "d"
+    config = PregenerateConfig(
+        source=[str(corpus)], tokenizer=str(tokenizer_dir), out=str(out), sequence_length=LENGTH, test_fraction=0.1
+    )
+    pregenerate(config)
+    return out
+
+
+def make_model(path: Path, tokenizer_dir: Path | None, seed: int = 0, **shape: int) -> Path:
+    """Save a random GPT-2 with lively weights (GPT-2's own start is nearly uniform)."""
+    tokenizer = load_tokenizer(str(tokenizer_dir)) if tokenizer_dir else None
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    base = {"n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": LENGTH, "vocab_size": 320}
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(GPT2Config(**{**base, **shape}, **ids, initializer_range=0.2))
+    save_model(model, path, tokenizer, "# test\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of 4 layers of 32."""
+    return make_model(tmp_path_factory.mktemp("teacher") / "m", tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real texts and models that TINYGPT2_TEST_DATA names; skips without it."""
+    name = os.environ.get("TINYGPT2_TEST_DATA")
+    if not name or not Path(name).is_dir():
+        pytest.skip("TINYGPT2_TEST_DATA names no folder")
+    return Path(name)
+
+
+class Outcome:
+    """Exit code and streams of one command line."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> dict:
+        """Standard output, which must be exactly one JSON object."""
+        assert self.out.count("\n") == 1, self.out
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Run the command line in this process."""
+
+    def run(*arguments: object, stdin: bytes | None = None) -> Outcome:
+        if stdin is not None:
+            file = Path(os.environ["PYTEST_TMP"]) if "PYTEST_TMP" in os.environ else None
+            assert file is None
+            monkeypatch.setattr(sys, "stdin", _Stdin(stdin))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            app.main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return Outcome(exit_.value.code, out, err)
+
+    return run
+
+
+class _Stdin:
+    def __init__(self, raw: bytes) -> None:
+        import io
+
+        self.buffer = io.BytesIO(raw)
+        self._text = io.StringIO(raw.decode("utf-8", "replace"))
+
+    def isatty(self) -> bool:
+        return False
+
+    def readline(self, *args: int) -> str:
+        return self._text.readline(*args)
+
+    def fileno(self) -> int:
+        raise OSError("not a file")

@@ -1,0 +1,296 @@
+"""Every objective against a naive float64 reference that shares no code with the implementation."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tinygpt2.config import DistillConfig
+from tinygpt2.errors import ConfigError
+from tinygpt2.loop import Step
+from tinygpt2.objectives import Objectives, Weights, teacher_layers
+from tinygpt2.objectives.attention import attention_loss
+from tinygpt2.objectives.prediction import LOSSES, PredictionObjective, prediction_loss
+
+B, T, V = 2, 21, 50
+
+
+def gpt2(layers: int, width: int, heads: int, seed: int) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_layer=layers, n_embd=width, n_head=heads, n_positions=T, vocab_size=V, initializer_range=0.3,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+def naive_states_and_scores(model: GPT2LMHeadModel, ids: torch.Tensor) -> tuple[list, list, torch.Tensor]:
+    """GPT-2 written out in float64: hidden states, full score matrices, logits."""
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    heads, layers = model.config.n_head, model.config.n_layer
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-5)
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["transformer.wte.weight"][ids] + w["transformer.wpe.weight"][: ids.shape[1]]
+    states, scores = [x], []
+    for layer in range(layers):
+        p = f"transformer.h.{layer}"
+        qkv = norm(x, f"{p}.ln_1") @ w[f"{p}.attn.c_attn.weight"] + w[f"{p}.attn.c_attn.bias"]
+        q, k, v = (part.view(*part.shape[:2], heads, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+        score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores.append(score)
+        causal = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
+        mixed = score.masked_fill(~causal, -math.inf).softmax(-1) @ v
+        x = x + mixed.transpose(1, 2).flatten(2) @ w[f"{p}.attn.c_proj.weight"] + w[f"{p}.attn.c_proj.bias"]
+        inner = norm(x, f"{p}.ln_2") @ w[f"{p}.mlp.c_fc.weight"] + w[f"{p}.mlp.c_fc.bias"]
+        inner = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+        x = x + inner @ w[f"{p}.mlp.c_proj.weight"] + w[f"{p}.mlp.c_proj.bias"]
+        states.append(x)
+    states[-1] = norm(x, "transformer.ln_f")
+    return states, scores, states[-1] @ w["lm_head.weight"].T
+
+
+@torch.no_grad()
+def naive_terms(step: Step, teacher: GPT2LMHeadModel, ids: torch.Tensor, weights: Weights) -> dict[str, float]:
+    s_states, s_scores, s_logits = naive_states_and_scores(step.student, ids)
+    t_states, t_scores, t_logits = naive_states_and_scores(teacher, ids)
+    layers = [round(i * len(t_scores) / len(s_scores)) for i in range(1, len(s_scores) + 1)]
+    attention = 0.0
+    for i, j in enumerate(layers):
+        total, count = 0.0, 0
+        for row in range(T):
+            for column in range(row + 1):
+                gap = s_scores[i][:, :, row, column] - t_scores[j - 1][:, :, row, column]
+                total += float((gap**2).sum())
+                count += gap.numel()
+        attention += total / count
+    hidden = 0.0
+    for i, j in zip(range(len(layers) + 1), [0, *layers], strict=True):
+        mapped = s_states[i]
+        if isinstance(step.objectives.projection, nn.Linear):
+            mapped = mapped @ step.objectives.projection.weight.double().T + step.objectives.projection.bias.double()
+        loss = ((mapped - t_states[j]) ** 2).mean()
+        if weights.hidden_scale == "variance":
+            loss = loss / ((t_states[j] - t_states[j].mean()) ** 2).mean()
+        hidden += float(loss)
+    tau = weights.temperature
+    p = torch.exp(t_logits / tau) / torch.exp(t_logits / tau).sum(-1, keepdim=True)
+    q = torch.exp(s_logits / tau) / torch.exp(s_logits / tau).sum(-1, keepdim=True)
+    m = (p + q) / 2
+    per_token = {
+        "soft_ce": -(p * q.log()).sum(-1),
+        "forward_kl": (p * (p.log() - q.log())).sum(-1),
+        "reverse_kl": (q * (q.log() - p.log())).sum(-1),
+        "jsd": (p * (p.log() - m.log())).sum(-1) / 2 + (q * (q.log() - m.log())).sum(-1) / 2,
+    }[weights.loss]
+    picked = [-float(torch.log_softmax(s_logits[b, t], -1)[ids[b, t + 1]]) for b in range(B) for t in range(T - 1)]
+    terms = {
+        "attention": attention,
+        "hidden": hidden,
+        "prediction": float(per_token.mean()) * tau**2,
+        "ce": sum(picked) / len(picked),
+    }
+    if s_states[-1].shape == t_states[-1].shape:
+        a, b = s_states[-1], t_states[-1]
+        terms["cosine"] = float((1 - (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean())
+    return terms
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("scale", ["none", "variance"])
+def test_one_step_equals_the_naive_reference(loss: str, temperature: float, scale: str) -> None:
+    weights = Weights(1.0, 0.7, 1.3, 0.5, 0.0, scale, loss, temperature)
+    teacher = gpt2(4, 24, 4, seed=1)
+    step = Step(gpt2(2, 16, 4, seed=2), teacher, weights)
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
+    total, terms = step(ids)
+    expected = naive_terms(step, teacher, ids, weights)
+    for name, value in terms.items():
+        assert float(value) == pytest.approx(expected[name], rel=1e-5), name
+    weighted = (
+        1.0 * expected["attention"] + 0.7 * expected["hidden"] + 1.3 * expected["prediction"] + 0.5 * expected["ce"]
+    )
+    assert float(total) == pytest.approx(weighted, rel=1e-5)
+
+
+def test_cosine_and_equal_widths_equal_the_naive_reference() -> None:
+    weights = Weights(attention=1.0, hidden=1.0, prediction=1.0, ce=1.0, cosine=1.0)
+    teacher = gpt2(3, 24, 4, seed=1)
+    step = Step(gpt2(2, 24, 4, seed=2), teacher, weights)
+    assert isinstance(step.objectives.projection, nn.Identity)
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
+    _, terms = step(ids)
+    expected = naive_terms(step, teacher, ids, weights)
+    assert set(terms) == {"attention", "hidden", "prediction", "ce", "cosine"}
+    for name, value in terms.items():
+        assert float(value) == pytest.approx(expected[name], rel=1e-5), name
+
+
+def plain_autograd_total(step: Step, teacher: GPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
+    """The weighted sum by plain autograd on full matrices, for gradients."""
+    weights, student = step.objectives.weights, step.student
+    eager = copy.deepcopy(student.config)
+    assert eager is not student.config
+    q_and_k = {}
+    hooks = []
+    for name, model in (("s", student), ("t", teacher)):
+        for index, block in enumerate(model.transformer.h):
+
+            def keep(_m, _i, out, key=(name, index)):
+                q_and_k[key] = out
+
+            hooks.append(block.attn.c_attn.register_forward_hook(keep))
+    s = student(ids, output_hidden_states=True)
+    with torch.no_grad():
+        t = teacher(ids, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    layers = teacher_layers("uniform", student.config.n_layer, teacher.config.n_layer)
+    mask = torch.ones(T, T).tril().bool()
+    total = torch.zeros((), dtype=torch.float64)
+
+    def scores(key: tuple[str, int]) -> torch.Tensor:
+        q, k, _ = (x.view(B, T, 4, -1).transpose(1, 2) for x in q_and_k[key].chunk(3, -1))
+        return (q @ k.mT / math.sqrt(q.shape[-1]))[:, :, mask]
+
+    for i, j in enumerate(layers):
+        total = total + weights.attention * ((scores(("s", i)) - scores(("t", j - 1))) ** 2).mean()
+    for i, j in zip(range(len(layers) + 1), [0, *layers], strict=True):
+        gap = step.objectives.projection(s.hidden_states[i]) - t.hidden_states[j]
+        total = total + weights.hidden * (gap**2).mean()
+    tau = weights.temperature
+    log_q, p = (s.logits / tau).log_softmax(-1), (t.logits / tau).softmax(-1)
+    total = total + weights.prediction * tau**2 * (p * (p.log() - log_q)).sum(-1).mean()
+    ce = nn.functional.cross_entropy(s.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return total + weights.ce * ce
+
+
+def test_gradients_equal_plain_autograd_in_float64() -> None:
+    teacher = gpt2(4, 24, 4, seed=1).double()
+    step = Step(gpt2(2, 16, 4, seed=2).double(), teacher, Weights(0.9, 0.7, 1.3, 0.5, temperature=2.0)).double()
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
+    ours, _ = step(ids)
+    mine = torch.autograd.grad(ours, list(step.parameters()))
+    theirs = torch.autograd.grad(plain_autograd_total(step, teacher, ids), list(step.parameters()))
+    for (name, _), a, b in zip(step.named_parameters(), mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_chunk_size_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    hidden, head = rand(37, 8).requires_grad_(), rand(V, 8).requires_grad_()
+    targets = torch.randint(0, V, (37,), generator=generator)
+    targets[::7] = -100
+    teacher = (rand(37, 12), rand(V, 12))
+    objective = PredictionObjective(0.6, 0.4, "jsd", 1.5)
+    results = []
+    for chunk in (1, 5, 37, 1000):
+        total, _ = prediction_loss(hidden, head, targets, teacher, objective, chunk)
+        results.append([total, *torch.autograd.grad(total, (hidden, head))])
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-12, atol=1e-14)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 10**6))
+def test_attention_blocks_cover_every_length(length: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k, tq, tk = (torch.randn(1, 2, length, n, generator=generator, dtype=torch.float64) for n in (3, 3, 5, 5))
+    q.requires_grad_(), k.requires_grad_()
+    loss = attention_loss((q, k), (tq, tk), 0.5, 0.4)
+    mask = torch.ones(length, length).tril().bool()
+    naive = (((q @ k.mT) * 0.5 - (tq @ tk.mT) * 0.4)[:, :, mask] ** 2).mean()
+    torch.testing.assert_close(loss, naive)
+    torch.testing.assert_close(torch.autograd.grad(loss, (q, k)), torch.autograd.grad(naive, (q, k)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(sorted(LOSSES)), st.floats(-50, 50), st.integers(0, 10**6))
+def test_divergences_vanish_at_equality_and_ignore_shifts(name: str, shift: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(4, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    loss = LOSSES[name]
+    assert float(loss(a + shift, b - shift)) == pytest.approx(float(loss(a, b)), rel=1e-9, abs=1e-12)
+    if name != "soft_ce":
+        assert float(loss(a, a)) == pytest.approx(0, abs=1e-12)
+        assert float(loss(a, b)) > 0
+
+
+def test_every_objective_is_zero_or_entropy_when_student_is_teacher() -> None:
+    teacher = gpt2(3, 16, 4, seed=1)
+    step = Step(copy.deepcopy(teacher), teacher, Weights(1.0, 1.0, 1.0, 0.0, 1.0))
+    total, terms = step(torch.arange(B * T).view(B, T) % V)
+    assert float(total.detach()) == pytest.approx(0, abs=1e-5)
+    assert {name: pytest.approx(0, abs=1e-5) for name in terms} == {name: float(x) for name, x in terms.items()}
+
+
+@pytest.mark.parametrize(
+    ("rule", "student", "teacher", "expected"),
+    [
+        ("uniform", 4, 12, [3, 6, 9, 12]), ("uniform", 6, 12, [2, 4, 6, 8, 10, 12]), ("uniform", 2, 3, [2, 3]),
+        ("last", 4, 12, [9, 10, 11, 12]), ("first", 4, 12, [1, 2, 3, 4]), ("3,6,9,12", 4, 12, [3, 6, 9, 12]),
+    ],
+)  # fmt: skip
+def test_layer_maps(rule: str, student: int, teacher: int, expected: list[int]) -> None:
+    assert teacher_layers(rule, student, teacher) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "student", "teacher"), [("1,2", 3, 12), ("1,13", 2, 12), ("0,1", 2, 12), ("first", 5, 4)]
+)
+def test_impossible_layer_maps(rule: str, student: int, teacher: int) -> None:
+    with pytest.raises(ConfigError):
+        teacher_layers(rule, student, teacher)
+
+
+def test_shapes_that_do_not_compare_are_refused() -> None:
+    narrow, wide = gpt2(2, 16, 2, 0).config, gpt2(2, 24, 4, 0).config
+    with pytest.raises(ConfigError, match="2 heads"):
+        Objectives(Weights(attention=1.0), narrow, wide)
+    with pytest.raises(ConfigError, match="equal widths"):
+        Objectives(Weights(cosine=1.0), narrow, wide)
+
+
+def test_the_teacher_is_not_part_of_the_module() -> None:
+    teacher = gpt2(2, 16, 2, 0)
+    step = Step(gpt2(1, 16, 2, 1), teacher, Weights(prediction=1.0))
+    assert not set(map(id, teacher.parameters())) & set(map(id, step.parameters()))
+    step(torch.zeros(B, T, dtype=torch.long))[0].backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_no_logit_matrix_outlives_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of N x V numbers is ever allocated: only chunks are."""
+    n, v = 512, 4000
+    hidden, head = torch.randn(n, 4, requires_grad=True), torch.randn(v, 4, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
+        total, _ = prediction_loss(
+            hidden,
+            head,
+            torch.zeros(n, dtype=torch.long),
+            (hidden.detach(), head.detach()),
+            PredictionObjective(1.0, 1.0),
+            32,
+        )
+        total.backward()
+    largest = max((event.self_device_memory_usage or event.self_cpu_memory_usage) for event in profile.events())
+    assert 0 < largest < n * v * 4 / 4
+
+
+def test_weights_come_from_the_recipe(tmp_path: Path) -> None:
+    config = DistillConfig(recipe="tinygpt2", teacher="t", student="s", data="d", out=str(tmp_path))
+    weights = Weights.of(config)
+    assert (weights.attention, weights.hidden, weights.prediction, weights.ce, weights.loss) == (1, 1, 1, 0, "soft_ce")
