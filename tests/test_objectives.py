@@ -118,11 +118,11 @@ def test_one_step_equals_the_naive_reference(loss: str, temperature: float, scal
     total, terms = step(ids)
     expected = naive_terms(step, teacher, ids, weights)
     for name, value in terms.items():
-        assert float(value) == pytest.approx(expected[name], rel=1e-5), name
+        assert value.item() == pytest.approx(expected[name], rel=1e-5), name
     weighted = (
         1.0 * expected["attention"] + 0.7 * expected["hidden"] + 1.3 * expected["prediction"] + 0.5 * expected["ce"]
     )
-    assert float(total) == pytest.approx(weighted, rel=1e-5)
+    assert total.item() == pytest.approx(weighted, rel=1e-5)
 
 
 def test_cosine_and_equal_widths_equal_the_naive_reference() -> None:
@@ -135,7 +135,7 @@ def test_cosine_and_equal_widths_equal_the_naive_reference() -> None:
     expected = naive_terms(step, teacher, ids, weights)
     assert set(terms) == {"attention", "hidden", "prediction", "ce", "cosine"}
     for name, value in terms.items():
-        assert float(value) == pytest.approx(expected[name], rel=1e-5), name
+        assert value.item() == pytest.approx(expected[name], rel=1e-5), name
 
 
 def plain_autograd_total(step: Step, teacher: GPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:

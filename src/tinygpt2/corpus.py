@@ -13,9 +13,11 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from tinygpt2.errors import DataError
+from tinygpt2.progress import track
 
 PYTHON_DOCS = "python-docs"
 
@@ -35,12 +37,25 @@ def documents(sources: Iterable[str], document: str | None = None, text_column: 
     """
     for source in sources:
         if source == PYTHON_DOCS:
-            found = python_docs()
+            found: Iterable[str] = python_docs()
         elif source == "-":
             found = _split(_decode(sys.stdin.buffer.read(), "standard input"), document or "file")
         else:
             found = _from_path(Path(source), document or "file", text_column)
         yield from (text for text in found if text.strip())
+
+
+def size_hint(sources: Iterable[str]) -> int | None:
+    """Return about how many bytes of text the sources hold, for a progress bar; None if nobody can know."""
+    total = 0
+    for source in sources:
+        if source == "-":
+            return None
+        if source == PYTHON_DOCS:
+            total += sum(len(text.encode()) for text in python_docs())
+        elif Path(source).exists():
+            total += sum(file.stat().st_size for file in _files(Path(source)))
+    return total
 
 
 def _from_path(path: Path, document: str, text_column: str) -> Iterator[str]:
@@ -128,16 +143,16 @@ def _split(text: str, document: str) -> Iterator[str]:
         yield text[start:]
 
 
-def python_docs() -> Iterator[str]:
-    """Yield the `help()` topics and the standard library's docstrings, about 2 MB on CPython 3.11.
+@cache
+def python_docs() -> tuple[str, ...]:
+    """Return the `help()` topics and the standard library's docstrings, about 2 MB on CPython 3.11.
 
     A topic is a document, and so are the docstrings of one module together. Files are parsed, never
     imported. Installed packages and tests are left out, so that the text depends on the Python version alone.
     """
     library = Path(sysconfig.get_path("stdlib"))
     topics = library / "pydoc_data" / "topics.py"
-    if topics.is_file():
-        yield from _topics(topics)
+    texts = list(_topics(topics)) if topics.is_file() else []
     skipped = {
         "site-packages",
         "dist-packages",
@@ -149,11 +164,12 @@ def python_docs() -> Iterator[str]:
         "turtledemo",
         "pydoc_data",
     }
-    for file in sorted(library.rglob("*.py")):
-        if skipped.isdisjoint(file.relative_to(library).parts):
-            text = "\n\n".join(_docstrings(file))
-            if text:
-                yield text
+    files = [file for file in sorted(library.rglob("*.py")) if skipped.isdisjoint(file.relative_to(library).parts)]
+    with track("read python-docs", len(files)) as task:
+        for file in files:
+            texts.append("\n\n".join(_docstrings(file)))
+            task.advance()
+    return tuple(text for text in texts if text)
 
 
 def _topics(file: Path) -> Iterator[str]:

@@ -41,6 +41,7 @@ class Evaluation:
 class Job:
     """What a command hands to the loop."""
 
+    command: str
     config: TrainOptions
     how: str
     model: GPT2LMHeadModel

@@ -85,10 +85,9 @@ def _save(figure: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def model_card(title: str, how: str, figures: Mapping[str, Any], command: str | None = None) -> str:
-    """Render a model card: what it is, how it was made, what was measured."""
+def model_card(title: str, how: str, figures: Mapping[str, Any], command: str) -> str:
+    """Render a model card: what it is, how it was made, what was measured, how to run it again."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    run = f"\nMade by\n\n    {command}\n\nwith the options in config.yaml.\n" if command else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -104,4 +103,8 @@ tags:
 | | |
 |---|---|
 {rows}
-{run}"""
+
+The options of the run are in config.yaml, which runs it again:
+
+    tinygpt2 {command} --config config.yaml --out DIR
+"""

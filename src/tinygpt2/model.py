@@ -32,7 +32,7 @@ def preset_names() -> list[str]:
 
 def is_shape(name: str) -> bool:
     """Say whether a name means a shape (preset or config file) and not a directory of weights."""
-    return name in preset_names() or Path(name).suffix in (".json", ".yaml", ".yml")
+    return not Path(name).is_dir() and (name in preset_names() or Path(name).suffix in (".json", ".yaml", ".yml"))
 
 
 def read_shape(name: str, tokenizer: Tokenizer) -> GPT2Config:

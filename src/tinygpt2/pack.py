@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygpt2.config import DEFAULT_SEQUENCE_LENGTH, PregenerateConfig
-from tinygpt2.corpus import documents
+from tinygpt2.corpus import documents, size_hint
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.files import atomic_path, require_free, write_json
 from tinygpt2.progress import say, track
@@ -160,7 +160,7 @@ def _spill(sources: list[str], tokenizer: Tokenizer, config: PregenerateConfig, 
     ends, sizes, hashes = [], [], []
     written = 0
     texts = batches(documents(sources, config.document, config.text_column))
-    with track("tokenise", None) as task, file.open("wb") as stream:
+    with track("tokenise", size_hint(sources)) as task, file.open("wb") as stream:
         for text, ids in encode_all(tokenizer, texts, config.num_workers):
             stream.write(np.array(ids + eos, dtype).tobytes())
             raw = text.encode()
@@ -168,7 +168,7 @@ def _spill(sources: list[str], tokenizer: Tokenizer, config: PregenerateConfig, 
             ends.append(written)
             sizes.append(len(raw))
             hashes.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=key).digest(), "big"))
-            task.advance()
+            task.advance(len(raw))
     if not written:
         raise DataError(f"no text in {', '.join(sources)}", "every document is empty or blank")
     tokens = np.memmap(file, dtype, "r", shape=(written,))

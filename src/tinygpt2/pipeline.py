@@ -50,9 +50,9 @@ class Scale:
     n_layer: int = 4
     n_embd: int = 160
     n_head: int = 5
-    student_layers: int = 2
-    teacher_tokens: int = 1_000_000
-    student_tokens: int = 120_000
+    student_layers: int = 1
+    teacher_tokens: int = 900_000
+    student_tokens: int = 100_000
     batch_size: int = 4
     learning_rate: float = 2e-3
     new_tokens: int = 60
@@ -162,8 +162,8 @@ def _training(config: QuickstartConfig, scale: Scale, out: Path, tokens: int) ->
         "micro_batch_size": scale.batch_size,
         "learning_rate": scale.learning_rate,
         "warmup_ratio": 0.05,
-        "eval_every": max(1, steps // 6),
-        "save_every": max(1, steps // 6),
+        "eval_every": max(1, steps // 4),
+        "save_every": max(1, steps // 4),
         "resume": True,
     }
 

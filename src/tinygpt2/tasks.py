@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tinygpt2.dataset import Packed, is_packed, load_packed
 from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.progress import track
 
 NAMES = ("wikitext",)
 
@@ -87,7 +88,8 @@ def _wikitext_from_hub() -> list[str]:
     import datasets
 
     try:
-        rows: list[str] = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+        with track("fetch wikitext from the Hub", None):
+            rows: list[str] = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
     except Exception as error:  # whatever the network makes the library raise
         raise DataError(
             f"wikitext cannot be had from the Hub: {' '.join(str(error).split())[:200]}",

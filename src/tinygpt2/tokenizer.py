@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygpt2.config import TrainTokenizerConfig
-from tinygpt2.corpus import documents
+from tinygpt2.corpus import documents, size_hint
 from tinygpt2.errors import DataError, ModelError
 from tinygpt2.files import atomic_contents, require_free
 from tinygpt2.hub import local_directory
@@ -176,7 +176,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     )
     count = _Count()
     texts = documents(config.source, config.document, config.text_column)
-    with track("train tokenizer", None) as task:
+    with track("train tokenizer", size_hint(config.source)) as task:
         backend.train_from_iterator(count.through(texts, task), trainer=trainer)
     if not count.documents:
         raise DataError(f"no text in {', '.join(config.source)}")
@@ -203,7 +203,8 @@ class _Count:
 
     def through(self, texts: Iterable[str], task: Task) -> Iterator[str]:
         for text in texts:
+            size = len(text.encode())
             self.documents += 1
-            self.bytes += len(text.encode())
-            task.advance()
+            self.bytes += size
+            task.advance(size)
             yield text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +80,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         model, directory = load_model(config.model or "", allow_pickle=config.allow_pickle)
         check_fits(data, model.config, _fingerprint(directory), f"model {config.model}")
         how = f"A GPT-2, trained further from {config.model} on {_sources(data)}."
-    return _train(Job(config, how, model, data))
+    return _train(Job("pretrain", config, how, model, data))
 
 
 def distill(config: DistillConfig) -> TrainResult:
@@ -112,7 +111,7 @@ def distill(config: DistillConfig) -> TrainResult:
         f"A GPT-2 that learned from {config.teacher} by recipe {config.recipe}, "
         f"started from {config.student}, on {_sources(data)}."
     )
-    return _train(Job(config, how, student, data, Weights.of(config), teacher))
+    return _train(Job("distill", config, how, student, data, Weights.of(config), teacher))
 
 
 def finetune(config: FinetuneConfig) -> TrainResult:
@@ -128,7 +127,7 @@ def finetune(config: FinetuneConfig) -> TrainResult:
     else:
         data = load_packed(_pack_text(config, directory, model.config.n_positions))
     check_fits(data, model.config, _fingerprint(directory), f"model {config.model}")
-    return _train(Job(config, f"{config.model}, fine-tuned on {_sources(data)}.", model, data))
+    return _train(Job("finetune", config, f"{config.model}, fine-tuned on {_sources(data)}.", model, data))
 
 
 def _pack_text(config: FinetuneConfig, tokenizer: Path, positions: int) -> str:
@@ -246,4 +245,4 @@ def _card(job: Job, result: TrainResult) -> str:
         figures["held-out loss (nats/token)"] = f"{result.eval.loss:.4f}"
         figures["held-out perplexity"] = f"{result.eval.perplexity:.2f}"
     figures["tokenizer fingerprint of the data"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
-    return model_card(Path(job.config.out).name, job.how, figures, shlex.join(["tinygpt2", *sys.argv[1:]]))
+    return model_card(Path(job.config.out).name, job.how, figures, job.command)

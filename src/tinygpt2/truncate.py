@@ -92,6 +92,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         f"A GPT-2 of {len(layers)} layers, cut from {config.teacher} and not trained since: "
         f"its blocks {kept}, weights copied.",
         {"parameters": f"{parameters:,}", "teacher's parameters": f"{before:,}", "blocks kept, from 0": kept},
+        "truncate-student",
     )
     save_model(student, out, model_tokenizer(directory), card, config.to_yaml())
     return TruncateStudentResult(str(out.resolve()), layers, parameters, before)
