@@ -23,7 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    no_args_is_help=True,
 )
 
 
@@ -152,7 +151,7 @@ for _name, _config, _about, _examples in COMMANDS:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with the promised exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     sys.exit(_run(arguments, as_json="--json" in arguments))
 
 

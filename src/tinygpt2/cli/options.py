@@ -60,7 +60,7 @@ def add_command(
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     lines = "\n\n".join(f"  tinygpt2 {example}" for example in examples)
-    app.command(name, help=about, epilog=f"Examples:\n\n{lines}")(command)
+    app.command(name, help=about, short_help=about, epilog=f"Examples:\n\n{lines}")(command)
 
 
 def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) -> Config:
