@@ -7,6 +7,7 @@ oldest dependencies that pyproject.toml promises, and `build` another, with noth
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 import tomllib
 from pathlib import Path
@@ -32,7 +33,7 @@ def shared(session: nox.Session) -> str:
     folder = Path(".nox") / "shared"
     python = folder.absolute() / "bin" / "python"
     if not python.exists():
-        session.run("python", "-m", "venv", str(folder), external=True)
+        session.run(sys.executable, "-m", "venv", str(folder), external=True)
     tools = [*group("test"), *group("types")]
     session.run(str(python), "-m", "pip", "install", "-q", *CONSTRAINTS, "-e", ".", *tools, external=True)
     return str(python)

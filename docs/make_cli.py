@@ -17,7 +17,7 @@ PAGE = Path(__file__).with_name("cli.md")
 
 def render() -> str:
     """Return the page: the program's help, then each command's."""
-    runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
+    runner = CliRunner()
     parts = ["# Command reference\n\nMade by `python docs/make_cli.py` from the program's own help.\n"]
     for words in ([], *([name] for name, *_ in COMMANDS)):
         help_text = runner.invoke(app, [*words, "--help"], prog_name="tinygpt2").output

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,14 +126,10 @@ class Outcome:
 
 
 @pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run the command line in this process."""
 
-    def run(*arguments: object, stdin: bytes | None = None) -> Outcome:
-        if stdin is not None:
-            file = Path(os.environ["PYTEST_TMP"]) if "PYTEST_TMP" in os.environ else None
-            assert file is None
-            monkeypatch.setattr(sys, "stdin", _Stdin(stdin))
+    def run(*arguments: object) -> Outcome:
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
             app.main([str(argument) for argument in arguments])
@@ -142,20 +137,3 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
         return Outcome(exit_.value.code, out, err)
 
     return run
-
-
-class _Stdin:
-    def __init__(self, raw: bytes) -> None:
-        import io
-
-        self.buffer = io.BytesIO(raw)
-        self._text = io.StringIO(raw.decode("utf-8", "replace"))
-
-    def isatty(self) -> bool:
-        return False
-
-    def readline(self, *args: int) -> str:
-        return self._text.readline(*args)
-
-    def fileno(self) -> int:
-        raise OSError("not a file")

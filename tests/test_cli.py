@@ -71,6 +71,45 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(cli: Callable, tmp_p
     assert (resolved["warmup_ratio"], resolved["attention_weight"], resolved["micro_batch_size"]) == (0.01, 1.0, 8)
 
 
+def test_a_recipe_flag_wins_over_what_a_run_wrote_down(cli: Callable, tmp_path: Path) -> None:
+    base = ["--student", "s", "--teacher", "t", "--data", "d", "--out", "o", "--print-config"]
+    (tmp_path / "config.yaml").write_text(cli("distill", "--recipe", "truncation", *base).out)
+    again = [
+        "distill",
+        "--config",
+        tmp_path / "config.yaml",
+        "--recipe",
+        "tinygpt2",
+        "--hidden-weight",
+        "0.5",
+        "--print-config",
+    ]
+    resolved = yaml.safe_load(cli(*again).out)
+    assert (resolved["recipe"], resolved["attention_weight"], resolved["ce_weight"]) == ("tinygpt2", 1.0, 0.0)
+    assert (resolved["hidden_weight"], resolved["learning_rate"], resolved["student"]) == (0.5, 2.5e-4, "s")
+
+
+def test_flags_can_undo_a_yes_of_the_file(cli: Callable, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\nout: o\nresume: true\n")
+    printed = cli("pretrain", "--config", tmp_path / "run.yaml", "--no-resume", "--print-config").out
+    assert yaml.safe_load(printed)["resume"] is False
+
+
+def test_names_with_brackets_are_shown_as_they_are(cli: Callable, teacher: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "student[v2]")
+    assert "student[v2]" in cli("ppl", "--model", tmp_path / "student[v2]", "--task", data).out
+    assert "student[v2]" in cli("generate", "--model", tmp_path / "student[v2]", "--max-new-tokens", 2).out
+
+
+def test_an_output_that_cannot_be_written_is_no_defect(
+    cli: Callable, corpus: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    outcome = cli("pregenerate", corpus, "--tokenizer", tokenizer_dir, "--out", tmp_path / "file" / "out")
+    assert outcome.code == 2
+    assert "Not a directory" in outcome.err or "File exists" in outcome.err
+
+
 def test_the_whole_pipeline_with_json(cli: Callable, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     rows = [json.dumps({"text": sentences(20, seed)}, ensure_ascii=False) for seed in range(30)]
@@ -198,6 +237,7 @@ def bad(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path, t
     (root / "broken.jsonl").write_text('{"text": "a"}\n{"text"\n')
     (root / "unknown.yaml").write_text("learning_rat: 1\n")
     (root / "type.yaml").write_text("max_steps: many\n")
+    (root / "surrogate.jsonl").write_text('{"text": "a \\ud83d b"}\n')
     (root / "list.yaml").write_text("- a\n")
     (root / "syntax.yaml").write_text("a: [\n")
     (root / "full").mkdir()
@@ -226,6 +266,9 @@ BAD = [
     (3, "shorter than one block", "pregenerate {bad}/short.txt --tokenizer {tok} --out {out}"),
     (3, "latin1.txt: not UTF-8: unexpected end of data at byte 3", "pregenerate {bad}/latin1.txt --tokenizer {tok} --out {out}"),
     (3, "broken.jsonl:2", "pregenerate {bad}/broken.jsonl --tokenizer {tok} --out {out}"),
+    (3, "surrogate.jsonl:1: half of a surrogate", "pregenerate {bad}/surrogate.jsonl --tokenizer {tok} --out {out}"),
+    (2, "leaves nothing to train", TRAIN + " --data {data} --freeze *"),
+    (2, "less than or equal to 4294967295", TRAIN + " --data {data} --seed 99999999999"),
     (4, "no tokenizer in", "pregenerate {corpus} --tokenizer {bad}/notok --out {out}"),
     (4, "HF_ENDPOINT", "pregenerate {corpus} --tokenizer no-such-tokenizer --out {out}"),
     (2, "not empty", "pregenerate {corpus} --tokenizer {tok} --out {bad}/full"),

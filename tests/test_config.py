@@ -35,6 +35,19 @@ def test_all_problems_at_once() -> None:
         assert part in message, part
 
 
+def test_contradictions_are_found_beside_other_problems_and_not_invented() -> None:
+    with pytest.raises(ConfigError) as caught:
+        GenerateConfig(num_beams="4", num_samples="9")
+    assert "missing --model" in str(caught.value)
+    assert "--num-samples 9 is beyond --num-beams 4" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        DistillConfig(student="s", data="d", recipe="truncation", attention_weight="0")
+    assert str(caught.value).startswith("missing --out")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="valid string"):
+        PretrainConfig(model="m", data="d", out=["a", "b"])
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "part"),
     [
@@ -79,6 +92,7 @@ def test_contradictions_and_bounds(kind: type, values: dict, part: str) -> None:
 
 def test_natural_yaml_is_accepted() -> None:
     assert TruncateStudentConfig(teacher="t", out="o", layers=[0, 2, 4]).layers == "0,2,4"
+    assert TruncateStudentConfig(teacher="t", out="o", layers=4).layers == "4"
     assert PplConfig(task="a.txt").task == ["a.txt"]
     assert PretrainConfig(**PRETRAIN, learning_rate="1e-3").learning_rate == 1e-3  # PyYAML reads 1e-3 as text
 

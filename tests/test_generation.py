@@ -46,6 +46,16 @@ def test_beams_are_transformers_beams(teacher: Path) -> None:
     assert texts(model=str(teacher), prompt="the cat", max_new_tokens=6, num_beams=4, num_samples=3) == expected
 
 
+def test_greedy_stays_greedy_whatever_the_models_directory_says(teacher: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    shutil.copytree(teacher, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"do_sample": True, "repetition_penalty": 5.0}))
+    options = {"prompt": "the cat", "max_new_tokens": 12}
+    assert texts(model=str(tmp_path / "m"), **options) == texts(model=str(teacher), **options)
+
+
 def test_several_models_and_prompts(teacher: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", tokenizer_dir, seed=3)
     results = generate(GenerateConfig(model=[str(teacher), str(other)], prompt=["a", "b"], max_new_tokens=3)).results

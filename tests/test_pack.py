@@ -60,6 +60,17 @@ def test_documents_go_whole_into_one_split(corpus: Path, tokenizer_dir: Path, tm
         assert len(stream) == manifest["splits"][name]["tokens"]
 
 
+def test_a_repeated_document_is_on_one_side_only(tmp_path: Path, tokenizer_dir: Path) -> None:
+    file = tmp_path / "x.txt"
+    lines = [f"the cat {index % 7} sat on the mat" for index in range(70)]
+    file.write_text("\n".join(lines))
+    _, manifest = pack(tmp_path / "d", file, tokenizer_dir, sequence_length=2, test_fraction=0.05, document="line")
+    assert manifest["splits"]["test"]["documents"] == 10
+    file.write_text("\n".join(lines[:1] * 20))
+    _, manifest = pack(tmp_path / "same", file, tokenizer_dir, sequence_length=2, test_fraction=0.05, document="line")
+    assert manifest["split"] == "position"
+
+
 def test_few_documents_are_split_by_position(tmp_path: Path, tokenizer_dir: Path) -> None:
     file = tmp_path / "one.txt"
     file.write_text("the cat sat on the mat. " * 200)

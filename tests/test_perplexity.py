@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt2 import PplConfig, ppl
+from tinygpt2 import PplConfig, PregenerateConfig, ppl, pregenerate
 from tinygpt2.dataset import load_packed
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.model import load_model
@@ -78,6 +78,19 @@ def test_a_dataset_is_scored_block_by_block(teacher: Path, data: Path) -> None:
     losses = [x for i in range(len(blocks)) for x in naive_losses(model, blocks.row(i).tolist(), 32, 32)]
     assert row.tokens == len(losses) == len(blocks) * 31
     assert row.loss == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_overlapping_blocks_are_scored_as_the_text_they_came_from(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    rows = []
+    for name, stride in (("plain", 32), ("sliding", 8)):
+        config = PregenerateConfig(
+            source=str(corpus), tokenizer=str(teacher), out=str(tmp_path / name), sequence_length=32, stride=stride
+        )
+        pregenerate(config)
+        rows.append(ppl(PplConfig(model=[str(teacher)], task=[str(tmp_path / name)])).results[0])
+    plain, sliding = rows
+    assert sliding.tokens - plain.tokens < 32
+    assert sliding.loss == pytest.approx(plain.loss, rel=0.02)
 
 
 def test_standard_error_and_pairs(teacher: Path, tokenizer_dir: Path, data: Path, tmp_path: Path) -> None:

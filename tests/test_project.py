@@ -96,6 +96,11 @@ def command_lines(file: Path) -> list[str]:
     return [line.removeprefix("$ ") for line in lines if re.match(r"(\$ )?tinygpt2 ", line)]
 
 
+def test_no_page_has_a_blank_to_fill_in() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert not re.search(r"@[A-Z]+@", page.read_text(encoding="utf-8")), page.name
+
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -218,6 +218,14 @@ def test_finetuning_a_text_packs_it_with_the_models_tokenizer(teacher: Path, tmp
     assert losses[-1] < losses[0]
 
 
+def test_a_resumed_run_reads_the_same_data(data: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    base = {"model": str(teacher), "out": str(tmp_path / "m"), "resume": True}
+    finetune(FinetuneConfig(**base, data=str(corpus / "00.txt"), **FAST))
+    finetune(FinetuneConfig(**base, data=str(corpus / "00.txt"), **FAST))
+    with pytest.raises(ConfigError, match="--data"):
+        finetune(FinetuneConfig(**base, data=str(corpus / "01.txt"), **FAST))
+
+
 def test_frozen_parameters_stay(data: Path, teacher: Path, tmp_path: Path) -> None:
     pretrain(
         PretrainConfig(

@@ -22,7 +22,7 @@ Strategy = Literal["uniform", "alternate", "first", "last"]
 
 LENGTH, OPTIMISATION, RUN = "Length of training", "Optimisation", "Running, logging and saving"
 OBJECTIVES, TEXT, DECODING = "Objectives", "Text", "Decoding"
-BY_RECIPE = "by the recipe"
+MAX_SEED = 2**32 - 1  # what every random generator takes
 DEFAULT_SEQUENCE_LENGTH = 1024
 
 
@@ -30,7 +30,7 @@ class QuickstartConfig(Config):
     """Options of `quickstart`."""
 
     out: str = option("tinygpt2-quickstart", "Directory for everything it makes; an earlier one is continued.")
-    seed: int = option(42, "Seed of every random choice.", ge=0)
+    seed: int = option(42, "Seed of every random choice.", ge=0, le=MAX_SEED)
 
 
 class TextOptions(Config):
@@ -69,13 +69,6 @@ class TrainTokenizerConfig(TextOptions):
 class PackOptions(TextOptions):
     """How documents become packed blocks."""
 
-    sequence_length: int | None = option(
-        None,
-        "Tokens in a block.",
-        panel=TEXT,
-        ge=2,
-        shown="1024, or the model's positions where those are fewer",
-    )
     test_fraction: float = option(0.05, "Share of the documents held out.", panel=TEXT, ge=0, lt=1)
     append_eos: bool = option(True, "End every document with the end-of-text token.", panel=TEXT)
     num_workers: int = option(1, "Processes that tokenise.", panel=TEXT, ge=1)
@@ -85,18 +78,19 @@ class PregenerateConfig(PackOptions):
     """Options of `pregenerate`."""
 
     source: list[str] = option(..., "Text files, directories, .jsonl files, - (stdin) or python-docs.", positional=True)
+    sequence_length: int = option(DEFAULT_SEQUENCE_LENGTH, "Tokens in a block.", panel=TEXT, ge=2)
     tokenizer: str = option(..., "Tokenizer: a local directory or a Hub id.")
     out: str = option(..., "Directory for the dataset.")
     stride: int | None = option(None, "Tokens from one block's start to the next.", ge=1, shown="the sequence length")
     test_source: list[str] | None = option(None, "Held-out text of its own; --test-fraction is then unused.")
-    seed: int = option(42, "Seed of the choice of held-out documents.", ge=0)
+    seed: int = option(42, "Seed of the choice of held-out documents.", ge=0, le=MAX_SEED)
     overwrite: bool = option(False, "Replace an existing dataset in --out once the new one is complete.")
 
     def conflicts(self) -> Iterator[str]:
         """Check the stride against the length."""
         yield from super().conflicts()
-        length = self.sequence_length or DEFAULT_SEQUENCE_LENGTH
-        if isinstance(self.stride, int) and isinstance(length, int) and self.stride > length:
+        length = self.sequence_length
+        if self.stride is not None and self.stride > length:
             yield f"--stride {self.stride} is beyond --sequence-length {length}: tokens between blocks would be lost"
 
 
@@ -128,7 +122,7 @@ class TrainOptions(Config):
     precision: Precision = option(
         "fp32", "Arithmetic of the matrix products; weights stay float32.", panel=OPTIMISATION
     )
-    seed: int = option(42, "Seed of initial weights, data order and dropout.", panel=OPTIMISATION, ge=0)
+    seed: int = option(42, "Seed of initial weights, data order and dropout.", panel=OPTIMISATION, ge=0, le=MAX_SEED)
     eval_every: int | None = option(None, "Steps between evaluations.", panel=RUN, ge=1, shown="only at the end")
     save_every: int = option(1000, "Steps between checkpoints; one is always saved at the end.", panel=RUN, ge=1)
     keep: int = option(1, "Checkpoints to keep, the newest.", panel=RUN, ge=1)
@@ -169,6 +163,9 @@ class FinetuneConfig(TrainOptions, PackOptions):
 
     model: str = option(..., "Model to fine-tune: a local directory or a Hub id.")
     data: str = option(..., "Pregenerated dataset, or a text source that is packed with the model's tokenizer.")
+    sequence_length: int | None = option(
+        None, "Tokens in a block.", panel=TEXT, ge=2, shown="1024, or the model's positions where those are fewer"
+    )
 
 
 class DistillConfig(TrainOptions):
@@ -183,40 +180,28 @@ class DistillConfig(TrainOptions):
     recipe: str = option(
         "default", "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file."
     )
-    attention_weight: float = option(
-        0.0, "Weight of the attention scores' squared error.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE
-    )
-    hidden_weight: float = option(
-        0.0, "Weight of the hidden states' squared error.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE
-    )
+    attention_weight: float = option(0.0, "Weight of the attention scores' squared error.", panel=OBJECTIVES, ge=0)
+    hidden_weight: float = option(0.0, "Weight of the hidden states' squared error.", panel=OBJECTIVES, ge=0)
     hidden_scale: HiddenScale = option(
         "none",
         "Divide the hidden error by the teacher state's variance, or not.",
         panel=OBJECTIVES,
-        shown=BY_RECIPE,
     )
-    prediction_weight: float = option(0.0, "Weight of the soft labels' loss.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE)
-    prediction_loss: PredictionLoss = option(
-        "forward_kl", "What compares the two predictions.", panel=OBJECTIVES, shown=BY_RECIPE
-    )
+    prediction_weight: float = option(0.0, "Weight of the soft labels' loss.", panel=OBJECTIVES, ge=0)
+    prediction_loss: PredictionLoss = option("forward_kl", "What compares the two predictions.", panel=OBJECTIVES)
     temperature: float = option(
         1.0,
         "Softens both predictions; the loss is multiplied by its square.",
         panel=OBJECTIVES,
         gt=0,
-        shown=BY_RECIPE,
     )
-    ce_weight: float = option(
-        0.0, "Weight of next-token cross-entropy on the data.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE
-    )
-    cosine_weight: float = option(
-        0.0, "Weight of 1 - cos of the last hidden states.", panel=OBJECTIVES, ge=0, shown=BY_RECIPE
-    )
+    ce_weight: float = option(0.0, "Weight of next-token cross-entropy on the data.", panel=OBJECTIVES, ge=0)
+    cosine_weight: float = option(0.0, "Weight of 1 - cos of the last hidden states.", panel=OBJECTIVES, ge=0)
     layer_map: str = option(
         "uniform",
         "Teacher layer for each student layer: uniform, last, first or 3,6,9,12.",
         panel=OBJECTIVES,
-        shown=BY_RECIPE,
+        commas=True,
     )
 
     @classmethod
@@ -251,7 +236,7 @@ class TruncateStudentConfig(Config):
         "Which layers --num-layers keeps: uniform keeps both ends, alternate takes every N/M-th from 0.",
         shown="uniform",
     )
-    layers: str | None = option(None, "Blocks to keep, counted from 0, such as 0,2,4,7,9,11.")
+    layers: str | None = option(None, "Blocks to keep, counted from 0, such as 0,2,4,7,9,11.", commas=True)
     allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.")
 
     def conflicts(self) -> Iterator[str]:
@@ -292,7 +277,7 @@ class GenerateConfig(Config):
     )
     num_beams: int = option(1, "Beam search of this width.", panel=DECODING, ge=1)
     num_samples: int = option(1, "Texts for each prompt: samples, or the best beams.", panel=DECODING, ge=1)
-    seed: int = option(42, "Seed of sampling.", panel=DECODING, ge=0)
+    seed: int = option(42, "Seed of sampling.", panel=DECODING, ge=0, le=MAX_SEED)
     allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.")
 
     @property
@@ -321,8 +306,7 @@ class VerifyConfig(Config):
 def changed_mathematics(config: TrainOptions, earlier: dict[str, Any]) -> list[str]:
     """Return the options that differ from an earlier run's and alter what a resumed run computes."""
     now = config.model_dump(mode="json", by_alias=True)
-    mathematics = (LENGTH, OPTIMISATION, OBJECTIVES)
-    keys = [key for key, field in config.options().items() if extra(field, "panel") in mathematics]
+    keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key != "out"]
     return [flag_name(key) for key in keys if key in earlier and earlier[key] != now[key]]
 
 

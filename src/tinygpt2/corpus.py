@@ -118,8 +118,11 @@ def _json_lines(file: Path, text_column: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise DataError(f"{file}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+        except UnicodeEncodeError as error:
+            raise DataError(f"{file}:{number}: half of a surrogate pair, which is no text") from error
         if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
             keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise DataError(

@@ -25,9 +25,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = scratch / path.name
     try:
         yield temporary
+        replaced = scratch / "replaced"
         if path.is_dir():
-            path.replace(scratch / "replaced")
-        temporary.replace(path)
+            path.replace(replaced)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if replaced.exists():
+                replaced.replace(path)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -56,6 +62,11 @@ def atomic_contents(directory: Path) -> Iterator[Path]:
         yield Path(scratch)
         for file in sorted(Path(scratch).iterdir()):
             file.replace(directory / file.name)
+
+
+def absolute(name: str) -> str:
+    """Return a name that is a path here as an absolute path, and any other name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def require_free(out: Path, hint: str) -> None:

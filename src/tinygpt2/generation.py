@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, TextStreamer
 
 from tinygpt2.config import GenerateConfig
 from tinygpt2.errors import ConfigError, DataError, ModelError
+from tinygpt2.files import absolute
 from tinygpt2.model import default_device, load_model, model_tokenizer
 from tinygpt2.tokenizer import encode
 
@@ -63,6 +64,11 @@ def load_speaker(name: str, *, allow_pickle: bool = False) -> Speaker:
     tokenizer = model_tokenizer(directory)
     if tokenizer is None:
         raise ModelError(f"{directory} has no tokenizer", "copy the tokenizer's files beside the weights")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ModelError(
+            f"{directory}: {len(tokenizer)} tokens in its tokenizer, {model.config.vocab_size} in the model"
+        )
+    model.generation_config = GenerationConfig()  # the directory's own would fill what the options leave open
     return Speaker(name, model.to(default_device()), tokenizer)
 
 
@@ -98,7 +104,7 @@ def continue_prompt(
         if tokenizer.eos_token_id in added:
             added = added[: added.index(tokenizer.eos_token_id)]
         text = tokenizer.decode(added, clean_up_tokenization_spaces=False)
-        yield Generation(speaker.name, prompt, text, len(added), seconds)
+        yield Generation(absolute(speaker.name), prompt, text, len(added), seconds)
 
 
 def _start(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> list[int]:
@@ -114,7 +120,7 @@ def _start(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> list[int]:
 
 def _decoding(config: GenerateConfig, model: GPT2LMHeadModel, tokenizer: Tokenizer, count: int) -> GenerationConfig:
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
-    sampling: dict[str, Any] = {}
+    sampling: dict[str, Any] = {"do_sample": False}
     if config.samples:
         # top_k is the library's 50 unless said otherwise: 0 is the whole vocabulary
         sampling = {

@@ -38,8 +38,8 @@ def is_shape(name: str) -> bool:
 def read_shape(name: str, tokenizer: Tokenizer) -> GPT2Config:
     """Read a preset, a config.json or a YAML file as GPT-2's configuration.
 
-    A preset takes vocabulary size, bos and eos from the tokenizer; a file must agree with it in size, and
-    takes from it what it does not say.
+    Start and end of text are the tokenizer's. A preset takes the size of the vocabulary from it too; a file that
+    gives one must agree.
 
     Raises:
         ConfigError: no such preset or file, no GPT-2, unknown or impossible values, another vocabulary.
@@ -55,12 +55,8 @@ def read_shape(name: str, tokenizer: Tokenizer) -> GPT2Config:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} does not hold a model configuration")
-    from_tokenizer = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    config = make_config({**from_tokenizer, **values}, str(path))
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = make_config({"vocab_size": len(tokenizer), **values, **ends}, str(path))
     if config.vocab_size != len(tokenizer):
         raise ConfigError(
             f"{path}: vocab_size {config.vocab_size}, but the data's tokenizer has {len(tokenizer)} tokens",
@@ -186,7 +182,7 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Exclude the parameters whose names match a pattern (as in a shell) from training.
 
     Raises:
-        ConfigError: a pattern matches nothing.
+        ConfigError: a pattern matches nothing, or all together leave nothing to train.
     """
     for pattern in patterns:
         matched = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
@@ -197,6 +193,8 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
             )
         for parameter in matched:
             parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"--freeze {', '.join(patterns)} leaves nothing to train")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt2.config import DEFAULT_SEQUENCE_LENGTH, PregenerateConfig
+from tinygpt2.config import PregenerateConfig
 from tinygpt2.corpus import documents, size_hint
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.files import atomic_path, require_free, write_json
@@ -93,7 +93,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         ModelError: the tokenizer cannot be had.
     """
     started = time.perf_counter()
-    out = Path(config.out)
+    out = Path(config.out).resolve()
     if not config.overwrite:
         require_free(out, "give another --out, or --overwrite to replace it")
     elif out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
@@ -101,7 +101,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")
-    length = config.sequence_length or DEFAULT_SEQUENCE_LENGTH
+    length = config.sequence_length
     with _scratch(out) as scratch:
         corpus = _spill(config.source, tokenizer, config, scratch / "train")
         held_out = _spill(config.test_source, tokenizer, config, scratch / "test") if config.test_source else None
@@ -183,27 +183,32 @@ def _split(corpus: _Spill, held_out: _Spill | None, fraction: float, length: int
     """
     everything = np.ones(len(corpus.ends), bool)
     count = round(fraction * len(everything))
+    # Whole groups of equal hashes, so that a repeated document is never on both sides
+    chosen = corpus.hashes <= np.sort(corpus.hashes)[count - 1] if count else ~everything
     if held_out is not None:
         how, test = "source", held_out.select(np.ones(len(held_out.ends), bool))
         train = corpus.select(everything)
-    elif count > 0:
-        everything[np.argsort(corpus.hashes, kind="stable")[:count]] = False
-        how, train, test = "document", corpus.select(everything), corpus.select(~everything)
+    elif count and not chosen.all():
+        how, train, test = "document", corpus.select(~chosen), corpus.select(chosen)
     else:
-        blocks = len(corpus.tokens) // length
-        # At least one block, so that there is something to measure on, unless none was asked for.
-        kept = blocks - (min(max(1, round(fraction * blocks)), blocks - 1) if fraction and blocks else 0)
-        size, cut = int(corpus.sizes.sum()), kept * length if fraction else len(corpus.tokens)
         how = "position"
-        train = _Stream([corpus.tokens[:cut]], len(everything), size * cut // len(corpus.tokens))
-        test = _Stream([corpus.tokens[cut:]], 0, size - train.bytes)
+        train, test = _split_by_position(corpus, fraction, length)
     have = sum(len(piece) for piece in train.pieces)
     if have < length:
         raise DataError(
-            f"the training text is {have} tokens, shorter than one block of {length}",
+            f"the text is {len(corpus.tokens)} tokens, {have} of them for training: shorter than one block of {length}",
             "give more text or a smaller --sequence-length",
         )
     return how, {"train": train, "test": test}
+
+
+def _split_by_position(corpus: _Spill, fraction: float, length: int) -> tuple[_Stream, _Stream]:
+    """Hold out the last part of the tokens, cut at a block border: one block at least, if any is asked for."""
+    blocks, size, total = len(corpus.tokens) // length, int(corpus.sizes.sum()), len(corpus.tokens)
+    held_out = min(max(1, round(fraction * blocks)), blocks - 1) if fraction and blocks else 0
+    cut = (blocks - held_out) * length if held_out else total
+    train = _Stream([corpus.tokens[:cut]], len(corpus.ends), size * cut // total)
+    return train, _Stream([corpus.tokens[cut:]], 0, size - train.bytes)
 
 
 def _write(out: Path, streams: dict[str, _Stream], length: int, stride: int) -> dict[str, SplitCounts]:
@@ -230,7 +235,7 @@ def _write_split(file: Path, name: str, stream: _Stream, length: int, stride: in
     dtype = stream.pieces[0].dtype if stream.pieces else np.dtype(np.uint16)
     features = datasets.Features({"input_ids": datasets.List(datasets.Value(dtype.name), length=length)})
     content = hashlib.sha256(f"{name} {length} {stride} {dtype}".encode())
-    sequences = used = 0
+    sequences = 0
     with ArrowWriter(path=str(file), features=features) as writer:
         for rows in _blocks(stream.pieces, length, stride):
             content.update(rows.tobytes())

@@ -25,6 +25,7 @@ from transformers import GPT2LMHeadModel
 from tinygpt2.config import PplConfig
 from tinygpt2.dataset import Packed
 from tinygpt2.errors import ConfigError, DataError, ModelError
+from tinygpt2.files import absolute
 from tinygpt2.model import default_device, load_model, model_tokenizer
 from tinygpt2.progress import track
 from tinygpt2.tasks import Task, load_task
@@ -190,7 +191,7 @@ def ppl(config: PplConfig) -> PplResult:
             rows.append(row)
             scores[name, task.name] = scored
     paired = [
-        _pair(a, b, task.name, scores[a, task.name], scores[b, task.name])
+        _pair(absolute(a), absolute(b), absolute(task.name), scores[a, task.name], scores[b, task.name])
         for task in tasks
         for a, b in combinations(dict.fromkeys(config.model), 2)
     ]
@@ -216,8 +217,8 @@ def _measure(
     total, targets = float(scored.sums.sum()), int(scored.counts.sum())
     words, size = len(text.split()), len(text.encode())
     row = PplRow(
-        model=name,
-        task=task.name,
+        model=absolute(name),
+        task=absolute(task.name),
         perplexity=_exp(scored.loss),
         loss=scored.loss,
         bits_per_byte=total / math.log(2) / size,
@@ -246,7 +247,9 @@ def _tokens(model: GPT2LMHeadModel, directory: Path, task: Task) -> tuple[Intege
         blocks = task.packed.test
         if not len(blocks):
             raise DataError(f"the test split of {task.name} is empty")
-        tokens = np.concatenate([blocks.row(index) for index in range(len(blocks))])
+        # Blocks of sliding windows repeat what the one before had: each token counts once.
+        fresh = task.packed.manifest["stride"]
+        tokens = np.concatenate([blocks.row(0), *(blocks.row(index)[-fresh:] for index in range(1, len(blocks)))])
         text = task.packed.tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return tokens, text, task.packed.sequence_length
     if tokenizer is None:

@@ -26,7 +26,7 @@ from tinygpt2.config import (
     TruncateStudentConfig,
 )
 from tinygpt2.corpus import PYTHON_DOCS
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.files import read_json, write_json, write_text
 from tinygpt2.generation import generate
 from tinygpt2.metrics import plot_runs
@@ -103,7 +103,7 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
         ConfigError: the output directory holds something else, or an earlier run of other sizes or seed.
     """
     scale = scale or Scale()
-    out = Path(config.out)
+    out = Path(config.out).resolve()
     stages = _Stages(out, {"seed": config.seed, **asdict(scale)})
     pupil = _training(config, scale, out, scale.student_tokens)
     stages.run("tokenizer", lambda: train_tokenizer(
@@ -185,7 +185,7 @@ class _Stages:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all stages, over all runs into this directory."""
+        """Seconds of the finished stages, each in the run that finished it."""
         return float(sum(stage["seconds"] for stage in self._journal["stages"].values()))
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
@@ -196,9 +196,12 @@ class _Stages:
             return stages[name]["result"]
         started = time.perf_counter()
         directory = self._out / name
-        if directory.is_dir() and not (directory / "config.yaml").is_file():
-            shutil.rmtree(directory)  # half a tokenizer or dataset; a training run resumes instead
-        result = work()
+        if directory.is_dir() and not (directory / "checkpoints").is_dir():
+            shutil.rmtree(directory)  # what has no checkpoint to resume from starts again
+        try:
+            result = work()
+        except InterruptedRunError as error:
+            raise InterruptedRunError(f"{name}: {error.message}", "run the same command again to continue") from None
         seconds = time.perf_counter() - started
         stages[name] = {"seconds": seconds, "result": result if isinstance(result, dict) else asdict(result)}
         write_json(self._file, self._journal)
@@ -210,8 +213,8 @@ def _measure(out: Path, models: tuple[str, ...], scale: Scale) -> dict[str, Any]
     paths = [str(out / name) for name in models]
     measured = ppl(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size)).results
     greedy = GenerateConfig(model=paths, prompt=[PROMPT], max_new_tokens=scale.new_tokens)
-    texts = generate(greedy).results
     samples = generate(greedy.model_copy(update={"temperature": 0.8, "top_p": 0.9})).results
+    texts = generate(greedy).results  # timed: second, when everything is warm
     runs = {name: read_json(out / name / "config.json") for name in models}
     journal = read_json(out / JOURNAL)["stages"]
     return {

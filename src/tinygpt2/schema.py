@@ -33,6 +33,7 @@ def option(
     *,
     panel: str = "Options",
     positional: bool = False,
+    commas: bool = False,
     shown: str | None = None,
     **rest: Any,
 ) -> Any:
@@ -43,10 +44,11 @@ def option(
         text: its help, one sentence.
         panel: the heading under which help lists it.
         positional: whether it is given without its name.
+        commas: whether it is text of numbers between commas, which YAML may give as a list or one number.
         shown: what help shows as the default where the value alone would not tell.
         rest: pydantic's ge, gt, le, lt and alias.
     """
-    extra: dict[str, Any] = {"panel": panel, "positional": positional, "shown": shown}
+    extra: dict[str, Any] = {"panel": panel, "positional": positional, "commas": commas, "shown": shown}
     return Field(default, description=text, json_schema_extra=extra, **rest)
 
 
@@ -92,8 +94,8 @@ class Config(BaseModel):
         """Take one value where a list is expected, a YAML list where commas are, and no yes/no for a number."""
         field = cls.model_fields[info.field_name or ""]
         kind = plain_type(field)
-        if kind is str and isinstance(value, list):
-            return ",".join(str(item) for item in value)
+        if extra(field, "commas") and isinstance(value, list | int) and not isinstance(value, bool):
+            return ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
         if get_origin(kind) is list and isinstance(value, str):
             return [value]
         if kind in (int, float) and isinstance(value, bool):
@@ -139,11 +141,12 @@ class Config(BaseModel):
                 message = item["msg"].removeprefix("Value error, ")
                 yield f"{flag_name(key)} {item['input']}: {message[0].lower()}{message[1:]}"
         if "" not in bad:  # pydantic looks for contradictions only in a sound whole: look in what is sound
-            defaults = {
-                name: None if field.is_required() else field.default for name, field in cls.model_fields.items()
-            }
+            blank = {key: "?" for key, field in cls.options().items() if field.is_required()}
             sound = {key: value for key, value in values.items() if key in options and key not in bad}
-            yield from cls.model_construct(**{**defaults, **sound}).conflicts()
+            try:
+                cls(**{**blank, **sound})
+            except ConfigError as contradictions:
+                yield contradictions.message
 
     def to_yaml(self) -> str:
         """Render every option with its resolved value; the text runs the command again through --config."""

@@ -1,6 +1,6 @@
 """Tokenizers: load any, train one, encode documents exactly as the tokenizer itself would.
 
-Special tokens inside a text are never interpreted: `<|endoftext|>` in a web page is eleven characters.
+Special tokens inside a text are never interpreted: `<|endoftext|>` in a web page is thirteen characters.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,15 +87,14 @@ def encode_all(tokenizer: Tokenizer, groups: Iterable[list[str]], workers: int =
     """
     serialised = tokenizer.backend_tokenizer.to_str()
     if workers == 1:
-        _start_worker(serialised)
         for group in groups:
-            yield from zip(group, _encode_batch(group), strict=True)
+            yield from zip(group, _encode_batch(_backend(serialised), group), strict=True)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (serialised,)) as pool:
         waiting: deque[tuple[list[str], Future[list[list[int]]]]] = deque()
         for group in groups:
-            waiting.append((group, pool.submit(_encode_batch, group)))
+            waiting.append((group, pool.submit(_work, group)))
             if len(waiting) > 2 * workers:  # bounds what is in memory, whatever the corpus
                 texts, future = waiting.popleft()
                 yield from zip(texts, future.result(), strict=True)
@@ -102,22 +102,32 @@ def encode_all(tokenizer: Tokenizer, groups: Iterable[list[str]], workers: int =
             yield from zip(texts, future.result(), strict=True)
 
 
-_backend: Backend | None = None
+@lru_cache(maxsize=4)
+def _backend(serialised: str) -> Backend:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(serialised)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+    return backend
+
+
+_worker: Backend | None = None
 
 
 def _start_worker(serialised: str) -> None:
-    from tokenizers import Tokenizer as Backend
-
-    global _backend
-    _backend = Backend.from_str(serialised)
-    _backend.no_truncation()
-    _backend.no_padding()
-    _backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+    global _worker
+    _worker = _backend(serialised)
 
 
-def _encode_batch(texts: list[str]) -> list[list[int]]:
-    assert _backend is not None
-    return [encoding.ids for encoding in _backend.encode_batch_fast(texts, add_special_tokens=False)]
+def _work(texts: list[str]) -> list[list[int]]:
+    assert _worker is not None
+    return _encode_batch(_worker, texts)
+
+
+def _encode_batch(backend: Backend, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def batches(texts: Iterable[str], size: int = 256, characters: int = 1 << 20) -> Iterator[list[str]]:

@@ -121,7 +121,9 @@ def finetune(config: FinetuneConfig) -> TrainResult:
         As `pretrain`.
     """
     _check_out(config)
+    _require_precision(config)
     model, directory = load_model(config.model, allow_pickle=config.allow_pickle)
+    freeze(model, config.freeze)
     if is_packed(Path(config.data)):
         data = load_packed(config.data)
     else:
@@ -166,7 +168,8 @@ def _check_out(config: TrainOptions) -> None:
     """Refuse to overwrite, and to resume a run whose mathematics were others."""
     out = Path(config.out)
     run = out / RUN_FILE
-    if not config.resume or (out.is_dir() and any(out.iterdir()) and not run.is_file()):
+    begun = run.is_file() or is_packed(out / "data")  # a text may be packed before the run begins
+    if not (config.resume and begun):
         require_free(out, "give another --out, or --resume to continue a run")
     elif run.is_file():
         changed = changed_mathematics(config, yaml.safe_load(run.read_text(encoding="utf-8")))
@@ -177,13 +180,16 @@ def _check_out(config: TrainOptions) -> None:
             )
 
 
-def _accelerator(config: TrainOptions) -> Accelerator:
-    cpu = not torch.cuda.is_available()
-    if cpu and config.precision == "fp16":
+def _require_precision(config: TrainOptions) -> None:
+    if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
+
+
+def _accelerator(config: TrainOptions) -> Accelerator:
+    _require_precision(config)
     AcceleratorState._reset_state()  # a process may train twice, in another precision
     return Accelerator(
-        cpu=cpu,
+        cpu=not torch.cuda.is_available(),
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=list(config.report_to) or None,
         project_dir=config.out,

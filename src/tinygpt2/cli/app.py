@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -165,17 +166,18 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
         failure = ConfigError(error.format_message(), "see tinygpt2 --help, or --help after the command")
     except (KeyboardInterrupt, typer.Abort):
         failure = InterruptedRunError("interrupted")
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    except OSError as error:
+        failure = ConfigError(
+            f"{error.filename or 'input or output'}: {error.strerror or error}", "check paths, rights and space"
+        )
+        if debug:
+            traceback.print_exc()
     except Exception as error:
         failure = TinyGPT2Error(
             f"a defect of tinygpt2: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
             "run again with TINYGPT2_DEBUG=1 to see where, and report it",
         )
         if debug:
-            import traceback
-
             traceback.print_exc()
     else:
         return 0

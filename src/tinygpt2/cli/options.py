@@ -15,7 +15,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from tinygpt2.cli.output import print_result
-from tinygpt2.config import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
+from tinygpt2.config import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT, read_recipe
 from tinygpt2.errors import ConfigError
 from tinygpt2.schema import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
 
@@ -56,7 +56,8 @@ def add_command(
         raise typer.Exit(getattr(result, "exit_code", 0))
 
     options = sorted(config_type.options().items(), key=lambda item: PANELS.index(extra(item[1], "panel")))
-    parameters = [_parameter(key, field) for key, field in options] + _common()
+    recipe = read_recipe("default") if "recipe" in dict(options) else {}
+    parameters = [_parameter(key, field, recipe) for key, field in options] + _common()
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     lines = "\n\n".join(f"  tinygpt2 {example}" for example in examples)
@@ -70,6 +71,8 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
         ConfigError: every problem at once, with the file's name if it may be at fault.
     """
     from_file = read_yaml(Path(file)) if file else {}
+    if "recipe" in given:  # named on the command line, it wins over all that the file says of the same things
+        given = config_type.layered(given)
     try:
         return config_type(**{**from_file, **given})
     except ConfigError as error:
@@ -78,11 +81,12 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
         raise
 
 
-def _parameter(key: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Parameter:
     kind = plain_type(field)
     is_list = get_origin(kind) is list
     annotation: Any = bool | None if kind is bool else list[str] | None if is_list else str | None
-    facts = [part for part in (bounds_label(field), _default(field)) if part]
+    default = "default by the recipe" if key in recipe else _default(field)
+    facts = [part for part in (bounds_label(field), default) if part]
     text = (field.description or "") + (f" [{'; '.join(facts)}]" if facts else "")
     if extra(field, "positional"):
         info: Any = typer.Argument(
@@ -90,7 +94,7 @@ def _parameter(key: str, field: FieldInfo) -> inspect.Parameter:
         )
     else:
         flag = flag_name(key)
-        names = f"{flag}/--no-{flag[2:]}" if kind is bool and field.default else flag
+        names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
         info = typer.Option(names, help=text, metavar=None if kind is bool else type_label(field), show_default=False)
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info])
 
@@ -100,7 +104,7 @@ def _default(field: FieldInfo) -> str:
     shown = extra(field, "shown")
     if field.is_required() and not extra(field, "positional"):
         return "required"
-    if shown is None and (field.is_required() or field.default in (None, False) or field.default == []):
+    if shown is None and (field.is_required() or field.default in ([], None) or field.default is False):
         return ""
     value = ", ".join(field.default) if isinstance(field.default, list) else field.default
     return f"default {shown or ('yes' if value is True else value)}"

@@ -84,12 +84,13 @@ def _render_fields(result: Any, console: Console) -> None:
 
 def _table(columns: list[str], rows: list[list[Any]]) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_number(value) for value in row))
+        table.add_row(*(Text(_number(value)) for value in row))
     return table
 
 
@@ -132,8 +133,10 @@ def _render_ppl(result: Any, console: Console) -> None:
 
 
 def _render_generate(result: Any, console: Console) -> None:
+    from rich.markup import escape
+
     for text in result.results:
-        console.rule(f"{text.model}  ({text.tokens} tokens, {text.seconds:.1f} s)", align="left")
+        console.rule(escape(f"{text.model}  ({text.tokens} tokens, {text.seconds:.1f} s)"), align="left")
         console.print(text.prompt, markup=False, style="bold", end="", soft_wrap=True)
         console.print(text.text, markup=False, soft_wrap=True)
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from transformers import TextStreamer
 
 from tinygpt2.cli.output import print_error
@@ -35,7 +36,7 @@ def _can_stream(config: GenerateConfig) -> bool:
 def _announce(speaker: Speaker, prompt: str) -> TextStreamer:
     """Head a text with its model and prompt, and show its tokens as they come."""
     console = Console(highlight=False)
-    console.rule(speaker.name, align="left")
+    console.rule(escape(speaker.name), align="left")
     console.print(prompt, markup=False, style="bold", end="", soft_wrap=True)
     return TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
@@ -68,7 +69,9 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
 def _prompts() -> Iterator[str]:
     while True:
         try:
-            prompt = input("> " if sys.stdin.isatty() else "")
+            if sys.stdin.isatty() and not sys.stdout.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)  # stdout is data
+            prompt = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
         except EOFError:
             return
         if prompt.strip():
@@ -80,7 +83,7 @@ def _history() -> Iterator[None]:
     """Keep the prompts typed on a terminal from one session to the next."""
     try:
         import readline
-    except ImportError:  # Windows: no history
+    except ImportError:  # a Python built without it: no history
         yield
         return
     path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tinygpt2" / "history"

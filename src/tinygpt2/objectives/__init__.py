@@ -167,7 +167,7 @@ class Objectives(nn.Module):
         if weights.prediction or weights.ce:
             targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED).flatten()
             labels = None
-            if teacher is not None and teacher_head is not None:
+            if teacher is not None and teacher_head is not None and weights.prediction:
                 labels = (teacher.last.flatten(0, 1), teacher_head)
             objective = PredictionObjective(weights.prediction, weights.ce, weights.loss, weights.temperature)
             total, found = prediction_loss(student.last.flatten(0, 1), student_head, targets, labels, objective)

@@ -69,13 +69,15 @@ class _AttentionLoss(torch.autograd.Function):
             difference = difference.tril(diagonal=start)  # (B, H, rows, keys)
             total += difference.to(wide).square().sum()
             if q_grad is not None and k_grad is not None:
-                difference *= 2 * scale / pairs
                 q_grad[:, :, rows] = difference @ k[:, :, keys]
                 k_grad[:, :, keys] += difference.mT @ q[:, :, rows]
+        # The small factor waits for backward, where a loss scale has made the incoming gradient large.
+        ctx.factor = 2 * scale / pairs
         ctx.save_for_backward(q_grad, None if k_grad is None else k_grad.to(k.dtype))
         return total / pairs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_grad, k_grad = ctx.saved_tensors
-        return q_grad * grads[0], k_grad * grads[0], None, None, None, None
+        factor = ctx.factor * grads[0]
+        return q_grad * factor, k_grad * factor, None, None, None, None

@@ -146,15 +146,12 @@ class _ChunkedLoss(torch.autograd.Function):
                     if teacher_hidden is not None and soft_matrix is not None and objective.prediction_weight:
                         soft = (teacher_hidden[part].to(dtype) @ soft_matrix.mT).to(wide)
                         term = LOSSES[objective.loss](logits / objective.temperature, soft / objective.temperature)
-                        term = term * (scale / count)
-                        prediction += term.detach()
-                        total = total + objective.prediction_weight * term
+                        prediction += term.detach() * (scale / count)
+                        total = total + objective.prediction_weight * scale * term
                     if objective.ce_weight:
-                        term = (
-                            F.cross_entropy(logits, targets[part], ignore_index=IGNORED, reduction="sum") / target_count
-                        )
-                        ce += term.detach()
-                        total = total + objective.ce_weight * term
+                        term = F.cross_entropy(logits, targets[part], ignore_index=IGNORED, reduction="sum")
+                        ce += term.detach() / target_count
+                        total = total + objective.ce_weight * (count / target_count) * term
                 if needs_hidden or needs_head:
                     (grad,) = torch.autograd.grad(total, logits)
                     grad = grad.to(dtype)
@@ -162,6 +159,8 @@ class _ChunkedLoss(torch.autograd.Function):
                         hidden_grad[part] = grad @ matrix
                     if head_grad is not None:
                         head_grad += grad.mT @ states[part]
+        # The mean's 1/N waits for backward, where a loss scale has made the incoming gradient large.
+        ctx.factor = 1 / count
         ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(head.dtype))
         ctx.mark_non_differentiable(prediction, ce)
         return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce
@@ -169,5 +168,5 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
-        scaled = [None if grad is None else grad * grads[0] for grad in (hidden_grad, head_grad)]
+        scaled = [None if grad is None else grad * (ctx.factor * grads[0]) for grad in (hidden_grad, head_grad)]
         return scaled[0], scaled[1], None, None, None, None, None
