@@ -90,7 +90,7 @@ def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Pa
     text = (field.description or "") + (f" [{'; '.join(facts)}]" if facts else "")
     if extra(field, "positional"):
         info: Any = typer.Argument(
-            help=text, metavar=f"{key.upper()}..." if is_list else key.upper(), show_default=False
+            help=text, metavar=key.upper(), show_default=False
         )
     else:
         flag = flag_name(key)
