@@ -1,7 +1,8 @@
 """Documents to packed blocks on disk: `pregenerate`.
 
-One pass tokenises and spills the tokens to a temporary file, so that memory does not grow with the corpus;
-a second pass writes each split's blocks. The result is an Arrow dataset that plain `datasets` opens.
+One pass tokenises and spills the tokens to a temporary file, so that memory grows with the longest document
+and a few numbers for each, not with the corpus; a second pass writes each split's blocks. The result is an
+Arrow dataset that plain `datasets` opens.
 """
 
 from __future__ import annotations
