@@ -121,6 +121,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> dict[str, Any]
                 progress.line(f"step {done}/{total}  {note}  eta {(total - done) * step_tokens / speed:.0f} s")
                 progress.advance(0, note)
             if len(data.test) and (last or (config.eval_every and done % config.eval_every == 0)):
+                progress.advance(0, "evaluating")
                 with clock.paused():
                     state["eval"] = asdict(evaluate(accelerator, job.model, data.test, config.micro_batch_size))
                 row |= {f"eval/{name}": value for name, value in state["eval"].items()}
