@@ -89,9 +89,7 @@ def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Pa
     facts = [part for part in (bounds_label(field), default) if part]
     text = (field.description or "") + (f" [{'; '.join(facts)}]" if facts else "")
     if extra(field, "positional"):
-        info: Any = typer.Argument(
-            help=text, metavar=key.upper(), show_default=False
-        )
+        info: Any = typer.Argument(help=text, metavar=key.upper(), show_default=False)
     else:
         flag = flag_name(key)
         names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
