@@ -33,6 +33,18 @@ class QuickstartConfig(Config):
     seed: int = option(42, "Seed of every random choice.", ge=0, le=MAX_SEED)
 
 
+class ModelOptions(Config):
+    """How weights are read: shared by every command that loads a model."""
+
+    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.", panel=RUN)
+
+
+class SourceOptions(Config):
+    """Where text comes from: shared by the commands that take sources."""
+
+    source: list[str] = option(..., "Text files, directories, .jsonl files, - (stdin) or python-docs.", positional=True)
+
+
 class TextOptions(Config):
     """How texts become documents: shared by every command that reads sources."""
 
@@ -58,10 +70,9 @@ class TextOptions(Config):
             yield f"--document {rule!r}: expected file, line, blank-line or separator:REGEX"
 
 
-class TrainTokenizerConfig(TextOptions):
+class TrainTokenizerConfig(TextOptions, SourceOptions):
     """Options of `train-tokenizer`."""
 
-    source: list[str] = option(..., "Text files, directories, .jsonl files, - (stdin) or python-docs.", positional=True)
     out: str = option(..., "Directory for the tokenizer.")
     vocab_size: int = option(50257, "Exact size of the vocabulary, <|endoftext|> included.", ge=257)
 
@@ -74,10 +85,9 @@ class PackOptions(TextOptions):
     num_workers: int = option(1, "Processes that tokenise.", panel=TEXT, ge=1)
 
 
-class PregenerateConfig(PackOptions):
+class PregenerateConfig(PackOptions, SourceOptions):
     """Options of `pregenerate`."""
 
-    source: list[str] = option(..., "Text files, directories, .jsonl files, - (stdin) or python-docs.", positional=True)
     sequence_length: int = option(DEFAULT_SEQUENCE_LENGTH, "Tokens in a block.", panel=TEXT, ge=2)
     tokenizer: str = option(..., "Tokenizer: a local directory or a Hub id.")
     out: str = option(..., "Directory for the dataset.")
@@ -94,7 +104,7 @@ class PregenerateConfig(PackOptions):
             yield f"--stride {self.stride} is beyond --sequence-length {length}: tokens between blocks would be lost"
 
 
-class TrainOptions(Config):
+class TrainOptions(ModelOptions):
     """Options that pretrain, distill and finetune share."""
 
     out: str = option(..., "Directory for the trained model.")
@@ -129,7 +139,6 @@ class TrainOptions(Config):
     resume: bool = option(False, "Continue from the newest checkpoint in --out, if there is one.", panel=RUN)
     log_every: int = option(10, "Steps between lines of metrics.jsonl.", panel=RUN, ge=1)
     report_to: list[str] = option([], "Also log to: tensorboard.", panel=RUN)
-    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.", panel=RUN)
 
     def conflicts(self) -> Iterator[str]:
         """Check that one length is given and that the trackers are known."""
@@ -225,7 +234,7 @@ class DistillConfig(TrainOptions):
             yield f"--layer-map {self.layer_map!r}: expected uniform, last, first or numbers such as 3,6,9,12"
 
 
-class TruncateStudentConfig(Config):
+class TruncateStudentConfig(ModelOptions):
     """Options of `truncate-student`."""
 
     teacher: str = option(..., "Teacher: a local directory or a Hub id.")
@@ -237,7 +246,6 @@ class TruncateStudentConfig(Config):
         shown="uniform",
     )
     layers: str | None = option(None, "Blocks to keep, counted from 0, such as 0,2,4,7,9,11.", commas=True)
-    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.")
 
     def conflicts(self) -> Iterator[str]:
         """Exactly one way to choose layers."""
@@ -249,7 +257,7 @@ class TruncateStudentConfig(Config):
             yield f"--layers {self.layers!r}: expected block numbers such as 0,2,4"
 
 
-class PplConfig(Config):
+class PplConfig(ModelOptions):
     """Options of `ppl`."""
 
     model: list[str] = option(["gpt2"], "Model to measure, repeatable: a local directory or a Hub id.")
@@ -257,10 +265,9 @@ class PplConfig(Config):
     task_data: str | None = option(None, "File or folder that holds the named task's text, instead of a download.")
     stride: int | None = option(None, "Tokens from one window's start to the next.", ge=1, shown="the window")
     batch_size: int = option(8, "Windows in one forward pass.", ge=1)
-    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.")
 
 
-class GenerateConfig(Config):
+class GenerateConfig(ModelOptions):
     """Options of `generate`. Greedy unless sampling or beams are asked for."""
 
     model: list[str] = option(..., "Model to try, repeatable: a local directory or a Hub id.")
@@ -278,7 +285,6 @@ class GenerateConfig(Config):
     num_beams: int = option(1, "Beam search of this width.", panel=DECODING, ge=1)
     num_samples: int = option(1, "Texts for each prompt: samples, or the best beams.", panel=DECODING, ge=1)
     seed: int = option(42, "Seed of sampling.", panel=DECODING, ge=0, le=MAX_SEED)
-    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.")
 
     @property
     def samples(self) -> bool:

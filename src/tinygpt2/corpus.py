@@ -65,7 +65,7 @@ def _from_path(path: Path, document: str, text_column: str) -> Iterator[str]:
         elif document == "line":
             yield from _lines(file)
         else:
-            yield from _split(_decode(_read(file), str(file)), document)
+            yield from _split(read_text(file), document)
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -79,11 +79,17 @@ def _files(path: Path) -> Iterator[Path]:
         raise DataError(f"no such file or directory: {path}", "a SOURCE is a file, a directory, - or python-docs")
 
 
-def _read(file: Path) -> bytes:
+def read_text(file: Path) -> str:
+    """Read a whole UTF-8 file, line ends as they are.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8 (the byte offset is named).
+    """
     try:
-        return file.read_bytes()
+        raw = file.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
+    return _decode(raw, str(file))
 
 
 def _decode(raw: bytes, name: str, offset: int = 0) -> str:

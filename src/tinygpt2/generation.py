@@ -12,7 +12,8 @@ import torch
 from transformers import GenerationConfig, GPT2LMHeadModel, TextStreamer
 
 from tinygpt2.config import GenerateConfig
-from tinygpt2.errors import ConfigError, DataError, ModelError
+from tinygpt2.corpus import read_text
+from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.files import absolute
 from tinygpt2.model import default_device, load_model, model_tokenizer
 from tinygpt2.tokenizer import encode
@@ -147,12 +148,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     """
     if config.prompt_file is None:
         return config.prompt or [""]
-    try:
-        return [Path(config.prompt_file).read_bytes().decode("utf-8")]
-    except OSError as error:
-        raise DataError(f"cannot read {config.prompt_file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{config.prompt_file}: not UTF-8: {error.reason} at byte {error.start}") from error
+    return [read_text(Path(config.prompt_file))]
 
 
 def generate(config: GenerateConfig, watch: Watch = lambda speaker, prompt: None) -> GenerateResult:

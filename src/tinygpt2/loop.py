@@ -25,7 +25,7 @@ from tinygpt2.interrupt import stop_on_signals
 from tinygpt2.metrics import MetricsLog
 from tinygpt2.objectives import Objectives, Weights
 from tinygpt2.optim import learning_rate, make_optimizer
-from tinygpt2.perplexity import token_losses
+from tinygpt2.perplexity import exponential, token_losses
 from tinygpt2.progress import say, track
 
 
@@ -212,4 +212,4 @@ def evaluate(accelerator: Accelerator, model: GPT2LMHeadModel, blocks: Blocks, b
     total, count = accelerator.reduce(sums, "sum").tolist()
     model.train(was_training)
     loss = total / count
-    return Evaluation(loss, math.exp(loss) if loss < 700 else math.inf)
+    return Evaluation(loss, exponential(loss))

@@ -143,9 +143,8 @@ def _manifest(
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
     """Yield a temporary directory on the disk that will hold the result."""
-    parent = out.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=parent) as scratch:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as scratch:
         yield Path(scratch)
 
 

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations, groupby
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +29,9 @@ from tinygpt2.model import default_device, load_model, model_tokenizer
 from tinygpt2.progress import track
 from tinygpt2.tasks import Task, load_task
 from tinygpt2.tokenizer import encode, fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _LOGITS = 1 << 22  # numbers of one chunk of logits
 
@@ -186,8 +188,9 @@ def ppl(config: PplConfig) -> PplResult:
     for name in config.model:
         model, directory = load_model(name, allow_pickle=config.allow_pickle)
         model.to(default_device())
+        tokenizer = model_tokenizer(directory)
         for task in tasks:
-            row, scored = _measure(name, model, directory, task, config)
+            row, scored = _measure(name, model, tokenizer, task, config)
             rows.append(row)
             scores[name, task.name] = scored
     paired = [
@@ -199,9 +202,9 @@ def ppl(config: PplConfig) -> PplResult:
 
 
 def _measure(
-    name: str, model: GPT2LMHeadModel, directory: Path, task: Task, config: PplConfig
+    name: str, model: GPT2LMHeadModel, tokenizer: Tokenizer | None, task: Task, config: PplConfig
 ) -> tuple[PplRow, Scores]:
-    tokens, text, window = _tokens(model, directory, task)
+    tokens, text, window = _tokens(name, model, tokenizer, task)
     stride = config.stride or window
     if stride > window:
         raise ConfigError(
@@ -219,10 +222,10 @@ def _measure(
     row = PplRow(
         model=absolute(name),
         task=absolute(task.name),
-        perplexity=_exp(scored.loss),
+        perplexity=exponential(scored.loss),
         loss=scored.loss,
         bits_per_byte=total / math.log(2) / size,
-        word_perplexity=_exp(total / max(words, 1)),
+        word_perplexity=exponential(total / max(words, 1)),
         tokens=targets,
         words=words,
         bytes=size,
@@ -234,16 +237,18 @@ def _measure(
     return row, scored
 
 
-def _exp(loss: float) -> float:
+def exponential(loss: float) -> float:
+    """Return the perplexity of a loss in nats; infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _tokens(model: GPT2LMHeadModel, directory: Path, task: Task) -> tuple[Integer[np.ndarray, " N"], str, int]:
+def _tokens(
+    name: str, model: GPT2LMHeadModel, tokenizer: Tokenizer | None, task: Task
+) -> tuple[Integer[np.ndarray, " N"], str, int]:
     """Return the task as tokens and as text, and the window."""
     positions = model.config.n_positions
-    tokenizer = model_tokenizer(directory)
     if task.packed is not None:
-        check_fits(task.packed, model.config, tokenizer and fingerprint(tokenizer), f"model {directory}")
+        check_fits(task.packed, model.config, tokenizer and fingerprint(tokenizer), f"model {name}")
         blocks = task.packed.test
         if not len(blocks):
             raise DataError(f"the test split of {task.name} is empty")
@@ -254,13 +259,13 @@ def _tokens(model: GPT2LMHeadModel, directory: Path, task: Task) -> tuple[Intege
         return tokens, text, task.packed.sequence_length
     if tokenizer is None:
         raise ModelError(
-            f"{directory} has no tokenizer to read {task.name} with",
+            f"model {name} has no tokenizer to read {task.name} with",
             "copy the tokenizer's files beside the weights",
         )
     tokens = np.array(encode(tokenizer, [task.text])[0], np.int64)
     if len(tokens) and tokens.max() >= model.config.vocab_size:
         raise ModelError(
-            f"{directory}: its tokenizer has tokens beyond the model's vocabulary of {model.config.vocab_size}"
+            f"model {name}: its tokenizer has tokens beyond the model's vocabulary of {model.config.vocab_size}"
         )
     return tokens, task.text, positions
 

@@ -113,17 +113,10 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
         source=[scale.source], tokenizer=str(out / "tokenizer"), out=str(out / "data"),
         sequence_length=scale.sequence_length, seed=config.seed,
     )))  # fmt: skip
-    shape = {
-        "n_layer": scale.n_layer,
-        "n_head": scale.n_head,
-        "n_embd": scale.n_embd,
-        "n_positions": scale.sequence_length,
-    }
-    teacher_shape, student_shape = out / "teacher.yaml", out / "student.yaml"
-    write_text(teacher_shape, yaml.safe_dump(shape, sort_keys=False))
-    write_text(student_shape, yaml.safe_dump({**shape, "n_layer": scale.student_layers}, sort_keys=False))
+    teacher_shape = _shape(out / "teacher.yaml", scale, scale.n_layer)
+    student_shape = _shape(out / "student.yaml", scale, scale.student_layers)
     stages.run("teacher", lambda: pretrain(PretrainConfig(
-        shape=str(teacher_shape), out=str(out / "teacher"), **_training(config, scale, out, scale.teacher_tokens),
+        shape=teacher_shape, out=str(out / "teacher"), **_training(config, scale, out, scale.teacher_tokens),
     )))  # fmt: skip
     stages.run("truncated", lambda: truncate_student(TruncateStudentConfig(
         teacher=str(out / "teacher"), num_layers=scale.student_layers, out=str(out / "truncated"),
@@ -135,7 +128,7 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
         model=str(out / "truncated"), out=str(out / "baseline-truncated"), **pupil,
     )))  # fmt: skip
     stages.run("baseline-random", lambda: pretrain(PretrainConfig(
-        shape=str(student_shape), out=str(out / "baseline-random"), **pupil,
+        shape=student_shape, out=str(out / "baseline-random"), **pupil,
     )))  # fmt: skip
     models = ("teacher", "student", "baseline-truncated", "baseline-random")
     figures = stages.run("figures", lambda: _measure(out, models, scale))
@@ -150,6 +143,13 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
     )
     write_text(out / REPORT, _report(out, result, scale))
     return result
+
+
+def _shape(file: Path, scale: Scale, layers: int) -> str:
+    """Write a model configuration of so many layers; return its path."""
+    shape = {"n_layer": layers, "n_head": scale.n_head, "n_embd": scale.n_embd, "n_positions": scale.sequence_length}
+    write_text(file, yaml.safe_dump(shape, sort_keys=False))
+    return str(file)
 
 
 def _training(config: QuickstartConfig, scale: Scale, out: Path, tokens: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinygpt2.corpus import read_text
 from tinygpt2.dataset import Packed, is_packed, load_packed
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.progress import track
@@ -56,12 +57,7 @@ def load_task(name: str, data: str | None) -> Task:
 
 
 def _read(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    text = read_text(path)
     if not text.strip():
         raise DataError(f"{path} holds no text")
     return text

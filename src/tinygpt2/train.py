@@ -70,7 +70,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         DivergedError: a loss or gradient is not finite.
         InterruptedRunError: stopped by a signal, after saving.
     """
-    _check_out(config)
+    _check_start(config)
     data = load_packed(config.data)
     if config.shape is not None:
         model = random_model(read_shape(config.shape, data.tokenizer()), config.seed)
@@ -89,7 +89,7 @@ def distill(config: DistillConfig) -> TrainResult:
     Raises:
         As `pretrain`; also ModelError where teacher and student have different vocabularies.
     """
-    _check_out(config)
+    _check_start(config)
     data = load_packed(config.data)
     if is_shape(config.student):
         student, directory = random_model(read_shape(config.student, data.tokenizer()), config.seed), None
@@ -120,10 +120,9 @@ def finetune(config: FinetuneConfig) -> TrainResult:
     Raises:
         As `pretrain`.
     """
-    _check_out(config)
-    _require_precision(config)
+    _check_start(config)
     model, directory = load_model(config.model, allow_pickle=config.allow_pickle)
-    freeze(model, config.freeze)
+    freeze(model, config.freeze)  # here already: a pattern that matches nothing stops before a text is packed
     if is_packed(Path(config.data)):
         data = load_packed(config.data)
     else:
@@ -164,8 +163,10 @@ def _sources(data: Packed) -> str:
     return ", ".join(data.manifest.get("sources", [str(data.path)]))
 
 
-def _check_out(config: TrainOptions) -> None:
-    """Refuse to overwrite, and to resume a run whose mathematics were others."""
+def _check_start(config: TrainOptions) -> None:
+    """Refuse, before anything is loaded: what would overwrite, another run's resume, what the machine cannot do."""
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
     out = Path(config.out)
     run = out / RUN_FILE
     begun = run.is_file() or is_packed(out / "data")  # a text may be packed before the run begins
@@ -180,13 +181,7 @@ def _check_out(config: TrainOptions) -> None:
             )
 
 
-def _require_precision(config: TrainOptions) -> None:
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
-
-
 def _accelerator(config: TrainOptions) -> Accelerator:
-    _require_precision(config)
     AcceleratorState._reset_state()  # a process may train twice, in another precision
     return Accelerator(
         cpu=not torch.cuda.is_available(),
