@@ -1,35 +1,36 @@
-"""One forward pass that keeps what the objectives compare: hidden states, queries and keys.
+"""One forward pass that returns what the objectives compare: hidden states, queries, keys and values.
 
-Attention runs as the model runs it (SDPA); queries and keys are read off the fused projection, so that no
-L x L matrix exists here. States and scores that nobody asked for are not kept.
+It runs GPT-2's own modules one after the other and returns what was asked for, as a function without side
+effects: so it can be compiled, checkpointed, and stopped after the last layer that anybody needs. Attention is
+`scaled_dot_product_attention`; no T x T matrix exists here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 
 
 @dataclass
 class Captured:
-    """What one forward pass left behind.
+    """What one forward pass returned.
 
     Attributes:
-        last: the last hidden state, after the final layer norm.
         states: hidden states by number: 0 the embeddings, i the output of layer i, N the last one (after
             the final layer norm), as `transformers` returns them.
-        scores: by layer, counted from 1, the queries and keys whose products, times `scale`, are the scores.
-        scale: the model's own scaling of each captured layer.
+        attention: by layer, counted from 1, its queries, keys and values, side by side.
+        scale: by layer, what the products of queries and keys are multiplied by.
     """
 
-    last: Float[Tensor, "B T D"]
     states: dict[int, Float[Tensor, "B T D"]] = field(default_factory=dict)
-    scores: dict[int, tuple[Float[Tensor, "B H T K"], Float[Tensor, "B H T K"]]] = field(default_factory=dict)
+    attention: dict[int, Float[Tensor, "B T 3*D"]] = field(default_factory=dict)
     scale: dict[int, float] = field(default_factory=dict)
 
 
@@ -37,55 +38,56 @@ def capture(
     model: GPT2LMHeadModel,
     input_ids: Int[Tensor, "B T"],
     states: Iterable[int] = (),
-    scores: Iterable[int] = (),
+    attention: Iterable[int] = (),
+    *,
+    checkpointing: bool = False,
 ) -> Captured:
-    """Run the transformer once and keep the states and scores asked for.
+    """Run the transformer once, as deep as the deepest number asked for.
 
     Args:
         input_ids: token ids.
         states: numbers of hidden states, 0 to N.
-        scores: numbers of layers, 1 to N.
+        attention: numbers of layers, 1 to N.
+        checkpointing: keep each layer's input only, and run the layer again in the backward pass.
     """
     transformer = model.transformer
     layers = len(transformer.h)
-    kept_states: dict[int, Tensor] = {}
-    kept_scores: dict[int, tuple[Tensor, Tensor]] = {}
-    handles = []
-    wanted = set(states)
-    for number in wanted - {layers}:
-        module = transformer.drop if number == 0 else transformer.h[number - 1]
-        handles.append(module.register_forward_hook(_keep_state(kept_states, number)))
-    for number in set(scores):
-        attention = transformer.h[number - 1].attn
-        handles.append(attention.c_attn.register_forward_hook(_keep_scores(kept_scores, number, attention.num_heads)))
-    try:
-        last = transformer(input_ids=input_ids, use_cache=False).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
-    if layers in wanted:
-        kept_states[layers] = last
-    scale = {number: float(transformer.h[number - 1].attn.scaling) for number in kept_scores}
-    return Captured(last, kept_states, kept_scores, scale)
+    wanted_states, wanted_attention = set(states), set(attention)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    hidden = transformer.drop(transformer.wte(input_ids) + transformer.wpe(positions))
+    found = Captured()
+    if 0 in wanted_states:
+        found.states[0] = hidden
+    for number in range(1, max(wanted_states | wanted_attention, default=0) + 1):
+        block = transformer.h[number - 1]
+        if checkpointing and torch.is_grad_enabled():
+            hidden, fused = checkpoint(_layer, block, hidden, use_reentrant=False)
+        else:
+            hidden, fused = _layer(block, hidden)
+        if number in wanted_attention:
+            found.attention[number] = fused
+            found.scale[number] = float(block.attn.scaling)
+        if number in wanted_states:
+            found.states[number] = transformer.ln_f(hidden) if number == layers else hidden
+    return found
 
 
-_Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], None]
+def _layer(block: nn.Module, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T 3*D"]]:
+    attention = block.attn
+    fused = attention.c_attn(block.ln_1(hidden))
+    query, key, value = (by_head(part, attention.num_heads) for part in fused.chunk(3, dim=-1))
+    mixed = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=attention.attn_dropout.p if attention.training else 0.0,
+        is_causal=True,
+        scale=attention.scaling,
+    )
+    hidden = hidden + attention.resid_dropout(attention.c_proj(mixed.transpose(1, 2).flatten(2)))
+    return hidden + block.mlp(block.ln_2(hidden)), fused
 
 
-def _keep_state(kept: dict[int, Tensor], number: int) -> _Hook:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        kept[number] = output
-
-    return hook
-
-
-def _keep_scores(kept: dict[int, tuple[Tensor, Tensor]], number: int, heads: int) -> _Hook:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        query, key, _ = output.chunk(3, dim=-1)  # each (B, T, D)
-        kept[number] = (_by_head(query, heads), _by_head(key, heads))
-
-    return hook
-
-
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)  # (B, H, T, K)
+def by_head(x: Float[Tensor, "B T D"], heads: int) -> Float[Tensor, "B H T K"]:
+    """Split the last axis by heads, without a copy."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)

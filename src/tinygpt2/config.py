@@ -18,6 +18,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
 PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
 HiddenScale = Literal["none", "variance"]
+HeadMap = Literal["equal", "average"]
+TeacherDtype = Literal["fp32", "bf16"]
 Strategy = Literal["uniform", "alternate", "first", "last"]
 
 LENGTH, OPTIMISATION, RUN = "Length of training", "Optimisation", "Running, logging and saving"
@@ -132,6 +134,13 @@ class TrainOptions(ModelOptions):
     precision: Precision = option(
         "fp32", "Arithmetic of the matrix products; weights stay float32.", panel=OPTIMISATION
     )
+    compile: bool = option(False, "Compile the forward passes with torch.compile; needs a C++ compiler.", panel=RUN)
+    gradient_checkpointing: bool = option(
+        False, "Keep each layer's input only and run layers again for the gradients: less memory, more time.", panel=RUN
+    )
+    logit_chunk: int | None = option(
+        None, "Tokens whose logits are held at a time.", panel=RUN, ge=1, shown="64 MiB of them, 512 on a GPU"
+    )
     seed: int = option(42, "Seed of initial weights, data order and dropout.", panel=OPTIMISATION, ge=0, le=MAX_SEED)
     eval_every: int | None = option(None, "Steps between evaluations.", panel=RUN, ge=1, shown="only at the end")
     save_every: int = option(1000, "Steps between checkpoints; one is always saved at the end.", panel=RUN, ge=1)
@@ -186,11 +195,26 @@ class DistillConfig(TrainOptions):
     teacher: str | None = option(None, "Teacher: a local directory or a Hub id.")
     student: str = option(..., "Student: a directory with weights, or a preset or config file for random weights.")
     data: str = option(..., "Pregenerated dataset.")
+    teacher_dtype: TeacherDtype = option("fp32", "Type of the teacher's weights.", panel=OPTIMISATION)
     recipe: str = option(
         "default", "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file."
     )
     attention_weight: float = option(0.0, "Weight of the attention scores' squared error.", panel=OBJECTIVES, ge=0)
+    head_map: HeadMap = option(
+        "equal",
+        "Attention's heads: as many in both models, or the average of a group of teacher heads for each student head.",
+        panel=OBJECTIVES,
+    )
+    relation_weight: float = option(
+        0.0, "Weight of MiniLM's relations (q-q, k-k, v-v) of the last student layer.", panel=OBJECTIVES, ge=0
+    )
     hidden_weight: float = option(0.0, "Weight of the hidden states' squared error.", panel=OBJECTIVES, ge=0)
+    hidden_map: str = option(
+        "all",
+        "Student states compared: all, inner (not the last) or numbers such as 0,3 or 0,3:10 (teacher's state 10).",
+        panel=OBJECTIVES,
+        commas=True,
+    )
     hidden_scale: HiddenScale = option(
         "none",
         "Divide the hidden error by the teacher state's variance, or not.",
@@ -221,7 +245,8 @@ class DistillConfig(TrainOptions):
     @property
     def needs_teacher(self) -> bool:
         """Whether any active objective looks at the teacher."""
-        return any((self.attention_weight, self.hidden_weight, self.prediction_weight, self.cosine_weight))
+        weights = (self.attention_weight, self.relation_weight, self.hidden_weight)
+        return any((*weights, self.prediction_weight, self.cosine_weight))
 
     def conflicts(self) -> Iterator[str]:
         """Check that there is something to learn, and someone to learn it from."""
@@ -232,6 +257,9 @@ class DistillConfig(TrainOptions):
             yield "every objective's weight is 0: there is nothing to learn"
         if self.layer_map not in ("uniform", "last", "first") and not re.fullmatch(r"\d+(,\d+)*", str(self.layer_map)):
             yield f"--layer-map {self.layer_map!r}: expected uniform, last, first or numbers such as 3,6,9,12"
+        states = r"\d+(:\d+)?"
+        if self.hidden_map not in ("all", "inner") and not re.fullmatch(f"{states}(,{states})*", str(self.hidden_map)):
+            yield f"--hidden-map {self.hidden_map!r}: expected all, inner or numbers such as 0,3 or 0,3:10"
 
 
 class TruncateStudentConfig(ModelOptions):

@@ -15,6 +15,7 @@ from tinygpt2.config import GenerateConfig
 from tinygpt2.corpus import read_text
 from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.files import absolute
+from tinygpt2.machine import fast_products
 from tinygpt2.model import default_device, load_model, model_tokenizer
 from tinygpt2.tokenizer import encode
 
@@ -151,6 +152,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     return [read_text(Path(config.prompt_file))]
 
 
+@fast_products()
 def generate(config: GenerateConfig, watch: Watch = lambda speaker, prompt: None) -> GenerateResult:
     """Continue every prompt with every model.
 

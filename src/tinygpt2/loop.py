@@ -51,25 +51,41 @@ class Job:
 
 
 class Step(nn.Module):
-    """One micro-batch to one loss. The student and the learned map are its parameters, the teacher is not."""
+    """One micro-batch to one loss. The student and the learned map are its parameters, the teacher is not.
 
-    def __init__(self, student: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None, weights: Weights) -> None:
+    Args:
+        student, teacher: the teacher may be None where no objective looks at one.
+        weights: the objectives.
+        config: how to run: compiled, with gradient checkpointing, with which chunk of logits.
+    """
+
+    def __init__(
+        self, student: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None, weights: Weights, config: TrainOptions
+    ) -> None:
         super().__init__()
         self.student = student
-        self.objectives = Objectives(weights, student.config, teacher.config if teacher else None)
+        self.objectives = Objectives(weights, student.config, teacher.config if teacher else None, config.logit_chunk)
         self._teacher = (teacher,)  # in a tuple: not registered, so never trained, wrapped or saved
+        self._capture = torch.compile(capture) if config.compile else capture
+        self._checkpointing = config.gradient_checkpointing
 
     def forward(self, input_ids: Int[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms."""
         wanted = self.objectives
-        student = capture(self.student, input_ids, wanted.student_states, wanted.student_scores)
+        student = self._capture(
+            self.student,
+            input_ids,
+            wanted.student_states,
+            wanted.student_attention,
+            checkpointing=self._checkpointing,
+        )
         head = self.student.lm_head.weight
         (teacher,) = self._teacher
         if teacher is None:
             loss, terms = wanted(input_ids, student, head)
         else:
             with torch.no_grad():
-                taught = capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_scores)
+                taught = self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
             loss, terms = wanted(input_ids, student, head, taught, teacher.lm_head.weight)
         return loss, terms
 

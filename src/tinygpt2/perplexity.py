@@ -21,19 +21,20 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
+from tinygpt2.capture import capture
 from tinygpt2.config import PplConfig
 from tinygpt2.dataset import Packed
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.files import absolute
+from tinygpt2.machine import fast_products
 from tinygpt2.model import default_device, load_model, model_tokenizer
+from tinygpt2.objectives.prediction import default_chunk
 from tinygpt2.progress import track
 from tinygpt2.tasks import Task, load_task
 from tinygpt2.tokenizer import encode, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
-
-_LOGITS = 1 << 22  # numbers of one chunk of logits
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,10 @@ def token_losses(model: GPT2LMHeadModel, input_ids: Int[Tensor, "B T"], first: i
 
     Only the positions that predict a target go through the output matrix, a chunk at a time.
     """
-    hidden = model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state[:, first - 1 : -1]
+    last, head = len(model.transformer.h), model.lm_head.weight
+    hidden = capture(model, input_ids, states=[last]).states[last][:, first - 1 : -1]
     states, targets = hidden.flatten(0, 1), input_ids[:, first:].flatten()
-    head = model.lm_head.weight
-    chunk = max(64, _LOGITS // head.shape[0])
+    chunk = default_chunk(len(head), head.dtype, head.device.type)
     parts = [
         F.cross_entropy((states[i : i + chunk] @ head.mT).float(), targets[i : i + chunk], reduction="none")
         for i in range(0, len(targets), chunk)
@@ -175,6 +176,7 @@ def score(
     return Scores(np.concatenate(sums), np.array([span.stop - span.start - span.first for span in spans]))
 
 
+@fast_products()
 def ppl(config: PplConfig) -> PplResult:
     """Measure zero-shot perplexity of every model on every task.
 

@@ -27,6 +27,7 @@ from tinygpt2.dataset import Packed, is_packed, load_packed
 from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.files import require_free, write_text
 from tinygpt2.loop import Evaluation, Job, Step, run_loop
+from tinygpt2.machine import fast_products
 from tinygpt2.metrics import model_card, plot_curves
 from tinygpt2.model import (
     count_parameters,
@@ -105,7 +106,7 @@ def distill(config: DistillConfig) -> TrainResult:
                 "teacher and student need the same tokenizer; cut the student with tinygpt2 truncate-student",
             )
         check_fits(data, teacher.config, _fingerprint(source), f"teacher {config.teacher}")
-        teacher.requires_grad_(False)
+        teacher.requires_grad_(False).to({"fp32": torch.float32, "bf16": torch.bfloat16}[config.teacher_dtype])
     check_fits(data, student.config, _fingerprint(directory), f"student {config.student}")
     how = (
         f"A GPT-2 that learned from {config.teacher} by recipe {config.recipe}, "
@@ -191,6 +192,7 @@ def _accelerator(config: TrainOptions) -> Accelerator:
     )
 
 
+@fast_products()
 def _train(job: Job) -> TrainResult:
     """Set up, run the loop, evaluate and write the model."""
     config, out = job.config, Path(job.config.out)
@@ -198,7 +200,7 @@ def _train(job: Job) -> TrainResult:
     set_dropout(job.model, config.dropout)
     accelerator = _accelerator(config)
     set_seed(config.seed)
-    module = Step(job.model, job.teacher, job.weights)
+    module = Step(job.model, job.teacher, job.weights, config)
     if job.teacher is not None:
         job.teacher.to(accelerator.device)
     if accelerator.is_main_process:

@@ -15,6 +15,7 @@ from tinygpt2 import progress
 from tinygpt2.cli.options import Run, add_command, print_version
 from tinygpt2.cli.output import print_error
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error
+from tinygpt2.machine import keep_memory
 from tinygpt2.schema import Config
 
 app = typer.Typer(
@@ -55,8 +56,9 @@ def _generate(config: Any, as_json: bool) -> Any:
 
 
 def _prepare() -> None:
-    """Show progress, and keep the libraries' own bars and chatter off the screen."""
+    """Show progress, keep the libraries' own bars and chatter off the screen, and keep memory for the next step."""
     progress.show()
+    keep_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     import logging
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
 
-from tinygpt2.capture import Captured
-from tinygpt2.config import DistillConfig, HiddenScale, PredictionLoss
+from tinygpt2.capture import Captured, by_head
+from tinygpt2.config import DistillConfig, HeadMap, HiddenScale, PredictionLoss
 from tinygpt2.errors import ConfigError
-from tinygpt2.objectives.attention import attention_loss
+from tinygpt2.objectives.attention import attention_loss, relation_loss
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
+from tinygpt2.objectives.maps import layer_pairs, state_pairs
 from tinygpt2.objectives.prediction import IGNORED, PredictionObjective, prediction_loss
 
 
@@ -30,10 +32,13 @@ class Weights:
     prediction: float = 0.0
     ce: float = 1.0
     cosine: float = 0.0
+    relation: float = 0.0
     hidden_scale: HiddenScale = "none"
     loss: PredictionLoss = "forward_kl"
     temperature: float = 1.0
     layer_map: str = "uniform"
+    head_map: HeadMap = "equal"
+    hidden_map: str = "all"
 
     @classmethod
     def of(cls, config: DistillConfig) -> Weights:
@@ -44,36 +49,14 @@ class Weights:
             prediction=config.prediction_weight,
             ce=config.ce_weight,
             cosine=config.cosine_weight,
+            relation=config.relation_weight,
             hidden_scale=config.hidden_scale,
             loss=config.prediction_loss,
             temperature=config.temperature,
             layer_map=config.layer_map,
+            head_map=config.head_map,
+            hidden_map=config.hidden_map,
         )
-
-
-def teacher_layers(rule: str, student: int, teacher: int) -> list[int]:
-    """Return the teacher layer, counted from 1, for each student layer 1..`student`.
-
-    Args:
-        rule: `uniform` round(i*N/M), `last` N-M+i, `first` i, or the numbers themselves, as `3,6,9,12`.
-
-    Raises:
-        ConfigError: the rule does not fit the two depths.
-    """
-    layers = range(1, student + 1)
-    if rule == "uniform":
-        chosen = [max(1, round(i * teacher / student)) for i in layers]
-    elif rule == "last":
-        chosen = [teacher - student + i for i in layers]
-    elif rule == "first":
-        chosen = list(layers)
-    else:
-        chosen = [int(number) for number in rule.split(",")]
-    if len(chosen) != student:
-        raise ConfigError(f"--layer-map {rule} names {len(chosen)} layers, the student has {student}")
-    if bad := [number for number in chosen if not 1 <= number <= teacher]:
-        raise ConfigError(f"--layer-map {rule}: layer {bad[0]} is not one of the teacher's 1 to {teacher}")
-    return chosen
 
 
 class Objectives(nn.Module):
@@ -83,53 +66,45 @@ class Objectives(nn.Module):
         weights: the active objectives.
         student: the student's configuration.
         teacher: the teacher's; None where no active objective looks at one.
+        chunk: tokens whose logits are held at a time; None takes what suits the device.
+
+    Attributes:
+        student_states, teacher_states: numbers of the hidden states to capture.
+        student_attention, teacher_attention: numbers of the layers whose attention to capture.
 
     Raises:
         ConfigError: the two shapes do not fit an active objective.
     """
 
-    def __init__(self, weights: Weights, student: GPT2Config, teacher: GPT2Config | None) -> None:
+    def __init__(
+        self, weights: Weights, student: GPT2Config, teacher: GPT2Config | None, chunk: int | None = None
+    ) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights, self.chunk, self.heads = weights, chunk, student.n_head
         self.projection: nn.Module = nn.Identity()
-        self.layer_map: list[int] = []
-        if teacher is None:
-            return
-        if weights.attention or weights.hidden:
-            self.layer_map = teacher_layers(weights.layer_map, student.n_layer, teacher.n_layer)
-        if weights.attention and student.n_head != teacher.n_head:
-            raise ConfigError(
-                f"--attention-weight compares head by head: "
-                f"the student has {student.n_head} heads, the teacher {teacher.n_head}",
-                f"take a student with {teacher.n_head} heads, or --attention-weight 0",
-            )
-        if weights.cosine and student.n_embd != teacher.n_embd:
-            raise ConfigError(
-                f"--cosine-weight needs equal widths: the student has {student.n_embd}, the teacher {teacher.n_embd}",
-                "use --cosine-weight 0",
-            )
-        if weights.hidden and student.n_embd != teacher.n_embd:
-            self.projection = nn.Linear(student.n_embd, teacher.n_embd)
-
-    @property
-    def student_states(self) -> list[int]:
-        """Numbers of the student's hidden states to capture: 0 is the embeddings."""
-        return list(range(len(self.layer_map) + 1)) if self.weights.hidden else []
-
-    @property
-    def teacher_states(self) -> list[int]:
-        """Numbers of the teacher's hidden states to capture, in the order of the student's."""
-        return [0, *self.layer_map] if self.weights.hidden else []
-
-    @property
-    def student_scores(self) -> list[int]:
-        """Numbers of the student's layers whose scores to capture, from 1."""
-        return list(range(1, len(self.layer_map) + 1)) if self.weights.attention else []
-
-    @property
-    def teacher_scores(self) -> list[int]:
-        """Numbers of the teacher's layers whose scores to capture, in the order of the student's."""
-        return self.layer_map if self.weights.attention else []
+        self._last = (student.n_layer, 0 if teacher is None else teacher.n_layer)
+        self._group = 1  # teacher heads whose mean score one student head learns
+        # what is compared, each as (student's number, teacher's number)
+        self._scores: list[tuple[int, int]] = []
+        self._relations: list[tuple[int, int]] = []
+        self._states: list[tuple[int, int]] = []
+        ends: list[tuple[int, int]] = []
+        if teacher is not None:
+            _check_shapes(weights, student, teacher)
+            ends = [self._last] if weights.prediction or weights.cosine else []
+        if teacher is not None and (weights.attention or weights.relation or weights.hidden):
+            layers = layer_pairs(weights.layer_map, student.n_layer, teacher.n_layer)
+            self._group = teacher.n_head // student.n_head
+            self._scores = layers if weights.attention else []
+            self._relations = layers[-1:] if weights.relation else []
+            self._states = state_pairs(weights.hidden_map, layers, teacher.n_layer) if weights.hidden else []
+            if self._states and student.n_embd != teacher.n_embd:
+                self.projection = nn.Linear(student.n_embd, teacher.n_embd)
+        own = {student.n_layer} if weights.ce else set()
+        self.student_states = sorted(own | {i for i, _ in self._states + ends})
+        self.teacher_states = sorted({j for _, j in self._states + ends})
+        self.student_attention = sorted({i for i, _ in self._scores + self._relations})
+        self.teacher_attention = sorted({j for _, j in self._scores + self._relations})
 
     def forward(
         self,
@@ -141,36 +116,75 @@ class Objectives(nn.Module):
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Return the weighted sum, and each active term unweighted and detached, by its name."""
         weights = self.weights
-        loss = student.last.new_zeros(())
         terms: dict[str, Tensor] = {}
-        if teacher is not None and weights.attention:
-            terms["attention"] = sum(
-                (
-                    attention_loss(student.scores[i], teacher.scores[j], student.scale[i], teacher.scale[j])
-                    for i, j in zip(self.student_scores, self.teacher_scores, strict=True)
-                ),
-                loss.new_zeros(()),
-            )
-            loss = loss + weights.attention * terms["attention"]
-        if teacher is not None and weights.hidden:
-            terms["hidden"] = sum(
-                (
-                    hidden_loss(student.states[i], teacher.states[j], self.projection, weights.hidden_scale)
-                    for i, j in zip(self.student_states, self.teacher_states, strict=True)
-                ),
-                loss.new_zeros(()),
-            )
-            loss = loss + weights.hidden * terms["hidden"]
-        if teacher is not None and weights.cosine:
-            terms["cosine"] = cosine_loss(student.last, teacher.last)
-            loss = loss + weights.cosine * terms["cosine"]
+        if teacher is not None:
+            terms = self._compare(student, teacher)
+        factors = {"attention": weights.attention, "relation": weights.relation}
+        factors |= {"hidden": weights.hidden, "cosine": weights.cosine}
+        loss = sum((factors[name] * term for name, term in terms.items()), student_head.new_zeros(()))
         if weights.prediction or weights.ce:
             targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED).flatten()
             labels = None
             if teacher is not None and teacher_head is not None and weights.prediction:
-                labels = (teacher.last.flatten(0, 1), teacher_head)
-            objective = PredictionObjective(weights.prediction, weights.ce, weights.loss, weights.temperature)
-            total, found = prediction_loss(student.last.flatten(0, 1), student_head, targets, labels, objective)
+                labels = (teacher.states[self._last[1]].flatten(0, 1), teacher_head)
+            objective = PredictionObjective(
+                weights.prediction, weights.ce, weights.loss, weights.temperature, self.chunk
+            )
+            hidden = student.states[self._last[0]].flatten(0, 1)
+            total, found = prediction_loss(hidden, student_head, targets, labels, objective)
             loss = loss + total
             terms |= found
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _compare(self, student: Captured, teacher: Captured) -> dict[str, Tensor]:
+        """Return the active terms that compare what the two models captured, unweighted."""
+        terms: dict[str, list[Tensor]] = {}
+        for i, j in self._scores:
+            mine, theirs = self._by_head(student.attention[i]), self._by_head(teacher.attention[j])
+            scales = student.scale[i], teacher.scale[j] / self._group
+            terms.setdefault("attention", []).append(attention_loss(mine[:2], theirs[:2], *scales))
+        for i, j in self._relations:
+            for mine, theirs in zip(
+                self._by_head(student.attention[i]), self._by_head(teacher.attention[j]), strict=True
+            ):
+                terms.setdefault("relation", []).append(relation_loss(mine, theirs))
+        for i, j in self._states:
+            mapped = self.projection(student.states[i])
+            terms.setdefault("hidden", []).append(hidden_loss(mapped, teacher.states[j], self.weights.hidden_scale))
+        if self.weights.cosine:
+            terms["cosine"] = [cosine_loss(student.states[self._last[0]], teacher.states[self._last[1]])]
+        return {name: torch.stack(parts).sum() for name, parts in terms.items()}
+
+    def _by_head(self, fused: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Split queries, keys and values by the student's heads; teacher heads of a group lie side by side.
+
+        The product of two such long heads is the sum of the group's scores.
+        """
+        query, key, value = (by_head(part, self.heads) for part in fused.chunk(3, dim=-1))
+        return query, key, value
+
+
+def _check_shapes(weights: Weights, student: GPT2Config, teacher: GPT2Config) -> None:
+    if weights.attention and student.n_head != teacher.n_head:
+        what = f"the student has {student.n_head} heads, the teacher {teacher.n_head}"
+        if weights.head_map == "equal":
+            raise ConfigError(
+                f"--attention-weight compares head by head: {what}",
+                f"take a student with {teacher.n_head} heads, --head-map average, or --attention-weight 0",
+            )
+        if teacher.n_head % student.n_head:
+            raise ConfigError(
+                f"--head-map average needs groups of equal size: {what}",
+                f"take a student whose number of heads divides {teacher.n_head}, or --attention-weight 0",
+            )
+    if weights.relation and teacher.n_embd % student.n_head:
+        raise ConfigError(
+            f"--relation-weight splits both widths by the student's {student.n_head} heads, "
+            f"which do not divide the teacher's {teacher.n_embd}",
+            "use --relation-weight 0",
+        )
+    if weights.cosine and student.n_embd != teacher.n_embd:
+        raise ConfigError(
+            f"--cosine-weight needs equal widths: the student has {student.n_embd}, the teacher {teacher.n_embd}",
+            "use --cosine-weight 0",
+        )

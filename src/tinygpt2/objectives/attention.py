@@ -1,8 +1,8 @@
-"""Attention scores on the lower triangle, block by block over query rows.
+"""What attention layers compute, compared on the lower triangle, block by block over query rows.
 
-The loss is the mean over the L(L+1)/2 causal positions (and heads and batch) of the squared difference of
-scores before mask and softmax. Nothing of size L x L is held for more than one block of rows, and the
-gradients for the student's queries and keys come out of the same pass.
+Scores are compared by their squared difference (TinyBERT), relations between queries, between keys and between
+values by their divergence (MiniLM). Nothing of size T x T is held for more than one block of rows, and the
+student's gradients come out of the same pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROWS = 128  # query rows in a block: large enough for fast products, small against L x L
+from tinygpt2.objectives.prediction import forward_kl
+
+ROWS = 128  # query rows in a block: large enough for fast products, small against T x T
+MASKED = -1e30  # as good as minus infinity for a softmax; differences of it stay finite
 
 
 def attention_loss(
@@ -32,14 +35,40 @@ def attention_loss(
         ValueError: different numbers of heads or positions.
     Source: TinyGPT2 (TLB-MISS/TinyGPT2), README, "Attention objective"; TinyBERT, arXiv:1909.10351, eq. 7.
     """
-    if student[0].shape[:3] != teacher[0].shape[:3]:
-        raise ValueError(
-            f"scores of shape {tuple(student[0].shape[:3])} and {tuple(teacher[0].shape[:3])} do not compare"
-        )
+    _require_equal(student[0], teacher[0])
     loss: Tensor = _AttentionLoss.apply(  # type: ignore[no-untyped-call]
         *student, *teacher, student_scale, teacher_scale
     )
     return loss
+
+
+def relation_loss(student: Float[Tensor, "B H T Ks"], teacher: Float[Tensor, "B H T Kt"]) -> Float[Tensor, ""]:
+    """Mean over heads and positions of KL(teacher || student) between causal self-relations, in nats.
+
+    The relation of a position is the softmax, over itself and the positions before it, of x.x / sqrt(K).
+
+    Args:
+        student, teacher: queries, keys or values; head widths may differ, head counts may not.
+
+    Raises:
+        ValueError: different numbers of heads or positions.
+    Source: MiniLMv2, arXiv:2012.15828, section 3.1 (relation heads; q-q, k-k and v-v); MiniLM,
+    arXiv:2002.10957, section 3.2 (v-v).
+    """
+    _require_equal(student, teacher)
+    loss: Tensor = _RelationLoss.apply(student, teacher)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _require_equal(student: Tensor, teacher: Tensor) -> None:
+    if student.shape[:3] != teacher.shape[:3]:
+        raise ValueError(
+            f"batch, heads and positions {tuple(student.shape[:3])} and {tuple(teacher.shape[:3])} do not compare"
+        )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class _AttentionLoss(torch.autograd.Function):
@@ -57,23 +86,23 @@ class _AttentionLoss(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, length, _ = q.shape
         pairs = batch * heads * (length * (length + 1) // 2)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        needs_grad = q.requires_grad or k.requires_grad
-        q_grad, k_grad = (torch.zeros_like(q), torch.zeros_like(k, dtype=wide)) if needs_grad else (None, None)
-        total = q.new_zeros((), dtype=wide)
+        # One product gives the difference of the scores: [scale q, -teacher_scale teacher_q] . [k, teacher_k]
+        left = torch.cat([q * scale, teacher_q.to(q.dtype) * -teacher_scale], dim=-1).flatten(0, 1)
+        right = torch.cat([k, teacher_k.to(k.dtype)], dim=-1).flatten(0, 1)  # (B H, T, Ks + Kt)
+        queries, keys = q.flatten(0, 1), k.flatten(0, 1)
+        q_grad, k_grad = torch.empty_like(queries), torch.zeros_like(keys, dtype=_wide(k))
+        total = q.new_zeros((), dtype=_wide(q))
         for start in range(0, length, ROWS):
             stop = min(start + ROWS, length)
-            rows, keys = slice(start, stop), slice(0, stop)
-            difference = (q[:, :, rows] @ k[:, :, keys].mT) * scale
-            difference -= (teacher_q[:, :, rows] @ teacher_k[:, :, keys].mT).to(difference.dtype) * teacher_scale
-            difference = difference.tril(diagonal=start)  # (B, H, rows, keys)
-            total += difference.to(wide).square().sum()
-            if q_grad is not None and k_grad is not None:
-                q_grad[:, :, rows] = difference @ k[:, :, keys]
-                k_grad[:, :, keys] += difference.mT @ q[:, :, rows]
+            difference = torch.bmm(left[:, start:stop], right[:, :stop].mT)  # (B H, rows, keys)
+            difference[:, :, start:].tril_()
+            total += difference.to(total.dtype).square().sum()
+            if any(ctx.needs_input_grad):
+                torch.bmm(difference, keys[:, :stop], out=q_grad[:, start:stop])
+                k_grad[:, :stop] += torch.bmm(difference.mT, queries[:, start:stop])
         # The small factor waits for backward, where a loss scale has made the incoming gradient large.
         ctx.factor = 2 * scale / pairs
-        ctx.save_for_backward(q_grad, None if k_grad is None else k_grad.to(k.dtype))
+        ctx.save_for_backward(q_grad.view_as(q), k_grad.to(k.dtype).view_as(k))
         return total / pairs
 
     @staticmethod
@@ -81,3 +110,35 @@ class _AttentionLoss(torch.autograd.Function):
         q_grad, k_grad = ctx.saved_tensors
         factor = ctx.factor * grads[0]
         return q_grad * factor, k_grad * factor, None, None, None, None
+
+
+class _RelationLoss(torch.autograd.Function):
+    """Value and gradient in one pass; backward only multiplies."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        wide, length = _wide(student), student.shape[2]
+        mine, theirs = (x.flatten(0, 1) for x in (student, teacher))  # (B H, T, K)
+        gradient = torch.zeros_like(mine, dtype=wide)
+        total = student.new_zeros((), dtype=wide)
+        for start in range(0, length, ROWS):
+            stop = min(start + ROWS, length)
+            future = torch.ones(stop - start, stop, dtype=torch.bool, device=student.device).triu(start + 1)
+            relations = (
+                (x[:, start:stop] @ x[:, :stop].mT).to(wide).mul_(x.shape[-1] ** -0.5).masked_fill_(future, MASKED)
+                for x in (mine, theirs)
+            )
+            value, difference = forward_kl(*(relation.flatten(0, 1) for relation in relations))
+            total += value
+            difference = difference.view(len(mine), stop - start, stop).to(mine.dtype)
+            gradient[:, start:stop] += difference @ mine[:, :stop]
+            gradient[:, :stop] += difference.mT @ mine[:, start:stop]
+        rows = len(mine) * length
+        ctx.factor = mine.shape[-1] ** -0.5 / rows
+        ctx.save_for_backward(gradient.to(student.dtype).view_as(student))
+        return total / rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (ctx.factor * grads[0]), None

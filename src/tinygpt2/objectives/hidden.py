@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from tinygpt2.config import HiddenScale
 
 
 def hidden_loss(
-    student: Float[Tensor, "B T Ds"],
-    teacher: Float[Tensor, "B T Dt"],
-    projection: nn.Module,
-    scale: HiddenScale,
+    student: Float[Tensor, "B T D"], teacher: Float[Tensor, "B T D"], scale: HiddenScale
 ) -> Float[Tensor, ""]:
-    """Mean squared error between the mapped student state and the teacher state.
+    """Mean squared error between one hidden state of the student and one of the teacher.
 
     Args:
-        student, teacher: one hidden state of each.
-        projection: the map from Ds to Dt, the same for every pair of states.
+        student: mapped to the teacher's width.
+        teacher: as it is.
         scale: `variance` divides by the teacher state's variance over all its entries: a pre-LN residual
             stream grows with depth, and deep states would drown the rest.
     Source: TinyBERT, arXiv:1909.10351, eq. 8; scaling: TinyGPT2's README, "Objective scaling".
     """
-    mapped, target = _wide(projection(student)), _wide(teacher)
+    mapped, target = _wide(student), _wide(teacher)
     loss = F.mse_loss(mapped, target)
     return loss / target.var(correction=0) if scale == "variance" else loss
 

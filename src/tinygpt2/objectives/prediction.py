@@ -1,11 +1,15 @@
 """Losses on predictions, chunk by chunk over tokens, so that no N x V tensor outlives its chunk.
 
-Student and teacher logits are made from the last hidden states and the two output matrices for a few
-tokens at a time; the loss and the gradients for hidden states and output matrix come out of the same pass.
+Student and teacher logits are made from the last hidden states and the two output matrices for some tokens
+at a time; the loss and the gradients for hidden states and output matrix come out of the same pass. A chunk
+is large enough for fast matrix products; within it, the element-wise work goes over a few rows at a time,
+which stay in a CPU's cache from the first pass over them to the last.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,49 +17,77 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from tinygpt2.config import PredictionLoss
 
 IGNORED = -100  # a target that is none: the last position of every block
 
 
-def soft_ce(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> Float[Tensor, ""]:
+def soft_ce(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
     """Sum over tokens of the cross-entropy of the student under the teacher's distribution, in nats.
 
+    Args:
+        student, teacher: logits.
+
+    Returns:
+        The sum, and its gradient for the student's logits; so do the other losses.
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2. TinyBERT's code takes the mean over the
     vocabulary too, which makes the loss V times smaller.
     """
-    return -(teacher.softmax(-1) * student.log_softmax(-1)).sum()
+    p_t = teacher.softmax(-1)
+    return -_dot(p_t, student.log_softmax(-1)), student.softmax(-1).sub_(p_t)
 
 
-def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> Float[Tensor, ""]:
+def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
     """Sum over tokens of KL(teacher || student), in nats. Source: as `soft_ce`, less the teacher's entropy."""
-    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+    p_t = teacher.softmax(-1)
+    value = _dot(p_t, teacher.log_softmax(-1).sub_(student.log_softmax(-1)))
+    return value, student.softmax(-1).sub_(p_t)
 
 
-def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> Float[Tensor, ""]:
+def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
     """Sum over tokens of KL(student || teacher), in nats. Source: MiniLLM, arXiv:2306.08543, section 2."""
-    return forward_kl(teacher, student)
+    log_s = student.log_softmax(-1)
+    p_s = log_s.exp()
+    ratio = log_s.sub_(teacher.log_softmax(-1))
+    rows = (p_s * ratio).sum(-1, keepdim=True)
+    return rows.sum(), ratio.sub_(rows).mul_(p_s)
 
 
-def jsd(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> Float[Tensor, ""]:
+def jsd(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
     """Sum over tokens of the Jensen-Shannon divergence, both sides weighed 1/2, in nats.
 
     Source: Agarwal et al. 2023, arXiv:2306.13649, eq. 1 with beta 1/2.
     """
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    log_m = torch.logaddexp(log_s, log_t) - torch.log(torch.tensor(2.0, dtype=log_s.dtype, device=log_s.device))
-    to_middle = [F.kl_div(log_m, side, reduction="sum", log_target=True) for side in (log_s, log_t)]
-    return (to_middle[0] + to_middle[1]) / 2
+    log_m = torch.logaddexp(log_s, log_t).sub_(math.log(2))
+    p_s, ratio = log_s.exp(), log_s.sub_(log_m)
+    rows = (p_s * ratio).sum(-1, keepdim=True)
+    value = (rows.sum() + _dot(log_t.exp(), log_t - log_m)) / 2
+    return value, ratio.sub_(rows).mul_(p_s).div_(2)
 
 
-LOSSES: dict[PredictionLoss, Callable[[Tensor, Tensor], Tensor]] = {
+LOSSES: dict[PredictionLoss, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "soft_ce": soft_ce,
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
 }
+
+
+def cross_entropy(
+    student: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
+    """Sum over targets of -log p(target), in nats, and its gradient for the logits; `IGNORED` targets count nothing."""
+    log_s, real = student.log_softmax(-1), targets != IGNORED
+    index = targets.where(real, 0).unsqueeze(-1)
+    value = -(log_s.gather(-1, index).squeeze(-1) * real).sum()
+    gradient = log_s.exp_().scatter_add_(-1, index, torch.full_like(index, -1, dtype=log_s.dtype))
+    return value, gradient.mul_(real.unsqueeze(-1))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
 
 
 @dataclass(frozen=True)
@@ -66,12 +98,14 @@ class PredictionObjective:
         prediction_weight, ce_weight: weights in the returned total.
         loss: what compares student and teacher.
         temperature: divides both logits; the loss is multiplied by its square.
+        chunk: tokens whose logits are held at a time; None takes `default_chunk`.
     """
 
     prediction_weight: float
     ce_weight: float
     loss: PredictionLoss = "forward_kl"
     temperature: float = 1.0
+    chunk: int | None = None
 
 
 def prediction_loss(
@@ -80,25 +114,23 @@ def prediction_loss(
     targets: Int[Tensor, " N"],
     teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "V Dt"]] | None,
     objective: PredictionObjective,
-    chunk: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Weighted sum of the prediction loss and next-token cross-entropy, and the two terms by themselves.
 
     Args:
         hidden, head: the student's last hidden states and output matrix.
         targets: next tokens, `IGNORED` where there is none.
-        teacher: the teacher's last hidden states and output matrix; None if only ce is asked for.
-        objective: weights, loss and temperature.
-        chunk: tokens at a time; by default as many as keep a chunk of logits near the cache.
+        teacher: the teacher's last hidden states and output matrix, whose products are made in their own
+            dtype; None if only ce is asked for.
+        objective: weights, loss, temperature and chunk.
 
     Returns:
         The total, with gradients; the unweighted terms: `prediction` is the mean over all N tokens, times
         temperature squared; `ce` the mean over the targets.
     """
-    chunk = chunk or default_chunk(head)
     teacher_hidden, teacher_head = teacher if teacher is not None else (None, None)
     total, prediction, ce = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head, targets, teacher_hidden, teacher_head, objective, chunk
+        hidden, head, targets, teacher_hidden, teacher_head, objective
     )
     terms = {}
     if objective.prediction_weight:
@@ -108,9 +140,15 @@ def prediction_loss(
     return total, terms
 
 
-def default_chunk(head: Tensor) -> int:
-    """Return how many tokens' logits are held at a time: 16 MB of float32 on a CPU, 512 MB on a GPU."""
-    return max(64, (1 << (22 if head.device.type == "cpu" else 27)) // head.shape[0])
+def default_chunk(vocabulary: int, dtype: torch.dtype, device: str) -> int:
+    """Return how many tokens' logits to hold at a time: 64 MiB of them on a CPU, 512 MiB on a GPU."""
+    budget = 2**26 if device == "cpu" else 2**29
+    return max(64, budget // (vocabulary * dtype.itemsize))
+
+
+def _rows(vocabulary: int, device: str) -> int:
+    """Return how many rows of logits to work on element-wise at a time: 2 MiB of float32 on a CPU."""
+    return max(1, 2**19 // vocabulary) if device == "cpu" else sys.maxsize
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -125,40 +163,33 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_head: Tensor | None,
         objective: PredictionObjective,
-        chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        device, count = hidden.device.type, len(hidden)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        scale, (needs_hidden, needs_head) = objective.temperature**2, ctx.needs_input_grad[:2]
-        count, target_count = len(hidden), max(int((targets != IGNORED).sum()), 1)
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         head_grad = torch.zeros_like(head, dtype=wide) if needs_head else None
-        prediction, ce = hidden.new_zeros((), dtype=wide), hidden.new_zeros((), dtype=wide)
+        states, matrix = _operands(hidden, head)
+        taught = None
+        if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
+            taught = _operands(teacher_hidden, teacher_head)
+        means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum().clamp(min=1)]).to(wide)
+        values = hidden.new_zeros(2, dtype=wide)
+        turns = math.ceil(count / (objective.chunk or default_chunk(len(head), matrix.dtype, device)))
+        chunk = math.ceil(count / turns)  # equal chunks: a small last one would be slow
         with torch.autocast(device, enabled=False):
-            states, matrix = hidden.to(dtype), head.to(dtype)
-            soft_matrix = None if teacher_head is None else teacher_head.to(dtype)
             for start in range(0, count, chunk):
-                part = slice(start, min(start + chunk, count))
-                logits = (states[part] @ matrix.mT).to(wide).requires_grad_(needs_hidden or needs_head)
-                with torch.enable_grad():
-                    total = logits.new_zeros(())
-                    if teacher_hidden is not None and soft_matrix is not None and objective.prediction_weight:
-                        soft = (teacher_hidden[part].to(dtype) @ soft_matrix.mT).to(wide)
-                        term = LOSSES[objective.loss](logits / objective.temperature, soft / objective.temperature)
-                        prediction += term.detach() * (scale / count)
-                        total = total + objective.prediction_weight * scale * term
-                    if objective.ce_weight:
-                        term = F.cross_entropy(logits, targets[part], ignore_index=IGNORED, reduction="sum")
-                        ce += term.detach() / target_count
-                        total = total + objective.ce_weight * (count / target_count) * term
-                if needs_hidden or needs_head:
-                    (grad,) = torch.autograd.grad(total, logits)
-                    grad = grad.to(dtype)
-                    if hidden_grad is not None:
-                        hidden_grad[part] = grad @ matrix
-                    if head_grad is not None:
-                        head_grad += grad.mT @ states[part]
+                part = slice(start, start + chunk)
+                logits = states[part] @ matrix.mT
+                soft = None if taught is None else taught[0][part] @ taught[1].mT
+                values += _differentiate(logits, soft, targets[part], objective, means[1] * count, wide)
+                if hidden_grad is not None:
+                    hidden_grad[part] = logits @ matrix
+                if head_grad is not None and head_grad.dtype == logits.dtype:
+                    head_grad.addmm_(logits.mT, states[part])
+                elif head_grad is not None:
+                    head_grad += logits.mT @ states[part]
+        prediction, ce = values * means
         # The mean's 1/N waits for backward, where a loss scale has made the incoming gradient large.
         ctx.factor = 1 / count
         ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(head.dtype))
@@ -169,4 +200,42 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
         scaled = [None if grad is None else grad * (ctx.factor * grads[0]) for grad in (hidden_grad, head_grad)]
-        return scaled[0], scaled[1], None, None, None, None, None
+        return scaled[0], scaled[1], None, None, None, None
+
+
+def _operands(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+    return hidden.to(dtype), head.to(dtype)
+
+
+def _differentiate(
+    logits: Tensor,
+    soft: Tensor | None,
+    targets: Tensor,
+    objective: PredictionObjective,
+    ce_scale: Tensor,
+    wide: torch.dtype,
+) -> Tensor:
+    """Replace the student's logits by the gradient of the weighted sum of the two sums; return these.
+
+    The softmax and the sums are taken in `wide`, whatever the logits' dtype.
+    """
+    tau, rows = objective.temperature, _rows(logits.shape[-1], logits.device.type)
+    values = logits.new_zeros(2, dtype=wide)
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        student, parts = logits[part].to(wide), []
+        if soft is not None:
+            teacher = soft[part].to(wide)
+            softened = (student, teacher) if tau == 1 else (student / tau, teacher / tau)
+            value, gradient = LOSSES[objective.loss](*softened)
+            values[0] += value * tau**2
+            factor = objective.prediction_weight * tau
+            parts.append(gradient if factor == 1 else gradient.mul_(factor))
+        if objective.ce_weight:
+            value, gradient = cross_entropy(student, targets[part])
+            values[1] += value
+            parts.append(gradient.mul_(objective.ce_weight * ce_scale))
+        logits[part] = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+    return values

@@ -1,0 +1,302 @@
+"""Time and peak memory of one distillation step, beside the naive way and the bare matrix products.
+
+    python benchmarks/distill_step.py --json
+    python benchmarks/distill_step.py --json --sequence-length 256,512,1024,2048 --scaling
+
+Every variant lives in its own process, so that its peak memory is its own; the processes take turns, step
+by step, so that the ratios hold on a machine whose speed varies. Times are medians over the rounds.
+
+Variants: `naive` (TinyGPT2's way, see naive.py), `ours` (this package's `Step`), `products` (the matrix
+products that `ours` cannot do without: each linear layer of either model once forward, the student's twice
+backward; the scores of the mapped layers, lower triangle only; both output matrices forward, the student's
+twice backward). The products inside the attention layers themselves are not counted in, so the bound is
+lower than what any implementation of the step can reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+VOCABULARY, HEADS = 50257, 12
+TEACHER, STUDENT = {"n_layer": 12, "n_embd": 768}, {"n_layer": 4, "n_embd": 312}
+STRIP = 128  # query rows of a strip of scores in the bound
+WARM_UP = 2  # steps until the memory that a step needs has been taken once
+
+
+# --- in a variant's own process ------------------------------------------------------------------------
+
+
+def resident(key: str) -> int:
+    """Return VmRSS or VmHWM of this process, in bytes."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split(f"{key}:")[1].split()[0]) * 1024
+
+
+def models(options: argparse.Namespace, ours: bool) -> tuple[Any, Any]:
+    """Make the student and the teacher, from one seed for every variant."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tinygpt2.model import random_model
+
+    made = []
+    for seed, shape in ((1, STUDENT), (2, TEACHER)):
+        config = GPT2Config(
+            **shape, n_head=HEADS, n_positions=max(1024, options.length), vocab_size=VOCABULARY,
+            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        )  # fmt: skip
+        if ours:
+            made.append(random_model(config, seed))
+        else:
+            torch.manual_seed(seed)
+            made.append(GPT2LMHeadModel(config))
+    student, teacher = (model.to(options.device) for model in made)
+    return student.train(), teacher.eval()
+
+
+def training_step(options: argparse.Namespace, ours: bool, bf16: bool) -> Any:
+    """Return a function that takes one training step and returns its objectives."""
+    import torch
+    from naive import NaiveStep
+
+    from tinygpt2.config import PretrainConfig
+    from tinygpt2.loop import Step
+    from tinygpt2.objectives import Weights
+    from tinygpt2.optim import make_optimizer
+
+    run = PretrainConfig(data="", out="", shape="gpt2", learning_rate=2.5e-4)
+    student, teacher = models(options, ours)
+    torch.manual_seed(3)
+    projection = torch.nn.Linear(STUDENT["n_embd"], TEACHER["n_embd"]).to(options.device)
+    if ours:
+        if bf16:
+            teacher.to(torch.bfloat16)
+        teacher.requires_grad_(False)
+        module: Any = Step(student, teacher, Weights(1.0, 1.0, 1.0, 0.0, loss="soft_ce"), run)
+        module.objectives.projection = projection
+    else:
+        module = NaiveStep(student, teacher, projection)
+    optimizer = make_optimizer(module, run)
+    generator = torch.Generator().manual_seed(4)
+    shape = (options.micro_batch_size, options.length)
+    ids = torch.randint(0, VOCABULARY, shape, generator=generator).to(options.device)
+    device = options.device
+
+    def step() -> dict[str, float]:
+        with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
+            loss, terms = module(ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {name: float(term) for name, term in terms.items()}
+
+    return step
+
+
+def product_shapes(options: argparse.Namespace) -> list[tuple[int, int, int, int, int]]:
+    """List the products of a step: how often, batch, m, k, n."""
+    tokens = options.micro_batch_size * options.length
+    shapes = []
+    for model, passes in ((TEACHER, 1), (STUDENT, 3)):
+        layers, width = model["n_layer"], model["n_embd"]
+        for inputs, outputs in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
+            forward, to_input, to_weight = (
+                (layers, 1, tokens, inputs, outputs),
+                (layers, 1, tokens, outputs, inputs),
+                (layers, 1, inputs, tokens, outputs),
+            )
+            shapes += [forward, to_input, to_weight][:passes]
+        head = (
+            (1, 1, tokens, width, VOCABULARY),
+            (1, 1, tokens, VOCABULARY, width),
+            (1, 1, VOCABULARY, tokens, width),
+        )
+        shapes += head[:passes]
+        # scores, strip by strip of the lower triangle: q k^T; backward D k and D^T q
+        pairs, inner = options.micro_batch_size * HEADS, width // HEADS
+        for start in range(0, options.length, STRIP):
+            rows = min(STRIP, options.length - start)
+            strip = (
+                (pairs, rows, inner, start + rows),
+                (pairs, rows, start + rows, inner),
+                (pairs, start + rows, rows, inner),
+            )
+            shapes += [(STUDENT["n_layer"], *one) for one in strip[:passes]]
+    return shapes
+
+
+def bare_products(options: argparse.Namespace, bf16: bool) -> Any:
+    """Return a function that runs every product of `product_shapes` as often as a step needs it."""
+    import torch
+
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    like = {"dtype": dtype, "device": options.device}
+    # one arena for all operands: its pages are warm, as a step's caching allocator would have them
+    shapes = product_shapes(options)
+    sizes = [
+        max(b * x * y for _, b, *dims in shapes for x, y in [pick(dims)])
+        for pick in (lambda d: (d[0], d[1]), lambda d: (d[1], d[2]), lambda d: (d[0], d[2]))
+    ]
+    arenas = [torch.full((size,), 0.01, **like) for size in sizes]
+    jobs = []
+    for times, batch, m, k, n in shapes:
+        left, right, out = (
+            arena[: batch * rows * columns].view(batch, rows, columns)
+            for arena, (rows, columns) in zip(arenas, ((m, k), (k, n), (m, n)), strict=True)
+        )
+        if n == VOCABULARY:  # the output matrix is (V, D)
+            right = arenas[1][: k * n].view(1, n, k).mT
+        elif m in (VOCABULARY, STUDENT["n_embd"], 4 * STUDENT["n_embd"]) and batch == 1:  # a weight's gradient
+            left = arenas[0][: m * k].view(1, k, m).mT
+        jobs.append((times, left, right, out))
+
+    def step() -> dict[str, float]:
+        for times, left, right, out in jobs:
+            for _ in range(times):
+                if left.shape[0] == 1:
+                    torch.mm(left[0], right[0], out=out[0])
+                else:
+                    torch.bmm(left, right, out=out)
+        return {}
+
+    return step
+
+
+def work(options: argparse.Namespace) -> None:
+    """Take a step for every line on stdin; answer with a line of JSON."""
+    from tinygpt2.machine import fast_products, keep_memory
+
+    if options.worker.startswith("ours"):
+        keep_memory()  # as the command line does
+    tuned = options.worker.startswith("ours") or options.worker.endswith("onednn")
+    with fast_products() if tuned else nullcontext():
+        answer(options)
+
+
+def answer(options: argparse.Namespace) -> None:
+    """Make the variant, then take a step for every line on stdin."""
+    import torch
+
+    kind, bf16 = options.worker.split("_")[0], "bf16" in options.worker
+    if kind == "products":
+        step = bare_products(options, bf16)
+    else:
+        step = training_step(options, kind == "ours", bf16)
+    cuda = options.device == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
+    print(json.dumps({"before": before}), flush=True)
+    for _ in sys.stdin:
+        import resource; r0=resource.getrusage(resource.RUSAGE_SELF)
+        start = time.perf_counter()
+        terms = step()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        r1=resource.getrusage(resource.RUSAGE_SELF); print(options.worker, f"{seconds:.2f} user {r1.ru_utime-r0.ru_utime:.2f} sys {r1.ru_stime-r0.ru_stime:.2f} flt {r1.ru_minflt-r0.ru_minflt}", file=sys.stderr)
+        peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+        print(json.dumps({"seconds": seconds, "peak": peak, "terms": terms}), flush=True)
+
+
+# --- in the process that compares ----------------------------------------------------------------------
+
+
+class Worker:
+    """One variant in its own process."""
+
+    def __init__(self, name: str, length: int, options: argparse.Namespace) -> None:
+        arguments = ["--worker", name, "--length", str(length), "--device", options.device]
+        arguments += ["--micro-batch-size", str(options.micro_batch_size)]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.before = self._read()["before"]
+        self.steps: list[dict[str, Any]] = []
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
+        return dict(json.loads(line))
+
+    def step(self) -> None:
+        """Let it take one step."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.steps.append(self._read())
+
+    def figures(self, tokens: int) -> dict[str, Any]:
+        """End the process; the steps of the warm-up count in the memory only."""
+        self.process.communicate()
+        seconds = statistics.median(step["seconds"] for step in self.steps[WARM_UP:])
+        peak = self.steps[-1]["peak"]
+        return {
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+            "step_memory_bytes": peak - self.before,
+        }
+
+
+def measure(length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the variants at one length, in turns."""
+    workers = {name: Worker(name, length, options) for name in options.variants}
+    for _ in range(options.rounds + WARM_UP):
+        for worker in workers.values():
+            worker.step()
+    tokens = options.micro_batch_size * length
+    found: dict[str, Any] = {"sequence_length": length, "micro_batch_size": options.micro_batch_size}
+    found["variants"] = {name: worker.figures(tokens) for name, worker in workers.items()}
+    speed = {name: figures["tokens_per_second"] for name, figures in found["variants"].items()}
+    memory = {name: figures["peak_memory_bytes"] for name, figures in found["variants"].items()}
+    for precision in ("fp32", "bf16"):
+        ours, naive, bound = f"ours_{precision}", "naive_fp32", f"products_{precision}"
+        if ours in speed and naive in speed:
+            found[f"speedup_{precision}"] = speed[ours] / speed[naive]
+            found[f"memory_ratio_{precision}"] = memory[ours] / memory[naive]
+        if ours in speed and bound in speed:
+            found[f"bound_share_{precision}"] = speed[ours] / speed[bound]
+    if {"ours_fp32", "naive_fp32"} <= set(workers):
+        a, b = (workers[name].steps[0]["terms"] for name in ("naive_fp32", "ours_fp32"))
+        found["loss_difference"] = max(abs(a[name] - b[name]) / abs(a[name]) for name in a)
+    return found
+
+
+def main() -> None:
+    """Read the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--sequence-length", default="1024", help="lengths to measure, comma-separated")
+    parser.add_argument("--scaling", action="store_true", help="ours alone, to see how time and memory grow")
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each variant, after the warm-up")
+    parser.add_argument("--variants", help="comma-separated; all by default")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+        return
+    all_variants = ["naive_fp32", "ours_fp32", "ours_bf16", "products_fp32", "products_bf16"]
+    all_variants.insert(4, "products_fp32_onednn")
+    if options.device == "cuda":
+        all_variants.insert(1, "naive_bf16")
+    if options.scaling:
+        all_variants = ["ours_fp32", "ours_bf16"]
+    options.variants = options.variants.split(",") if options.variants else all_variants
+    found = [measure(int(length), options) for length in options.sequence_length.split(",")]
+    print(json.dumps(found[0] if len(found) == 1 else {"lengths": found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
