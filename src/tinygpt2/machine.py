@@ -32,7 +32,7 @@ def fast_products() -> Iterator[None]:
     """
     import torch
 
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     fine = torch.full((256, 256), 1 + 2**-23)

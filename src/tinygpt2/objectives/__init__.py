@@ -140,14 +140,13 @@ class Objectives(nn.Module):
         """Return the active terms that compare what the two models captured, unweighted."""
         terms: dict[str, list[Tensor]] = {}
         for i, j in self._scores:
-            mine, theirs = self._by_head(student.attention[i]), self._by_head(teacher.attention[j])
+            q, k, _ = self._by_head(student.attention[i])
+            teacher_q, teacher_k, _ = self._by_head(teacher.attention[j])
             scales = student.scale[i], teacher.scale[j] / self._group
-            terms.setdefault("attention", []).append(attention_loss(mine[:2], theirs[:2], *scales))
+            terms.setdefault("attention", []).append(attention_loss((q, k), (teacher_q, teacher_k), *scales))
         for i, j in self._relations:
-            for mine, theirs in zip(
-                self._by_head(student.attention[i]), self._by_head(teacher.attention[j]), strict=True
-            ):
-                terms.setdefault("relation", []).append(relation_loss(mine, theirs))
+            both = self._by_head(student.attention[i]), self._by_head(teacher.attention[j])
+            terms["relation"] = [relation_loss(mine, theirs) for mine, theirs in zip(*both, strict=True)]
         for i, j in self._states:
             mapped = self.projection(student.states[i])
             terms.setdefault("hidden", []).append(hidden_loss(mapped, teacher.states[j], self.weights.hidden_scale))

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tinygpt2.capture import ROWS
 from tinygpt2.objectives.prediction import forward_kl
 
-ROWS = 128  # query rows in a block: large enough for fast products, small against T x T
 MASKED = -1e30  # as good as minus infinity for a softmax; differences of it stay finite
 
 

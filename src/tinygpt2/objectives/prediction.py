@@ -79,11 +79,11 @@ def cross_entropy(
     student: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
     """Sum over targets of -log p(target), in nats, and its gradient for the logits; `IGNORED` targets count nothing."""
-    log_s, real = student.log_softmax(-1), targets != IGNORED
-    index = targets.where(real, 0).unsqueeze(-1)
-    value = -(log_s.gather(-1, index).squeeze(-1) * real).sum()
-    gradient = log_s.exp_().scatter_add_(-1, index, torch.full_like(index, -1, dtype=log_s.dtype))
-    return value, gradient.mul_(real.unsqueeze(-1))
+    real = (targets != IGNORED).unsqueeze(-1)
+    index = targets.unsqueeze(-1).where(real, 0)
+    value = -(student.log_softmax(-1).gather(-1, index) * real).sum()
+    gradient = student.softmax(-1).scatter_add_(-1, index, torch.full_like(index, -1, dtype=student.dtype))
+    return value, gradient.mul_(real)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""The naive way that benchmarks compare with computes what this package computes, step after step."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config
+
+from tinygpt2.config import PretrainConfig
+from tinygpt2.loop import Step
+from tinygpt2.model import random_model
+from tinygpt2.objectives import Weights
+from tinygpt2.optim import make_optimizer
+
+spec = importlib.util.spec_from_file_location("naive", Path(__file__).parent.parent / "benchmarks" / "naive.py")
+assert spec is not None
+assert spec.loader is not None
+naive = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(naive)
+
+
+def test_fifty_steps_of_the_naive_way_and_of_ours_give_one_loss_curve() -> None:
+    shape = {"n_head": 4, "n_positions": 40, "vocab_size": 90, "initializer_range": 0.1}
+    shape |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    teacher = random_model(GPT2Config(n_layer=4, n_embd=48, **shape), 1).eval().requires_grad_(False)
+    student = random_model(GPT2Config(n_layer=2, n_embd=24, **shape), 2)
+    run = PretrainConfig(data="", out="", shape="gpt2", learning_rate=2e-3)
+    ours = Step(student, teacher, Weights(1.0, 1.0, 1.0, 0.0, loss="soft_ce"), run)
+    assert isinstance(ours.objectives.projection, nn.Linear)
+    plain = naive.NaiveStep(copy.deepcopy(student), teacher, copy.deepcopy(ours.objectives.projection))
+    generator, curves = torch.Generator().manual_seed(3), {}
+    batches = [torch.randint(0, 90, (2, 40), generator=generator) for _ in range(50)]
+    for name, module in (("ours", ours), ("naive", plain)):
+        optimizer = make_optimizer(module, run)
+        curve = curves[name] = []
+        for batch in batches:
+            loss, terms = module(batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append([float(term) for _, term in sorted(terms.items())])
+    for ours_row, naive_row in zip(curves["ours"], curves["naive"], strict=True):
+        assert ours_row == pytest.approx(naive_row, rel=1e-3)
+    assert sum(curves["ours"][-1]) < 0.9 * sum(curves["ours"][0])
