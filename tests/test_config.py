@@ -142,3 +142,17 @@ def test_presets_have_their_published_sizes(shared_data: Path) -> None:
         assert count_parameters(random_model(read_shape(name, tokenizer), 0)) == parameters
     tiny = read_shape("tinygpt2-4l-312", tokenizer)
     assert (tiny.n_layer, tiny.n_embd, tiny.n_head, tiny.vocab_size) == (4, 312, 12, 50257)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_map": "average"}, "--head-map average does nothing"),
+        ({"hidden_map": "0,3=10"}, "--hidden-map 0,3=10 does nothing"),
+        ({"hidden_map": "3:10", "hidden_weight": 1.0}, "expected all, inner or numbers"),
+        ({"recipe": "truncation", "teacher_dtype": "bf16"}, "--teacher-dtype bf16 does nothing"),
+    ],
+)
+def test_choices_without_their_objective_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DistillConfig(teacher="t", student="s", data="d", out="o", **options)

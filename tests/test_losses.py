@@ -14,7 +14,7 @@ from tinygpt2.objectives import prediction as prediction_module
 from tinygpt2.objectives.attention import attention_loss, relation_loss
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.maps import layer_pairs, state_pairs
-from tinygpt2.objectives.prediction import LOSSES, PredictionObjective, cross_entropy, prediction_loss
+from tinygpt2.objectives.prediction import LOSSES, PredictionObjective, cross_entropy, head_operand, prediction_loss
 
 V = 50
 
@@ -124,25 +124,50 @@ def test_losses_leave_their_inputs_alone() -> None:
     torch.testing.assert_close((a, b), before, rtol=0, atol=0)
 
 
+def in_bfloat16(
+    hidden: torch.Tensor, head: torch.Tensor, teacher: list[torch.Tensor], targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the total and the gradient for the output matrix."""
+    with torch.autocast("cpu", torch.bfloat16):
+        labels = (teacher[0], head_operand(teacher[1]))
+        total, _ = prediction_loss(hidden, head, targets, labels, PredictionObjective(1.0, 1.0, chunk=10))
+    return total.detach(), torch.autograd.grad(total, head)[0]
+
+
 def test_bfloat16_keeps_softmax_sums_and_the_weight_gradient_in_float32() -> None:
     hidden, head, *teacher = (x.float() for x in doubles(6, (300, 8), (V, 8), (300, 12), (V, 12)))
     hidden.requires_grad_(), head.requires_grad_()
     targets = torch.randint(0, V, (300,), generator=torch.Generator().manual_seed(1))
-    rounded = [x.detach().bfloat16() for x in (hidden, head, *teacher)]
-    objective = PredictionObjective(1.0, 1.0, chunk=10)
-    with torch.autocast("cpu", torch.bfloat16):
-        total, _ = prediction_loss(hidden, head, targets, (teacher[0], teacher[1]), objective)
-    (gradient,) = torch.autograd.grad(total, head)
+    total, gradient = in_bfloat16(hidden, head, teacher, targets)
     # the same rounded logits, everything after them in float64
-    logits, soft = ((a @ b.T).double().requires_grad_() for a, b in (rounded[:2], rounded[2:]))
+    states, matrix, *labels = (x.detach() for x in (hidden, head - head.mean(0), teacher[0], teacher[1]))
+    labels[1] = labels[1] - labels[1].mean(0)
+    logits = (states.bfloat16() @ matrix.bfloat16().T).double().requires_grad_()
+    soft = (labels[0].bfloat16() @ labels[1].bfloat16().T).double()
     exact = naive_prediction("forward_kl", 1.0, (1.0, 1.0), logits, soft, targets.tolist())
     assert total.dtype == gradient.dtype == torch.float32
     assert total.item() == pytest.approx(exact.item(), rel=1e-5)
     (of_logits,) = torch.autograd.grad(exact, logits)
-    expected = of_logits.T @ rounded[0].double()
+    expected = of_logits.T @ states.bfloat16().double()
     # thirty chunks, each product rounded to eight bits once: sums in bfloat16 would be off by several per cent
     error = (gradient.double() - expected).norm() / expected.norm()
     assert float(error) < 0.005
+
+
+def test_a_large_offset_of_all_logits_costs_bfloat16_nothing() -> None:
+    hidden, head, *teacher = (x.float() for x in doubles(6, (300, 8), (V, 8), (300, 12), (V, 12)))
+    hidden, teacher[0] = hidden + 3, teacher[0] + 3
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (300,), generator=torch.Generator().manual_seed(1))
+    logits, labels = (a.double() @ b.double().T for a, b in ((hidden, head), teacher))
+    exact = naive_prediction("forward_kl", 1.0, (1.0, 1.0), logits, labels, targets.tolist())
+    (expected,) = torch.autograd.grad(exact, head)
+    far_head, far_teacher = (head - 5).detach().requires_grad_(), [teacher[0], teacher[1] - 5]
+    assert float((hidden @ far_head.T).mean().detach()) < -100
+    for student_head, labels in ((head, teacher), (far_head, far_teacher)):
+        total, gradient = in_bfloat16(hidden, student_head, labels, targets)
+        assert total.item() == pytest.approx(exact.item(), rel=0.01)
+        assert float((gradient - expected).norm() / expected.norm()) < 0.02
 
 
 def test_no_logit_matrix_outlives_its_chunk() -> None:
@@ -184,7 +209,7 @@ def test_impossible_layer_maps(rule: str, student: int, teacher: int) -> None:
         layer_pairs(rule, student, teacher)
 
 
-@pytest.mark.parametrize("rule", ["3", "0,2:13"])
+@pytest.mark.parametrize("rule", ["3", "0,2=13", "1,1=6"])
 def test_impossible_hidden_maps(rule: str) -> None:
     with pytest.raises(ConfigError, match="--hidden-map"):
         state_pairs(rule, [(1, 6), (2, 12)], 12)

@@ -2,7 +2,7 @@
 
 It runs GPT-2's own modules one after the other and returns what was asked for, as a function without side
 effects: so it can be compiled, checkpointed, and stopped after the last layer that anybody needs. No T x T
-matrix exists here.
+matrix exists here (with dropout, torch makes one on a CPU).
 """
 
 from __future__ import annotations

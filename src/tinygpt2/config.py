@@ -211,7 +211,7 @@ class DistillConfig(TrainOptions):
     hidden_weight: float = option(0.0, "Weight of the hidden states' squared error.", panel=OBJECTIVES, ge=0)
     hidden_map: str = option(
         "all",
-        "Student states compared: all, inner (not the last) or numbers such as 0,3 or 0,3:10 (teacher's state 10).",
+        "Student states compared: all, inner (not the last) or numbers such as 0,3 or 0,3=10 (teacher's state 10).",
         panel=OBJECTIVES,
         commas=True,
     )
@@ -257,9 +257,15 @@ class DistillConfig(TrainOptions):
             yield "every objective's weight is 0: there is nothing to learn"
         if self.layer_map not in ("uniform", "last", "first") and not re.fullmatch(r"\d+(,\d+)*", str(self.layer_map)):
             yield f"--layer-map {self.layer_map!r}: expected uniform, last, first or numbers such as 3,6,9,12"
-        states = r"\d+(:\d+)?"
+        states = r"\d+(=\d+)?"
         if self.hidden_map not in ("all", "inner") and not re.fullmatch(f"{states}(,{states})*", str(self.hidden_map)):
-            yield f"--hidden-map {self.hidden_map!r}: expected all, inner or numbers such as 0,3 or 0,3:10"
+            yield f"--hidden-map {self.hidden_map!r}: expected all, inner or numbers such as 0,3 or 0,3=10"
+        if self.head_map != "equal" and not self.attention_weight:
+            yield "--head-map average does nothing while --attention-weight is 0"
+        if self.hidden_map != "all" and not self.hidden_weight:
+            yield f"--hidden-map {self.hidden_map} does nothing while --hidden-weight is 0"
+        if self.teacher_dtype != "fp32" and not self.needs_teacher:
+            yield f"--teacher-dtype {self.teacher_dtype} does nothing: no objective looks at the teacher"
 
 
 class TruncateStudentConfig(ModelOptions):

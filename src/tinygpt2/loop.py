@@ -20,10 +20,11 @@ from tinygpt2.capture import capture
 from tinygpt2.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from tinygpt2.config import TrainOptions
 from tinygpt2.dataset import Blocks, Packed, Shuffle
-from tinygpt2.errors import DivergedError, InterruptedRunError
+from tinygpt2.errors import ConfigError, DivergedError, InterruptedRunError
 from tinygpt2.interrupt import stop_on_signals
 from tinygpt2.metrics import MetricsLog
 from tinygpt2.objectives import Objectives, Weights
+from tinygpt2.objectives.prediction import head_operand
 from tinygpt2.optim import learning_rate, make_optimizer
 from tinygpt2.perplexity import exponential, token_losses
 from tinygpt2.progress import say, track
@@ -65,7 +66,9 @@ class Step(nn.Module):
         super().__init__()
         self.student = student
         self.objectives = Objectives(weights, student.config, teacher.config if teacher else None, config.logit_chunk)
-        self._teacher = (teacher,)  # in a tuple: not registered, so never trained, wrapped or saved
+        # in a tuple and a list: not registered, so never trained, wrapped or saved
+        self._teacher = (teacher,)
+        self._teacher_head: list[Tensor] = []
         self._capture = torch.compile(capture) if config.compile else capture
         self._checkpointing = config.gradient_checkpointing
 
@@ -86,7 +89,10 @@ class Step(nn.Module):
         else:
             with torch.no_grad():
                 taught = self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
-            loss, terms = wanted(input_ids, student, head, taught, teacher.lm_head.weight)
+                self._teacher_head = self._teacher_head or [head_operand(teacher.lm_head.weight)]
+            loss, terms = wanted(input_ids, student, head, taught, *self._teacher_head)
+        if not loss.requires_grad:
+            raise ConfigError("no objective reaches a parameter that is trained", "name fewer with --freeze")
         return loss, terms
 
 

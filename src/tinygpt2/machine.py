@@ -18,8 +18,9 @@ def keep_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        # older versions refuse more than 32 MiB
+        if libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25):
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager
@@ -28,10 +29,14 @@ def fast_products() -> Iterator[None]:
 
     Torch takes oneDNN for them only if a lower internal precision is allowed, but on a CPU without bfloat16
     matrix units oneDNN then still computes in float32. A product whose result shows the rounding decides.
-    The earlier setting comes back at the end.
+    The earlier setting comes back at the end; meanwhile torch.get_float32_matmul_precision() raises, as torch
+    does not let its two ways of setting a precision be mixed. Does nothing where there is a GPU.
     """
     import torch
 
+    if torch.cuda.is_available():
+        yield
+        return
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from tinygpt2.config import (
     DEFAULT_SEQUENCE_LENGTH,
@@ -168,6 +170,11 @@ def _check_start(config: TrainOptions) -> None:
     """Refuse, before anything is loaded: what would overwrite, another run's resume, what the machine cannot do."""
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if config.compile and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"--compile needs a C++ compiler: {compiler} was not found", "install it, or set CXX to another"
+        )
     out = Path(config.out)
     run = out / RUN_FILE
     begun = run.is_file() or is_packed(out / "data")  # a text may be packed before the run begins
@@ -182,9 +189,13 @@ def _check_start(config: TrainOptions) -> None:
             )
 
 
-def _accelerator(config: TrainOptions) -> Accelerator:
+def _accelerator(job: Job) -> Accelerator:
     AcceleratorState._reset_state()  # a process may train twice, in another precision
+    config, weights = job.config, job.weights
+    # an objective that looks at inner layers alone leaves the top of the student without gradients
+    whole = bool(weights.ce or weights.prediction or weights.cosine)
     return Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
         cpu=not torch.cuda.is_available(),
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=list(config.report_to) or None,
@@ -198,7 +209,7 @@ def _train(job: Job) -> TrainResult:
     config, out = job.config, Path(job.config.out)
     freeze(job.model, config.freeze)
     set_dropout(job.model, config.dropout)
-    accelerator = _accelerator(config)
+    accelerator = _accelerator(job)
     set_seed(config.seed)
     module = Step(job.model, job.teacher, job.weights, config)
     if job.teacher is not None:

@@ -114,7 +114,12 @@ class Objectives(nn.Module):
         teacher: Captured | None = None,
         teacher_head: Float[Tensor, "V Dt"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Return the weighted sum, and each active term unweighted and detached, by its name."""
+        """Return the weighted sum, and each active term unweighted and detached, by its name.
+
+        Args:
+            student_head: the student's output matrix.
+            teacher_head: the teacher's, as `head_operand` returns it.
+        """
         weights = self.weights
         terms: dict[str, Tensor] = {}
         if teacher is not None:
@@ -146,7 +151,7 @@ class Objectives(nn.Module):
             terms.setdefault("attention", []).append(attention_loss((q, k), (teacher_q, teacher_k), *scales))
         for i, j in self._relations:
             both = self._by_head(student.attention[i]), self._by_head(teacher.attention[j])
-            terms["relation"] = [relation_loss(mine, theirs) for mine, theirs in zip(*both, strict=True)]
+            terms.setdefault("relation", []).extend(relation_loss(*pair) for pair in zip(*both, strict=True))
         for i, j in self._states:
             mapped = self.projection(student.states[i])
             terms.setdefault("hidden", []).append(hidden_loss(mapped, teacher.states[j], self.weights.hidden_scale))

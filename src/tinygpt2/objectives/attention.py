@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tinygpt2.capture import ROWS
-from tinygpt2.objectives.prediction import forward_kl
+from tinygpt2.objectives.prediction import forward_kl, wide
 
 MASKED = -1e30  # as good as minus infinity for a softmax; differences of it stay finite
 
@@ -67,10 +68,6 @@ def _require_equal(student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 class _AttentionLoss(torch.autograd.Function):
     """Value and gradients in one pass; backward only multiplies."""
 
@@ -90,22 +87,26 @@ class _AttentionLoss(torch.autograd.Function):
         left = torch.cat([q * scale, teacher_q.to(q.dtype) * -teacher_scale], dim=-1).flatten(0, 1)
         right = torch.cat([k, teacher_k.to(k.dtype)], dim=-1).flatten(0, 1)  # (B H, T, Ks + Kt)
         queries, keys = q.flatten(0, 1), k.flatten(0, 1)
-        q_grad, k_grad = torch.empty_like(queries), torch.zeros_like(keys, dtype=_wide(k))
-        total = q.new_zeros((), dtype=_wide(q))
+        q_grad, k_grad = torch.empty_like(queries), torch.zeros_like(keys, dtype=wide(k))
+        total = q.new_zeros((), dtype=wide(q))
+        # float16 ends at 65504: its sums over positions are kept small here and made up for below
+        shrink = 1 / length if q.dtype == torch.float16 else 1.0
         for start in range(0, length, ROWS):
             stop = min(start + ROWS, length)
             difference = torch.bmm(left[:, start:stop], right[:, :stop].mT)  # (B H, rows, keys)
             difference[:, :, start:].tril_()
             total += difference.to(total.dtype).square().sum()
             if any(ctx.needs_input_grad):
+                difference = difference if shrink == 1 else difference * shrink
                 torch.bmm(difference, keys[:, :stop], out=q_grad[:, start:stop])
                 k_grad[:, :stop] += torch.bmm(difference.mT, queries[:, start:stop])
         # The small factor waits for backward, where a loss scale has made the incoming gradient large.
-        ctx.factor = 2 * scale / pairs
+        ctx.factor = 2 * scale / pairs / shrink
         ctx.save_for_backward(q_grad.view_as(q), k_grad.to(k.dtype).view_as(k))
         return total / pairs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_grad, k_grad = ctx.saved_tensors
         factor = ctx.factor * grads[0]
@@ -117,15 +118,18 @@ class _RelationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        wide, length = _wide(student), student.shape[2]
-        mine, theirs = (x.flatten(0, 1) for x in (student, teacher))  # (B H, T, K)
-        gradient = torch.zeros_like(mine, dtype=wide)
-        total = student.new_zeros((), dtype=wide)
+        length = student.shape[2]
+        mine, theirs = (x.to(student.dtype).flatten(0, 1) for x in (student, teacher))  # (B H, T, K)
+        gradient = torch.zeros_like(mine, dtype=wide(student))
+        total = student.new_zeros((), dtype=wide(student))
         for start in range(0, length, ROWS):
             stop = min(start + ROWS, length)
             future = torch.ones(stop - start, stop, dtype=torch.bool, device=student.device).triu(start + 1)
             relations = (
-                (x[:, start:stop] @ x[:, :stop].mT).to(wide).mul_(x.shape[-1] ** -0.5).masked_fill_(future, MASKED)
+                (x[:, start:stop] @ x[:, :stop].mT)
+                .to(total.dtype)
+                .mul_(x.shape[-1] ** -0.5)
+                .masked_fill_(future, MASKED)
                 for x in (mine, theirs)
             )
             value, difference = forward_kl(*(relation.flatten(0, 1) for relation in relations))
@@ -139,6 +143,7 @@ class _RelationLoss(torch.autograd.Function):
         return total / rows
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * (ctx.factor * grads[0]), None

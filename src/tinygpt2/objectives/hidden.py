@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from tinygpt2.config import HiddenScale
+from tinygpt2.objectives.prediction import wide
 
 
 def hidden_loss(
@@ -22,7 +22,7 @@ def hidden_loss(
             stream grows with depth, and deep states would drown the rest.
     Source: TinyBERT, arXiv:1909.10351, eq. 8; scaling: TinyGPT2's README, "Objective scaling".
     """
-    mapped, target = _wide(student), _wide(teacher)
+    mapped, target = student.to(wide(student)), teacher.to(wide(student))
     loss = F.mse_loss(mapped, target)
     return loss / target.var(correction=0) if scale == "variance" else loss
 
@@ -36,8 +36,4 @@ def cosine_loss(student: Float[Tensor, "B T D"], teacher: Float[Tensor, "B T D"]
     """
     if student.shape != teacher.shape:
         raise ValueError(f"cosine needs equal widths, not {student.shape[-1]} and {teacher.shape[-1]}")
-    return 1 - F.cosine_similarity(_wide(student), _wide(teacher), dim=-1).mean()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return 1 - F.cosine_similarity(student.to(wide(student)), teacher.to(wide(student)), dim=-1).mean()

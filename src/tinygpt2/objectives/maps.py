@@ -37,7 +37,7 @@ def state_pairs(rule: str, layers: list[tuple[int, int]], teacher: int) -> list[
     Args:
         rule: `all` for the embeddings and every mapped layer, `inner` for all but the student's last state,
             or the student's states, as `0,3`, each with the teacher's by the layer map or a named one, as
-            `0,3:10`.
+            `0,3=10`.
         layers: the pairs of layers.
         teacher: the teacher's number of layers.
 
@@ -51,10 +51,12 @@ def state_pairs(rule: str, layers: list[tuple[int, int]], teacher: int) -> list[
         return list(mapped.items())[:-1]
     pairs = []
     for item in rule.split(","):
-        mine, _, theirs = item.partition(":")
+        mine, _, theirs = item.partition("=")
         if int(mine) not in mapped:
             raise ConfigError(f"--hidden-map {rule}: the student has states 0 to {len(layers)}, no {mine}")
         if theirs and int(theirs) > teacher:
             raise ConfigError(f"--hidden-map {rule}: the teacher has states 0 to {teacher}, no {theirs}")
         pairs.append((int(mine), int(theirs) if theirs else mapped[int(mine)]))
+    if len(set(pairs)) < len(pairs):
+        raise ConfigError(f"--hidden-map {rule} names a pair of states twice")
     return pairs

@@ -9,7 +9,6 @@ which stay in a CPU's cache from the first pass over them to the last.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tinygpt2.config import PredictionLoss
 
@@ -90,6 +90,11 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.flatten(), b.flatten())
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """Return the type for sums and softmaxes: float32, or float64 where the numbers are."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class PredictionObjective:
     """What to compute from logits: weights of 0 cost nothing.
@@ -120,14 +125,16 @@ def prediction_loss(
     Args:
         hidden, head: the student's last hidden states and output matrix.
         targets: next tokens, `IGNORED` where there is none.
-        teacher: the teacher's last hidden states and output matrix, whose products are made in their own
-            dtype; None if only ce is asked for.
+        teacher: the teacher's last hidden states, and its output matrix as `head_operand` returns it; None if only
+            ce is asked for.
         objective: weights, loss, temperature and chunk.
 
     Returns:
         The total, with gradients; the unweighted terms: `prediction` is the mean over all N tokens, times
         temperature squared; `ce` the mean over the targets.
     """
+    if teacher is None and objective.prediction_weight:
+        raise ValueError("a prediction weight above 0 needs a teacher")
     teacher_hidden, teacher_head = teacher if teacher is not None else (None, None)
     total, prediction, ce = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head, targets, teacher_hidden, teacher_head, objective
@@ -147,8 +154,21 @@ def default_chunk(vocabulary: int, dtype: torch.dtype, device: str) -> int:
 
 
 def _rows(vocabulary: int, device: str) -> int:
-    """Return how many rows of logits to work on element-wise at a time: 2 MiB of float32 on a CPU."""
-    return max(1, 2**19 // vocabulary) if device == "cpu" else sys.maxsize
+    """Return how many rows of logits to work on element-wise at a time: 2 MiB of float32 on a CPU, 256 on a GPU."""
+    return max(1, (2**19 if device == "cpu" else 2**26) // vocabulary)
+
+
+def head_operand(head: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
+    """Return the output matrix as its products take it: in autocast's type, and centred if that is a short one.
+
+    GPT-2's logits share a large offset, about -100, which a softmax ignores and bfloat16 would round to
+    halves. Without the matrix' mean row it is gone; neither the losses nor their gradients change by it.
+    """
+    device = head.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+    if dtype.itemsize >= 4:
+        return head.to(dtype)
+    return (head - head.mean(0, dtype=torch.float32)).to(dtype)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -165,16 +185,15 @@ class _ChunkedLoss(torch.autograd.Function):
         objective: PredictionObjective,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device, count = hidden.device.type, len(hidden)
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        head_grad = torch.zeros_like(head, dtype=wide) if needs_head else None
-        states, matrix = _operands(hidden, head)
-        taught = None
+        head_grad = torch.zeros_like(head, dtype=wide(head)) if needs_head else None
+        matrix = head_operand(head)
+        states, taught = hidden.to(matrix.dtype), None
         if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
-            taught = _operands(teacher_hidden, teacher_head)
-        means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum().clamp(min=1)]).to(wide)
-        values = hidden.new_zeros(2, dtype=wide)
+            taught = (teacher_hidden.to(teacher_head.dtype), teacher_head)
+        means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum().clamp(min=1)]).to(wide(hidden))
+        values = torch.zeros_like(means)
         turns = math.ceil(count / (objective.chunk or default_chunk(len(head), matrix.dtype, device)))
         chunk = math.ceil(count / turns)  # equal chunks: a small last one would be slow
         with torch.autocast(device, enabled=False):
@@ -182,7 +201,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 part = slice(start, start + chunk)
                 logits = states[part] @ matrix.mT
                 soft = None if taught is None else taught[0][part] @ taught[1].mT
-                values += _differentiate(logits, soft, targets[part], objective, means[1] * count, wide)
+                values += _differentiate(logits, soft, targets[part], objective, means[1] * count)
                 if hidden_grad is not None:
                     hidden_grad[part] = logits @ matrix
                 if head_grad is not None and head_grad.dtype == logits.dtype:
@@ -197,16 +216,11 @@ class _ChunkedLoss(torch.autograd.Function):
         return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
         scaled = [None if grad is None else grad * (ctx.factor * grads[0]) for grad in (hidden_grad, head_grad)]
         return scaled[0], scaled[1], None, None, None, None
-
-
-def _operands(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-    return hidden.to(dtype), head.to(dtype)
 
 
 def _differentiate(
@@ -215,19 +229,18 @@ def _differentiate(
     targets: Tensor,
     objective: PredictionObjective,
     ce_scale: Tensor,
-    wide: torch.dtype,
 ) -> Tensor:
     """Replace the student's logits by the gradient of the weighted sum of the two sums; return these.
 
-    The softmax and the sums are taken in `wide`, whatever the logits' dtype.
+    The softmax and the sums are taken in float32 at least, whatever the logits' type.
     """
     tau, rows = objective.temperature, _rows(logits.shape[-1], logits.device.type)
-    values = logits.new_zeros(2, dtype=wide)
+    values = logits.new_zeros(2, dtype=wide(logits))
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
-        student, parts = logits[part].to(wide), []
+        student, parts = logits[part].to(values.dtype), []
         if soft is not None:
-            teacher = soft[part].to(wide)
+            teacher = soft[part].to(values.dtype)
             softened = (student, teacher) if tau == 1 else (student / tau, teacher / tau)
             value, gradient = LOSSES[objective.loss](*softened)
             values[0] += value * tau**2
