@@ -89,7 +89,8 @@ class Step(nn.Module):
         else:
             with torch.no_grad():
                 taught = self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
-                self._teacher_head = self._teacher_head or [head_operand(teacher.lm_head.weight)]
+                if wanted.weights.prediction and not self._teacher_head:
+                    self._teacher_head = [head_operand(teacher.lm_head.weight)]
             loss, terms = wanted(input_ids, student, head, taught, *self._teacher_head)
         if not loss.requires_grad:
             raise ConfigError("no objective reaches a parameter that is trained", "name fewer with --freeze")

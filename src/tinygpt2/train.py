@@ -192,8 +192,8 @@ def _check_start(config: TrainOptions) -> None:
 def _accelerator(job: Job) -> Accelerator:
     AcceleratorState._reset_state()  # a process may train twice, in another precision
     config, weights = job.config, job.weights
-    # an objective that looks at inner layers alone leaves the top of the student without gradients
-    whole = bool(weights.ce or weights.prediction or weights.cosine)
+    # objectives that never reach the logits may leave the top of the student without gradients
+    whole = bool(weights.ce or weights.prediction)
     return Accelerator(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
         cpu=not torch.cuda.is_available(),
