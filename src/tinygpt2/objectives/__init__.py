@@ -25,7 +25,7 @@ from tinygpt2.objectives.prediction import IGNORED, PredictionObjective, predict
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights and choices of the objectives; the defaults are plain language modelling."""
+    """Weights, by the names of the terms, and choices; the defaults are plain language modelling."""
 
     attention: float = 0.0
     hidden: float = 0.0
@@ -124,9 +124,7 @@ class Objectives(nn.Module):
         terms: dict[str, Tensor] = {}
         if teacher is not None:
             terms = self._compare(student, teacher)
-        factors = {"attention": weights.attention, "relation": weights.relation}
-        factors |= {"hidden": weights.hidden, "cosine": weights.cosine}
-        loss = sum((factors[name] * term for name, term in terms.items()), student_head.new_zeros(()))
+        loss = sum((getattr(weights, name) * term for name, term in terms.items()), student_head.new_zeros(()))
         if weights.prediction or weights.ce:
             targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED).flatten()
             labels = None
