@@ -123,7 +123,7 @@ def test_the_whole_pipeline_with_json(cli: Callable, tmp_path: Path) -> None:
 
     assert run("train-tokenizer", text, "--vocab-size", 300, "--out", at["tok"])["vocab_size"] == 300
     packed = run("pregenerate", text, "--tokenizer", at["tok"], "--out", at["data"], "--sequence-length", LENGTH)
-    assert set(packed) == {"documents", "bytes", "tokens", "sequences", "seconds"}
+    assert set(packed) == {"documents", "bytes", "tokens", "sequences", "encoding_errors", "seconds"}
     assert packed["documents"] == 30
     assert packed["bytes"] == sum(len(json.loads(row)["text"].encode()) for row in rows)
     assert packed["sequences"]["train"] > packed["sequences"]["test"] > 0

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "tinygpt2"
 
 ORDER = [
-    "errors", "files", "progress", "interrupt", "machine", "schema", "config", "hub", "corpus", "tokenizer", "pack", "dataset",
+    "errors", "files", "progress", "interrupt", "machine", "schema", "config", "hub", "pydocs", "formats", "corpus", "encoder",
+    "tokenizer", "spill", "blocks", "pack", "dataset",
     "model", "capture", "objectives", "optim", "checkpoint", "metrics", "tasks", "perplexity", "truncate", "loop",
     "train", "generation", "verification", "pipeline", "cli", "__main__",
 ]  # fmt: skip

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import tiktoken
 from transformers import AutoTokenizer
 
 from tinygpt2 import TrainTokenizerConfig, train_tokenizer
+from tinygpt2.encoder import Encoder, encode
 from tinygpt2.errors import ConfigError, DataError, ModelError
-from tinygpt2.tokenizer import batches, encode, encode_all, fingerprint, load_tokenizer
+from tinygpt2.tokenizer import convert_tiktoken, fingerprint, load_tokenizer
 
 TEXTS = ["the cat sat", "", " 你好 🙂\n\n", "naïve <|endoftext|> x", "a" * 300]
 
@@ -20,27 +23,6 @@ def test_the_size_is_exact_and_plain_transformers_opens_it(tokenizer_dir: Path) 
     assert plain.eos_token == plain.bos_token == "<|endoftext|>"
     for text in TEXTS:
         assert plain.decode(plain(text)["input_ids"]) == text
-
-
-def test_encoding_is_the_tokenizers_own(tokenizer_dir: Path) -> None:
-    tokenizer = load_tokenizer(str(tokenizer_dir))
-    plain = AutoTokenizer.from_pretrained(str(tokenizer_dir))
-    expected = plain(TEXTS, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert encode(tokenizer, TEXTS) == expected
-    assert plain.eos_token_id not in {token for ids in expected for token in ids}
-
-
-def test_worker_processes_change_nothing(tokenizer_dir: Path) -> None:
-    tokenizer = load_tokenizer(str(tokenizer_dir))
-    texts = [f"{index} the cat" for index in range(50)]
-    one = list(encode_all(tokenizer, batches(texts, size=3)))
-    assert [text for text, _ in one] == texts
-    assert list(encode_all(tokenizer, batches(texts, size=3), workers=2)) == one
-
-
-def test_batches_bound_count_and_characters() -> None:
-    assert list(batches(["a"] * 5, size=2)) == [["a", "a"], ["a", "a"], ["a"]]
-    assert list(batches(["aaa", "b", "c"], size=9, characters=3)) == [["aaa"], ["b", "c"]]
 
 
 def legacy_layout(tokenizer_dir: Path, out: Path) -> Path:
@@ -95,3 +77,64 @@ def test_training_refuses_what_it_cannot_do(corpus: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "a").exists()
     with pytest.raises(ConfigError, match="not empty"):
         train_tokenizer(TrainTokenizerConfig(source=[str(corpus)], vocab_size=300, out=str(corpus)))
+
+
+def test_bytes_per_token_are_measured_on_text_that_was_held_out(tmp_path: Path) -> None:
+    file = tmp_path / "zh.txt"
+    file.write_text("\n".join(f"{index} 红楼梦 西游记 水浒传 三国演义 " * 30 for index in range(300)), encoding="utf-8")
+    made = train_tokenizer(
+        TrainTokenizerConfig(source=[str(file)], vocab_size=400, out=str(tmp_path / "t"), test_fraction=0.2)
+    )
+    assert made.bytes == file.stat().st_size
+    assert 0.05 < made.test_bytes / made.bytes < 0.4
+    assert made.bytes_per_token is not None
+    assert 3 < made.bytes_per_token < 20
+    none = train_tokenizer(
+        TrainTokenizerConfig(source=[str(file)], vocab_size=400, out=str(tmp_path / "u"), test_fraction=0)
+    )
+    assert (none.test_bytes, none.bytes_per_token) == (0, None)
+
+
+CL100K = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+
+
+def test_tiktokens_vocabularies_become_the_same_tokenizer(tokenizer_dir: Path, corpus: Path) -> None:
+    fast = Encoder(load_tokenizer(str(tokenizer_dir)))._fast
+    assert fast is not None
+    texts = [
+        *TEXTS,
+        "x 12345  \n\n  y's 'S\r\n  end  ",
+        "a\n \n\t",
+        *(file.read_text(encoding="utf-8") for file in corpus.iterdir()),
+    ]
+    for pattern in (fast._pat_str, CL100K):
+        special = {"<|endoftext|>": 330, "<|fim|>": 333}
+        encoding = tiktoken.Encoding(
+            "t", pat_str=pattern, mergeable_ranks=fast._mergeable_ranks, special_tokens=special
+        )
+        tokenizer = convert_tiktoken(encoding)
+        assert (len(tokenizer), tokenizer.eos_token_id) == (334, 330)
+        assert encode(tokenizer, texts) == [encoding.encode_ordinary(text) for text in texts]
+        assert tokenizer.decode(encode(tokenizer, texts[:1])[0]) == texts[0]
+
+
+def test_tiktokens_gpt2_is_gpt2s_own(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    for source, name in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+        kept_as = hashlib.sha1((base + name).encode()).hexdigest()
+        shutil.copy(shared_data / "tokenizers" / "gpt2" / source, tmp_path / kept_as)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    ours, original = (load_tokenizer(name) for name in ("tiktoken:gpt2", str(shared_data / "tokenizers" / "gpt2")))
+    assert ours.get_vocab() == original.get_vocab()
+    assert encode(ours, TEXTS) == encode(original, TEXTS)
+    assert Encoder(ours).reproduced
+
+
+def test_a_tiktoken_vocabulary_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="no tiktoken vocabulary 'nothing'"):
+        load_tokenizer("tiktoken:nothing")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for variable in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    with pytest.raises(ModelError, match="TIKTOKEN_CACHE_DIR"):
+        load_tokenizer("tiktoken:o200k_base")

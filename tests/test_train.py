@@ -89,7 +89,7 @@ def test_pretraining_learns_and_writes_what_it_promises(data: Path, shape: str, 
     assert plain.config.eos_token_id == plain.generation_config.eos_token_id == 0
     assert plain.config.resid_pdrop == 0.1
     assert len(AutoTokenizer.from_pretrained(str(out))) == 320
-    block = load_packed(str(data)).test.batch([0])
+    block = load_packed(str(data)).test.batch([0]).input_ids
     assert plain(block, labels=block).loss.item() < 4.5
 
 
@@ -113,7 +113,7 @@ def test_one_step_of_pretraining_is_adamw_on_the_mean_loss(data: Path, teacher: 
     result = pretrain(config)
     plain = GPT2LMHeadModel.from_pretrained(str(teacher)).eval()
     blocks = load_packed(str(data)).train
-    batch = blocks.batch(Shuffle(len(blocks), 42)[0:4])
+    batch = blocks.batch(Shuffle(len(blocks), 42)[0:4]).input_ids
     loss = plain(batch, labels=batch).loss
     assert result.loss == pytest.approx(loss.item(), rel=1e-5)
     loss.backward()

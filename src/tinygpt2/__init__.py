@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TruncateStudentConfig,
         VerifyConfig,
     )
+    from tinygpt2.dataset import from_map_style
     from tinygpt2.errors import (
         ConfigError,
         DataError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "dataset": ["from_map_style"],
     "config": [
         "DistillConfig", "FinetuneConfig", "GenerateConfig", "PplConfig", "PregenerateConfig", "PretrainConfig",
         "QuickstartConfig", "TrainTokenizerConfig", "TruncateStudentConfig", "VerifyConfig",
@@ -78,6 +80,7 @@ __all__ = [
     "VerifyConfig",
     "distill",
     "finetune",
+    "from_map_style",
     "generate",
     "ppl",
     "pregenerate",

@@ -1,204 +1,292 @@
 """Where text comes from: sources in, documents out, one at a time.
 
-A source is a text file, a directory of files, a `.jsonl` file, `-` (standard input) or `python-docs` (the
-documentation that every CPython brings along). To add one, give `documents` another branch.
+A source is a file, a directory, a pattern such as `'texts/*.txt'`, `-` (standard input), `python-docs`, a data
+set saved by `datasets`, or a data set on the Hub (`wikitext:wikitext-103-raw-v1@validation`). What a file holds
+is `formats`' business. To add a source, give `_units` another branch.
 """
 
 from __future__ import annotations
 
-import ast
-import json
+import glob
 import re
 import sys
-import sysconfig
-import warnings
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
+from tinygpt2.config import EncodingErrors
 from tinygpt2.errors import DataError
-from tinygpt2.progress import track
+from tinygpt2.formats import PACKED, Part, Reading, check_column, not_utf8, read_stream, rows_of
+from tinygpt2.hub import stream_dataset
+from tinygpt2.pydocs import python_docs
 
 PYTHON_DOCS = "python-docs"
+Rows = Callable[[Reading], Iterator[Part]]
+
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?(@(?P<split>\w+))?")
+_HINT = "a SOURCE is a file, a directory, a pattern in quotes, - (stdin), python-docs or a data set on the Hub"
 
 
-def documents(sources: Iterable[str], document: str | None = None, text_column: str = "text") -> Iterator[str]:
-    """Yield the documents of all sources, in order; blank ones are passed over.
+class Piece(NamedTuple):
+    """A document, or the next part of a long one; `last` marks its end. `number` counts documents from 0."""
 
-    Args:
-        sources: file or directory paths, `-`, or `python-docs`.
-        document: what a document is in a text file: `file` (default), `line`, `blank-line` or
-            `separator:REGEX`.
-        text_column: the field of a JSON line that holds the text.
+    number: int
+    text: str
+    last: bool
+
+
+@dataclass
+class Corpus:
+    """What `documents` reads, and how.
+
+    Attributes:
+        sources: see the module.
+        document: what a document is in a text file: `file`, `line`, `blank-line` or `separator:REGEX`.
+        text_column: the field or column that holds the text of a row.
+        errors: what to do with bytes that are not UTF-8 (and halves of surrogate pairs in JSON): stop, put
+            U+FFFD in their place, or leave the document out.
+        split: which split of a data set to read, of those named the first that is there.
+        encoding_errors: documents in which there were such bytes, so far.
+    """
+
+    sources: list[str]
+    document: str | None = None
+    text_column: str = "text"
+    errors: EncodingErrors = "strict"
+    split: tuple[str, ...] = ("train",)
+    encoding_errors: int = field(default=0, init=False)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the documents of all sources, in order; blank ones are passed over.
+
+        Raises:
+            DataError: a source is missing, is not UTF-8 (file and byte are named), is damaged, or a row is broken
+                or lacks the field (file and row are named).
+        """
+        how = Reading(self.document or "file", self.text_column, self.errors != "strict")
+        number = 0
+        for unit in self.units:
+            for parts in _by_document(unit.rows(how)):
+                for text, last in self._sound(parts):
+                    yield Piece(number, text, last)
+                    number += last
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """What the sources consist of, in order."""
+        return [unit for source in self.sources for unit in _units(source, self.split)]
+
+    def size_hint(self) -> int | None:
+        """Return about how many bytes the sources are, for a progress bar; None if nobody can know."""
+        sizes = [unit.size for unit in self.units]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def _sound(self, parts: Iterator[Part]) -> Iterator[Part]:
+        """Deal with a document's unreadable bytes, and leave it out if it is blank."""
+        if self.errors == "skip":  # known only at its end
+            whole = list(parts)
+            if any(_broken(text) for text, _ in whole):
+                self.encoding_errors += 1
+                return
+            parts = iter(whole)
+        counted = False
+        leading: list[Part] | None = []  # parts so far, all of them blank
+        for text, last in parts:
+            if self.errors == "replace" and _broken(text):
+                self.encoding_errors += not counted
+                counted = True
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if leading is None:
+                yield text, last
+                continue
+            leading.append((text, last))
+            if text.strip():
+                yield from leading
+                leading = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing to read: a file, a stream, a data set.
+
+    Attributes:
+        size: of its text in bytes, None if nobody can know.
+        rows: reads it.
+        mark: changes when its content does, as far as can be told without reading it.
+    """
+
+    name: str
+    size: int | None
+    rows: Rows
+    mark: str = ""
+
+
+def whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Put the parts of long documents together."""
+    held: list[str] = []
+    for piece in pieces:
+        held.append(piece.text)
+        if piece.last:
+            yield Piece(piece.number, "".join(held), True)
+            held = []
+
+
+def _by_document(parts: Iterator[Part]) -> Iterator[Iterator[Part]]:
+    """Group parts by document; a group must be used up before the next is asked for."""
+
+    def group(first: Part) -> Iterator[Part]:
+        part = first
+        yield part
+        while not part[1]:
+            part = next(parts)
+            yield part
+
+    for first in parts:
+        rest = group(first)
+        yield rest
+        for _ in rest:
+            pass
+
+
+def _broken(text: str) -> bool:
+    """Say whether a text holds halves of surrogate pairs, which stand for what could not be read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _units(source: str, split: tuple[str, ...]) -> Iterator[Unit]:
+    path = Path(source)
+    if source == PYTHON_DOCS:
+        texts = python_docs()
+        yield Unit(source, sum(len(text.encode()) for text in texts), lambda how: ((text, True) for text in texts))
+    elif source == "-":
+        yield Unit(source, None, lambda how: read_stream(sys.stdin.buffer, "standard input", how))
+    elif (saved := re.sub(r"@\w+$", "", source)) and _is_saved(Path(saved)):
+        yield _saved(Path(saved), (source[len(saved) + 1 :],) if saved != source else split)
+    elif path.is_dir():
+        inside = (file for file in sorted(path.rglob("*")) if file.is_file())
+        yield from (_file(file) for file in inside if not _hidden(file.relative_to(path)))
+    elif path.exists():
+        yield _file(path)
+    elif any(sign in source for sign in "*?["):
+        yield from _matching(source)
+    elif found := _on_the_hub(path, source):
+        yield from _streamed(source, found, split)
+    else:
+        raise DataError(f"no such file or directory: {source}", _HINT)
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _matching(pattern: str) -> Iterator[Unit]:
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    files = [Path(name) for name in sorted(found) if Path(name).is_file()]
+    if not files:
+        raise DataError(f"no file matches {pattern}", _HINT)
+    yield from map(_file, files)
+
+
+def _file(path: Path) -> Unit:
+    def read(how: Reading) -> Iterator[Part]:
+        with open_file(path) as stream:
+            yield from read_stream(stream, str(path), how)
+
+    status = path.stat()
+    size = None if path.suffix.lower() in (*PACKED, ".parquet") else status.st_size
+    return Unit(str(path), size, read, f"{status.st_size} {status.st_mtime_ns}")
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file for reading.
 
     Raises:
-        DataError: a source is missing, is not UTF-8 (file and byte offset are named), or a JSON line is
-            broken or lacks the field (file and line are named).
+        DataError: it cannot be read.
     """
-    for source in sources:
-        if source == PYTHON_DOCS:
-            found: Iterable[str] = python_docs()
-        elif source == "-":
-            found = _split(_decode(sys.stdin.buffer.read(), "standard input"), document or "file")
-        else:
-            found = _from_path(Path(source), document or "file", text_column)
-        yield from (text for text in found if text.strip())
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def size_hint(sources: Iterable[str]) -> int | None:
-    """Return about how many bytes of text the sources hold, for a progress bar; None if nobody can know."""
-    total = 0
-    for source in sources:
-        if source == "-":
-            return None
-        if source == PYTHON_DOCS:
-            total += sum(len(text.encode()) for text in python_docs())
-        elif Path(source).exists():
-            total += sum(file.stat().st_size for file in _files(Path(source)))
-    return total
-
-
-def _from_path(path: Path, document: str, text_column: str) -> Iterator[str]:
-    for file in _files(path):
-        if file.suffix == ".jsonl":
-            yield from _json_lines(file, text_column)
-        elif document == "line":
-            yield from _lines(file)
-        else:
-            yield from _split(read_text(file), document)
-
-
-def _files(path: Path) -> Iterator[Path]:
-    """Yield the file itself, or a directory's files in sorted order, hidden ones left out."""
-    if path.is_dir():
-        inside = (file for file in sorted(path.rglob("*")) if file.is_file())
-        yield from (file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts))
-    elif path.exists():
-        yield path
-    else:
-        raise DataError(f"no such file or directory: {path}", "a SOURCE is a file, a directory, - or python-docs")
-
-
-def read_text(file: Path) -> str:
+def read_text(path: Path) -> str:
     """Read a whole UTF-8 file, line ends as they are.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8 (the byte offset is named).
     """
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
-    return _decode(raw, str(file))
-
-
-def _decode(raw: bytes, name: str, offset: int = 0) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{name}: not UTF-8: {error.reason} at byte {offset + error.start}",
-            "convert it, for example with iconv -t UTF-8",
-        ) from error
-
-
-def _raw_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text without its line end), reading as it goes."""
-    offset = 0
-    try:
-        with file.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                yield number, _decode(raw, str(file), offset).rstrip("\r\n")
-                offset += len(raw)
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
-
-
-def _lines(file: Path) -> Iterator[str]:
-    return (text for _, text in _raw_lines(file))
-
-
-def _json_lines(file: Path, text_column: str) -> Iterator[str]:
-    for number, line in _raw_lines(file):
-        if not line.strip():
-            continue
+    with open_file(path) as stream:
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
-        except UnicodeEncodeError as error:
-            raise DataError(f"{file}:{number}: half of a surrogate pair, which is no text") from error
-        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(
-                f"{file}:{number}: no text in field {text_column!r} (found: {keys})",
-                "name it with --text-column",
-            )
-        yield row[text_column]
+            return stream.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(str(path), error) from error
 
 
-def _split(text: str, document: str) -> Iterator[str]:
-    if document == "file":
-        yield text
-    elif document == "line":
-        yield from (line.removesuffix("\r") for line in text.split("\n"))
-    else:
-        pattern = r"\r?\n[ \t\r]*\n\s*" if document == "blank-line" else document.removeprefix("separator:")
-        start = 0
-        for match in re.finditer(pattern, text):
-            yield text[start : match.start()]
-            start = match.end()
-        yield text[start:]
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-@cache
-def python_docs() -> tuple[str, ...]:
-    """Return the `help()` topics and the standard library's docstrings, about 2 MB on CPython 3.11.
+def _saved(path: Path, split: tuple[str, ...]) -> Unit:
+    """Read a data set that `datasets` saved to disk."""
+    import datasets
 
-    A topic is a document, and so are the docstrings of one module together. Files are parsed, never
-    imported. Installed packages and tests are left out, so that the text depends on the Python version alone.
-    """
-    library = Path(sysconfig.get_path("stdlib"))
-    topics = library / "pydoc_data" / "topics.py"
-    texts = list(_topics(topics)) if topics.is_file() else []
-    skipped = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idle_test",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "pydoc_data",
-    }
-    files = [file for file in sorted(library.rglob("*.py")) if skipped.isdisjoint(file.relative_to(library).parts)]
-    with track("read python-docs", len(files)) as task:
-        for file in files:
-            texts.append("\n\n".join(_docstrings(file)))
-            task.advance()
-    return tuple(text for text in texts if text)
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a broken file makes the library raise
+        raise DataError(f"cannot open the data set {path}: {' '.join(str(error).split())}") from error
+    if isinstance(found, datasets.DatasetDict):
+        found = found[_choose(list(found), split, str(path))]
+
+    def read(how: Reading) -> Iterator[Part]:
+        check_column(found.features.arrow_schema, str(path), how)
+        tables = found.with_format("arrow").iter(256)
+        yield from rows_of(chain.from_iterable(table.to_batches() for table in tables), str(path), how)
+
+    return Unit(str(path), found.data.nbytes, read, found._fingerprint)
 
 
-def _topics(file: Path) -> Iterator[str]:
-    for statement in _parse(file).body:
-        if isinstance(statement, ast.Assign):
-            yield from ast.literal_eval(statement.value).values()
+def _on_the_hub(path: Path, source: str) -> re.Match[str] | None:
+    """Tell a data set's name from a path that is not there."""
+    looks_local = path.suffix.lower() in {".txt", ".gz", ".xz", ".zst", ".bz2", ".tar", ".json", ".jsonl", ".csv"}
+    return None if looks_local else _HUB_NAME.fullmatch(source)
 
 
-def _docstrings(file: Path) -> Iterator[str]:
-    for node in ast.walk(_parse(file)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield text
+def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Iterator[Unit]:
+    """Read a data set from the Hub as it comes, each of its files a unit."""
+    wanted = (name["split"],) if name["split"] else split
+    splits = stream_dataset(name["name"], name["configuration"])
+    found = splits[_choose(list(splits), wanted, source)]
+
+    def rows(index: int) -> Rows:
+        def read(how: Reading) -> Iterator[Part]:
+            for number, row in enumerate(found.shard(found.num_shards, index)):
+                text = row.get(how.text_column)
+                if how.text_column not in row or not isinstance(text, str | None):
+                    raise DataError(
+                        f"{source}: row {number} of part {index}: no text in field {how.text_column!r} "
+                        f"(found: {', '.join(row)})",
+                        "name it with --text-column",
+                    )
+                yield text or "", True
+
+        return read
+
+    for index in range(found.num_shards):
+        yield Unit(f"{source} ({index + 1} of {found.num_shards})", None, rows(index))
 
 
-def _parse(file: Path) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # escapes in other people's docstrings
-        try:
-            return ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            return ast.Module(body=[], type_ignores=[])
+def _choose(there: list[Any], wanted: Iterable[str], source: str) -> str:
+    for name in wanted:
+        if name in there:
+            return name
+    raise DataError(
+        f"{source} has no split {' or '.join(wanted)} (it has: {', '.join(map(str, there))})",
+        "name one after an @, such as NAME@train",
+    )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+import mmap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tinygpt2.blocks import content_of
 from tinygpt2.errors import DataError
 from tinygpt2.files import read_json
 from tinygpt2.pack import MANIFEST
@@ -20,36 +24,186 @@ from tinygpt2.tokenizer import fingerprint, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
+_Array = np.ndarray[Any, np.dtype[Any]]
 
-class Blocks:
-    """One split's blocks, read from Arrow without copying the corpus.
 
-    Args:
-        split: a `datasets.Dataset` with one fixed-length column `input_ids`.
-    """
+class Batch(NamedTuple):
+    """Blocks as tokens (B, T); `lengths` (B) are the real tokens of each, padding after them; None: all are."""
 
-    def __init__(self, split: Any) -> None:
-        chunks = split.data.column("input_ids").chunks
-        self.sequence_length: int = split.features["input_ids"].length
-        self._chunks = [
-            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, self.sequence_length)
-            for chunk in chunks
-            if len(chunk)
-        ]
-        self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
+    input_ids: Int[Tensor, "B T"]
+    lengths: Int[Tensor, " B"] | None
+
+    def to(self, device: Any) -> Batch:
+        """Move it."""
+        return Batch(self.input_ids.to(device), None if self.lengths is None else self.lengths.to(device))
+
+
+class Part(Protocol):
+    """Some blocks of one length."""
+
+    padded: bool  # whether any may be
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+        """Return tokens (rows, T) as stored, and a mask with 1 on padding and 0 elsewhere, if there is one."""
+
+
+class _ArrowPart:
+    padded = False
+
+    def __init__(self, chunk: Any, length: int) -> None:
+        self._rows = chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, length)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self._chunks else 0
+        return len(self._rows)
 
-    def row(self, index: int) -> np.ndarray[Any, Any]:
-        """Return block `index` as stored."""
-        chunk = int(np.searchsorted(self._ends, index, side="right"))
-        block: np.ndarray[Any, Any] = self._chunks[chunk][index - (int(self._ends[chunk - 1]) if chunk else 0)]
-        return block
+    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+        return self._rows[start:stop], None
 
-    def batch(self, indices: Any) -> Int[Tensor, "B T"]:
+
+class _Hdf5Part:
+    padded = True
+
+    def __init__(self, file: Path, length: int) -> None:
+        import h5py
+
+        try:
+            columns = h5py.File(file, "r")
+        except OSError as error:
+            raise DataError(f"cannot open {file}: {' '.join(str(error).split())}") from error
+        self._ids, self._mask = columns["input_ids"], columns["input_mask"]
+        for column in (self._ids, self._mask):
+            if column.ndim != 2 or column.shape != (len(self._ids), length):
+                raise DataError(f"{file}: {column.name[1:]} has shape {column.shape}, not (blocks, {length})")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+        return self._ids[start:stop], self._mask[start:stop]
+
+
+class _JsonPart:
+    """JSON lines, found through an index of line ends that opening the file makes."""
+
+    padded = True
+
+    def __init__(self, file: Path, length: int) -> None:
+        self._file, self._length = file, length
+        with file.open("rb") as stream:
+            self._text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
+        raw = np.frombuffer(self._text, np.uint8)
+        steps = range(0, len(raw), 1 << 26)
+        ends = [np.flatnonzero(raw[step : step + (1 << 26)] == ord("\n")) + step for step in steps]
+        self._ends = np.concatenate([np.array([-1]), *ends])
+        if len(raw) and raw[-1] != ord("\n"):
+            raise DataError(f"{file} ends in the middle of line {len(self._ends)}")
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+        rows = [self._row(index) for index in range(start, stop)]
+        shape = (len(rows), self._length)
+        ids = np.array([ids for ids, _ in rows], np.int64).reshape(shape)
+        return ids, np.array([mask for _, mask in rows], np.int64).reshape(shape)
+
+    def _row(self, index: int) -> tuple[list[int], list[int]]:
+        where = f"{self._file}:{index + 1}"
+        try:
+            row = json.loads(self._text[self._ends[index] + 1 : self._ends[index + 1]])
+            ids, mask = row["input_ids"], [1 - real for real in row["attention_mask"]]
+            if not len(ids) == len(mask) == self._length or not all(type(token) is int for token in ids):
+                raise DataError(f"{where}: not {self._length} tokens and as many entries of the mask")
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{where}: not a block with input_ids and attention_mask: {error}") from error
+        return ids, mask
+
+
+class _MapPart:
+    """A map-style dataset whose items hold `input_ids` and perhaps `input_mask` (1 on padding)."""
+
+    padded = True
+
+    def __init__(self, items: Any, length: int) -> None:
+        self._items, self._length = items, length
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+        rows = [self._items[index] for index in range(start, stop)]
+        ids = np.array([np.asarray(row["input_ids"]) for row in rows], np.int64)
+        if ids.shape != (len(rows), self._length):
+            raise DataError(f"item {start}: shape {ids.shape[1:]}, not {self._length} tokens as in the first one")
+        masks = [np.asarray(row["input_mask"]) if "input_mask" in row else np.zeros(self._length) for row in rows]
+        return ids, np.array(masks, np.int64)
+
+
+class Blocks:
+    """One split's blocks, read where they lie.
+
+    Args:
+        parts: in order.
+        length: tokens of a block.
+    """
+
+    def __init__(self, parts: Sequence[Part], length: int) -> None:
+        self._parts = [part for part in parts if len(part)]
+        self._ends = np.cumsum([len(part) for part in self._parts])
+        self.sequence_length = length
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._parts else 0
+
+    @property
+    def parts(self) -> list[Part]:
+        """What it is made of."""
+        return self._parts
+
+    @property
+    def padded(self) -> bool:
+        """Whether any block may be padded."""
+        return any(part.padded for part in self._parts)
+
+    def _read(self, index: int) -> tuple[_Array, int]:
+        """Return a block as stored and how many of its tokens are real.
+
+        Raises:
+            DataError: there is padding before the end.
+        """
+        at = int(np.searchsorted(self._ends, index, side="right"))
+        first = index - (int(self._ends[at - 1]) if at else 0)
+        ids, mask = self._parts[at].read(first, first + 1)
+        return ids[0], self.sequence_length if mask is None else _real(mask, index)[0]
+
+    def row(self, index: int) -> _Array:
+        """Return the real tokens of a block, as stored."""
+        ids, length = self._read(index)
+        return ids[:length]
+
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """Return how many tokens of each block are real."""
+        return [self._read(index)[1] for index in indices] if self.padded else [self.sequence_length] * len(indices)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
         """Return blocks as int64 tokens, one row per index."""
-        return torch.from_numpy(np.stack([self.row(int(index)) for index in indices]).astype(np.int64))
+        rows = [self._read(int(index)) for index in indices]
+        ids = torch.from_numpy(np.stack([ids for ids, _ in rows]).astype(np.int64))
+        lengths = [length for _, length in rows]
+        return Batch(ids, torch.tensor(lengths) if min(lengths) < self.sequence_length else None)
+
+
+def _real(mask: _Array, first: int) -> list[int]:
+    """Return how many tokens of each row are real; `first` is the number of the first row, for the message."""
+    lengths = (mask == 0).sum(-1)
+    wrong = (mask != (np.arange(mask.shape[1]) >= lengths[:, None])).any(-1)
+    if wrong.any():
+        raise DataError(
+            f"sequence {first + int(wrong.argmax())} is padded before its end", "only the end of a block may be padded"
+        )
+    return [int(length) for length in lengths]
 
 
 class Shuffle:
@@ -78,12 +232,13 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class Packed:
-    """A pregenerated dataset: its two splits, its manifest and the directory of its tokenizer."""
+    """A data set of blocks: its two splits, what is known of it, and its tokenizer or the directory of that."""
 
-    path: Path
+    name: str
     train: Blocks
     test: Blocks
     manifest: dict[str, Any]
+    made_with: Any
 
     @property
     def sequence_length(self) -> int:
@@ -96,17 +251,48 @@ class Packed:
         return int(self.manifest["vocab_size"])
 
     def tokenizer(self) -> Tokenizer:
-        """Load the tokenizer that made the dataset."""
-        return load_tokenizer(str(self.path / "tokenizer"))
+        """Return the tokenizer that made the data set."""
+        found: Tokenizer = load_tokenizer(str(self.made_with)) if isinstance(self.made_with, Path) else self.made_with
+        return found
+
+
+def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "data of one's own") -> Packed:
+    """Wrap map-style datasets, for `pretrain`, `distill` and `finetune` as functions.
+
+    Args:
+        train, test: hold items with `input_ids`, all of one length, and perhaps `input_mask` (1 on padding, which
+            may only be at the end); `test` may be empty.
+        tokenizer: what made them.
+        name: for messages and the model card.
+
+    Raises:
+        DataError: `train` is empty.
+    """
+    if not len(train):
+        raise DataError(f"{name}: the training split is empty")
+    length = len(train[0]["input_ids"])
+    manifest = {
+        "sources": [name],
+        "sequence_length": length,
+        "stride": length,
+        "vocab_size": len(tokenizer),
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+    }
+    splits = [Blocks([_MapPart(items, length)], length) for items in (train, test)]
+    return Packed(name, splits[0], splits[1], manifest, tokenizer)
 
 
 def is_packed(path: Path) -> bool:
-    """Say whether a directory is a pregenerated dataset."""
-    return (path / MANIFEST).is_file() or (path / "dataset_dict.json").is_file()
+    """Say whether a directory is a pregenerated dataset, or holds parts of one."""
+    return (path / MANIFEST).is_file() or (path / "dataset_dict.json").is_file() or bool(_parts(path))
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(file.parent for file in path.glob(f"*/{MANIFEST}")) if not (path / MANIFEST).is_file() else []
 
 
 def load_packed(name: str) -> Packed:
-    """Open a pregenerated dataset.
+    """Open a pregenerated dataset, or a folder that holds all parts of one.
 
     Raises:
         DataError: there is none at that path, or a part of it is missing or broken.
@@ -116,42 +302,133 @@ def load_packed(name: str) -> Packed:
         raise DataError(
             f"no such dataset: {path}", "make one with: tinygpt2 pregenerate SOURCE --tokenizer T --out DIR"
         )
-    if not (path / MANIFEST).is_file():
+    folders = _parts(path) or [path]
+    if not (folders[0] / MANIFEST).is_file():
         raise DataError(
             f"{path} is no pregenerated dataset: it has no {MANIFEST}", "make one with tinygpt2 pregenerate"
         )
-    import datasets
-
     try:
-        manifest = read_json(path / MANIFEST)
-        splits = datasets.load_from_disk(str(path))
-        return Packed(path, Blocks(splits["train"]), Blocks(splits["test"]), manifest)
+        manifests = [read_json(folder / MANIFEST) for folder in folders]
+        manifest = manifests[0] if folders == [path] else _joined(folders, manifests)
+        train, test = (
+            [part for folder, own in zip(folders, manifests, strict=True) for part in _open(folder, split, own)]
+            for split in ("train", "test")
+        )
+        length = int(manifest["sequence_length"])
+        return Packed(str(path), Blocks(train, length), Blocks(test, length), manifest, folders[0] / "tokenizer")
+    except DataError:
+        raise
     except Exception as error:  # whatever a broken file makes the library raise
         raise DataError(
             f"cannot open the dataset {path}: {' '.join(str(error).split())}", f"see tinygpt2 verify {path}"
         ) from error
 
 
+def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[Part]:
+    length, kind = int(manifest["sequence_length"]), manifest["format"]
+    if kind == "hdf5":
+        return [_Hdf5Part(folder / file["name"], length) for file in manifest["splits"][split]["files"]]
+    if kind == "jsonl":
+        return [_JsonPart(folder / f"{split}_dataset.json", length)]
+    import datasets
+
+    found = datasets.load_from_disk(str(folder / split))
+    stored = found.features["input_ids"].length
+    if stored != length:
+        raise DataError(f"{folder}: {split}: blocks of {stored} tokens, {MANIFEST} says {length}")
+    return [_ArrowPart(chunk, length) for chunk in found.data.column("input_ids").chunks]
+
+
+def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is common to the parts of one data set.
+
+    Raises:
+        DataError: one is missing, there twice, or of another data set.
+    """
+    own = ("shard", "splits", "encoding_errors")
+    first, folder = manifests[0], folders[0].parent
+    for other, manifest in zip(folders[1:], manifests[1:], strict=True):
+        differ = [key for key in first if key not in own and manifest.get(key) != first[key]]
+        if differ or manifest["shard"][1] != first["shard"][1]:
+            raise DataError(
+                f"{folders[0]} and {other} are no parts of one data set: {', '.join(differ) or 'shard'} differ",
+                "a folder of parts holds those of one pregenerate --shard I/N, and nothing else",
+            )
+    there, count = sorted(manifest["shard"][0] for manifest in manifests), first["shard"][1]
+    if there != list(range(1, count + 1)):
+        raise DataError(f"{folder} holds parts {', '.join(map(str, there))} of {count}", "each is needed, once")
+    return {key: value for key, value in first.items() if key not in own}
+
+
 def check_dataset(path: Path) -> Iterator[str]:
-    """Yield one message per fault of a pregenerated dataset: counts, lengths, token range, tokenizer."""
+    """Yield one message per fault of a pregenerated dataset or a folder of its parts."""
+    folders = _parts(path)
+    if folders:
+        try:
+            load_packed(str(path))
+        except DataError as error:
+            yield str(error)
+    for folder in folders or [path]:
+        prefix = f"{folder.name}: " if folders else ""
+        yield from (prefix + problem for problem in _check_folder(folder))
+
+
+def _check_folder(path: Path) -> Iterator[str]:
+    """Check lengths, counts, range of tokens, padding, tokenizer and content."""
     try:
         packed = load_packed(str(path))
         tokenizer = packed.tokenizer()
     except Exception as error:
         yield str(error)
         return
-    manifest = packed.manifest
-    if fingerprint(tokenizer) != manifest.get("tokenizer_fingerprint"):
+    if fingerprint(tokenizer) != packed.manifest.get("tokenizer_fingerprint"):
         yield f"tokenizer/ is not the one that made the dataset: its fingerprint differs from {MANIFEST}'s"
     for name, blocks in (("train", packed.train), ("test", packed.test)):
-        if blocks.sequence_length != manifest.get("sequence_length"):
-            expected = manifest.get("sequence_length")
-            yield f"{name}: blocks of {blocks.sequence_length} tokens, {MANIFEST} says {expected}"
-        expected = manifest.get("splits", {}).get(name, {}).get("sequences")
-        if len(blocks) != expected:
-            yield f"{name}: {len(blocks)} sequences, {MANIFEST} says {expected}"
-        for index in range(len(blocks)):
-            row = blocks.row(index)
-            if row.min() < 0 or row.max() >= len(tokenizer):
-                yield f"{name}: sequence {index} holds a token outside the vocabulary of {len(tokenizer)}"
-                break
+        counts = packed.manifest.get("splits", {}).get(name, {})
+        if len(blocks) != counts.get("sequences"):
+            yield f"{name}: {len(blocks)} sequences, {MANIFEST} says {counts.get('sequences')}"
+            continue
+        if packed.manifest["format"] == "jsonl":
+            yield from _check_metrics(path, name, len(blocks), packed.sequence_length)
+        try:
+            yield from _check_blocks(blocks, name, counts["files"], len(tokenizer))
+        except Exception as error:
+            yield f"{name}: {' '.join(str(error).split())}"
+
+
+def _check_metrics(path: Path, split: str, sequences: int, length: int) -> Iterator[str]:
+    try:
+        found = read_json(path / f"{split}_metrics.json")
+    except (OSError, ValueError) as error:
+        yield f"{split}_metrics.json: {error}"
+        return
+    for key, expected in (("num_examples", sequences), ("max_seq_len", length)):
+        if found.get(key) != expected:
+            yield f"{split}_metrics.json: {key} is {found.get(key)}, not {expected}"
+
+
+def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocabulary: int) -> Iterator[str]:
+    """Read every block, some at a time, and compare each file's tokens with its SHA-256."""
+    waiting, sha, left, number = list(files), hashlib.sha256(), 0, 0
+    if sum(file["sequences"] for file in files) != len(blocks):
+        yield f"{split}: {len(blocks)} sequences, {MANIFEST} lists files with {sum(f['sequences'] for f in files)}"
+        return
+    step = max(1, (1 << 20) // blocks.sequence_length)
+    for part in blocks.parts:
+        start = 0
+        while start < len(part):
+            while not left:
+                current = waiting.pop(0)
+                sha, left = hashlib.sha256(), current["sequences"]
+            ids, mask = part.read(start, min(start + step, start + left, len(part)))
+            outside = (ids < 0) | (ids >= vocabulary)
+            if outside.any():
+                row = number + int(outside.any(-1).argmax())
+                yield f"{split}: sequence {row} holds a token outside the vocabulary of {vocabulary}"
+                return
+            if mask is not None:
+                _real(mask, number)
+            sha.update(content_of(ids))
+            start, left, number = start + len(ids), left - len(ids), number + len(ids)
+            if not left and sha.hexdigest() != current["sha256"]:
+                yield f"{current['name']}: its tokens are not those that were written (SHA-256 differs)"

@@ -13,11 +13,11 @@ from transformers import GenerationConfig, GPT2LMHeadModel, TextStreamer
 
 from tinygpt2.config import GenerateConfig
 from tinygpt2.corpus import read_text
+from tinygpt2.encoder import encode
 from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.files import absolute
 from tinygpt2.machine import fast_products
 from tinygpt2.model import default_device, load_model, model_tokenizer
-from tinygpt2.tokenizer import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer

@@ -23,7 +23,7 @@ from tinygpt2.dataset import Blocks, Packed, Shuffle
 from tinygpt2.errors import ConfigError, DivergedError, InterruptedRunError
 from tinygpt2.interrupt import stop_on_signals
 from tinygpt2.metrics import MetricsLog
-from tinygpt2.objectives import Objectives, Weights
+from tinygpt2.objectives import Counts, Objectives, Weights
 from tinygpt2.objectives.prediction import head_operand
 from tinygpt2.optim import learning_rate, make_optimizer
 from tinygpt2.perplexity import exponential, token_losses
@@ -72,8 +72,10 @@ class Step(nn.Module):
         self._capture = torch.compile(capture) if config.compile else capture
         self._checkpointing = config.gradient_checkpointing
 
-    def forward(self, input_ids: Int[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss and the detached terms."""
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"] | None = None, share: Counts | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted loss and the detached terms; see `Objectives` for the arguments."""
         wanted = self.objectives
         student = self._capture(
             self.student,
@@ -85,13 +87,13 @@ class Step(nn.Module):
         head = self.student.lm_head.weight
         (teacher,) = self._teacher
         if teacher is None:
-            loss, terms = wanted(input_ids, student, head)
+            loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
         else:
             with torch.no_grad():
                 taught = self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
                 if wanted.weights.prediction and not self._teacher_head:
                     self._teacher_head = [head_operand(teacher.lm_head.weight)]
-            loss, terms = wanted(input_ids, student, head, taught, *self._teacher_head)
+            loss, terms = wanted(input_ids, student, head, taught, *self._teacher_head, lengths=lengths, share=share)
         if not loss.requires_grad:
             raise ConfigError("no objective reaches a parameter that is trained", "name fewer with --freeze")
         return loss, terms
@@ -174,12 +176,16 @@ def _gradients(
     """Accumulate the gradients of one global batch; return this process's mean loss and its parts."""
     size, turns = config.micro_batch_size, config.gradient_accumulation_steps
     means: dict[str, Tensor] = {}
+    share = None
+    if blocks.padded:  # a mean over the global batch, whatever padding falls into which micro-batch
+        count = turns * accelerator.num_processes
+        share = Counts.of(blocks.lengths(order[step * count * size : (step + 1) * count * size])).over(count)
     for turn in range(turns):
         # The global batch is the same for any number of processes: each takes its slice of it.
         first = ((step * turns + turn) * accelerator.num_processes + accelerator.process_index) * size
         batch = blocks.batch(order[first : first + size]).to(accelerator.device)
         with accelerator.no_sync(module) if turn + 1 < turns else nullcontext():
-            loss, terms = module(batch)
+            loss, terms = module(*batch, share)
             accelerator.backward(loss / turns)
         for name, term in {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()}}.items():
             means[name] = means.get(name, 0) + term.detach().float() / turns
@@ -230,7 +236,10 @@ def evaluate(accelerator: Accelerator, model: GPT2LMHeadModel, blocks: Blocks, b
     mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     for start in range(0, len(mine), batch_size):
-        losses = token_losses(model, blocks.batch(mine[start : start + batch_size]).to(accelerator.device))
+        batch = blocks.batch(mine[start : start + batch_size]).to(accelerator.device)
+        losses = token_losses(model, batch.input_ids)  # (B, T - 1)
+        if batch.lengths is not None:
+            losses = losses[torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None]]
         sums += torch.stack([losses.double().sum(), torch.tensor(float(losses.numel()), device=sums.device)])
     total, count = accelerator.reduce(sums, "sum").tolist()
     model.train(was_training)

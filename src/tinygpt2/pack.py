@@ -1,272 +1,333 @@
 """Documents to packed blocks on disk: `pregenerate`.
 
-One pass tokenises and spills the tokens to a temporary file, so that memory grows with the longest document
-and a few numbers for each, not with the corpus; a second pass writes each split's blocks. The result is an
-Arrow dataset that plain `datasets` opens.
+One pass tokenises and spills the tokens in sorted runs, so that memory does not grow with the corpus and an
+interrupted run continues; a second pass merges the runs and writes each split's blocks.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import json
+import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinygpt2.blocks import SplitWriter
 from tinygpt2.config import PregenerateConfig
-from tinygpt2.corpus import documents, size_hint
+from tinygpt2.corpus import Corpus, Piece, whole
+from tinygpt2.encoder import Encoder, Tokens, in_order
 from tinygpt2.errors import ConfigError, DataError
-from tinygpt2.files import atomic_path, require_free, write_json
+from tinygpt2.files import read_json, require_free, write_json
 from tinygpt2.progress import say, track
-from tinygpt2.tokenizer import batches, encode_all, fingerprint, load_tokenizer
+from tinygpt2.spill import Batch, Spill, content_hash
+from tinygpt2.tokenizer import fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 MANIFEST = "pregenerate.json"
-_TOKENS = 1 << 20  # gathered before they are written as blocks
-_Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True)
-class SplitCounts:
-    """What one split holds. `tokens` are before packing, `dropped_tokens` the tail that fills no block."""
-
-    documents: int
-    bytes: int
-    tokens: int
-    sequences: int
-    dropped_tokens: int
+_PLAN = "plan.json"
+_BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 19  # tokenised at a time by one worker
 
 
 @dataclass(frozen=True)
 class PregenerateResult:
-    """What `pregenerate` made."""
+    """What `pregenerate` made. `encoding_errors` counts documents with bytes that are not UTF-8."""
 
     documents: int
     bytes: int
     tokens: int
     sequences: dict[str, int]
+    encoding_errors: int
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Spill:
-    """A corpus as tokens in a file, with each document's end (in tokens), size (in bytes) and seeded hash."""
-
-    tokens: _Array
-    ends: _Array
-    sizes: _Array
-    hashes: _Array
-
-    def select(self, chosen: _Array) -> _Stream:
-        """Return the chosen documents (a mask over documents), in corpus order."""
-        starts = np.concatenate(([0], self.ends[:-1]))
-        pieces = [self.tokens[start:end] for start, end in zip(starts[chosen], self.ends[chosen], strict=True)]
-        return _Stream(pieces, int(chosen.sum()), int(self.sizes[chosen].sum()))
-
-
-@dataclass(frozen=True)
-class _Stream:
-    """The tokens of one split, in pieces."""
-
-    pieces: list[_Array]
-    documents: int
-    bytes: int
-
-
 def pregenerate(config: PregenerateConfig) -> PregenerateResult:
-    """Tokenise, split and pack a corpus.
+    """Tokenise, split, shuffle and pack a corpus.
 
     Train and test are split by document: the documents whose seeded content hashes are smallest are held
     out, in the proportion asked for, so that a repeated document is never on both sides. Where that share
     is less than half a document, the last part of the tokens is held out instead, cut at a block border.
 
     Raises:
-        ConfigError: the output directory is not empty, or the tokenizer has no end-of-text token.
-        DataError: a source cannot be read, or there is less text than one block.
+        ConfigError: the output directory is not empty, the tokenizer has no end-of-text token, or `resume`
+            meets another run's work.
+        DataError: a source cannot be read, there is less text than one block, or the disk is full.
         ModelError: the tokenizer cannot be had.
     """
     started = time.perf_counter()
     out = Path(config.out).resolve()
-    if not config.overwrite:
-        require_free(out, "give another --out, or --overwrite to replace it")
-    elif out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+    complete = (out / MANIFEST).is_file()
+    if config.overwrite and out.is_dir() and any(out.iterdir()) and not complete:
         raise ConfigError(f"--out {out} holds no {MANIFEST}", "--overwrite replaces pregenerated datasets only")
+    if not config.overwrite and not (config.resume and complete):
+        require_free(out, "give another --out, --overwrite to replace it, or --resume to continue a run")
     tokenizer = load_tokenizer(config.tokenizer)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")
-    length = config.sequence_length
-    with _scratch(out) as scratch:
-        corpus = _spill(config.source, tokenizer, config, scratch / "train")
-        held_out = _spill(config.test_source, tokenizer, config, scratch / "test") if config.test_source else None
-        how, streams = _split(corpus, held_out, config.test_fraction, length)
-        with atomic_path(out) as temporary:
-            counts = _write(temporary, streams, length, config.stride or length)
-            tokenizer.save_pretrained(str(temporary / "tokenizer"))
-            write_json(temporary / MANIFEST, _manifest(config, tokenizer, length, how, counts))
-    if counts["test"].sequences == 0:
-        say(f"warning: the held-out text fills no block of {length} tokens: the test split is empty")
+    corpus = _corpus(config, config.source, ("train",))
+    held_out = _corpus(config, config.test_source, ("validation", "test")) if config.test_source else None
+    plan = _plan(config, tokenizer, corpus, held_out)
+    if config.resume and complete and not config.overwrite:
+        manifest = read_json(out / MANIFEST)
+        _require_same({key: plan[key] for key in plan if key != "read"}, manifest, out)
+        say(f"{out} is complete")
+        shutil.rmtree(_workplace_of(out), ignore_errors=True)
+        return _result(manifest, time.perf_counter() - started)
+    with _workplace(out, plan, config) as work:
+        encoder = Encoder(tokenizer)
+        eos = tokenizer.eos_token_id if config.append_eos else None
+        read = _spill(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None)
+        kept = _spill(held_out, encoder, eos, config, work / "test", None) if held_out else None
+        result = work / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        del plan["read"]  # names and times of files: the result is of their content alone
+        manifest = {**plan, **_write(result, read, kept, config, encoder.dtype)}
+        tokenizer.save_pretrained(str(result / "tokenizer"))
+        write_json(result / MANIFEST, manifest)
+        if out.exists():
+            out.replace(work / "replaced")
+        result.replace(out)
+    return _result(manifest, time.perf_counter() - started)
+
+
+def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
+    splits = manifest["splits"]
+    if splits["test"]["sequences"] == 0:
+        say(
+            f"warning: the held-out text fills no block of {manifest['sequence_length']} tokens: "
+            "the test split is empty"
+        )
     return PregenerateResult(
-        documents=sum(split.documents for split in counts.values()),
-        bytes=sum(split.bytes for split in counts.values()),
-        tokens=sum(split.tokens for split in counts.values()),
-        sequences={name: split.sequences for name, split in counts.items()},
-        seconds=time.perf_counter() - started,
+        **{key: sum(split[key] for split in splits.values()) for key in ("documents", "bytes", "tokens")},
+        sequences={name: split["sequences"] for name, split in splits.items()},
+        encoding_errors=manifest["encoding_errors"],
+        seconds=seconds,
     )
 
 
-def _manifest(
-    config: PregenerateConfig, tokenizer: Tokenizer, length: int, how: str, counts: dict[str, SplitCounts]
-) -> dict[str, Any]:
+def _corpus(config: PregenerateConfig, sources: list[str], split: tuple[str, ...]) -> Corpus:
+    return Corpus(sources, config.document, config.text_column, config.encoding_errors, split)
+
+
+def _plan(config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
+    """Return all that decides the result, as JSON has it."""
+    units = [unit for part in (corpus, held_out) if part for unit in part.units]
     return {
-        "format": 1,
+        "version": 2,
+        "format": config.format,
         "sources": config.source,
         "test_sources": config.test_source,
+        "document": config.document,
+        "text_column": config.text_column,
+        "on_encoding_errors": config.encoding_errors,
         "tokenizer_fingerprint": fingerprint(tokenizer),
         "vocab_size": len(tokenizer),
-        "sequence_length": length,
-        "stride": config.stride or length,
+        "sequence_length": config.sequence_length,
+        "stride": config.stride or config.sequence_length,
         "append_eos": config.append_eos,
+        "shuffle": config.shuffle,
         "seed": config.seed,
-        "split": how,
-        "splits": {name: asdict(split) for name, split in counts.items()},
+        "test_fraction": config.test_fraction,
+        "shard": list(config.shard_numbers),
+        "read": hashlib.sha256(json.dumps([(unit.name, unit.mark) for unit in units]).encode()).hexdigest(),
     }
 
 
+def _workplace_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.unfinished"
+
+
 @contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """Yield a temporary directory on the disk that will hold the result."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as scratch:
-        yield Path(scratch)
+def _workplace(out: Path, plan: dict[str, Any], config: PregenerateConfig) -> Iterator[Path]:
+    """Yield the directory of unfinished work: an earlier run's to continue, else an empty one.
+
+    It goes when the result is in place, or when the data are at fault; what is finished is kept otherwise.
+    """
+    work = _workplace_of(out)
+    if config.resume and (work / _PLAN).is_file():
+        _require_same(plan, read_json(work / _PLAN), work)
+        say(f"continuing the interrupted run in {work}")
+    else:
+        if work.exists():
+            say(f"starting over: {work} held an interrupted run")
+            shutil.rmtree(work)
+        work.mkdir(parents=True)
+        write_json(work / _PLAN, plan)
+    try:
+        yield work
+    except (DataError, ConfigError):
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {work}: {error.strerror or error}", "make room, then add --resume to go on"
+        ) from error
+    shutil.rmtree(work)
 
 
-def _spill(sources: list[str], tokenizer: Tokenizer, config: PregenerateConfig, file: Path) -> _Spill:
-    """Tokenise the sources into a file.
+def _require_same(plan: dict[str, Any], before: dict[str, Any], where: Path) -> None:
+    changed = sorted(key for key in plan if plan[key] != before.get(key))
+    if changed:
+        words = ", ".join("the sources' files" if key == "read" else key for key in changed)
+        raise ConfigError(
+            f"--resume: {words} differ from the run in {where}",
+            "leave --resume out to start over, or name another --out",
+        )
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A piece to encode. `hash` is of its document's beginning, `own` says whether it belongs to this part."""
+
+    piece: Piece
+    hash: int
+    first: bool
+    own: bool
+
+
+def _items(pieces: Iterable[Piece], config: PregenerateConfig) -> Iterator[_Item]:
+    shard, shards = config.shard_numbers
+    first, found = True, 0
+    for piece in pieces:
+        found = content_hash(piece.text, config.seed) if first else found
+        yield _Item(piece, found, first, piece.number % shards == shard - 1)
+        first = piece.last
+
+
+def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    """Group items so that a batch is worth a thread's while and small beside the memory."""
+    batch: list[_Item] = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += len(item.piece.text)
+        if len(batch) >= _BATCH_PIECES or held >= _BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[_Item], encoder: Encoder, eos: Tokens) -> Batch:
+    encoded = iter(encoder([item.piece.text for item in batch if item.own]))
+    rows, parts = [], [eos[:0]]
+    for item in batch:
+        ids = next(encoded) if item.own else eos[:0]
+        end = eos if item.own and item.piece.last else eos[:0]
+        size = len(item.piece.text.encode()) if item.own else 0
+        rows.append((item.piece.number, item.hash, len(ids) + len(end), size, item.first, item.own))
+        parts += [ids, end]
+    return Batch.of(rows, parts)
+
+
+def _spill(
+    corpus: Corpus, encoder: Encoder, eos: int | None, config: PregenerateConfig, folder: Path, seed: int | None
+) -> Spill:
+    """Tokenise what is not tokenised yet.
 
     Raises:
         DataError: a source cannot be read, or there is no text.
     """
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
-    eos = [tokenizer.eos_token_id] if config.append_eos else []
-    key = config.seed.to_bytes(8, "big")
-    ends, sizes, hashes = [], [], []
-    written = 0
-    texts = batches(documents(sources, config.document, config.text_column))
-    with track("tokenise", size_hint(sources)) as task, file.open("wb") as stream:
-        for text, ids in encode_all(tokenizer, texts, config.num_workers):
-            stream.write(np.array(ids + eos, dtype).tobytes())
-            raw = text.encode()
-            written += len(ids) + len(eos)
-            ends.append(written)
-            sizes.append(len(raw))
-            hashes.append(int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=key).digest(), "big"))
-            task.advance(len(raw))
-    if not written:
-        raise DataError(f"no text in {', '.join(sources)}", "every document is empty or blank")
-    tokens = np.memmap(file, dtype, "r", shape=(written,))
-    return _Spill(tokens, np.array(ends), np.array(sizes), np.array(hashes, np.uint64))
+    spill = Spill(folder, encoder.dtype, seed)
+    end = np.array([] if eos is None else [eos], encoder.dtype)
+    shards = config.shard_numbers[1]
+    if not spill.progress.done:
+        pieces = corpus.pieces() if encoder.reproduced else whole(corpus.pieces())
+        items = islice(_items(pieces, config), spill.progress.pieces, None)
+        workers = config.num_workers or os.cpu_count() or 1
+        encode = partial(_encode, encoder=encoder, eos=end)
+        size = corpus.size_hint()
+        with track("tokenise", size and size // shards) as task:
+            task.advance(spill.progress.bytes)
+            for batch in in_order(encode, _batches(items), workers):
+                spill.add(batch)
+                task.advance(int(batch.entries["bytes"].sum()))
+            spill.finish(corpus.encoding_errors)
+    if not spill.progress.pieces:
+        raise DataError(f"no text in {', '.join(corpus.sources)}", "every document is empty or blank")
+    if not spill.progress.documents:
+        raise DataError(f"--shard {config.shard} holds no document", f"there are fewer documents than {shards} parts")
+    return spill
 
 
-def _split(corpus: _Spill, held_out: _Spill | None, fraction: float, length: int) -> tuple[str, dict[str, _Stream]]:
-    """Choose what is held out; return how it was chosen, and both streams.
+def _write(
+    out: Path, read: Spill, kept: Spill | None, config: PregenerateConfig, dtype: np.dtype[Any]
+) -> dict[str, Any]:
+    """Choose what is held out and write both splits; return what the manifest says of them.
 
     Raises:
         DataError: the training text is shorter than one block.
     """
-    everything = np.ones(len(corpus.ends), bool)
-    count = round(fraction * len(everything))
-    # Whole groups of equal hashes, so that a repeated document is never on both sides
-    chosen = corpus.hashes <= np.sort(corpus.hashes)[count - 1] if count else ~everything
-    if held_out is not None:
-        how, test = "source", held_out.select(np.ones(len(held_out.ends), bool))
-        train = corpus.select(everything)
-    elif count and not chosen.all():
-        how, train, test = "document", corpus.select(~chosen), corpus.select(chosen)
-    else:
-        how = "position"
-        train, test = _split_by_position(corpus, fraction, length)
-    have = sum(len(piece) for piece in train.pieces)
-    if have < length:
+    length, fraction = config.sequence_length, 0.0 if kept else config.test_fraction
+    last, total = read.threshold(fraction), read.progress.tokens
+    how = "source" if kept else "position" if last is None else "document"
+    cut = _border(total, length, fraction) if last is None else None
+    shape = (length, config.stride or length, dtype, config.format)
+    sizes = np.zeros((2, 2), np.int64)  # documents and bytes, of train and test
+    with (
+        track("pack", total) as task,
+        SplitWriter(out, "train", *shape) as train,
+        SplitWriter(out, "test", *shape) as test,
+    ):
+        # what is cut by position is the last part of the text as it stands
+        for entries, tokens in read.groups(shuffled=not (cut is not None and cut < total)):
+            if cut is not None:
+                head = max(0, cut - train.tokens)
+                train.add(tokens[:head])
+                test.add(tokens[head:])
+                sizes[0] += _sizes(entries)
+            else:
+                held = entries["hash"] <= last
+                of_held = np.repeat(held, entries["tokens"])
+                train.add(tokens[~of_held])
+                test.add(tokens[of_held])
+                sizes += _sizes(entries[~held]), _sizes(entries[held])
+            task.advance(len(tokens))
+        for entries, tokens in kept.groups() if kept else ():
+            test.add(tokens)
+            sizes[1] += _sizes(entries)
+    if cut is not None and not kept:
+        sizes[1, 1] = sizes[0, 1] * (total - cut) // total
+        sizes[0, 1] -= sizes[1, 1]
+    if train.tokens < length:
         raise DataError(
-            f"the text is {len(corpus.tokens)} tokens, {have} of them for training: shorter than one block of {length}",
+            f"the text is {total} tokens, {train.tokens} of them for training: shorter than one block of {length}",
             "give more text or a smaller --sequence-length",
         )
-    return how, {"train": train, "test": test}
+    splits = {
+        name: {
+            "documents": int(size[0]),
+            "bytes": int(size[1]),
+            "tokens": writer.tokens,
+            "sequences": writer.sequences,
+            "dropped_tokens": writer.dropped,
+            "padding_tokens": writer.padding,
+            "files": [asdict(file) for file in writer.files],
+        }
+        for (name, writer), size in zip({"train": train, "test": test}.items(), sizes, strict=True)
+    }
+    errors = read.progress.encoding_errors + (kept.progress.encoding_errors if kept else 0)
+    return {"split": how, "encoding_errors": errors, "splits": splits}
 
 
-def _split_by_position(corpus: _Spill, fraction: float, length: int) -> tuple[_Stream, _Stream]:
-    """Hold out the last part of the tokens, cut at a block border: one block at least, if any is asked for."""
-    blocks, size, total = len(corpus.tokens) // length, int(corpus.sizes.sum()), len(corpus.tokens)
+def _sizes(entries: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Return the documents and the bytes of some index entries."""
+    return int(entries["first"].sum()), int(entries["bytes"].sum(dtype=np.int64))
+
+
+def _border(total: int, length: int, fraction: float) -> int:
+    """Return where the training tokens end, at a block border: one block at least is held out, if any is asked for."""
+    blocks = total // length
     held_out = min(max(1, round(fraction * blocks)), blocks - 1) if fraction and blocks else 0
-    cut = (blocks - held_out) * length if held_out else total
-    train = _Stream([corpus.tokens[:cut]], len(corpus.ends), size * cut // total)
-    return train, _Stream([corpus.tokens[cut:]], 0, size - train.bytes)
-
-
-def _write(out: Path, streams: dict[str, _Stream], length: int, stride: int) -> dict[str, SplitCounts]:
-    """Write each stream's blocks as one split of an Arrow dataset."""
-    import datasets
-
-    out.mkdir()
-    counts, splits = {}, {}
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        for name, stream in streams.items():
-            file = Path(scratch) / f"{name}.arrow"
-            splits[name], counts[name] = _write_split(file, name, stream, length, stride)
-        # The library would write an empty split as no file at all, and then not open it.
-        shards = {name: None if len(split) else 1 for name, split in splits.items()}
-        datasets.DatasetDict(splits).save_to_disk(str(out), num_shards=shards)
-    return counts
-
-
-def _write_split(file: Path, name: str, stream: _Stream, length: int, stride: int) -> tuple[Dataset, SplitCounts]:
-    import datasets
-    import pyarrow as pa
-    from datasets.arrow_writer import ArrowWriter
-
-    dtype = stream.pieces[0].dtype if stream.pieces else np.dtype(np.uint16)
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value(dtype.name), length=length)})
-    content = hashlib.sha256(f"{name} {length} {stride} {dtype}".encode())
-    sequences = 0
-    with ArrowWriter(path=str(file), features=features) as writer:
-        for rows in _blocks(stream.pieces, length, stride):
-            content.update(rows.tobytes())
-            column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), length)
-            writer.write_table(pa.table({"input_ids": column}, schema=features.arrow_schema))
-            sequences += len(rows)
-        writer.finalize()
-    tokens = sum(len(piece) for piece in stream.pieces)
-    used = (sequences - 1) * stride + length if sequences else 0
-    if sequences:
-        dataset = datasets.Dataset.from_file(str(file), split=name)
-    else:
-        dataset = datasets.Dataset.from_dict({"input_ids": []}, features, split=name)
-    dataset._fingerprint = content.hexdigest()[:16]  # from content: the library's own is random
-    return dataset, SplitCounts(stream.documents, stream.bytes, tokens, sequences, tokens - used)
-
-
-def _blocks(pieces: list[_Array], length: int, stride: int) -> Iterator[_Array]:
-    """Yield arrays of blocks (rows, length), about `_TOKENS` tokens each, from a stream in pieces."""
-    pending = np.empty(0, pieces[0].dtype if pieces else np.uint16)
-    held: list[_Array] = []
-    size = 0
-    for index, piece in enumerate(pieces):
-        held.append(piece)
-        size += len(piece)
-        if size < _TOKENS and index + 1 < len(pieces):
-            continue
-        pending = np.concatenate([pending, *held])
-        held, size = [], 0
-        count = (len(pending) - length) // stride + 1 if len(pending) >= length else 0
-        if count:
-            windows = np.lib.stride_tricks.sliding_window_view(pending, length)[::stride][:count]
-            yield np.ascontiguousarray(windows)
-            pending = pending[count * stride :]
+    return (blocks - held_out) * length if held_out else total

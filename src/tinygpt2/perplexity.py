@@ -24,6 +24,7 @@ from transformers import GPT2LMHeadModel
 from tinygpt2.capture import capture
 from tinygpt2.config import PplConfig
 from tinygpt2.dataset import Packed
+from tinygpt2.encoder import encode
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.files import absolute
 from tinygpt2.machine import fast_products
@@ -31,7 +32,7 @@ from tinygpt2.model import default_device, load_model, model_tokenizer
 from tinygpt2.objectives.prediction import default_chunk
 from tinygpt2.progress import track
 from tinygpt2.tasks import Task, load_task
-from tinygpt2.tokenizer import encode, fingerprint
+from tinygpt2.tokenizer import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -255,8 +256,8 @@ def _tokens(
         if not len(blocks):
             raise DataError(f"the test split of {task.name} is empty")
         # Blocks of sliding windows repeat what the one before had: each token counts once.
-        fresh = task.packed.manifest["stride"]
-        tokens = np.concatenate([blocks.row(0), *(blocks.row(index)[-fresh:] for index in range(1, len(blocks)))])
+        seen = task.packed.sequence_length - task.packed.manifest["stride"]
+        tokens = np.concatenate([blocks.row(0), *(blocks.row(index)[seen:] for index in range(1, len(blocks)))])
         text = task.packed.tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return tokens, text, task.packed.sequence_length
     if tokenizer is None:
@@ -287,15 +288,15 @@ def check_fits(packed: Packed, model: Any, tokenizer_fingerprint: str | None, wh
     ours = packed.manifest["tokenizer_fingerprint"]
     if tokenizer_fingerprint not in (None, ours):
         raise DataError(
-            f"dataset {packed.path} was made with another tokenizer ({ours[:12]}) "
+            f"dataset {packed.name} was made with another tokenizer ({ours[:12]}) "
             f"than {who}'s ({str(tokenizer_fingerprint)[:12]})",
             "pregenerate the text with the model's own tokenizer",
         )
     if packed.vocab_size > model.vocab_size:
-        raise DataError(f"dataset {packed.path} has a vocabulary of {packed.vocab_size}, {who} of {model.vocab_size}")
+        raise DataError(f"dataset {packed.name} has a vocabulary of {packed.vocab_size}, {who} of {model.vocab_size}")
     if packed.sequence_length > model.n_positions:
         raise ConfigError(
-            f"blocks of {packed.sequence_length} tokens in {packed.path}, but {who} has {model.n_positions} positions",
+            f"blocks of {packed.sequence_length} tokens in {packed.name}, but {who} has {model.n_positions} positions",
             f"pregenerate with --sequence-length {model.n_positions}",
         )
 

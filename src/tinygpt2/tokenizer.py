@@ -1,45 +1,49 @@
-"""Tokenizers: load any, train one, encode documents exactly as the tokenizer itself would.
-
-Special tokens inside a text are never interpreted: `<|endoftext|>` in a web page is thirteen characters.
-"""
+"""Tokenizers: load any, train one for any language, tell one from another."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
+import re
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygpt2.config import TrainTokenizerConfig
-from tinygpt2.corpus import documents, size_hint
+from tinygpt2.corpus import Corpus
+from tinygpt2.encoder import GPT2_PATTERN, LETTERS, encode, merge_ends
 from tinygpt2.errors import DataError, ModelError
 from tinygpt2.files import atomic_contents, require_free
 from tinygpt2.hub import local_directory
-from tinygpt2.progress import Task, track
+from tinygpt2.progress import track
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
+    import tiktoken
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+_PASSAGE, _BORDER = 2000, re.compile(r"\S(?=\s)")
+_REPORT = 1 << 24  # bytes of held-out text that the report is measured on, at most
 _PROBE = "Hello, world! It's 2 o'clock;\n\tnaïve café, 你好, 🙂  <|endoftext|> ok."
 
 
 @dataclass(frozen=True)
 class TrainTokenizerResult:
-    """What `train_tokenizer` did."""
+    """What `train_tokenizer` did.
+
+    `bytes_per_token` is measured on the `test_bytes` of held-out text; both say nothing where none is held out.
+    """
 
     tokenizer: str
     vocab_size: int
     documents: int
     bytes: int
+    test_bytes: int
+    bytes_per_token: float | None
+    encoding_errors: int
     seconds: float
 
 
@@ -51,20 +55,18 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Load a tokenizer from a directory (vocab.json and merges.txt are enough) or the Hub.
+    """Load a tokenizer from a directory (vocab.json and merges.txt are enough), the Hub or tiktoken.
 
     Raises:
         ModelError: there is none, or what there is loses text: an empty vocabulary can never pass.
     """
+    if name.startswith("tiktoken:"):
+        return _from_tiktoken(name.removeprefix("tiktoken:"))
     directory = local_directory(name, "tokenizer")
     if not has_tokenizer(directory):
         raise ModelError(f"no tokenizer in {directory}: neither tokenizer.json nor vocab.json with merges.txt")
-    from transformers import AutoTokenizer, GPT2TokenizerFast
-
-    # AutoTokenizer refuses a folder of vocab.json and merges.txt alone; GPT-2's own class reads it.
-    kind = AutoTokenizer if (directory / "tokenizer.json").is_file() else GPT2TokenizerFast
     try:
-        tokenizer: Tokenizer = kind.from_pretrained(str(directory))
+        tokenizer = _read(directory)
         ids = encode(tokenizer, [_PROBE])[0]
         kept = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     except Exception as error:  # whatever a broken file makes the library raise
@@ -75,73 +77,67 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Return the token ids of each text: no special token added, none interpreted."""
-    return [ids for _, ids in encode_all(tokenizer, [texts])]
+def _from_tiktoken(name: str) -> Tokenizer:
+    """Put one of tiktoken's vocabularies into the Hugging Face layout.
 
-
-def encode_all(tokenizer: Tokenizer, groups: Iterable[list[str]], workers: int = 1) -> Iterator[tuple[str, list[int]]]:
-    """Yield each text with its token ids, in order, whatever the number of worker processes.
-
-    One worker is this process, with the tokenizer's own threads; more are processes that hold a batch each.
+    Raises:
+        ModelError: there is none of that name, or its files can neither be found nor fetched.
     """
-    serialised = tokenizer.backend_tokenizer.to_str()
-    if workers == 1:
-        for group in groups:
-            yield from zip(group, _encode_batch(_backend(serialised), group), strict=True)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (serialised,)) as pool:
-        waiting: deque[tuple[list[str], Future[list[list[int]]]]] = deque()
-        for group in groups:
-            waiting.append((group, pool.submit(_work, group)))
-            if len(waiting) > 2 * workers:  # bounds what is in memory, whatever the corpus
-                texts, future = waiting.popleft()
-                yield from zip(texts, future.result(), strict=True)
-        for texts, future in waiting:
-            yield from zip(texts, future.result(), strict=True)
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except ValueError as error:
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise ModelError(f"no tiktoken vocabulary {name!r}: {error}", f"known are {known}") from error
+    except Exception as error:  # whatever the network makes the library raise
+        raise ModelError(
+            f"tiktoken's files for {name!r} cannot be had: {' '.join(str(error).split())[:160]}",
+            "put them into the folder that TIKTOKEN_CACHE_DIR names, or check the network",
+        ) from error
+    return convert_tiktoken(encoding)
 
 
-@lru_cache(maxsize=4)
-def _backend(serialised: str) -> Backend:
+def convert_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
+    """Make the same tokenizer of a tiktoken encoding; unused ids become special tokens nothing encodes to."""
+    from tokenizers import Regex, decoders, pre_tokenizers
     from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
 
-    backend = Backend.from_str(serialised)
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
-    return backend
+    ranks = encoding._mergeable_ranks
+    spelled = {token: token.decode("latin-1").translate(LETTERS) for token in ranks}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        ends = merge_ends(token, rank, ranks)
+        if len(ends) == 2:  # a token that no merge makes is found only where it is a word by itself
+            merges.append((spelled[token[: ends[0]]], spelled[token[ends[0] :]]))
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
+    unused = set(range(encoding.n_vocab)) - {*vocabulary.values(), *encoding._special_tokens.values()}
+    special = {**encoding._special_tokens, **{f"<|unused_{index}|>": index for index in unused}}
+    whole = len(merges) + 256 == len(ranks)
+    backend = Backend(BPE({**vocabulary, **special}, merges, ignore_merges=not whole))
+    if encoding._pat_str == GPT2_PATTERN:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        # the same pattern where $ would match at the end of a line, and {n,m}+ is not possessive
+        pattern = Regex(encoding._pat_str.replace("$", r"\z").replace("}+", "}"))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
-_worker: Backend | None = None
-
-
-def _start_worker(serialised: str) -> None:
-    global _worker
-    _worker = _backend(serialised)
-
-
-def _work(texts: list[str]) -> list[list[int]]:
-    assert _worker is not None
-    return _encode_batch(_worker, texts)
-
-
-def _encode_batch(backend: Backend, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def batches(texts: Iterable[str], size: int = 256, characters: int = 1 << 20) -> Iterator[list[str]]:
-    """Group texts so that a batch holds at most `size` of them and about `characters` characters."""
-    batch: list[str] = []
-    held = 0
-    for text in texts:
-        batch.append(text)
-        held += len(text)
-        if len(batch) >= size or held >= characters:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
+def _read(directory: Path) -> Tokenizer:
+    # AutoTokenizer refuses a folder of vocab.json and merges.txt alone; GPT-2's own class reads it.
+    if (directory / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer as Kind
+    else:
+        from transformers import GPT2TokenizerFast as Kind  # and does not load torch
+    tokenizer: Tokenizer = Kind.from_pretrained(str(directory))
+    return tokenizer
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -184,11 +180,11 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    count = _Count()
-    texts = documents(config.source, config.document, config.text_column)
-    with track("train tokenizer", size_hint(config.source)) as task:
-        backend.train_from_iterator(count.through(texts, task), trainer=trainer)
-    if not count.documents:
+    corpus = Corpus(config.source, config.document, config.text_column, config.encoding_errors)
+    share = _HeldOut(config.test_fraction)
+    with track("train tokenizer", corpus.size_hint()) as task:
+        backend.train_from_iterator(share.rest(corpus, task.advance), trainer=trainer)
+    if not share.documents:
         raise DataError(f"no text in {', '.join(config.source)}")
     if backend.get_vocab_size() < config.vocab_size:
         raise DataError(
@@ -198,23 +194,45 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     tokenizer = GPT2TokenizerFast(
         tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
     )
+    tokens = sum(map(len, encode(tokenizer, share.texts)))
+    size = sum(len(text.encode()) for text in share.texts)
     with atomic_contents(out) as temporary:
         tokenizer.save_pretrained(str(temporary))
-    seconds = time.perf_counter() - started
-    return TrainTokenizerResult(str(out.resolve()), len(tokenizer), count.documents, count.bytes, seconds)
+    return TrainTokenizerResult(
+        tokenizer=str(out.resolve()),
+        vocab_size=len(tokenizer),
+        documents=share.documents,
+        bytes=share.bytes,
+        test_bytes=size,
+        bytes_per_token=size / tokens if tokens else None,
+        encoding_errors=corpus.encoding_errors,
+        seconds=time.perf_counter() - started,
+    )
 
 
-class _Count:
-    """Counts what passes through."""
+class _HeldOut:
+    """A corpus in passages of about a page, some of which are kept from training, chosen by their content."""
 
-    def __init__(self) -> None:
-        self.documents = 0
-        self.bytes = 0
+    def __init__(self, fraction: float) -> None:
+        self._limit = int(fraction * 2**32)
+        self.documents = self.bytes = self._kept = 0
+        self.texts: list[str] = []
 
-    def through(self, texts: Iterable[str], task: Task) -> Iterator[str]:
-        for text in texts:
-            size = len(text.encode())
-            self.documents += 1
-            self.bytes += size
-            task.advance(size)
-            yield text
+    def rest(self, corpus: Corpus, advance: Callable[[int], None]) -> Iterator[str]:
+        """Yield the passages to train on."""
+        for piece in corpus.pieces():
+            self.documents += piece.last
+            start = 0
+            while start < len(piece.text):
+                # cut where the pre-tokeniser cuts too
+                end = _BORDER.search(piece.text, start + _PASSAGE)
+                passage = piece.text[start : end.end() if end else None]
+                start += len(passage)
+                raw = passage.encode()
+                self.bytes += len(raw)
+                advance(len(raw))
+                if zlib.crc32(raw) >= self._limit:
+                    yield passage
+                elif self._kept < _REPORT:
+                    self._kept += len(raw)
+                    self.texts.append(passage)

@@ -20,6 +20,7 @@ from tinygpt2.config import (
     DEFAULT_SEQUENCE_LENGTH,
     DistillConfig,
     FinetuneConfig,
+    PackOptions,
     PregenerateConfig,
     PretrainConfig,
     TrainOptions,
@@ -65,8 +66,11 @@ class TrainResult:
     peak_memory_bytes: int
 
 
-def pretrain(config: PretrainConfig) -> TrainResult:
+def pretrain(config: PretrainConfig, data: Packed | None = None) -> TrainResult:
     """Train a language model from random or given weights on a pregenerated dataset.
+
+    Args:
+        data: takes the place of the dataset that `config.data` names; see `from_map_style`.
 
     Raises:
         ConfigError, DataError, ModelError: see the exit codes of the command line.
@@ -74,7 +78,7 @@ def pretrain(config: PretrainConfig) -> TrainResult:
         InterruptedRunError: stopped by a signal, after saving.
     """
     _check_start(config)
-    data = load_packed(config.data)
+    data = data or load_packed(config.data)
     if config.shape is not None:
         model = random_model(read_shape(config.shape, data.tokenizer()), config.seed)
         check_fits(data, model.config, None, f"the configuration {config.shape}")
@@ -86,14 +90,14 @@ def pretrain(config: PretrainConfig) -> TrainResult:
     return _train(Job("pretrain", config, how, model, data))
 
 
-def distill(config: DistillConfig) -> TrainResult:
+def distill(config: DistillConfig, data: Packed | None = None) -> TrainResult:
     """Teach a student what its teacher computes; the teacher is loaded only if an objective looks at it.
 
     Raises:
         As `pretrain`; also ModelError where teacher and student have different vocabularies.
     """
     _check_start(config)
-    data = load_packed(config.data)
+    data = data or load_packed(config.data)
     if is_shape(config.student):
         student, directory = random_model(read_shape(config.student, data.tokenizer()), config.seed), None
     else:
@@ -117,7 +121,7 @@ def distill(config: DistillConfig) -> TrainResult:
     return _train(Job("distill", config, how, student, data, Weights.of(config), teacher))
 
 
-def finetune(config: FinetuneConfig) -> TrainResult:
+def finetune(config: FinetuneConfig, data: Packed | None = None) -> TrainResult:
     """Fine-tune any GPT-2 on a pregenerated dataset, or on a text that is packed into OUT/data first.
 
     Raises:
@@ -126,10 +130,9 @@ def finetune(config: FinetuneConfig) -> TrainResult:
     _check_start(config)
     model, directory = load_model(config.model, allow_pickle=config.allow_pickle)
     freeze(model, config.freeze)  # here already: a pattern that matches nothing stops before a text is packed
-    if is_packed(Path(config.data)):
-        data = load_packed(config.data)
-    else:
-        data = load_packed(_pack_text(config, directory, model.config.n_positions))
+    if data is None:
+        packed = is_packed(Path(config.data))
+        data = load_packed(config.data if packed else _pack_text(config, directory, model.config.n_positions))
     check_fits(data, model.config, _fingerprint(directory), f"model {config.model}")
     return _train(Job("finetune", config, f"{config.model}, fine-tuned on {_sources(data)}.", model, data))
 
@@ -140,10 +143,7 @@ def _pack_text(config: FinetuneConfig, tokenizer: Path, positions: int) -> str:
         length = config.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, positions)
         if length > positions:
             raise ConfigError(f"--sequence-length {length} is beyond the {positions} positions of {config.model}")
-        shared = {
-            key: getattr(config, key)
-            for key in ("document", "text_column", "test_fraction", "append_eos", "num_workers")
-        }
+        shared = {key: getattr(config, key) for key in PackOptions.model_fields}
         pregenerate(
             PregenerateConfig(
                 source=[config.data],
@@ -151,6 +151,7 @@ def _pack_text(config: FinetuneConfig, tokenizer: Path, positions: int) -> str:
                 out=str(out),
                 sequence_length=length,
                 seed=config.seed,
+                resume=config.resume,
                 **shared,
             )
         )
@@ -163,7 +164,7 @@ def _fingerprint(directory: Path | None) -> str | None:
 
 
 def _sources(data: Packed) -> str:
-    return ", ".join(data.manifest.get("sources", [str(data.path)]))
+    return ", ".join(data.manifest.get("sources", [data.name]))
 
 
 def _check_start(config: TrainOptions) -> None:

@@ -6,10 +6,12 @@ term in `Objectives.forward`, and a float64 reference in the tests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
@@ -57,6 +59,23 @@ class Weights:
             head_map=config.head_map,
             hidden_map=config.hidden_map,
         )
+
+
+class Counts(NamedTuple):
+    """What means are taken over: positions, targets (next tokens), and pairs of a position and one not after it."""
+
+    positions: float
+    targets: float
+    pairs: float
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Counts:
+        """Count in blocks with so many real tokens each."""
+        return cls(sum(lengths), sum(max(0, length - 1) for length in lengths), sum(n * (n + 1) // 2 for n in lengths))
+
+    def over(self, count: int) -> Counts:
+        """Divide all by a number; none is left at 0, where there is nothing to take a mean of."""
+        return Counts(*(max(value, 1) / count for value in self))
 
 
 class Objectives(nn.Module):
@@ -113,57 +132,94 @@ class Objectives(nn.Module):
         student_head: Float[Tensor, "V D"],
         teacher: Captured | None = None,
         teacher_head: Float[Tensor, "V Dt"] | None = None,
+        *,
+        lengths: Int[Tensor, " B"] | None = None,
+        share: Counts | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Return the weighted sum, and each active term unweighted and detached, by its name.
 
         Args:
             student_head: the student's output matrix.
             teacher_head: the teacher's, as `head_operand` returns it.
+            lengths: real tokens of each row, padding after them; None: all are. Padding counts in no term.
+            share: what the means are taken over, if not what is here: a global batch's counts, divided by the
+                number of micro-batches, make the mean of the micro-batches' terms the global batch's.
         """
         weights = self.weights
+        size, length = input_ids.shape
+        own = Counts.of([length] * size if lengths is None else lengths.tolist())
+        share = own.over(1) if share is None else share
+        real = None if lengths is None else torch.arange(length, device=input_ids.device) < lengths[:, None]  # (B, T)
         terms: dict[str, Tensor] = {}
         if teacher is not None:
-            terms = self._compare(student, teacher)
+            terms = self._compare(student, teacher, real, own, share)
         loss = sum((getattr(weights, name) * term for name, term in terms.items()), student_head.new_zeros(()))
         if weights.prediction or weights.ce:
-            targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED).flatten()
+            targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
+            if real is not None:
+                targets = targets.masked_fill(~F.pad(real[:, 1:], (0, 1)), IGNORED)
             labels = None
             if teacher is not None and teacher_head is not None and weights.prediction:
-                labels = (teacher.states[self._last[1]].flatten(0, 1), teacher_head)
+                labels = (_kept(teacher.states[self._last[1]], real), teacher_head)
+            parts = {"prediction": own.positions / share.positions, "ce": own.targets / share.targets}
             objective = PredictionObjective(
-                weights.prediction, weights.ce, weights.loss, weights.temperature, self.chunk
+                weights.prediction * parts["prediction"],
+                weights.ce * parts["ce"],
+                weights.loss,
+                weights.temperature,
+                self.chunk,
             )
-            hidden = student.states[self._last[0]].flatten(0, 1)
-            total, found = prediction_loss(hidden, student_head, targets, labels, objective)
+            hidden = _kept(student.states[self._last[0]], real)
+            total, found = prediction_loss(hidden, student_head, _kept(targets, real), labels, objective)
             loss = loss + total
-            terms |= found
+            terms |= {name: term * parts[name] for name, term in found.items()}
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def _compare(self, student: Captured, teacher: Captured) -> dict[str, Tensor]:
-        """Return the active terms that compare what the two models captured, unweighted."""
+    def _compare(
+        self, student: Captured, teacher: Captured, real: Tensor | None, own: Counts, share: Counts
+    ) -> dict[str, Tensor]:
+        """Return the active terms that compare what the two models captured, unweighted.
+
+        Attention's queries, keys and values are 0 on padding, which adds nothing to their losses' sums.
+        """
         terms: dict[str, list[Tensor]] = {}
         for i, j in self._scores:
-            q, k, _ = self._by_head(student.attention[i])
-            teacher_q, teacher_k, _ = self._by_head(teacher.attention[j])
+            q, k, _ = self._by_head(student.attention[i], real)
+            teacher_q, teacher_k, _ = self._by_head(teacher.attention[j], real)
             scales = student.scale[i], teacher.scale[j] / self._group
             terms.setdefault("attention", []).append(attention_loss((q, k), (teacher_q, teacher_k), *scales))
         for i, j in self._relations:
-            both = self._by_head(student.attention[i]), self._by_head(teacher.attention[j])
+            both = self._by_head(student.attention[i], real), self._by_head(teacher.attention[j], real)
             terms.setdefault("relation", []).extend(relation_loss(*pair) for pair in zip(*both, strict=True))
         for i, j in self._states:
-            mapped = self.projection(student.states[i])
-            terms.setdefault("hidden", []).append(hidden_loss(mapped, teacher.states[j], self.weights.hidden_scale))
+            pair = _kept(self.projection(student.states[i]), real), _kept(teacher.states[j], real)
+            terms.setdefault("hidden", []).append(hidden_loss(*pair, self.weights.hidden_scale))
         if self.weights.cosine:
-            terms["cosine"] = [cosine_loss(student.states[self._last[0]], teacher.states[self._last[1]])]
-        return {name: torch.stack(parts).sum() for name, parts in terms.items()}
+            pair = _kept(student.states[self._last[0]], real), _kept(teacher.states[self._last[1]], real)
+            terms["cosine"] = [cosine_loss(*pair)]
+        whole = next(iter(student.attention.values())).shape[:2] if student.attention else (0, 0)
+        full = Counts.of([whole[1]] * whole[0])
+        factors = {
+            "attention": full.pairs / share.pairs,
+            "relation": full.positions / share.positions,
+            "hidden": own.positions / share.positions,
+            "cosine": own.positions / share.positions,
+        }
+        return {name: torch.stack(parts).sum() * factors[name] for name, parts in terms.items()}
 
-    def _by_head(self, fused: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_head(self, fused: Float[Tensor, "B T D"], real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Split queries, keys and values by the student's heads; teacher heads of a group lie side by side.
 
         The product of two such long heads is the sum of the group's scores.
         """
+        fused = fused if real is None else fused * real.unsqueeze(-1)
         query, key, value = (by_head(part, self.heads) for part in fused.chunk(3, dim=-1))
         return query, key, value
+
+
+def _kept(x: Shaped[Tensor, "B T ..."], real: Bool[Tensor, "B T"] | None) -> Shaped[Tensor, "N ..."]:
+    """Return the real positions, one after another."""
+    return x.flatten(0, 1) if real is None else x[real]
 
 
 def _check_shapes(weights: Weights, student: GPT2Config, teacher: GPT2Config) -> None:

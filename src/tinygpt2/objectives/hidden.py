@@ -11,7 +11,7 @@ from tinygpt2.objectives.prediction import wide
 
 
 def hidden_loss(
-    student: Float[Tensor, "B T D"], teacher: Float[Tensor, "B T D"], scale: HiddenScale
+    student: Float[Tensor, "*N D"], teacher: Float[Tensor, "*N D"], scale: HiddenScale
 ) -> Float[Tensor, ""]:
     """Mean squared error between one hidden state of the student and one of the teacher.
 
@@ -27,7 +27,7 @@ def hidden_loss(
     return loss / target.var(correction=0) if scale == "variance" else loss
 
 
-def cosine_loss(student: Float[Tensor, "B T D"], teacher: Float[Tensor, "B T D"]) -> Float[Tensor, ""]:
+def cosine_loss(student: Float[Tensor, "*N D"], teacher: Float[Tensor, "*N D"]) -> Float[Tensor, ""]:
     """Mean over positions of 1 - cos between last hidden states, in [0, 2].
 
     Raises:

@@ -192,10 +192,10 @@ class _ChunkedLoss(torch.autograd.Function):
         states, taught = hidden.to(matrix.dtype), None
         if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
             taught = (teacher_hidden.to(teacher_head.dtype), teacher_head)
-        means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum().clamp(min=1)]).to(wide(hidden))
+        means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum()]).clamp(min=1).to(wide(hidden))
         values = torch.zeros_like(means)
-        turns = math.ceil(count / (objective.chunk or default_chunk(len(head), matrix.dtype, device)))
-        chunk = math.ceil(count / turns)  # equal chunks: a small last one would be slow
+        turns = max(1, math.ceil(count / (objective.chunk or default_chunk(len(head), matrix.dtype, device))))
+        chunk = max(1, math.ceil(count / turns))  # equal chunks: a small last one would be slow
         with torch.autocast(device, enabled=False):
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)
@@ -210,7 +210,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     head_grad += logits.mT @ states[part]
         prediction, ce = values * means
         # The mean's 1/N waits for backward, where a loss scale has made the incoming gradient large.
-        ctx.factor = 1 / count
+        ctx.factor = 1 / max(1, count)
         ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(head.dtype))
         ctx.mark_non_differentiable(prediction, ce)
         return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce

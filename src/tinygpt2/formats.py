@@ -1,0 +1,350 @@
+"""Files to documents: packed or plain, one reader for each format, nothing held but what is being read.
+
+How a file is packed (gz, bz2, xz, zst, tar) is told by its first bytes, what it holds by its name. To add a
+format, write a reader and name it in `_READERS`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import shutil
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import IO, Any
+
+import pyarrow as pa
+
+from tinygpt2.errors import DataError
+
+CHUNK = 1 << 18  # bytes of text decoded at a time
+LEAST_PART = 1 << 16  # characters that a part of a document has, unless it is the last
+_MARGIN = 1 << 12  # characters at the end of a chunk in which a separator may still be growing
+_RULES = {"line": r"\r?\n", "blank-line": r"\r?\n[ \t\r]*\n\s*"}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz")
+
+# A document comes as one or several parts of its text; the flag marks the last.
+Part = tuple[str, bool]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become documents.
+
+    Attributes:
+        document: what a document is in a text file: `file`, `line`, `blank-line` or `separator:REGEX`.
+        text_column: the field or column that holds the text of a row.
+        lenient: let bytes that are not UTF-8 through, as lone surrogates, for the caller to deal with.
+    """
+
+    document: str = "file"
+    text_column: str = "text"
+    lenient: bool = False
+
+
+def read_stream(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+    """Yield the documents of an open file, whatever it is packed with.
+
+    Args:
+        stream: at its beginning; need not be seekable.
+        name: for messages, and its ending for the format.
+
+    Raises:
+        DataError: not UTF-8 (file and byte are named), a broken row (file and row are named), or damaged packing.
+    """
+    try:
+        with _opened(stream) as (inner, is_tar):
+            if is_tar:
+                yield from _tar(inner, name, how)
+                return
+            plain = PurePath(name)
+            while plain.suffix.lower() in PACKED:
+                plain = plain.with_suffix("")
+            reader = _READERS.get(plain.suffix.lower(), _text)
+            yield from reader(inner, name, how)
+    except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"cannot read {name}: {error.strerror}") from error
+        raise DataError(f"{name} is damaged: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _opened(stream: IO[bytes]) -> Iterator[tuple[io.BufferedReader, bool]]:
+    """Unpack a stream as often as its first bytes say; yield what is inside, and whether it is a tar archive."""
+    inner = stream if isinstance(stream, io.BufferedReader) else _buffered(stream)
+    while (unpack := _unpacker(inner.peek(10)[:10])) is not None:
+        inner = _buffered(unpack(inner))
+    yield inner, inner.peek(262)[257:262] == b"ustar"
+
+
+def _buffered(stream: Any) -> io.BufferedReader:
+    return io.BufferedReader(stream, 1 << 17)
+
+
+def _unpacker(head: bytes) -> Callable[[IO[bytes]], Any] | None:
+    if head.startswith(b"\x1f\x8b"):
+        return lambda stream: gzip.GzipFile(fileobj=stream)
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return lzma.LZMAFile
+    if re.match(rb"BZh[1-9]1AY&SY", head):
+        return bz2.BZ2File
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return lambda stream: pa.CompressedInputStream(stream, "zstd")
+    return None
+
+
+def _tar(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            hidden = any(part.startswith(".") and part != "." for part in PurePath(member.name).parts)
+            if member.isfile() and not hidden and (file := archive.extractfile(member)) is not None:
+                yield from read_stream(file, f"{name}/{member.name}", how)
+
+
+def decoded(stream: IO[bytes], name: str, *, lenient: bool = False) -> Iterator[str]:
+    """Yield a UTF-8 stream's text, some 256 KiB at a time, line ends as they are.
+
+    Raises:
+        DataError: not UTF-8 (the byte offset is named), unless `lenient`.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if lenient else "strict")
+    offset = 0
+    while True:
+        block = stream.read(CHUNK)
+        waiting = len(decoder.getstate()[0])
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise not_utf8(name, error, offset - waiting) from error
+        offset += len(block)
+        if not block:
+            return
+
+
+def not_utf8(name: str, error: UnicodeDecodeError, offset: int = 0) -> DataError:
+    """Return the error that names file and byte."""
+    return DataError(
+        f"{name}: not UTF-8: {error.reason} at byte {offset + error.start}",
+        "convert it, for example with iconv -t UTF-8, or see --encoding-errors",
+    )
+
+
+def _text(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+    chunks = decoded(stream, name, lenient=how.lenient)
+    if how.document == "file":
+        yield from _in_parts(chunks)
+    else:
+        pattern = _RULES.get(how.document) or how.document.removeprefix("separator:")
+        for text in _split(chunks, re.compile(pattern)):
+            yield text, True
+
+
+def _in_parts(chunks: Iterator[str]) -> Iterator[Part]:
+    """Cut one long document where GPT-2's pre-tokeniser always cuts: before white space that follows anything else.
+
+    The tokens of the parts, one after another, are then those of the whole.
+    """
+    held = ""
+    for chunk in chunks:
+        held += chunk
+        cut = _last_cut(held)
+        if cut:
+            yield held[:cut], False
+            held = held[cut:]
+    yield held, True
+
+
+def _last_cut(text: str) -> int:
+    """Return the last place to cut; 0 if there is none that leaves enough before it."""
+    end = len(text)
+    while (cut := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) >= LEAST_PART:
+        if not text[cut - 1].isspace():
+            return cut
+        end = cut
+    return 0
+
+
+def _split(chunks: Iterator[str], pattern: re.Pattern[str]) -> Iterator[str]:
+    held, seen = "", 0  # up to `seen` there is no separator
+    for chunk in chunks:
+        held += chunk
+        start = 0
+        for match in pattern.finditer(held, seen):
+            if match.end() > len(held) - _MARGIN:  # it may go on in the next chunk
+                break
+            yield held[start : match.start()]
+            start = match.end()
+        held = held[start:]
+        seen = max(0, len(held) - 2 * _MARGIN)
+    start = 0
+    for match in pattern.finditer(held, seen):
+        yield held[start : match.start()]
+        start = match.end()
+    yield held[start:]
+
+
+def _lines(stream: IO[bytes], name: str, how: Reading) -> Iterator[str]:
+    """Yield lines with their ends, reading as it goes."""
+    offset = 0
+    for raw in stream:
+        try:
+            yield raw.decode("utf-8", "surrogateescape" if how.lenient else "strict")
+        except UnicodeDecodeError as error:
+            raise not_utf8(name, error, offset) from error
+        offset += len(raw)
+
+
+def _json_lines(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+    for number, line in enumerate(_lines(stream, name, how), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{name}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+        except RecursionError as error:
+            raise DataError(f"{name}:{number}: JSON nested too deeply") from error
+        yield _field(row, f"{name}:{number}", how), True
+
+
+def _json(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+    """Read JSON lines, or one array of objects or of texts."""
+    assert isinstance(stream, io.BufferedReader)
+    if not stream.peek(1 << 12).lstrip().startswith(b"["):
+        yield from _json_lines(stream, name, how)
+        return
+    import ijson
+
+    # What could not be read becomes an escape, which ijson's slow backend turns back and its fast ones refuse.
+    backend = ijson.get_backend("python") if how.lenient else ijson
+    text = (chunk.encode("utf-8", "backslashreplace") for chunk in decoded(stream, name, lenient=how.lenient))
+    number = 0
+    try:
+        for number, row in enumerate(backend.items(_Chunks(text), "item", use_float=True), start=1):
+            yield _field(row, f"{name}: item {number}", how, bare=True), True
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())[:120]
+        raise DataError(f"{name}: not valid JSON after item {number}: {problem}") from error
+
+
+class _Chunks:
+    """A byte stream made of an iterator."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._held = chunks, b""
+
+    def read(self, size: int = -1) -> bytes:
+        while not self._held and (chunk := next(self._chunks, None)) is not None:
+            self._held = chunk
+        size = len(self._held) if size < 0 else size
+        answer, self._held = self._held[:size], self._held[size:]
+        return answer
+
+
+def _csv(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+    csv.field_size_limit(2**31 - 1)  # a field holds a whole document
+    rows = csv.reader(_lines(stream, name, how), strict=True)
+    try:
+        header = [column.removeprefix("\ufeff") for column in next(rows, [])]
+        if header and how.text_column not in header:
+            raise _no_text(f"{name}:1", how, ", ".join(header))
+        for row in rows:
+            if len(row) == len(header):
+                yield row[header.index(how.text_column)], True
+            elif row:
+                raise DataError(f"{name}:{rows.line_num}: {len(row)} fields where the header has {len(header)}")
+    except csv.Error as error:
+        raise DataError(f"{name}:{rows.line_num}: not valid CSV: {error}") from error
+
+
+def _field(row: Any, where: str, how: Reading, *, bare: bool = False) -> str:
+    text = row if bare and isinstance(row, str) else row.get(how.text_column) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise _no_text(where, how, ", ".join(row) if isinstance(row, dict) else type(row).__name__)
+    if not how.lenient:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: half of a surrogate pair, which is no text", "see --encoding-errors") from error
+    return text
+
+
+def _no_text(where: str, how: Reading, found: str) -> DataError:
+    return DataError(f"{where}: no text in field {how.text_column!r} (found: {found})", "name it with --text-column")
+
+
+def _parquet(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+    import pyarrow.parquet as pq
+
+    with _seekable(stream) as file, pq.ParquetFile(file) as table:
+        check_column(table.schema_arrow, name, how)
+        yield from rows_of(table.iter_batches(256, columns=[how.text_column]), name, how)
+
+
+def _arrow(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+    """Read Arrow's file format or, as `datasets` writes it, its stream format."""
+    with _seekable(stream) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        with pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file) as reader:
+            check_column(reader.schema, name, how)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            yield from rows_of(batches, name, how)
+
+
+def check_column(schema: Any, name: str, how: Reading) -> None:
+    """Check that a table has the text column, and that it holds text.
+
+    Raises:
+        DataError: it does not.
+    """
+    kind = schema.field(how.text_column).type if how.text_column in schema.names else None
+    if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise _no_text(name, how, ", ".join(f"{field.name}: {field.type}" for field in schema))
+
+
+def rows_of(batches: Iterator[Any], name: str, how: Reading) -> Iterator[Part]:
+    """Yield the texts of a table's record batches; a row without a text is an empty document."""
+    number = 0
+    for batch in batches:
+        for value in batch.column(how.text_column):
+            number += 1
+            try:
+                yield value.as_py() or "", True
+            except UnicodeDecodeError as error:
+                if not how.lenient:
+                    raise not_utf8(f"{name}: row {number}", error) from error
+                yield value.as_buffer().to_pybytes().decode("utf-8", "surrogateescape"), True
+
+
+@contextmanager
+def _seekable(stream: IO[bytes]) -> Iterator[IO[bytes]]:
+    """Yield the stream itself, or a copy on disk where it cannot be read in any order."""
+    if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO) and stream.seekable():
+        yield stream
+        return
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(stream, copy)
+        copy.seek(0)
+        yield copy
+
+
+_READERS: dict[str, Callable[[IO[bytes], str, Reading], Iterator[Part]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
