@@ -46,10 +46,14 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = plain(tokenizer)
-        self._fast = reproduce(json.loads(tokenizer.backend_tokenizer.to_str()))
+        self._serialised = tokenizer.backend_tokenizer.to_str()
+        self._fast = reproduce(parsed(self._serialised))
         self.reproduced = self._fast is not None
         self.dtype: np.dtype[Any] = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+
+    @property
+    def _backend(self) -> Backend:
+        return _plain(self._serialised)
 
     def __call__(self, texts: list[str]) -> list[Tokens]:
         """Return the token ids of each text."""
@@ -65,13 +69,16 @@ class Encoder:
         return self._fast.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
 
 
-def plain(tokenizer: Tokenizer) -> Backend:
-    """Return a tokenizer's engine as nobody else has changed it, with special tokens in a text left as text."""
-    return _plain(tokenizer.backend_tokenizer.to_str())
+@lru_cache(maxsize=2)
+def parsed(serialised: str) -> dict[str, Any]:
+    """Read a tokenizer.json; not to be changed."""
+    found: dict[str, Any] = json.loads(serialised)
+    return found
 
 
 @lru_cache(maxsize=4)
 def _plain(serialised: str) -> Backend:
+    """Build a tokenizer's engine as nobody has changed it, with special tokens in a text left as text."""
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_str(serialised)
@@ -83,7 +90,8 @@ def _plain(serialised: str) -> Backend:
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Return the token ids of a few texts: no special token added, none interpreted."""
-    return [encoding.ids for encoding in plain(tokenizer).encode_batch_fast(texts, add_special_tokens=False)]
+    engine = _plain(tokenizer.backend_tokenizer.to_str())
+    return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def reproduce(backend: dict[str, Any]) -> tiktoken.Encoding | None:

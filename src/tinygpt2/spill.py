@@ -21,7 +21,7 @@ from tinygpt2.encoder import Tokens
 from tinygpt2.files import atomic_path, read_json
 from tinygpt2.formats import LEAST_PART
 
-RUN_TOKENS, RUN_ENTRIES = 1 << 24, 1 << 20  # what a run holds at most, but for its last document
+RUN_TOKENS, RUN_ENTRIES = 1 << 23, 1 << 20  # what a run holds at most, but for its last document
 GROUP_TOKENS = 1 << 22  # read at a time
 _BINS = 1 << 16
 _LAST = 2**64 - 1  # the largest key
@@ -152,7 +152,7 @@ class Spill:
         entries["start"] = _starts(entries["tokens"])
         with self._file(self._runs, "tokens").open("wb") as file:
             for chosen in _groups(entries["tokens"]):
-                file.write(tokens[_spans(starts[order[chosen]], entries["tokens"][chosen])].tobytes())
+                file.write(_take(tokens, starts[order[chosen]], entries["tokens"][chosen]).tobytes())
         np.save(self._file(self._runs, "npy"), entries)
         with atomic_path(self._file(self._runs, "json")) as temporary:
             temporary.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
@@ -231,7 +231,7 @@ class Spill:
             starts[here] = mine["start"].astype(np.int64) - first + held
             held += last - first
         together = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return together[_spans(starts, entries["tokens"])]
+        return _take(together, starts, entries["tokens"])
 
 
 def _starts(sizes: _Array) -> _Array:
@@ -239,14 +239,13 @@ def _starts(sizes: _Array) -> _Array:
     return np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64))) if len(sizes) else np.empty(0, np.int64)
 
 
-def _spans(starts: _Array, sizes: _Array) -> _Array | slice:
-    """Return the positions of spans, one after another."""
-    begins, total = _starts(sizes), int(sizes.sum(dtype=np.int64))
-    shift = starts - begins
-    if not len(shift) or (shift == shift[0]).all():
-        first = int(starts[0]) if len(starts) else 0
-        return slice(first, first + total)
-    return np.repeat(shift, sizes) + np.arange(total)
+def _take(tokens: Tokens, starts: _Array, sizes: _Array) -> Tokens:
+    """Return spans of tokens, one after another."""
+    ends = starts + sizes
+    if (starts[1:] == ends[:-1]).all():
+        return tokens[int(starts[0]) : int(ends[-1])]
+    spans = zip(starts.tolist(), ends.tolist(), strict=True)
+    return np.concatenate([tokens[start:end] for start, end in spans])
 
 
 def _groups(sizes: _Array) -> Iterator[slice]:

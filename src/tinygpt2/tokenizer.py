@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinygpt2.config import TrainTokenizerConfig
 from tinygpt2.corpus import Corpus
-from tinygpt2.encoder import GPT2_PATTERN, LETTERS, encode, merge_ends
+from tinygpt2.encoder import GPT2_PATTERN, LETTERS, encode, merge_ends, parsed
 from tinygpt2.errors import DataError, ModelError
 from tinygpt2.files import atomic_contents, require_free
 from tinygpt2.hub import local_directory
@@ -67,7 +67,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise ModelError(f"no tokenizer in {directory}: neither tokenizer.json nor vocab.json with merges.txt")
     try:
         tokenizer = _read(directory)
-        ids = encode(tokenizer, [_PROBE])[0]
+        ids = tokenizer(_PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         kept = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     except Exception as error:  # whatever a broken file makes the library raise
         raise ModelError(f"cannot load the tokenizer in {directory}: {' '.join(str(error).split())}") from error
@@ -145,7 +145,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
     Equal for the same tokenizer in any layout (tokenizer.json, or vocab.json with merges.txt).
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = parsed(tokenizer.backend_tokenizer.to_str())
     merges = backend["model"].get("merges")
     parts = {
         "vocab": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]),
