@@ -123,6 +123,7 @@ BAD = [
     (2, "the first of N parts is 1/N", "{in}/good.txt --shard 0/4"),
     (2, "the first of N parts is 1/N", "{in}/good.txt --shard 5/4"),
     (2, "expected I/N", "{in}/good.txt --shard four"),
+    (2, "--resume cannot go on with standard input", "- --resume"),
     (2, "--format xml", "{in}/good.txt --format xml"),
     (2, "--encoding-errors ignore", "{in}/good.txt --encoding-errors ignore"),
     (2, "--test-fraction 1", "{in}/good.txt --test-fraction 1"),

@@ -10,6 +10,7 @@ import random
 import re
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -20,7 +21,7 @@ import pytest
 from tinygpt2 import corpus as corpus_module
 from tinygpt2 import formats
 from tinygpt2.corpus import Corpus, whole
-from tinygpt2.errors import DataError
+from tinygpt2.errors import DataError, UnreadableError
 from tinygpt2.pydocs import python_docs
 
 
@@ -195,7 +196,7 @@ def test_a_data_set_on_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.M
 
     def load(name: str, configuration: str | None) -> object:
         asked.append((name, configuration))
-        return datasets.load_dataset("parquet", data_files=files, streaming=True)
+        return datasets.load_dataset("parquet", data_files=files, streaming=True), "revision"
 
     monkeypatch.setattr(corpus_module, "stream_dataset", load)
     read = Corpus(["wikitext:wikitext-103-raw-v1"])
@@ -280,3 +281,32 @@ def test_python_docs_are_big_repeatable_and_imported_from_nowhere() -> None:
     python_docs.cache_clear()
     assert texts == list(python_docs())
     assert any("assert" in text for text in texts[:5])
+
+
+def test_byte_order_marks_and_blank_lines_before_tables(tmp_path: Path) -> None:
+    contents = {
+        "a.jsonl": '{"text": "one"}\n', "b.csv": '"text","id"\none,1\n', "c.csv": "\n\ntext\none\n", "d.json": '[{"text": "one"}]',
+        "e.json": '{"text": "one"}\n',
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert documents([str(tmp_path / name)]) == ["one"], name
+
+
+@pytest.mark.parametrize("rule", ["blank-line", "separator:\n+"])
+def test_a_separator_longer_than_the_margin_over_a_border(tmp_path: Path, rule: str) -> None:
+    first = "a" * (formats.CHUNK - 10_000)
+    assert documents([write(tmp_path / "x.txt", first + "\n" * 20_000 + "b")], rule) == [first, "b"]
+
+
+def test_what_the_network_breaks_off_is_no_fault_of_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(list):
+        num_shards = 1
+
+        def shard(self, count: int, index: int) -> Iterator[dict[str, str]]:
+            yield {"text": "one"}
+            raise ConnectionError("gone")
+
+    monkeypatch.setattr(corpus_module, "stream_dataset", lambda name, configuration: ({"train": Broken()}, "revision"))
+    with pytest.raises(UnreadableError, match="reading owner/set failed: gone"):
+        documents(["owner/set"])

@@ -205,6 +205,11 @@ def test_any_map_style_dataset_trains(tokenizer_dir: Path, tmp_path: Path) -> No
     assert "rows" in (tmp_path / "m" / "README.md").read_text()
     with pytest.raises(DataError, match="empty"):
         from_map_style([], [], load_tokenizer(str(tokenizer_dir)))
+    empty = from_map_style([{"input_ids": [1, 2], "input_mask": [1, 1]}], [], load_tokenizer(str(tokenizer_dir)))
+    with pytest.raises(DataError, match="nothing but padding"):
+        empty.train.batch([0])
+    odd = from_map_style([{"input_ids": [1, -100], "input_mask": [0, 1]}], [], load_tokenizer(str(tokenizer_dir)))
+    assert odd.train.batch([0]).input_ids.tolist() == [[1, 0]]
     uneven = from_map_style([{"input_ids": [1, 2]}, {"input_ids": [1]}], [], load_tokenizer(str(tokenizer_dir)))
     with pytest.raises(DataError, match="not 2 tokens"):
         uneven.train.batch([1])

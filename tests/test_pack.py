@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygpt2 import PregenerateConfig, blocks, pregenerate, spill
+from tinygpt2 import corpus as corpus_module
 from tinygpt2 import pack as pack_module
 from tinygpt2.blocks import SplitWriter
 from tinygpt2.dataset import check_dataset, load_packed
 from tinygpt2.encoder import encode
-from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.errors import ConfigError, DataError, UnreadableError
 from tinygpt2.pack import PregenerateResult
 from tinygpt2.tokenizer import load_tokenizer
 
@@ -259,6 +260,45 @@ def test_parts_hold_what_one_run_holds(corpus: Path, tokenizer_dir: Path, tmp_pa
     assert f"of {shards}" in " ".join(check_dataset(tmp_path / "parts"))
     with pytest.raises(DataError, match="fewer documents than 41 parts"):
         pack(tmp_path / "none", corpus, tokenizer_dir, shard="41/41", **options)
+
+
+def test_parts_with_held_out_text_of_its_own_and_of_too_few_documents(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    options = {"sequence_length": 8, "shard": "2/3", "test_source": str(corpus / "00.txt")}
+    _, manifest = pack(tmp_path / "d", corpus, tokenizer_dir, **options)
+    assert manifest["splits"]["test"]["documents"] == 0
+    (tmp_path / "few").mkdir()
+    for name in ("00.txt", "01.txt", "02.txt"):
+        shutil.copy(corpus / name, tmp_path / "few" / name)
+    with pytest.raises(DataError, match="so few documents"):
+        pack(tmp_path / "e", tmp_path / "few", tokenizer_dir, sequence_length=8, shard="2/3")
+    _, manifest = pack(tmp_path / "e", tmp_path / "few", tokenizer_dir, sequence_length=8, shard="2/3", test_fraction=0)
+    assert manifest["splits"]["train"]["documents"] == 1
+
+
+def test_a_disk_that_fails_while_reading_costs_no_finished_work(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "RUN_TOKENS", 3000)
+    monkeypatch.setattr(pack_module, "_BATCH_PIECES", 3)
+    whole = run(tmp_path / "whole", corpus, tokenizer_dir, sequence_length=16, num_workers=1)
+    opened, original = [], corpus_module.open_file
+
+    def fail(path: Path) -> object:
+        opened.append(path)
+        if len(opened) == 30:
+            raise UnreadableError(f"cannot read {path}: Input/output error")
+        return original(path)
+
+    out = tmp_path / "d"
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "open_file", fail)
+        with pytest.raises(UnreadableError):
+            run(out, corpus, tokenizer_dir, sequence_length=16, num_workers=1)
+    assert list((tmp_path / ".d.unfinished" / "train").glob("run-*.json"))
+    assert run(out, corpus, tokenizer_dir, sequence_length=16, resume=True).tokens == whole.tokens
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 # what a killed process leaves behind: it dies while it writes its N-th file or directory entry

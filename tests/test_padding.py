@@ -120,7 +120,8 @@ def test_distilling_on_padded_blocks(teacher: Path, corpus: Path, tokenizer_dir:
 def test_evaluation_leaves_padding_out(stored_padded: tuple[list[list[int]], list[int]]) -> None:
     from accelerate import Accelerator
 
-    from tinygpt2.dataset import Blocks, _MapPart
+    from tinygpt2.dataset import Blocks
+    from tinygpt2.parts import MapPart
 
     rows, lengths = stored_padded
     model = gpt2(2, 16, 4, seed=2)
@@ -128,7 +129,7 @@ def test_evaluation_leaves_padding_out(stored_padded: tuple[list[list[int]], lis
         {"input_ids": row, "input_mask": [0] * length + [1] * (T - length)}
         for row, length in zip(rows, lengths, strict=True)
     ]
-    found = evaluate(Accelerator(cpu=True), model, Blocks([_MapPart(items, T)], T), 2)
+    found = evaluate(Accelerator(cpu=True), model, Blocks([MapPart(items, T)], T), 2)
     total, count = 0.0, 0
     with torch.no_grad():
         for row, length in zip(rows, lengths, strict=True):

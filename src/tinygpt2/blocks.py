@@ -201,6 +201,8 @@ class SplitWriter:
 
     def add(self, tokens: Tokens) -> None:
         """Take in the next tokens of the stream."""
+        if not len(tokens):  # a view of nothing would keep what it is a view of
+            return
         self.tokens += len(tokens)
         self._pending.append(tokens)
         self._held += len(tokens)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from tinygpt2.config import EncodingErrors
-from tinygpt2.errors import DataError
+from tinygpt2.errors import DataError, UnreadableError
 from tinygpt2.formats import PACKED, Part, Reading, check_column, not_utf8, read_stream, rows_of
 from tinygpt2.hub import stream_dataset
 from tinygpt2.pydocs import python_docs
@@ -164,7 +164,9 @@ def _units(source: str, split: tuple[str, ...]) -> Iterator[Unit]:
     path = Path(source)
     if source == PYTHON_DOCS:
         texts = python_docs()
-        yield Unit(source, sum(len(text.encode()) for text in texts), lambda how: ((text, True) for text in texts))
+        yield Unit(
+            source, sum(len(text.encode()) for text in texts), lambda how: ((text, True) for text in texts), sys.version
+        )
     elif source == "-":
         yield Unit(source, None, lambda how: read_stream(sys.stdin.buffer, "standard input", how))
     elif (saved := re.sub(r"@\w+$", "", source)) and _is_saved(Path(saved)):
@@ -213,7 +215,7 @@ def open_file(path: Path) -> IO[bytes]:
     try:
         return path.open("rb")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise UnreadableError(f"cannot read {path}: {error.strerror}") from error
 
 
 def read_text(path: Path) -> str:
@@ -261,12 +263,12 @@ def _on_the_hub(path: Path, source: str) -> re.Match[str] | None:
 def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Iterator[Unit]:
     """Read a data set from the Hub as it comes, each of its files a unit."""
     wanted = (name["split"],) if name["split"] else split
-    splits = stream_dataset(name["name"], name["configuration"])
+    splits, revision = stream_dataset(name["name"], name["configuration"])
     found = splits[_choose(list(splits), wanted, source)]
 
     def rows(index: int) -> Rows:
         def read(how: Reading) -> Iterator[Part]:
-            for number, row in enumerate(found.shard(found.num_shards, index)):
+            for number, row in enumerate(_reading(found.shard(found.num_shards, index), source)):
                 text = row.get(how.text_column)
                 if how.text_column not in row or not isinstance(text, str | None):
                     raise DataError(
@@ -279,7 +281,16 @@ def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Itera
         return read
 
     for index in range(found.num_shards):
-        yield Unit(f"{source} ({index + 1} of {found.num_shards})", None, rows(index))
+        yield Unit(f"{source} ({index + 1} of {found.num_shards})", None, rows(index), revision)
+
+
+def _reading(rows: Iterable[Any], source: str) -> Iterator[Any]:
+    try:
+        yield from rows
+    except Exception as error:  # whatever the network makes the library raise
+        raise UnreadableError(
+            f"reading {source} failed: {' '.join(str(error).split())[:200]}", "add --resume to go on"
+        ) from error
 
 
 def _choose(there: list[Any], wanted: Iterable[str], source: str) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from tinygpt2.blocks import content_of
 from tinygpt2.errors import DataError
 from tinygpt2.files import read_json
 from tinygpt2.pack import MANIFEST
+from tinygpt2.parts import ArrowPart, Hdf5Part, JsonPart, MapPart, Part, real_tokens
 from tinygpt2.tokenizer import fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
@@ -36,109 +35,6 @@ class Batch(NamedTuple):
     def to(self, device: Any) -> Batch:
         """Move it."""
         return Batch(self.input_ids.to(device), None if self.lengths is None else self.lengths.to(device))
-
-
-class Part(Protocol):
-    """Some blocks of one length."""
-
-    padded: bool  # whether any may be
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
-        """Return tokens (rows, T) as stored, and a mask with 1 on padding and 0 elsewhere, if there is one."""
-
-
-class _ArrowPart:
-    padded = False
-
-    def __init__(self, chunk: Any, length: int) -> None:
-        self._rows = chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, length)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
-        return self._rows[start:stop], None
-
-
-class _Hdf5Part:
-    padded = True
-
-    def __init__(self, file: Path, length: int) -> None:
-        import h5py
-
-        try:
-            columns = h5py.File(file, "r")
-        except OSError as error:
-            raise DataError(f"cannot open {file}: {' '.join(str(error).split())}") from error
-        self._ids, self._mask = columns["input_ids"], columns["input_mask"]
-        for column in (self._ids, self._mask):
-            if column.ndim != 2 or column.shape != (len(self._ids), length):
-                raise DataError(f"{file}: {column.name[1:]} has shape {column.shape}, not (blocks, {length})")
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
-        return self._ids[start:stop], self._mask[start:stop]
-
-
-class _JsonPart:
-    """JSON lines, found through an index of line ends that opening the file makes."""
-
-    padded = True
-
-    def __init__(self, file: Path, length: int) -> None:
-        self._file, self._length = file, length
-        with file.open("rb") as stream:
-            self._text = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
-        raw = np.frombuffer(self._text, np.uint8)
-        steps = range(0, len(raw), 1 << 26)
-        ends = [np.flatnonzero(raw[step : step + (1 << 26)] == ord("\n")) + step for step in steps]
-        self._ends = np.concatenate([np.array([-1]), *ends])
-        if len(raw) and raw[-1] != ord("\n"):
-            raise DataError(f"{file} ends in the middle of line {len(self._ends)}")
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
-        rows = [self._row(index) for index in range(start, stop)]
-        shape = (len(rows), self._length)
-        ids = np.array([ids for ids, _ in rows], np.int64).reshape(shape)
-        return ids, np.array([mask for _, mask in rows], np.int64).reshape(shape)
-
-    def _row(self, index: int) -> tuple[list[int], list[int]]:
-        where = f"{self._file}:{index + 1}"
-        try:
-            row = json.loads(self._text[self._ends[index] + 1 : self._ends[index + 1]])
-            ids, mask = row["input_ids"], [1 - real for real in row["attention_mask"]]
-            if not len(ids) == len(mask) == self._length or not all(type(token) is int for token in ids):
-                raise DataError(f"{where}: not {self._length} tokens and as many entries of the mask")
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{where}: not a block with input_ids and attention_mask: {error}") from error
-        return ids, mask
-
-
-class _MapPart:
-    """A map-style dataset whose items hold `input_ids` and perhaps `input_mask` (1 on padding)."""
-
-    padded = True
-
-    def __init__(self, items: Any, length: int) -> None:
-        self._items, self._length = items, length
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
-        rows = [self._items[index] for index in range(start, stop)]
-        ids = np.array([np.asarray(row["input_ids"]) for row in rows], np.int64)
-        if ids.shape != (len(rows), self._length):
-            raise DataError(f"item {start}: shape {ids.shape[1:]}, not {self._length} tokens as in the first one")
-        masks = [np.asarray(row["input_mask"]) if "input_mask" in row else np.zeros(self._length) for row in rows]
-        return ids, np.array(masks, np.int64)
 
 
 class Blocks:
@@ -176,7 +72,7 @@ class Blocks:
         at = int(np.searchsorted(self._ends, index, side="right"))
         first = index - (int(self._ends[at - 1]) if at else 0)
         ids, mask = self._parts[at].read(first, first + 1)
-        return ids[0], self.sequence_length if mask is None else _real(mask, index)[0]
+        return ids[0], self.sequence_length if mask is None else real_tokens(mask, index)[0]
 
     def row(self, index: int) -> _Array:
         """Return the real tokens of a block, as stored."""
@@ -191,19 +87,10 @@ class Blocks:
         """Return blocks as int64 tokens, one row per index."""
         rows = [self._read(int(index)) for index in indices]
         ids = torch.from_numpy(np.stack([ids for ids, _ in rows]).astype(np.int64))
-        lengths = [length for _, length in rows]
-        return Batch(ids, torch.tensor(lengths) if min(lengths) < self.sequence_length else None)
-
-
-def _real(mask: _Array, first: int) -> list[int]:
-    """Return how many tokens of each row are real; `first` is the number of the first row, for the message."""
-    lengths = (mask == 0).sum(-1)
-    wrong = (mask != (np.arange(mask.shape[1]) >= lengths[:, None])).any(-1)
-    if wrong.any():
-        raise DataError(
-            f"sequence {first + int(wrong.argmax())} is padded before its end", "only the end of a block may be padded"
-        )
-    return [int(length) for length in lengths]
+        lengths = torch.tensor([length for _, length in rows])
+        padding = torch.arange(self.sequence_length) >= lengths[:, None]
+        # whatever stands in the padding, a model looks it up
+        return Batch(ids.masked_fill_(padding, 0), lengths) if padding.any() else Batch(ids, None)
 
 
 class Shuffle:
@@ -278,7 +165,7 @@ def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "dat
         "vocab_size": len(tokenizer),
         "tokenizer_fingerprint": fingerprint(tokenizer),
     }
-    splits = [Blocks([_MapPart(items, length)], length) for items in (train, test)]
+    splits = [Blocks([MapPart(items, length)], length) for items in (train, test)]
     return Packed(name, splits[0], splits[1], manifest, tokenizer)
 
 
@@ -326,17 +213,18 @@ def load_packed(name: str) -> Packed:
 
 def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[Part]:
     length, kind = int(manifest["sequence_length"]), manifest["format"]
+    padded = manifest["splits"][split]["padding_tokens"] > 0
     if kind == "hdf5":
-        return [_Hdf5Part(folder / file["name"], length) for file in manifest["splits"][split]["files"]]
+        return [Hdf5Part(folder / file["name"], length, padded) for file in manifest["splits"][split]["files"]]
     if kind == "jsonl":
-        return [_JsonPart(folder / f"{split}_dataset.json", length)]
+        return [JsonPart(folder / f"{split}_dataset.json", length, padded)]
     import datasets
 
     found = datasets.load_from_disk(str(folder / split))
     stored = found.features["input_ids"].length
     if stored != length:
         raise DataError(f"{folder}: {split}: blocks of {stored} tokens, {MANIFEST} says {length}")
-    return [_ArrowPart(chunk, length) for chunk in found.data.column("input_ids").chunks]
+    return [ArrowPart(chunk, length) for chunk in found.data.column("input_ids").chunks]
 
 
 def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -357,7 +245,7 @@ def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, A
     there, count = sorted(manifest["shard"][0] for manifest in manifests), first["shard"][1]
     if there != list(range(1, count + 1)):
         raise DataError(f"{folder} holds parts {', '.join(map(str, there))} of {count}", "each is needed, once")
-    return {key: value for key, value in first.items() if key not in own}
+    return {**{key: value for key, value in first.items() if key not in own}, "parts": count}
 
 
 def check_dataset(path: Path) -> Iterator[str]:
@@ -427,7 +315,7 @@ def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocab
                 yield f"{split}: sequence {row} holds a token outside the vocabulary of {vocabulary}"
                 return
             if mask is not None:
-                _real(mask, number)
+                real_tokens(mask, number)
             sha.update(content_of(ids))
             start, left, number = start + len(ids), left - len(ids), number + len(ids)
             if not left and sha.hexdigest() != current["sha256"]:

@@ -49,7 +49,7 @@ class Encoder:
         self._serialised = tokenizer.backend_tokenizer.to_str()
         self._fast = reproduce(parsed(self._serialised))
         self.reproduced = self._fast is not None
-        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+        self.dtype: np.dtype[Any] = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.int32)
 
     @property
     def _backend(self) -> Backend:
@@ -64,7 +64,7 @@ class Encoder:
 
     def _encode(self, text: str) -> Tokens:
         assert self._fast is not None
-        if len(text) >= _LONG_SPACE and re.search(rf"\s{{{_LONG_SPACE}}}", text):
+        if len(text) >= _LONG_SPACE and re.search(rf"(?<!\s)\s{{{_LONG_SPACE}}}", text):
             return np.array(self._backend.encode(text, add_special_tokens=False).ids, self.dtype)
         return self._fast.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
 

@@ -38,6 +38,10 @@ class DataError(TinyGPT2Error):
     exit_code = 3
 
 
+class UnreadableError(DataError):
+    """A source that could not be read this time: a disk or a network failed, and another try may succeed."""
+
+
 class ModelError(TinyGPT2Error):
     """Models and checkpoints: Hub, weights, pickles, vocabularies that do not fit."""
 

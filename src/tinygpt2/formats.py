@@ -26,7 +26,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from tinygpt2.errors import DataError
+from tinygpt2.errors import DataError, UnreadableError
 
 CHUNK = 1 << 18  # bytes of text decoded at a time
 LEAST_PART = 1 << 16  # characters that a part of a document has, unless it is the last
@@ -75,7 +75,7 @@ def read_stream(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
             yield from reader(inner, name, how)
     except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"cannot read {name}: {error.strerror}") from error
+            raise UnreadableError(f"cannot read {name}: {error.strerror}") from error
         raise DataError(f"{name} is damaged: {' '.join(str(error).split())}") from error
 
 
@@ -104,9 +104,10 @@ def _unpacker(head: bytes) -> Callable[[IO[bytes]], Any] | None:
     return None
 
 
-def _tar(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+def _tar(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
+            archive.members.clear()  # type: ignore[attr-defined]  # the library would remember every one
             hidden = any(part.startswith(".") and part != "." for part in PurePath(member.name).parts)
             if member.isfile() and not hidden and (file := archive.extractfile(member)) is not None:
                 yield from read_stream(file, f"{name}/{member.name}", how)
@@ -140,7 +141,7 @@ def not_utf8(name: str, error: UnicodeDecodeError, offset: int = 0) -> DataError
     )
 
 
-def _text(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+def _text(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
     chunks = decoded(stream, name, lenient=how.lenient)
     if how.document == "file":
         yield from _in_parts(chunks)
@@ -168,25 +169,25 @@ def _in_parts(chunks: Iterator[str]) -> Iterator[Part]:
 def _last_cut(text: str) -> int:
     """Return the last place to cut; 0 if there is none that leaves enough before it."""
     end = len(text)
-    while (cut := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) >= LEAST_PART:
-        if not text[cut - 1].isspace():
-            return cut
-        end = cut
+    while (space := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) >= LEAST_PART:
+        end = len(text[:space].rstrip())  # where its run of white space begins
+        if end >= LEAST_PART and text[end] in " \n":
+            return end
     return 0
 
 
 def _split(chunks: Iterator[str], pattern: re.Pattern[str]) -> Iterator[str]:
-    held, seen = "", 0  # up to `seen` there is no separator
+    held, seen = "", 0  # no separator begins before `seen`
     for chunk in chunks:
         held += chunk
-        start = 0
+        start, next_ = 0, len(held) - 2 * _MARGIN
         for match in pattern.finditer(held, seen):
             if match.end() > len(held) - _MARGIN:  # it may go on in the next chunk
+                next_ = min(next_, match.start())
                 break
             yield held[start : match.start()]
             start = match.end()
-        held = held[start:]
-        seen = max(0, len(held) - 2 * _MARGIN)
+        held, seen = held[start:], max(0, next_ - start)
     start = 0
     for match in pattern.finditer(held, seen):
         yield held[start : match.start()]
@@ -194,9 +195,9 @@ def _split(chunks: Iterator[str], pattern: re.Pattern[str]) -> Iterator[str]:
     yield held[start:]
 
 
-def _lines(stream: IO[bytes], name: str, how: Reading) -> Iterator[str]:
-    """Yield lines with their ends, reading as it goes."""
-    offset = 0
+def _lines(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[str]:
+    """Yield lines with their ends, reading as it goes; a byte-order mark is left out."""
+    offset = _skip_mark(stream)
     for raw in stream:
         try:
             yield raw.decode("utf-8", "surrogateescape" if how.lenient else "strict")
@@ -205,22 +206,27 @@ def _lines(stream: IO[bytes], name: str, how: Reading) -> Iterator[str]:
         offset += len(raw)
 
 
-def _json_lines(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+def _skip_mark(stream: io.BufferedReader) -> int:
+    """Pass over a byte-order mark; return its length."""
+    return len(stream.read(3)) if stream.peek(3).startswith(codecs.BOM_UTF8) else 0
+
+
+def _json_lines(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
     for number, line in enumerate(_lines(stream, name, how), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{name}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+        except ValueError as error:
+            raise DataError(f"{name}:{number}: not valid JSON: {error}") from error
         except RecursionError as error:
             raise DataError(f"{name}:{number}: JSON nested too deeply") from error
         yield _field(row, f"{name}:{number}", how), True
 
 
-def _json(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+def _json(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
     """Read JSON lines, or one array of objects or of texts."""
-    assert isinstance(stream, io.BufferedReader)
+    _skip_mark(stream)
     if not stream.peek(1 << 12).lstrip().startswith(b"["):
         yield from _json_lines(stream, name, how)
         return
@@ -252,11 +258,11 @@ class _Chunks:
         return answer
 
 
-def _csv(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+def _csv(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
     csv.field_size_limit(2**31 - 1)  # a field holds a whole document
     rows = csv.reader(_lines(stream, name, how), strict=True)
     try:
-        header = [column.removeprefix("\ufeff") for column in next(rows, [])]
+        header = next(filter(None, rows), [])
         if header and how.text_column not in header:
             raise _no_text(f"{name}:1", how, ", ".join(header))
         for row in rows:
@@ -284,15 +290,15 @@ def _no_text(where: str, how: Reading, found: str) -> DataError:
     return DataError(f"{where}: no text in field {how.text_column!r} (found: {found})", "name it with --text-column")
 
 
-def _parquet(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+def _parquet(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
     import pyarrow.parquet as pq
 
-    with _seekable(stream) as file, pq.ParquetFile(file) as table:
+    with _seekable(stream) as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as table:
         check_column(table.schema_arrow, name, how)
         yield from rows_of(table.iter_batches(256, columns=[how.text_column]), name, how)
 
 
-def _arrow(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+def _arrow(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
     """Read Arrow's file format or, as `datasets` writes it, its stream format."""
     with _seekable(stream) as file:
         is_file = file.read(6) == b"ARROW1"
@@ -329,9 +335,9 @@ def rows_of(batches: Iterator[Any], name: str, how: Reading) -> Iterator[Part]:
 
 
 @contextmanager
-def _seekable(stream: IO[bytes]) -> Iterator[IO[bytes]]:
+def _seekable(stream: io.BufferedReader) -> Iterator[IO[bytes]]:
     """Yield the stream itself, or a copy on disk where it cannot be read in any order."""
-    if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO) and stream.seekable():
+    if isinstance(stream.raw, io.FileIO) and stream.seekable():
         yield stream
         return
     with tempfile.TemporaryFile() as copy:
@@ -340,7 +346,7 @@ def _seekable(stream: IO[bytes]) -> Iterator[IO[bytes]]:
         yield copy
 
 
-_READERS: dict[str, Callable[[IO[bytes], str, Reading], Iterator[Part]]] = {
+_READERS: dict[str, Callable[[io.BufferedReader, str, Reading], Iterator[Part]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tinygpt2.errors import DataError, ModelError
+from tinygpt2.errors import ModelError, UnreadableError
 
 _HINT = (
     "give a local directory; for the Hub, check the network, HF_ENDPOINT (a mirror) and REQUESTS_CA_BUNDLE "
@@ -44,20 +44,21 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
         raise ModelError(f"{role} {name!r} is no local directory and cannot be had from the Hub", _HINT) from error
 
 
-def stream_dataset(name: str, configuration: str | None) -> Any:
-    """Return a data set's splits on the Hub, by name, to be read as they come.
+def stream_dataset(name: str, configuration: str | None) -> tuple[Any, str]:
+    """Return a data set's splits on the Hub, by name, to be read as they come, and its revision.
 
     Raises:
-        DataError: nothing of that name is here or in reach on the Hub.
+        UnreadableError: nothing of that name is here or in reach on the Hub.
     """
     import datasets
     from huggingface_hub import HfApi
 
     try:
-        HfApi().dataset_info(name, timeout=20)  # fails at once where `datasets` would try again for long
-        return datasets.load_dataset(name, configuration, streaming=True)
+        # fails at once where `datasets` would try again for long
+        revision = str(HfApi().dataset_info(name, timeout=20).sha)
+        return datasets.load_dataset(name, configuration, streaming=True, revision=revision), revision
     except Exception as error:  # whatever the network makes the libraries raise
         problem = " ".join(str(error).split())[:200]
-        raise DataError(
+        raise UnreadableError(
             f"no such file or directory: {name}; nor can it be had as a data set from the Hub: {problem}", _HINT
         ) from error

@@ -243,5 +243,5 @@ def evaluate(accelerator: Accelerator, model: GPT2LMHeadModel, blocks: Blocks, b
         sums += torch.stack([losses.double().sum(), torch.tensor(float(losses.numel()), device=sums.device)])
     total, count = accelerator.reduce(sums, "sum").tolist()
     model.train(was_training)
-    loss = total / count
+    loss = total / max(count, 1)
     return Evaluation(loss, exponential(loss))

@@ -25,7 +25,7 @@ from tinygpt2.blocks import SplitWriter
 from tinygpt2.config import PregenerateConfig
 from tinygpt2.corpus import Corpus, Piece, whole
 from tinygpt2.encoder import Encoder, Tokens, in_order
-from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.errors import ConfigError, DataError, UnreadableError
 from tinygpt2.files import read_json, require_free, write_json
 from tinygpt2.progress import say, track
 from tinygpt2.spill import Batch, Spill, content_hash
@@ -41,7 +41,7 @@ _BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 19  # tokenised at a time by one w
 
 @dataclass(frozen=True)
 class PregenerateResult:
-    """What `pregenerate` made. `encoding_errors` counts documents with bytes that are not UTF-8."""
+    """What `pregenerate` made. `encoding_errors` counts documents of the whole corpus with bytes that are not UTF-8."""
 
     documents: int
     bytes: int
@@ -66,6 +66,11 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     """
     started = time.perf_counter()
     out = Path(config.out).resolve()
+    if os.path.ismount(out):
+        raise ConfigError(f"--out {out} is a mount point, which cannot be put in place whole", "name a folder in it")
+    replaced = workplace_of(out) / "replaced"
+    if replaced.exists() and not out.exists():  # an earlier run was killed between its two renames
+        replaced.replace(out)
     complete = (out / MANIFEST).is_file()
     if config.overwrite and out.is_dir() and any(out.iterdir()) and not complete:
         raise ConfigError(f"--out {out} holds no {MANIFEST}", "--overwrite replaces pregenerated datasets only")
@@ -81,7 +86,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         manifest = read_json(out / MANIFEST)
         _require_same({key: plan[key] for key in plan if key != "read"}, manifest, out)
         say(f"{out} is complete")
-        shutil.rmtree(_workplace_of(out), ignore_errors=True)
+        _discard(workplace_of(out))
         return _result(manifest, time.perf_counter() - started)
     with _workplace(out, plan, config) as work:
         encoder = Encoder(tokenizer)
@@ -96,14 +101,15 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         tokenizer.save_pretrained(str(result / "tokenizer"))
         write_json(result / MANIFEST, manifest)
         if out.exists():
-            out.replace(work / "replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.replace(replaced)
         result.replace(out)
     return _result(manifest, time.perf_counter() - started)
 
 
 def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
     splits = manifest["splits"]
-    if splits["test"]["sequences"] == 0:
+    if splits["test"]["sequences"] == 0 and (manifest["test_fraction"] or manifest["test_sources"]):
         say(
             f"warning: the held-out text fills no block of {manifest['sequence_length']} tokens: "
             "the test split is empty"
@@ -136,6 +142,7 @@ def _plan(config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_
         "sequence_length": config.sequence_length,
         "stride": config.stride or config.sequence_length,
         "append_eos": config.append_eos,
+        "eos_token_id": tokenizer.eos_token_id,
         "shuffle": config.shuffle,
         "seed": config.seed,
         "test_fraction": config.test_fraction,
@@ -144,7 +151,8 @@ def _plan(config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_
     }
 
 
-def _workplace_of(out: Path) -> Path:
+def workplace_of(out: Path) -> Path:
+    """Return where a dataset is made before it is put in place."""
     return out.parent / f".{out.name}.unfinished"
 
 
@@ -154,26 +162,33 @@ def _workplace(out: Path, plan: dict[str, Any], config: PregenerateConfig) -> It
 
     It goes when the result is in place, or when the data are at fault; what is finished is kept otherwise.
     """
-    work = _workplace_of(out)
+    work = workplace_of(out)
     if config.resume and (work / _PLAN).is_file():
         _require_same(plan, read_json(work / _PLAN), work)
         say(f"continuing the interrupted run in {work}")
     else:
         if work.exists():
             say(f"starting over: {work} held an interrupted run")
-            shutil.rmtree(work)
+            _discard(work)
         work.mkdir(parents=True)
         write_json(work / _PLAN, plan)
     try:
         yield work
+    except UnreadableError:
+        raise
     except (DataError, ConfigError):
-        shutil.rmtree(work, ignore_errors=True)
+        _discard(work)
         raise
     except OSError as error:
         raise DataError(
             f"cannot write to {work}: {error.strerror or error}", "make room, then add --resume to go on"
         ) from error
-    shutil.rmtree(work)
+    _discard(work)
+
+
+def _discard(work: Path) -> None:
+    (work / _PLAN).unlink(missing_ok=True)  # first: what is left of a half removed one is continued by nobody
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _require_same(plan: dict[str, Any], before: dict[str, Any], where: Path) -> None:
@@ -256,8 +271,6 @@ def _spill(
             spill.finish(corpus.encoding_errors)
     if not spill.progress.pieces:
         raise DataError(f"no text in {', '.join(corpus.sources)}", "every document is empty or blank")
-    if not spill.progress.documents:
-        raise DataError(f"--shard {config.shard} holds no document", f"there are fewer documents than {shards} parts")
     return spill
 
 
@@ -270,7 +283,15 @@ def _write(
         DataError: the training text is shorter than one block.
     """
     length, fraction = config.sequence_length, 0.0 if kept else config.test_fraction
-    last, total = read.threshold(fraction), read.progress.tokens
+    last, total, shards = read.threshold(fraction), read.progress.tokens, config.shard_numbers[1]
+    if not read.progress.documents:
+        raise DataError(f"--shard {config.shard} holds no document", f"there are fewer documents than {shards} parts")
+    if last is None and fraction and shards > 1:
+        raise DataError(
+            f"--test-fraction {fraction} of so few documents is none: one run would hold out the end of the text, "
+            "which its parts cannot",
+            "give --test-fraction 0, --test-source, or leave --shard out",
+        )
     how = "source" if kept else "position" if last is None else "document"
     cut = _border(total, length, fraction) if last is None else None
     shape = (length, config.stride or length, dtype, config.format)

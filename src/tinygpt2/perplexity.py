@@ -257,6 +257,8 @@ def _tokens(
             raise DataError(f"the test split of {task.name} is empty")
         # Blocks of sliding windows repeat what the one before had: each token counts once.
         seen = task.packed.sequence_length - task.packed.manifest["stride"]
+        if seen and task.packed.manifest.get("parts", 1) > 1:
+            raise DataError(f"{task.name}: the blocks of its parts overlap", "measure on one part at a time")
         tokens = np.concatenate([blocks.row(0), *(blocks.row(index)[seen:] for index in range(1, len(blocks)))])
         text = task.packed.tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return tokens, text, task.packed.sequence_length

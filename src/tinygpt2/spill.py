@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -195,13 +194,12 @@ class Spill:
             shuffled: in the order of their keys, else in the corpus' own; that holds the whole index in memory,
                 and is for few documents.
         """
-        for low, high in self._slices() if shuffled else [(0, _LAST)]:
+        borders = self._borders(shuffled)
+        for slice_ in range(borders.shape[1] - 1):
             found = []
             for run in range(self._runs):
-                entries = self._entries(run)
-                a, b = np.searchsorted(entries["key"], np.array([low, high], np.uint64))
-                b = b if high < _LAST else len(entries)
-                own = entries[a:b][entries["own"][a:b]]
+                entries = self._entries(run)[borders[run, slice_] : borders[run, slice_ + 1]]
+                own = entries[entries["own"]]
                 found.append((own, np.full(len(own), run)))
             entries, runs = (np.concatenate(column) for column in zip(*found, strict=True))
             numbers = entries["document"]
@@ -210,14 +208,16 @@ class Spill:
             for chosen in _groups(entries["tokens"]):
                 yield entries[chosen], self._gather(entries[chosen], runs[chosen])
 
-    def _slices(self) -> Iterator[tuple[int, int]]:
-        """Yield ranges of keys that hold about as many entries as one run each."""
-        count = max(1, -(-sum(len(self._entries(run)) for run in range(self._runs)) // RUN_ENTRIES))
-        end = _LAST
+    def _borders(self, shuffled: bool) -> _Array:
+        """Return where ranges of keys that hold about as many entries as one run begin and end in each run."""
+        sizes = [len(self._entries(run)) for run in range(self._runs)]
+        count = max(1, -(-sum(sizes) // RUN_ENTRIES)) if shuffled else 1
+        last = _LAST
         if self.seed is None:
-            end = max((int(self._entries(run)["key"].max(initial=0)) for run in range(self._runs)), default=0) + 1
-        edges = [end * index // count for index in range(count)] + [_LAST]
-        yield from pairwise(edges)
+            last = max((int(self._entries(run)["key"].max(initial=0)) for run in range(self._runs)), default=0) + 1
+        edges = np.array([last * index // count for index in range(1, count)], np.uint64)
+        inner = [np.searchsorted(np.ascontiguousarray(self._entries(run)["key"]), edges) for run in range(self._runs)]
+        return np.array([[0, *inside, size] for inside, size in zip(inner, sizes, strict=True)], np.int64)
 
     def _gather(self, entries: _Array, runs: _Array) -> Tokens:
         """Read pieces' tokens: what a group takes from one run lies close together there."""

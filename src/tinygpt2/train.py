@@ -44,7 +44,7 @@ from tinygpt2.model import (
     set_dropout,
 )
 from tinygpt2.objectives import Weights
-from tinygpt2.pack import pregenerate
+from tinygpt2.pack import pregenerate, workplace_of
 from tinygpt2.perplexity import check_fits
 from tinygpt2.tokenizer import fingerprint
 
@@ -178,7 +178,8 @@ def _check_start(config: TrainOptions) -> None:
         )
     out = Path(config.out)
     run = out / RUN_FILE
-    begun = run.is_file() or is_packed(out / "data")  # a text may be packed before the run begins
+    data = out / "data"  # a text may be packed before the run begins
+    begun = run.is_file() or is_packed(data) or workplace_of(data).is_dir()
     if not (config.resume and begun):
         require_free(out, "give another --out, or --resume to continue a run")
     elif run.is_file():

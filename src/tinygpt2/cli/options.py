@@ -15,7 +15,8 @@ import typer
 from pydantic.fields import FieldInfo
 
 from tinygpt2.cli.output import print_result
-from tinygpt2.config import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT, read_recipe
+from tinygpt2.config import read_recipe
+from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
 from tinygpt2.errors import ConfigError
 from tinygpt2.schema import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
 

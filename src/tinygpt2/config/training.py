@@ -1,7 +1,4 @@
-"""One typed configuration per command. An option is declared once, here.
-
-Order of precedence, weakest first: the default below, the recipe (distill), `--config FILE`, the flag.
-"""
+"""Options of the commands that train: `pretrain`, `distill` and `finetune`; recipes."""
 
 from __future__ import annotations
 
@@ -11,8 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from tinygpt2.config.common import LENGTH, MAX_SEED, OBJECTIVES, OPTIMISATION, RUN, TEXT, ModelOptions
+from tinygpt2.config.data import PackOptions
 from tinygpt2.errors import ConfigError
-from tinygpt2.schema import Config, extra, flag_name, option, read_yaml
+from tinygpt2.schema import extra, flag_name, option, read_yaml
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
@@ -20,123 +19,6 @@ PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
 HiddenScale = Literal["none", "variance"]
 HeadMap = Literal["equal", "average"]
 TeacherDtype = Literal["fp32", "bf16"]
-EncodingErrors = Literal["strict", "replace", "skip"]
-Format = Literal["arrow", "hdf5", "jsonl"]
-Strategy = Literal["uniform", "alternate", "first", "last"]
-
-LENGTH, OPTIMISATION, RUN = "Length of training", "Optimisation", "Running, logging and saving"
-OBJECTIVES, TEXT, DECODING = "Objectives", "Text", "Decoding"
-MAX_SEED = 2**32 - 1  # what every random generator takes
-DEFAULT_SEQUENCE_LENGTH = 1024
-
-
-class QuickstartConfig(Config):
-    """Options of `quickstart`."""
-
-    out: str = option("tinygpt2-quickstart", "Directory for everything it makes; an earlier one is continued.")
-    seed: int = option(42, "Seed of every random choice.", ge=0, le=MAX_SEED)
-
-
-class ModelOptions(Config):
-    """How weights are read: shared by every command that loads a model."""
-
-    allow_pickle: bool = option(False, "Read pickled weights where there are no safetensors.", panel=RUN)
-
-
-class SourceOptions(Config):
-    """Where text comes from: shared by the commands that take sources."""
-
-    source: list[str] = option(
-        ...,
-        "Files (text, jsonl, json, csv, parquet, arrow, tar; packed or plain), directories, patterns in quotes, "
-        "- (stdin), python-docs, or a data set on the Hub (NAME:CONFIGURATION@SPLIT) or saved to disk.",
-        positional=True,
-    )
-
-
-class TextOptions(Config):
-    """How texts become documents: shared by every command that reads sources."""
-
-    document: str | None = option(
-        None,
-        "What one document is in a text file: file, line, blank-line or separator:REGEX.",
-        panel=TEXT,
-        shown="file; a row of a table or of JSON is one",
-    )
-    text_column: str = option("text", "Field or column that holds the text of a row.", panel=TEXT)
-    encoding_errors: EncodingErrors = option(
-        "strict",
-        "What to do with what is not UTF-8: stop, put a replacement character, or skip the document.",
-        panel=TEXT,
-    )
-
-    def conflicts(self) -> Iterator[str]:
-        """Check the document rule."""
-        rule = self.document
-        if rule is not None and rule.startswith("separator:"):
-            pattern = rule.removeprefix("separator:")
-            try:
-                if re.compile(pattern).fullmatch(""):
-                    yield f"--document separator:{pattern}: the pattern matches the empty string"
-            except re.error as error:
-                yield f"--document separator:{pattern}: not a regular expression ({error})"
-        elif rule not in (None, "file", "line", "blank-line"):
-            yield f"--document {rule!r}: expected file, line, blank-line or separator:REGEX"
-
-
-class TrainTokenizerConfig(TextOptions, SourceOptions):
-    """Options of `train-tokenizer`."""
-
-    out: str = option(..., "Directory for the tokenizer.")
-    vocab_size: int = option(50257, "Exact size of the vocabulary, <|endoftext|> included.", ge=257)
-    test_fraction: float = option(
-        0.01, "Share of the text held out, to report bytes per token on.", panel=TEXT, ge=0, lt=1
-    )
-
-
-class PackOptions(TextOptions):
-    """How documents become packed blocks."""
-
-    test_fraction: float = option(0.05, "Share of the documents held out.", panel=TEXT, ge=0, lt=1)
-    append_eos: bool = option(True, "End every document with the end-of-text token.", panel=TEXT)
-    num_workers: int | None = option(None, "Threads that tokenise.", panel=TEXT, ge=1, shown="one per core")
-    shuffle: bool = option(True, "Shuffle the training documents before they are packed.", panel=TEXT)
-
-
-class PregenerateConfig(PackOptions, SourceOptions):
-    """Options of `pregenerate`."""
-
-    sequence_length: int = option(DEFAULT_SEQUENCE_LENGTH, "Tokens in a block.", panel=TEXT, ge=2)
-    tokenizer: str = option(
-        ..., "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base."
-    )
-    out: str = option(..., "Directory for the dataset.")
-    stride: int | None = option(None, "Tokens from one block's start to the next.", ge=1, shown="the sequence length")
-    test_source: list[str] | None = option(
-        None, "Held-out text of its own, in its own order; --test-fraction is then unused."
-    )
-    seed: int = option(42, "Seed of the order and of the choice of held-out documents.", ge=0, le=MAX_SEED)
-    format: Format = option("arrow", "What is written: for datasets, for Cerebras' GPT-2, or for TinyGPT2.")
-    shard: str | None = option(None, "Make only part I of N, written I/N, of what one run would make.")
-    overwrite: bool = option(False, "Replace an existing dataset in --out once the new one is complete.")
-    resume: bool = option(False, "Continue an interrupted run, if there is one.")
-
-    @property
-    def shard_numbers(self) -> tuple[int, int]:
-        """Which part to make, from 1, and of how many."""
-        part, _, parts = (self.shard or "1/1").partition("/")
-        return int(part), int(parts)
-
-    def conflicts(self) -> Iterator[str]:
-        """Check the stride against the length, and the part."""
-        yield from super().conflicts()
-        if self.shard is not None and not re.fullmatch(r"\d{1,9}/\d{1,9}", self.shard):
-            yield f"--shard {self.shard!r}: expected I/N, such as 1/8"
-        elif not 1 <= self.shard_numbers[0] <= self.shard_numbers[1]:
-            yield f"--shard {self.shard}: the first of N parts is 1/N, the last N/N"
-        length = self.sequence_length
-        if self.stride is not None and self.stride > length:
-            yield f"--stride {self.stride} is beyond --sequence-length {length}: tokens between blocks would be lost"
 
 
 class TrainOptions(ModelOptions):
@@ -299,81 +181,6 @@ class DistillConfig(TrainOptions):
             yield f"--hidden-map {self.hidden_map} does nothing while --hidden-weight is 0"
         if self.teacher_dtype != "fp32" and not self.needs_teacher:
             yield f"--teacher-dtype {self.teacher_dtype} does nothing: no objective looks at the teacher"
-
-
-class TruncateStudentConfig(ModelOptions):
-    """Options of `truncate-student`."""
-
-    teacher: str = option(..., "Teacher: a local directory or a Hub id.")
-    out: str = option(..., "Directory for the student.")
-    num_layers: int | None = option(None, "Layers to keep.", ge=1)
-    strategy: Strategy | None = option(
-        None,
-        "Which layers --num-layers keeps: uniform keeps both ends, alternate takes every N/M-th from 0.",
-        shown="uniform",
-    )
-    layers: str | None = option(None, "Blocks to keep, counted from 0, such as 0,2,4,7,9,11.", commas=True)
-
-    def conflicts(self) -> Iterator[str]:
-        """Exactly one way to choose layers."""
-        if (self.num_layers is None) == (self.layers is None):
-            yield "give one of --num-layers and --layers"
-        if self.strategy is not None and self.layers is not None:
-            yield "--strategy and --layers contradict each other: --layers already names the layers"
-        if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
-            yield f"--layers {self.layers!r}: expected block numbers such as 0,2,4"
-
-
-class PplConfig(ModelOptions):
-    """Options of `ppl`."""
-
-    model: list[str] = option(["gpt2"], "Model to measure, repeatable: a local directory or a Hub id.")
-    task: list[str] = option(..., "What to measure on, repeatable: wikitext, a text file or a pregenerated dataset.")
-    task_data: str | None = option(None, "File or folder that holds the named task's text, instead of a download.")
-    stride: int | None = option(None, "Tokens from one window's start to the next.", ge=1, shown="the window")
-    batch_size: int = option(8, "Windows in one forward pass.", ge=1)
-
-
-class GenerateConfig(ModelOptions):
-    """Options of `generate`. Greedy unless sampling or beams are asked for."""
-
-    model: list[str] = option(..., "Model to try, repeatable: a local directory or a Hub id.")
-    prompt: list[str] = option([], "Text to continue, repeatable.", shown="start of a text")
-    prompt_file: str | None = option(None, "UTF-8 file whose whole text is the prompt.")
-    interactive: bool = option(False, "Ask for prompts until end of input; earlier ones are in the history.")
-    max_new_tokens: int | None = option(
-        None, "Tokens to add.", panel=DECODING, ge=1, shown="100, or what the positions leave"
-    )
-    temperature: float | None = option(None, "Sample, with logits divided by this.", panel=DECODING, gt=0)
-    top_k: int | None = option(None, "Sample among the k likeliest tokens.", panel=DECODING, ge=1)
-    top_p: float | None = option(
-        None, "Sample among the likeliest tokens that hold this share.", panel=DECODING, gt=0, le=1
-    )
-    num_beams: int = option(1, "Beam search of this width.", panel=DECODING, ge=1)
-    num_samples: int = option(1, "Texts for each prompt: samples, or the best beams.", panel=DECODING, ge=1)
-    seed: int = option(42, "Seed of sampling.", panel=DECODING, ge=0, le=MAX_SEED)
-
-    @property
-    def samples(self) -> bool:
-        """Whether tokens are drawn at random: any sampling option, or several texts without beams."""
-        asked = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
-        return asked or (self.num_samples > 1 and self.num_beams == 1)
-
-    def conflicts(self) -> Iterator[str]:
-        """Check prompts and decoding."""
-        given = [name for name in ("prompt", "prompt_file", "interactive") if getattr(self, name)]
-        if len(given) > 1:
-            yield f"{' and '.join(map(flag_name, given))} contradict each other: give one"
-        if self.num_beams > 1 and self.samples:
-            yield "--num-beams contradicts --temperature, --top-k and --top-p: beam search does not sample"
-        if 1 < self.num_beams < self.num_samples:
-            yield f"--num-samples {self.num_samples} is beyond --num-beams {self.num_beams}"
-
-
-class VerifyConfig(Config):
-    """Options of `verify`."""
-
-    path: str = option(..., "Pregenerated dataset or model directory.", positional=True)
 
 
 def changed_mathematics(config: TrainOptions, earlier: dict[str, Any]) -> list[str]:

@@ -1,0 +1,68 @@
+"""One typed configuration per command. An option is declared once, here.
+
+Order of precedence, weakest first: the default below, the recipe (distill), `--config FILE`, the flag.
+"""
+
+from __future__ import annotations
+
+from tinygpt2.config.common import (
+    DEFAULT_SEQUENCE_LENGTH,
+    MAX_SEED,
+    ModelOptions,
+)
+from tinygpt2.config.data import (
+    EncodingErrors,
+    Format,
+    PackOptions,
+    PregenerateConfig,
+    SourceOptions,
+    TextOptions,
+    TrainTokenizerConfig,
+)
+from tinygpt2.config.models import (
+    GenerateConfig,
+    PplConfig,
+    QuickstartConfig,
+    Strategy,
+    TruncateStudentConfig,
+    VerifyConfig,
+)
+from tinygpt2.config.training import (
+    DistillConfig,
+    FinetuneConfig,
+    HeadMap,
+    HiddenScale,
+    PredictionLoss,
+    PretrainConfig,
+    TrainOptions,
+    changed_mathematics,
+    read_recipe,
+)
+
+__all__ = [
+    "DEFAULT_SEQUENCE_LENGTH",
+    "MAX_SEED",
+    "DistillConfig",
+    "EncodingErrors",
+    "FinetuneConfig",
+    "Format",
+    "GenerateConfig",
+    "HeadMap",
+    "HiddenScale",
+    "ModelOptions",
+    "PackOptions",
+    "PplConfig",
+    "PredictionLoss",
+    "PregenerateConfig",
+    "PretrainConfig",
+    "QuickstartConfig",
+    "SourceOptions",
+    "Strategy",
+    "TextOptions",
+    "TrainOptions",
+    "TrainTokenizerConfig",
+    "TruncateStudentConfig",
+    "VerifyConfig",
+    "changed_mathematics",
+    "read_recipe",
+]

@@ -1,0 +1,94 @@
+"""Options of the commands that cut, measure, try and check models, and of `quickstart`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from tinygpt2.config.common import DECODING, MAX_SEED, ModelOptions
+from tinygpt2.schema import Config, flag_name, option
+
+Strategy = Literal["uniform", "alternate", "first", "last"]
+
+
+class QuickstartConfig(Config):
+    """Options of `quickstart`."""
+
+    out: str = option("tinygpt2-quickstart", "Directory for everything it makes; an earlier one is continued.")
+    seed: int = option(42, "Seed of every random choice.", ge=0, le=MAX_SEED)
+
+
+class TruncateStudentConfig(ModelOptions):
+    """Options of `truncate-student`."""
+
+    teacher: str = option(..., "Teacher: a local directory or a Hub id.")
+    out: str = option(..., "Directory for the student.")
+    num_layers: int | None = option(None, "Layers to keep.", ge=1)
+    strategy: Strategy | None = option(
+        None,
+        "Which layers --num-layers keeps: uniform keeps both ends, alternate takes every N/M-th from 0.",
+        shown="uniform",
+    )
+    layers: str | None = option(None, "Blocks to keep, counted from 0, such as 0,2,4,7,9,11.", commas=True)
+
+    def conflicts(self) -> Iterator[str]:
+        """Exactly one way to choose layers."""
+        if (self.num_layers is None) == (self.layers is None):
+            yield "give one of --num-layers and --layers"
+        if self.strategy is not None and self.layers is not None:
+            yield "--strategy and --layers contradict each other: --layers already names the layers"
+        if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
+            yield f"--layers {self.layers!r}: expected block numbers such as 0,2,4"
+
+
+class PplConfig(ModelOptions):
+    """Options of `ppl`."""
+
+    model: list[str] = option(["gpt2"], "Model to measure, repeatable: a local directory or a Hub id.")
+    task: list[str] = option(..., "What to measure on, repeatable: wikitext, a text file or a pregenerated dataset.")
+    task_data: str | None = option(None, "File or folder that holds the named task's text, instead of a download.")
+    stride: int | None = option(None, "Tokens from one window's start to the next.", ge=1, shown="the window")
+    batch_size: int = option(8, "Windows in one forward pass.", ge=1)
+
+
+class GenerateConfig(ModelOptions):
+    """Options of `generate`. Greedy unless sampling or beams are asked for."""
+
+    model: list[str] = option(..., "Model to try, repeatable: a local directory or a Hub id.")
+    prompt: list[str] = option([], "Text to continue, repeatable.", shown="start of a text")
+    prompt_file: str | None = option(None, "UTF-8 file whose whole text is the prompt.")
+    interactive: bool = option(False, "Ask for prompts until end of input; earlier ones are in the history.")
+    max_new_tokens: int | None = option(
+        None, "Tokens to add.", panel=DECODING, ge=1, shown="100, or what the positions leave"
+    )
+    temperature: float | None = option(None, "Sample, with logits divided by this.", panel=DECODING, gt=0)
+    top_k: int | None = option(None, "Sample among the k likeliest tokens.", panel=DECODING, ge=1)
+    top_p: float | None = option(
+        None, "Sample among the likeliest tokens that hold this share.", panel=DECODING, gt=0, le=1
+    )
+    num_beams: int = option(1, "Beam search of this width.", panel=DECODING, ge=1)
+    num_samples: int = option(1, "Texts for each prompt: samples, or the best beams.", panel=DECODING, ge=1)
+    seed: int = option(42, "Seed of sampling.", panel=DECODING, ge=0, le=MAX_SEED)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random: any sampling option, or several texts without beams."""
+        asked = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
+        return asked or (self.num_samples > 1 and self.num_beams == 1)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check prompts and decoding."""
+        given = [name for name in ("prompt", "prompt_file", "interactive") if getattr(self, name)]
+        if len(given) > 1:
+            yield f"{' and '.join(map(flag_name, given))} contradict each other: give one"
+        if self.num_beams > 1 and self.samples:
+            yield "--num-beams contradicts --temperature, --top-k and --top-p: beam search does not sample"
+        if 1 < self.num_beams < self.num_samples:
+            yield f"--num-samples {self.num_samples} is beyond --num-beams {self.num_beams}"
+
+
+class VerifyConfig(Config):
+    """Options of `verify`."""
+
+    path: str = option(..., "Pregenerated dataset or model directory.", positional=True)
