@@ -1,7 +1,7 @@
 """Streams of tokens to blocks of one length on disk, in three formats.
 
 `arrow` is what plain `datasets` opens, `hdf5` what Cerebras' GPT-2 reads, `jsonl` what TinyGPT2 reads. To add
-a format, write a class with `write`, `pad` and `close`, and name it in `_FORMATS`.
+a format, write a class like theirs and name it in `_FORMATS`; `parts` reads what is written here.
 """
 
 from __future__ import annotations

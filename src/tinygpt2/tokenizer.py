@@ -114,7 +114,7 @@ def convert_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
             merges.append((spelled[token[: ends[0]]], spelled[token[ends[0] :]]))
     vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
     unused = set(range(encoding.n_vocab)) - {*vocabulary.values(), *encoding._special_tokens.values()}
-    special = {**encoding._special_tokens, **{f"<|unused_{index}|>": index for index in unused}}
+    special = {**encoding._special_tokens, **{f"<|unused_{index}|>": index for index in sorted(unused)}}
     whole = len(merges) + 256 == len(ranks)
     backend = Backend(BPE({**vocabulary, **special}, merges, ignore_merges=not whole))
     if encoding._pat_str == GPT2_PATTERN:
