@@ -218,7 +218,6 @@ def test_files_of_bounded_size(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = pack(tmp_path / "a", corpus, tokenizer_dir, sequence_length=16)
-    monkeypatch.setattr(blocks, "FILE_TOKENS", 16 * 100)
     for format_ in (blocks._Arrow, blocks._Hdf5):
         monkeypatch.setattr(format_, "file_tokens", 16 * 100)
     parts, manifest = pack(tmp_path / "b", corpus, tokenizer_dir, sequence_length=16)

@@ -29,14 +29,20 @@ def gradients(step: Step) -> list[torch.Tensor]:
     return [parameter.grad.clone() for parameter in step.parameters() if parameter.grad is not None]
 
 
-def test_padding_counts_nowhere() -> None:
-    """Each row cut to its length and run alone, put together by what its means are over."""
+def one_batch() -> tuple[Step, torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Every objective on one padded batch: step, tokens, loss, terms and gradients, in float64."""
     step = double(Step(gpt2(2, 24, 4, seed=2), gpt2(4, 24, 4, seed=1), EVERY, RUN))
     ids = torch.randint(0, V, (len(LENGTHS), T), generator=torch.Generator().manual_seed(3))
     loss, terms = step(ids, torch.tensor(LENGTHS))
     loss.backward()
-    ours = gradients(step)
+    found = gradients(step)
     step.zero_grad()
+    return step, ids, loss, terms, found
+
+
+def test_padding_counts_nowhere() -> None:
+    """Each row cut to its length and run alone, put together by what its means are over."""
+    step, ids, loss, terms, ours = one_batch()
     per = {"attention": 2, "relation": 0, "hidden": 0, "prediction": 0, "ce": 1, "cosine": 0}
     whole = Counts.of(LENGTHS)
     expected = dict.fromkeys(per, 0.0)
@@ -71,12 +77,7 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
 
 
 def test_micro_batches_give_the_global_batch() -> None:
-    step = double(Step(gpt2(2, 24, 4, seed=2), gpt2(4, 24, 4, seed=1), EVERY, RUN))
-    ids = torch.randint(0, V, (len(LENGTHS), T), generator=torch.Generator().manual_seed(3))
-    loss, terms = step(ids, torch.tensor(LENGTHS))
-    loss.backward()
-    together = gradients(step)
-    step.zero_grad()
+    step, ids, _, terms, together = one_batch()
     share, sums = Counts.of(LENGTHS).over(len(LENGTHS)), dict.fromkeys(terms, 0.0)
     for row, length in enumerate(LENGTHS):
         lengths = None if length == T else torch.tensor([length])

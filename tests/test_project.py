@@ -22,7 +22,7 @@ SOURCE = ROOT / "src" / "tinygpt2"
 
 ORDER = [
     "errors", "files", "progress", "interrupt", "machine", "schema", "config", "hub", "pydocs", "formats", "corpus", "encoder",
-    "tokenizer", "spill", "blocks", "pack", "parts", "dataset",
+    "tokenizer", "spill", "blocks", "workplace", "pack", "parts", "dataset",
     "model", "capture", "objectives", "optim", "checkpoint", "metrics", "tasks", "perplexity", "truncate", "loop",
     "train", "generation", "verification", "pipeline", "cli", "__main__",
 ]  # fmt: skip

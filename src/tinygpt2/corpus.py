@@ -17,9 +17,9 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from tinygpt2.config import EncodingErrors
+from tinygpt2.config import EncodingErrors, TextOptions
 from tinygpt2.errors import DataError, UnreadableError
-from tinygpt2.formats import PACKED, Part, Reading, check_column, not_utf8, read_stream, rows_of
+from tinygpt2.formats import PACKED, Part, Reading, check_column, hidden, not_utf8, read_stream, rows_of
 from tinygpt2.hub import stream_dataset
 from tinygpt2.pydocs import python_docs
 
@@ -58,6 +58,11 @@ class Corpus:
     errors: EncodingErrors = "strict"
     split: tuple[str, ...] = ("train",)
     encoding_errors: int = field(default=0, init=False)
+
+    @classmethod
+    def of(cls, sources: list[str], options: TextOptions, split: tuple[str, ...] = ("train",)) -> Corpus:
+        """Read sources as a command's options say."""
+        return cls(sources, options.document, options.text_column, options.encoding_errors, split)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the documents of all sources, in order; blank ones are passed over.
@@ -173,7 +178,7 @@ def _units(source: str, split: tuple[str, ...]) -> Iterator[Unit]:
         yield _saved(Path(saved), (source[len(saved) + 1 :],) if saved != source else split)
     elif path.is_dir():
         inside = (file for file in sorted(path.rglob("*")) if file.is_file())
-        yield from (_file(file) for file in inside if not _hidden(file.relative_to(path)))
+        yield from (_file(file) for file in inside if not hidden(file.relative_to(path)))
     elif path.exists():
         yield _file(path)
     elif any(sign in source for sign in "*?["):
@@ -182,10 +187,6 @@ def _units(source: str, split: tuple[str, ...]) -> Iterator[Unit]:
         yield from _streamed(source, found, split)
     else:
         raise DataError(f"no such file or directory: {source}", _HINT)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _matching(pattern: str) -> Iterator[Unit]:

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import PurePath
 from typing import IO, Any
 
@@ -108,9 +109,13 @@ def _tar(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             archive.members.clear()  # type: ignore[attr-defined]  # the library would remember every one
-            hidden = any(part.startswith(".") and part != "." for part in PurePath(member.name).parts)
-            if member.isfile() and not hidden and (file := archive.extractfile(member)) is not None:
+            if member.isfile() and not hidden(member.name) and (file := archive.extractfile(member)) is not None:
                 yield from read_stream(file, f"{name}/{member.name}", how)
+
+
+def hidden(name: PurePath | str) -> bool:
+    """Say whether a file, or a folder that it lies in, is a hidden one."""
+    return any(part.startswith(".") and part != "." for part in PurePath(name).parts)
 
 
 def decoded(stream: IO[bytes], name: str, *, lenient: bool = False) -> Iterator[str]:
@@ -178,21 +183,17 @@ def _last_cut(text: str) -> int:
 
 def _split(chunks: Iterator[str], pattern: re.Pattern[str]) -> Iterator[str]:
     held, seen = "", 0  # no separator begins before `seen`
-    for chunk in chunks:
+    for chunk, margin in chain(zip(chunks, repeat(_MARGIN), strict=False), [("", 0)]):
         held += chunk
         start, next_ = 0, len(held) - 2 * _MARGIN
         for match in pattern.finditer(held, seen):
-            if match.end() > len(held) - _MARGIN:  # it may go on in the next chunk
+            if match.end() > len(held) - margin:  # it may go on in the next chunk
                 next_ = min(next_, match.start())
                 break
             yield held[start : match.start()]
             start = match.end()
         held, seen = held[start:], max(0, next_ - start)
-    start = 0
-    for match in pattern.finditer(held, seen):
-        yield held[start : match.start()]
-        start = match.end()
-    yield held[start:]
+    yield held
 
 
 def _lines(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[str]:

@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -25,17 +24,17 @@ from tinygpt2.blocks import SplitWriter
 from tinygpt2.config import PregenerateConfig
 from tinygpt2.corpus import Corpus, Piece, whole
 from tinygpt2.encoder import Encoder, Tokens, in_order
-from tinygpt2.errors import ConfigError, DataError, UnreadableError
+from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.files import read_json, require_free, write_json
 from tinygpt2.progress import say, track
 from tinygpt2.spill import Batch, Spill, content_hash
 from tinygpt2.tokenizer import fingerprint, load_tokenizer
+from tinygpt2.workplace import discard, require_same, workplace, workplace_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 MANIFEST = "pregenerate.json"
-_PLAN = "plan.json"
 _BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 19  # tokenised at a time by one worker
 
 
@@ -79,16 +78,17 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")
-    corpus = _corpus(config, config.source, ("train",))
-    held_out = _corpus(config, config.test_source, ("validation", "test")) if config.test_source else None
+    corpus = Corpus.of(config.source, config)
+    kinds = ("validation", "test")
+    held_out = Corpus.of(config.test_source, config, kinds) if config.test_source else None
     plan = _plan(config, tokenizer, corpus, held_out)
     if config.resume and complete and not config.overwrite:
         manifest = read_json(out / MANIFEST)
-        _require_same({key: plan[key] for key in plan if key != "read"}, manifest, out)
+        require_same({key: plan[key] for key in plan if key != "read"}, manifest, out)
         say(f"{out} is complete")
-        _discard(workplace_of(out))
+        discard(workplace_of(out))
         return _result(manifest, time.perf_counter() - started)
-    with _workplace(out, plan, config) as work:
+    with workplace(out, plan, resume=config.resume) as work:
         encoder = Encoder(tokenizer)
         eos = tokenizer.eos_token_id if config.append_eos else None
         read = _spill(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None)
@@ -122,10 +122,6 @@ def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
     )
 
 
-def _corpus(config: PregenerateConfig, sources: list[str], split: tuple[str, ...]) -> Corpus:
-    return Corpus(sources, config.document, config.text_column, config.encoding_errors, split)
-
-
 def _plan(config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
     """Return all that decides the result, as JSON has it."""
     units = [unit for part in (corpus, held_out) if part for unit in part.units]
@@ -149,56 +145,6 @@ def _plan(config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_
         "shard": list(config.shard_numbers),
         "read": hashlib.sha256(json.dumps([(unit.name, unit.mark) for unit in units]).encode()).hexdigest(),
     }
-
-
-def workplace_of(out: Path) -> Path:
-    """Return where a dataset is made before it is put in place."""
-    return out.parent / f".{out.name}.unfinished"
-
-
-@contextmanager
-def _workplace(out: Path, plan: dict[str, Any], config: PregenerateConfig) -> Iterator[Path]:
-    """Yield the directory of unfinished work: an earlier run's to continue, else an empty one.
-
-    It goes when the result is in place, or when the data are at fault; what is finished is kept otherwise.
-    """
-    work = workplace_of(out)
-    if config.resume and (work / _PLAN).is_file():
-        _require_same(plan, read_json(work / _PLAN), work)
-        say(f"continuing the interrupted run in {work}")
-    else:
-        if work.exists():
-            say(f"starting over: {work} held an interrupted run")
-            _discard(work)
-        work.mkdir(parents=True)
-        write_json(work / _PLAN, plan)
-    try:
-        yield work
-    except UnreadableError:
-        raise
-    except (DataError, ConfigError):
-        _discard(work)
-        raise
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {work}: {error.strerror or error}", "make room, then add --resume to go on"
-        ) from error
-    _discard(work)
-
-
-def _discard(work: Path) -> None:
-    (work / _PLAN).unlink(missing_ok=True)  # first: what is left of a half removed one is continued by nobody
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _require_same(plan: dict[str, Any], before: dict[str, Any], where: Path) -> None:
-    changed = sorted(key for key in plan if plan[key] != before.get(key))
-    if changed:
-        words = ", ".join("the sources' files" if key == "read" else key for key in changed)
-        raise ConfigError(
-            f"--resume: {words} differ from the run in {where}",
-            "leave --resume out to start over, or name another --out",
-        )
 
 
 @dataclass(frozen=True)
@@ -295,29 +241,8 @@ def _write(
     how = "source" if kept else "position" if last is None else "document"
     cut = _border(total, length, fraction) if last is None else None
     shape = (length, config.stride or length, dtype, config.format)
-    sizes = np.zeros((2, 2), np.int64)  # documents and bytes, of train and test
-    with (
-        track("pack", total) as task,
-        SplitWriter(out, "train", *shape) as train,
-        SplitWriter(out, "test", *shape) as test,
-    ):
-        # what is cut by position is the last part of the text as it stands
-        for entries, tokens in read.groups(shuffled=not (cut is not None and cut < total)):
-            if cut is not None:
-                head = max(0, cut - train.tokens)
-                train.add(tokens[:head])
-                test.add(tokens[head:])
-                sizes[0] += _sizes(entries)
-            else:
-                held = entries["hash"] <= last
-                of_held = np.repeat(held, entries["tokens"])
-                train.add(tokens[~of_held])
-                test.add(tokens[of_held])
-                sizes += _sizes(entries[~held]), _sizes(entries[held])
-            task.advance(len(tokens))
-        for entries, tokens in kept.groups() if kept else ():
-            test.add(tokens)
-            sizes[1] += _sizes(entries)
+    with SplitWriter(out, "train", *shape) as train, SplitWriter(out, "test", *shape) as test:
+        sizes = _divide(read, kept, last, cut, train, test)
     if cut is not None and not kept:
         sizes[1, 1] = sizes[0, 1] * (total - cut) // total
         sizes[0, 1] -= sizes[1, 1]
@@ -340,6 +265,37 @@ def _write(
     }
     errors = read.progress.encoding_errors + (kept.progress.encoding_errors if kept else 0)
     return {"split": how, "encoding_errors": errors, "splits": splits}
+
+
+def _divide(
+    read: Spill, kept: Spill | None, last: int | None, cut: int | None, train: SplitWriter, test: SplitWriter
+) -> np.ndarray[Any, Any]:
+    """Send each token to its split; return documents and bytes of train and test, as rows.
+
+    Args:
+        read: the corpus; documents whose hash is at most `last` are held out, or what lies behind position `cut`.
+        kept: held-out text of its own.
+    """
+    sizes, total = np.zeros((2, 2), np.int64), read.progress.tokens
+    with track("pack", total) as task:
+        # what is cut by position is the last part of the text as it stands
+        for entries, tokens in read.groups(shuffled=not (cut is not None and cut < total)):
+            if cut is not None:
+                head = max(0, cut - train.tokens)
+                train.add(tokens[:head])
+                test.add(tokens[head:])
+                sizes[0] += _sizes(entries)
+            else:
+                held = entries["hash"] <= last
+                of_held = np.repeat(held, entries["tokens"])
+                train.add(tokens[~of_held])
+                test.add(tokens[of_held])
+                sizes += _sizes(entries[~held]), _sizes(entries[held])
+            task.advance(len(tokens))
+        for entries, tokens in kept.groups() if kept else ():
+            test.add(tokens)
+            sizes[1] += _sizes(entries)
+    return sizes
 
 
 def _sizes(entries: np.ndarray[Any, Any]) -> tuple[int, int]:

@@ -180,7 +180,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = Corpus(config.source, config.document, config.text_column, config.encoding_errors)
+    corpus = Corpus.of(config.source, config)
     share = _HeldOut(config.test_fraction)
     with track("train tokenizer", corpus.size_hint()) as task:
         backend.train_from_iterator(share.rest(corpus, task.advance), trainer=trainer)

@@ -44,9 +44,10 @@ from tinygpt2.model import (
     set_dropout,
 )
 from tinygpt2.objectives import Weights
-from tinygpt2.pack import pregenerate, workplace_of
+from tinygpt2.pack import pregenerate
 from tinygpt2.perplexity import check_fits
 from tinygpt2.tokenizer import fingerprint
+from tinygpt2.workplace import workplace_of
 
 RUN_FILE = "config.yaml"
 
