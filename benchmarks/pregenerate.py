@@ -60,11 +60,17 @@ def ours(options: argparse.Namespace, workers: int) -> float:
 
 
 def engine(options: argparse.Namespace) -> float:
-    from tinygpt2.encoder import Encoder
-    from tinygpt2.tokenizer import load_tokenizer
+    import tiktoken
 
-    texts, fast = documents(options), Encoder(load_tokenizer(options.tokenizer))._fast
-    assert fast is not None, "tiktoken does not reproduce this tokenizer"
+    from tinygpt2.encoder import parsed, reproduce
+    from tinygpt2.tokenizer import END_OF_TEXT, GPT2_PATTERN, load_tokenizer
+
+    ranks = reproduce(parsed(load_tokenizer(options.tokenizer).backend_tokenizer.to_str()))
+    assert ranks, "tiktoken does not reproduce this tokenizer"
+    fast = tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 1 + max(ranks.values())}
+    )
+    texts = documents(options)
     started = time.perf_counter()
     for text in texts:
         fast.encode_ordinary(text)

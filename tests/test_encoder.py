@@ -29,6 +29,8 @@ TEXTS = [
     "a" * 300,
     "it's we'LL 12 3½ \u3000\r\n\t x  ",
     "e\u0301\u200d",
+    "a\uffff  b\uffff",
+    *("\n" * i + " " * j + end for i in range(4) for j in range(4) for end in ("x", "7", ".", "\u3000\u3000é", "")),
 ]
 CORPORA = [
     "corpus/tinyshakespeare.txt", "corpus/novels-valid/Doyle_Hound_1902.txt", "corpus/novels-valid/Hardy_Madding_1874.txt",
@@ -57,7 +59,10 @@ def test_encoding_is_the_tokenizers_own(tokenizer_dir: Path, encoder: Encoder) -
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(st.characters(codec="utf-8"), max_size=60) | st.text("aet hs'd12 \n\t.\u3000", max_size=60))
+@given(
+    text=st.text(st.characters(codec="utf-8"), max_size=60)
+    | st.text("aet hs'd12 \n\t.\u3000\x85\x1c\uffff", max_size=60)
+)
 def test_any_text_has_the_tokenizers_own_tokens(encoder: Encoder, text: str) -> None:
     assert encoder([text])[0].tolist() == encoder._backend.encode(text, add_special_tokens=False).ids
 
@@ -73,7 +78,9 @@ def test_both_engines_know_the_same_letters_numbers_and_spaces(kind: str) -> Non
     assert found
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_000 + "x", " \n" * 300_000, "a" * 500_000, "\u3000" * 600_000 + "."])
+@pytest.mark.parametrize(
+    "text", [" " * 1_000_000 + "x", " \n" * 300_000, "a" * 500_000, "\u3000" * 600_000 + ".", "\uffff" + " " * 500_000]
+)
 def test_long_runs_of_one_kind(encoder: Encoder, text: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert encoder([text])[0].tolist() == encoder._backend.encode(text, add_special_tokens=False).ids
     assert capfd.readouterr().err == ""

@@ -10,9 +10,9 @@ import tiktoken
 from transformers import AutoTokenizer
 
 from tinygpt2 import TrainTokenizerConfig, train_tokenizer
-from tinygpt2.encoder import Encoder, encode
+from tinygpt2.encoder import Encoder, encode, parsed, reproduce
 from tinygpt2.errors import ConfigError, DataError, ModelError
-from tinygpt2.tokenizer import convert_tiktoken, fingerprint, load_tokenizer
+from tinygpt2.tokenizer import GPT2_PATTERN, convert_tiktoken, fingerprint, load_tokenizer
 
 TEXTS = ["the cat sat", "", " 你好 🙂\n\n", "naïve <|endoftext|> x", "a" * 300]
 
@@ -99,19 +99,17 @@ CL100K = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s
 
 
 def test_tiktokens_vocabularies_become_the_same_tokenizer(tokenizer_dir: Path, corpus: Path) -> None:
-    fast = Encoder(load_tokenizer(str(tokenizer_dir)))._fast
-    assert fast is not None
+    ranks = reproduce(parsed(load_tokenizer(str(tokenizer_dir)).backend_tokenizer.to_str()))
+    assert ranks
     texts = [
         *TEXTS,
         "x 12345  \n\n  y's 'S\r\n  end  ",
         "a\n \n\t",
         *(file.read_text(encoding="utf-8") for file in corpus.iterdir()),
     ]
-    for pattern in (fast._pat_str, CL100K):
+    for pattern in (GPT2_PATTERN, CL100K):
         special = {"<|endoftext|>": 330, "<|fim|>": 333}
-        encoding = tiktoken.Encoding(
-            "t", pat_str=pattern, mergeable_ranks=fast._mergeable_ranks, special_tokens=special
-        )
+        encoding = tiktoken.Encoding("t", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         tokenizer = convert_tiktoken(encoding)
         assert (len(tokenizer), tokenizer.eos_token_id) == (334, 330)
         assert encode(tokenizer, texts) == [encoding.encode_ordinary(text) for text in texts]

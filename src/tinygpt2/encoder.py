@@ -7,7 +7,6 @@ tokens inside a text are never interpreted: `<|endoftext|>` in a web page is thi
 from __future__ import annotations
 
 import json
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,9 +24,15 @@ Tokens = np.ndarray[Any, np.dtype[Any]]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-# GPT-2's pre-tokeniser, as tokenizers' ByteLevel has it; possessive where that changes nothing but the speed
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-_LONG_SPACE = 300_000  # characters of white space; at some more than 400,000 tiktoken's pattern engine overflows
+# White space as Unicode and both engines have it
+_SPACE = np.zeros(0x3002, bool)
+_SPACE[[*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]] = True
+
+# GPT-2's pre-tokeniser looks ahead: of a run of white space before a word, the last character stands by itself or
+# goes with the word. Looking ahead costs half the speed, so that place is marked by a character that stands in no
+# text, and this pattern is the same function of the marked text.
+_MARK = "\uffff"
+_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x{FFFF}]+|\s+|\x{FFFF}"
 
 # The letter that spells each byte in a byte-level vocabulary (GPT-2, `bytes_to_unicode`), and the way back
 _SHOWN = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -47,7 +52,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._serialised = tokenizer.backend_tokenizer.to_str()
-        self._fast = reproduce(parsed(self._serialised))
+        ranks = reproduce(parsed(self._serialised))
+        self._mark = 1 + max(ranks.values()) if ranks else 0
+        self._fast = _engine(ranks, self._mark) if ranks else None
         self.reproduced = self._fast is not None
         self.dtype: np.dtype[Any] = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.int32)
 
@@ -64,9 +71,32 @@ class Encoder:
 
     def _encode(self, text: str) -> Tokens:
         assert self._fast is not None
-        if len(text) >= _LONG_SPACE and re.search(rf"(?<!\s)\s{{{_LONG_SPACE}}}", text):
+        if _MARK in text:
             return np.array(self._backend.encode(text, add_special_tokens=False).ids, self.dtype)
-        return self._fast.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+        ids = self._fast.encode_to_numpy(_marked(text), disallowed_special=())
+        tokens: Tokens = ids[ids != self._mark]
+        return tokens.astype(self.dtype)
+
+
+def _engine(ranks: dict[bytes, int], mark: int) -> tiktoken.Encoding:
+    """Build the engine that encodes marked texts."""
+    import tiktoken
+
+    # A special token keeps tiktoken's search for special tokens fast; none is ever allowed in a text.
+    return tiktoken.Encoding(
+        "marked",
+        pat_str=_PATTERN,
+        mergeable_ranks={**ranks, _MARK.encode(): mark},
+        special_tokens={"<|endoftext|>": mark + 1},
+    )
+
+
+def _marked(text: str) -> str:
+    """Put the mark before the last character of each run of two and more white spaces that something follows."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    space = _SPACE[np.minimum(codes, len(_SPACE) - 1)]
+    borders = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
+    return np.insert(codes, borders, ord(_MARK)).tobytes().decode("utf-32-le")
 
 
 @lru_cache(maxsize=2)
@@ -94,8 +124,8 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def reproduce(backend: dict[str, Any]) -> tiktoken.Encoding | None:
-    """Build a tiktoken encoding that is the same function as a byte-level BPE, or return None.
+def reproduce(backend: dict[str, Any]) -> dict[bytes, int] | None:
+    """Return the ranks by which tiktoken is the same function as a byte-level BPE, or None.
 
     It is the same function when the pre-tokeniser is GPT-2's, with no normaliser and no prefix space; every byte
     is a token; and for every merge, merging that token's bytes by lower ranks ends in exactly the listed pair.
@@ -105,8 +135,6 @@ def reproduce(backend: dict[str, Any]) -> tiktoken.Encoding | None:
     Args:
         backend: a tokenizer as its tokenizer.json has it.
     """
-    import tiktoken
-
     model, pre = backend["model"], backend["pre_tokenizer"] or {}
     plain = model["type"] == "BPE" and not any(
         model.get(key)
@@ -136,10 +164,7 @@ def reproduce(backend: dict[str, Any]) -> tiktoken.Encoding | None:
         if merge_ends(token, rank, ranks) != [len(raw[left]), len(token)]:
             return None
         last = rank
-    # A special token keeps tiktoken's search for special tokens fast; none is ever allowed in a text.
-    return tiktoken.Encoding(
-        "reproduced", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
-    )
+    return ranks
 
 
 def merge_ends(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tinygpt2.config import TrainTokenizerConfig
 from tinygpt2.corpus import Corpus
-from tinygpt2.encoder import GPT2_PATTERN, LETTERS, encode, merge_ends, parsed
+from tinygpt2.encoder import LETTERS, encode, merge_ends, parsed
 from tinygpt2.errors import DataError, ModelError
 from tinygpt2.files import atomic_contents, require_free
 from tinygpt2.hub import local_directory
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+# GPT-2's pre-tokeniser as tiktoken writes it
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _PASSAGE, _BORDER = 2000, re.compile(r"\S(?=\s)")
 _REPORT = 1 << 24  # bytes of held-out text that the report is measured on, at most
 _PROBE = "Hello, world! It's 2 o'clock;\n\tnaïve café, 你好, 🙂  <|endoftext|> ok."
