@@ -21,10 +21,10 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "tinygpt2"
 
 ORDER = [
-    "errors", "files", "progress", "interrupt", "machine", "schema", "config", "hub", "pydocs", "formats", "corpus", "encoder",
+    "errors", "files", "progress", "machine", "launch", "interrupt", "schema", "config", "hub", "pydocs", "formats", "corpus", "encoder",
     "tokenizer", "spill", "blocks", "workplace", "pack", "parts", "dataset",
-    "model", "capture", "objectives", "optim", "checkpoint", "metrics", "tasks", "perplexity", "truncate", "loop",
-    "train", "generation", "verification", "pipeline", "cli", "__main__",
+    "model", "capture", "objectives", "optim", "checkpoint", "metrics", "tasks", "perplexity", "truncate", "step",
+    "estimate", "meter", "faults", "loop", "plan", "setup", "train", "generation", "verification", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -317,7 +317,7 @@ def test_a_signal_saves_and_exits_130(data: Path, shape: str, tmp_path: Path, nu
     assert output == ""
     assert "hint: add --resume" in errors
     (saved,) = (out / "checkpoints").iterdir()
-    steps = json.loads((saved / "state.json").read_text())["step"]
+    steps = json.loads((saved / "state.json").read_text())["run"]["step"]
     assert saved.name == f"step-{steps}"
 
 

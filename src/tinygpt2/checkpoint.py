@@ -1,64 +1,304 @@
-"""Training checkpoints: OUT/checkpoints/step-N, complete or not there at all.
+"""Training checkpoints: OUT/checkpoints/step-N, whole and proved to be so, or never trusted.
 
-Accelerate writes model, optimizer and random states in its own layout, so that sharded runs save too; we
-add `state.json` with what the loop itself needs, and one rename makes the checkpoint visible.
+A checkpoint is written under a hidden name, by a thread beside the training, from a copy of what it holds; its last
+file, state.json, lists the SHA-256 of the others, and one rename makes it visible. Weights and optimizer are
+safetensors; what Accelerate shards (FSDP, DeepSpeed) it writes and reads itself, while the training waits.
+
+Nothing is kept of random generators and data loaders: dropout and the order of the data are functions of seed and step.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
+import threading
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from tinygpt2.errors import ModelError
-from tinygpt2.files import read_json, write_json
+from tinygpt2.config import OnSaveError
+from tinygpt2.errors import ConfigError, ModelError
+from tinygpt2.files import flush_to_disk, read_json, sha256_of, write_json
+from tinygpt2.machine import available_memory
+from tinygpt2.progress import say
 
-STATE = "state.json"
-
-
-def save_checkpoint(accelerator: Accelerator, out: Path, step: int, state: dict[str, Any], keep: int) -> None:
-    """Write the checkpoint of `step` and remove all but the newest `keep`."""
-    root = out / "checkpoints"
-    temporary, final = root / f".step-{step}.tmp", root / f"step-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary), safe_serialization=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(temporary / STATE, {"step": step, **state})
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        for old in checkpoints(out)[:-keep]:
-            shutil.rmtree(old)
+STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """Return the finished checkpoints, oldest first."""
-    found = {}
-    for path in (out / "checkpoints").glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / STATE).is_file():
-            found[int(match[1])] = path
-    return [found[step] for step in sorted(found)]
+@dataclass(frozen=True)
+class Best:
+    """The evaluation with the lowest loss so far."""
+
+    step: int
+    loss: float
+    perplexity: float
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> dict[str, Any]:
-    """Restore everything that `save_checkpoint` kept; return the loop's own state.
+@dataclass
+class RunState:
+    """What a run knows of itself beyond weights and optimizer.
 
-    Raises:
-        ModelError: the checkpoint cannot be read or is another model's.
+    Attributes:
+        step, tokens, seconds: done so far.
+        loss: of the last step, the mean over the global batch; None where it was not finite.
+        eval: the last evaluation's loss and perplexity.
+        best: the best evaluation.
+        worse: evaluations since then.
+        skipped: steps whose loss or gradient was not finite.
+        global_batch: sequences in a step.
+        data: fingerprint of the data set.
+        scaler: fp16's loss scaling.
     """
+
+    global_batch: int
+    data: str
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    eval: dict[str, float] | None = None
+    best: Best | None = None
+    worse: int = 0
+    skipped: int = 0
+    scaler: dict[str, float] | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> RunState:
+        """Read a checkpoint's state."""
+        values = read_json(path / STATE)["run"]
+        return cls(**{**values, "best": values["best"] and Best(**values["best"])})
+
+
+class Checkpoints:
+    """A run's checkpoints: saves, finds and restores them, and keeps the newest few and the best.
+
+    Args:
+        out: the run's directory.
+        module, optimizer: as Accelerate prepared them.
+        keep: how many of the newest to keep; the best by evaluation is always kept.
+        on_error: whether a checkpoint that cannot be written ends the run.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: Any,
+        keep: int,
+        on_error: OnSaveError,
+    ) -> None:
+        self._root, self._accelerator = out / "checkpoints", accelerator
+        self._module, self._optimizer = module, optimizer
+        self._keep, self._on_error = keep, on_error
+        self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self._writer: threading.Thread | None = None
+        self._failure: str | None = None
+        if accelerator.is_main_process:
+            for left in self._root.glob(".*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, state: RunState) -> None:
+        """Begin to write the checkpoint of `state`, once the one before is finished.
+
+        Raises:
+            ModelError: the one before could not be written, and the run is to stop then.
+        """
+        self.settle()
+        if self._accelerator.scaler is not None:
+            state.scaler = self._accelerator.scaler.state_dict()
+        temporary = self._root / f".step-{state.step}"
+        parts: dict[str, dict[str, Tensor]] | None = None
+        try:
+            if self._accelerator.is_main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            if self._sharded:
+                self._accelerator.save_state(str(temporary), safe_serialization=True)
+                self._accelerator.wait_for_everyone()
+            elif self._accelerator.is_main_process:
+                parts = self._parts()
+        except OSError as error:
+            self._failure = f"{temporary}: {error.strerror or error}"
+        if self._accelerator.is_main_process and self._failure is None:
+            copied, beside = _copied(parts)
+            arguments = (temporary, copied, asdict(state))
+            self._writer = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+            self._writer.start()
+            if not beside:
+                self._writer.join()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written; all processes learn whether it could be.
+
+        Raises:
+            ModelError: it could not, and the run is to stop then.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failure = self._everywhere(self._failure)
+        self._failure = None
+        if failure and self._on_error == "stop":
+            raise ModelError(
+                f"cannot save a checkpoint: {failure}",
+                "earlier checkpoints are intact: free some space and continue with --resume, "
+                "or go on without saving by --on-save-error continue",
+            )
+        if failure:
+            say(f"warning: cannot save a checkpoint: {failure}; earlier ones are intact, going on")
+
+    def resume(self, state: RunState) -> RunState:
+        """Restore the newest whole checkpoint; return its state, or `state` where there is none.
+
+        Raises:
+            ConfigError: the run had another global batch or other data.
+            ModelError: the checkpoint is another model's.
+        """
+        path = self._everywhere(self._newest() if self._accelerator.is_main_process else None)
+        if path is None:
+            return state
+        found = RunState.read(Path(path))
+        if found.global_batch != state.global_batch:
+            raise ConfigError(
+                f"--resume: steps of {found.global_batch} sequences became steps of {state.global_batch}",
+                "keep processes x --micro-batch-size x --gradient-accumulation-steps as it was",
+            )
+        if found.data != state.data:
+            raise ConfigError("--resume: the data set's content is not what it was", "give another --out")
+        self._restore(Path(path), found)
+        say(f"resuming from {path}")
+        return found
+
+    def restore_best(self, state: RunState) -> None:
+        """Restore the weights that evaluated best."""
+        if state.best is not None and state.best.step != state.step:
+            self._restore(self._root / f"step-{state.best.step}", state)
+
+    def _everywhere(self, value: Any) -> Any:
+        """Return the main process's value in every process."""
+        return broadcast_object_list([value])[0] if self._accelerator.num_processes > 1 else value
+
+    def _newest(self) -> str | None:
+        for path in reversed(finished(self._root)):
+            problem = damage(path)
+            if problem is None:
+                return str(path)
+            say(f"warning: passing over the checkpoint {path}: {problem}")
+        return None
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of each file, as they lie in the training."""
+        weights = self._accelerator.unwrap_model(self._module).state_dict()
+        seen: dict[int, str] = {}
+        for name, tensor in weights.items():
+            seen.setdefault(tensor.data_ptr(), name)  # tied weights once
+        moments = self._optimizer.state_dict()["state"]
+        return {
+            WEIGHTS: {name: weights[name] for name in seen.values()},
+            OPTIMIZER: {f"{index}.{key}": value for index, row in moments.items() for key, value in row.items()},
+        }
+
+    def _write(self, temporary: Path, parts: dict[str, dict[str, Tensor]] | None, state: dict[str, Any]) -> None:
+        final = self._root / temporary.name.removeprefix(".")
+        try:
+            for name, tensors in (parts or {}).items():
+                save_file(tensors, temporary / name)
+            files = {
+                str(file.relative_to(temporary)): sha256_of(file) for file in temporary.rglob("*") if file.is_file()
+            }
+            write_json(temporary / STATE, {"run": state, "files": files, "sha256": _digest(state, files)})
+            for file in temporary.rglob("*"):
+                flush_to_disk(file)
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
+            temporary.replace(final)
+            flush_to_disk(self._root)
+        except Exception as error:  # full disks make the libraries raise errors of their own
+            shutil.rmtree(temporary, ignore_errors=True)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            self._failure = f"{final}: {' '.join(reason.split())}"
+            return
+        best = state["best"] and self._root / f"step-{state['best']['step']}"
+        for old in finished(self._root)[: -self._keep]:
+            if old != best:
+                hidden = old.with_name(f".{old.name}.old")
+                old.replace(hidden)  # never half a checkpoint under its name
+                shutil.rmtree(hidden, ignore_errors=True)
+
+    def _restore(self, path: Path, state: RunState) -> None:
+        try:
+            if self._sharded:
+                self._accelerator.load_state(str(path))
+                return
+            module: nn.Module = self._accelerator.unwrap_model(self._module)
+            weights = load_file(path / WEIGHTS)
+            missing, unexpected = module.load_state_dict(weights, strict=False)
+            own = module.state_dict()
+            tied = {own[name].data_ptr() for name in weights if name in own}
+            lost = [name for name in missing if own[name].data_ptr() not in tied]
+            if lost or unexpected:
+                raise ValueError(f"its weights are another model's: {', '.join([*lost, *unexpected][:3])}")
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in load_file(path / OPTIMIZER).items():
+                index, key = name.split(".", 1)
+                moments.setdefault(int(index), {})[key] = tensor
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            if self._accelerator.scaler is not None and state.scaler is not None:
+                self._accelerator.scaler.load_state_dict(state.scaler)
+        except Exception as error:  # whatever another model's file makes the libraries raise
+            raise ModelError(
+                f"cannot resume from {path}: {' '.join(str(error).split())[:300]}", "give another --out"
+            ) from error
+
+
+def finished(root: Path) -> list[Path]:
+    """Return the checkpoints that look finished, oldest first."""
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def damage(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint, or None: every file is there and has its SHA-256."""
     try:
-        accelerator.load_state(str(path))
-        state: dict[str, Any] = read_json(path / STATE)
-    except Exception as error:  # whatever a damaged file makes the libraries raise
-        message = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"cannot resume from {path}: {message}", f"remove {path} to resume from an older one"
-        ) from error
-    return state
+        saved = read_json(path / STATE)
+        if saved["sha256"] != _digest(saved["run"], saved["files"]):
+            return f"{STATE} was changed"
+        for name, digest in saved["files"].items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if sha256_of(path / name) != digest:
+                return f"{name} is damaged (its SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{STATE} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{STATE} cannot be read: {error}"
+    return None
+
+
+def _digest(run: dict[str, Any], files: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([run, files], sort_keys=True).encode()).hexdigest()
+
+
+def _copied(parts: dict[str, dict[str, Tensor]] | None) -> tuple[dict[str, dict[str, Tensor]] | None, bool]:
+    """Return a copy that training leaves alone, and True; or the thing itself where memory is short, and False."""
+    if parts is None:
+        return None, True
+    tensors = [tensor for part in parts.values() for tensor in part.values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if size > available_memory() / 2:
+        return parts, False
+    with torch.no_grad():
+        copied = {
+            name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in part.items()}
+            for name, part in parts.items()
+        }
+    return copied, True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,11 @@ class Packed:
         return self.train.sequence_length
 
     @property
+    def content(self) -> str:
+        """Fingerprint of all blocks: equal for the same blocks, whatever the directory is called."""
+        return str(self.manifest["content"])
+
+    @property
     def vocab_size(self) -> int:
         """Size of the tokenizer's vocabulary."""
         return int(self.manifest["vocab_size"])
@@ -164,6 +170,7 @@ def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "dat
         "stride": length,
         "vocab_size": len(tokenizer),
         "tokenizer_fingerprint": fingerprint(tokenizer),
+        "content": f"{len(train)} and {len(test)} blocks of {length}",
     }
     splits = [Blocks([MapPart(items, length)], length) for items in (train, test)]
     return Packed(name, splits[0], splits[1], manifest, tokenizer)
@@ -197,6 +204,8 @@ def load_packed(name: str) -> Packed:
     try:
         manifests = [read_json(folder / MANIFEST) for folder in folders]
         manifest = manifests[0] if folders == [path] else _joined(folders, manifests)
+        written = json.dumps([own["splits"] for own in manifests], sort_keys=True)
+        manifest = {**manifest, "content": hashlib.sha256(written.encode()).hexdigest()}
         train, test = (
             [part for folder, own in zip(folders, manifests, strict=True) for part in _open(folder, split, own)]
             for split in ("train", "test")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from tinygpt2.launch import launched
 from tinygpt2.progress import say
 
 
@@ -23,7 +24,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request while the block runs; a second one acts at once."""
+    """Turn the first SIGINT or SIGTERM into a request while the block runs; a second one acts at once.
+
+    Where a launcher started several processes, Ctrl-C reaches each of them twice: from the terminal and from it.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -31,6 +35,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.requested = True
+        if launched():
+            say("stopping: finishing the step and saving")
+            return
         say("stopping: finishing the step and saving; once more to stop at once")
         restore()
 

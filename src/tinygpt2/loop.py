@@ -3,100 +3,49 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.capture import capture
-from tinygpt2.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from tinygpt2.checkpoint import Best, Checkpoints, RunState
 from tinygpt2.config import TrainOptions
 from tinygpt2.dataset import Blocks, Packed, Shuffle
-from tinygpt2.errors import ConfigError, DivergedError, InterruptedRunError
+from tinygpt2.errors import InterruptedRunError
+from tinygpt2.estimate import peak_rate, step_operations
+from tinygpt2.faults import may_step, memory_explained
 from tinygpt2.interrupt import stop_on_signals
+from tinygpt2.meter import Meter
 from tinygpt2.metrics import MetricsLog
-from tinygpt2.objectives import Counts, Objectives, Weights
-from tinygpt2.objectives.prediction import head_operand
+from tinygpt2.objectives import Weights
 from tinygpt2.optim import learning_rate, make_optimizer
-from tinygpt2.perplexity import exponential, token_losses
 from tinygpt2.progress import say, track
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Cross-entropy on the held-out blocks, in nats per token, and its exponential."""
-
-    loss: float
-    perplexity: float
+from tinygpt2.step import Step, evaluate, gradients, seed_step
 
 
 @dataclass
 class Job:
-    """What a command hands to the loop."""
+    """What a command hands to the loop; `evaluated` holds the blocks to evaluate on."""
 
     command: str
     config: TrainOptions
     how: str
     model: GPT2LMHeadModel
     data: Packed
+    evaluated: Blocks
     weights: Weights = field(default_factory=Weights)
     teacher: GPT2LMHeadModel | None = None
 
+    def sequences(self, processes: int) -> int:
+        """Return the blocks in one optimizer step."""
+        return self.config.micro_batch_size * self.config.gradient_accumulation_steps * processes
 
-class Step(nn.Module):
-    """One micro-batch to one loss. The student and the learned map are its parameters, the teacher is not.
-
-    Args:
-        student, teacher: the teacher may be None where no objective looks at one.
-        weights: the objectives.
-        config: how to run: compiled, with gradient checkpointing, with which chunk of logits.
-    """
-
-    def __init__(
-        self, student: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None, weights: Weights, config: TrainOptions
-    ) -> None:
-        super().__init__()
-        self.student = student
-        self.objectives = Objectives(weights, student.config, teacher.config if teacher else None, config.logit_chunk)
-        # in a tuple and a list: not registered, so never trained, wrapped or saved
-        self._teacher = (teacher,)
-        self._teacher_head: list[Tensor] = []
-        self._capture = torch.compile(capture) if config.compile else capture
-        self._checkpointing = config.gradient_checkpointing
-
-    def forward(
-        self, input_ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"] | None = None, share: Counts | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss and the detached terms; see `Objectives` for the arguments."""
-        wanted = self.objectives
-        student = self._capture(
-            self.student,
-            input_ids,
-            wanted.student_states,
-            wanted.student_attention,
-            checkpointing=self._checkpointing,
-        )
-        head = self.student.lm_head.weight
-        (teacher,) = self._teacher
-        if teacher is None:
-            loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
-        else:
-            with torch.no_grad():
-                taught = self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
-                if wanted.weights.prediction and not self._teacher_head:
-                    self._teacher_head = [head_operand(teacher.lm_head.weight)]
-            loss, terms = wanted(input_ids, student, head, taught, *self._teacher_head, lengths=lengths, share=share)
-        if not loss.requires_grad:
-            raise ConfigError("no objective reaches a parameter that is trained", "name fewer with --freeze")
-        return loss, terms
+    def total_steps(self, processes: int) -> int:
+        """Return the optimizer steps of the whole run."""
+        return total_steps(self.config, len(self.data.train), self.sequences(processes), self.data.sequence_length)
 
 
 def total_steps(config: TrainOptions, sequences: int, global_batch: int, length: int) -> int:
@@ -108,140 +57,109 @@ def total_steps(config: TrainOptions, sequences: int, global_batch: int, length:
     return max(1, math.ceil((config.num_epochs or 1) * sequences / global_batch))
 
 
-def run_loop(job: Job, accelerator: Accelerator, module: Step) -> dict[str, Any]:
-    """Train from the newest checkpoint, or from the start, to the last step; return the final state."""
+def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState, nn.Module]:
+    """Train from the newest checkpoint, or from the start, to the last step.
+
+    Returns:
+        The final state, and `module` as Accelerate wrapped it. Its weights are the last ones, or with early stopping
+        those that evaluated best.
+
+    Raises:
+        DivergedError: loss or gradient is not finite.
+        InterruptedRunError: a signal asked to stop; saved.
+        ModelError: a checkpoint cannot be written or restored.
+        ConfigError: out of memory, or another run's checkpoint.
+    """
     config, out, data = job.config, Path(job.config.out), job.data
-    sequences = config.micro_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    step_tokens = sequences * data.sequence_length
-    total = total_steps(config, len(data.train), sequences, data.sequence_length)
+    sequences, total = job.sequences(accelerator.num_processes), job.total_steps(accelerator.num_processes)
     wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    parameters = list(wrapped.parameters())
     order = Shuffle(len(data.train), config.seed)
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss": math.nan, "eval": None}
-    if config.resume and (found := checkpoints(out)):
-        state = load_checkpoint(accelerator, found[-1])
-        say(f"resuming from {found[-1]}")
-    log = MetricsLog(out, state["step"]) if accelerator.is_main_process else None
-    clock = Stopwatch(state["step"], state["seconds"])
-    job.model.train()
+    checkpoints = Checkpoints(out, accelerator, wrapped, optimizer, config.keep, config.on_save_error)
+    state = RunState(sequences, data.content)
+    if config.resume:
+        state = checkpoints.resume(state)
+    log = MetricsLog(out, state.step) if accelerator.is_main_process else None
+    step_tokens = sequences * data.sequence_length
+    meter = Meter(state, step_tokens, _bound(job, accelerator))
+    wrapped.train()
     with stop_on_signals() as stop, track(out.name, total) as progress:
-        progress.advance(state["step"])
-        for step in range(state["step"], total):
-            rate = learning_rate(step, total, config)
+        progress.advance(state.step)
+        while state.step < total and not _worse_for_long(state, config):
+            rate = learning_rate(state.step, total, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            terms = _gradients(accelerator, wrapped, data.train, order, step, config)
-            norm = accelerator.clip_grad_norm_(trainable, config.grad_clip or math.inf)
-            _require_finite(step, terms, norm, config)
-            optimizer.step()
+            seed_step(config.seed, state.step, accelerator.process_index)
+            indices = order[state.step * sequences : (state.step + 1) * sequences]
+            with memory_explained(config, data.sequence_length):
+                parts = gradients(accelerator, wrapped, data.train, indices, config.micro_batch_size)
+            norm = float(accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+            terms, stopping = _agree(accelerator, parts, bool(stop))
+            if may_step(accelerator, state, terms, norm, indices, config):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            done, last = step + 1, step + 1 == total
-            row: dict[str, Any] = {}
+            state.step += 1
+            state.tokens, state.loss = state.step * step_tokens, terms["loss"]
+            done, last, improved = state.step, state.step == total, False
+            row: dict[str, float] = {}
             if done == 1 or last or done % config.log_every == 0:
-                row = {name: float(accelerator.reduce(term, "mean")) for name, term in terms.items()}
-                speed = clock.lap(done) * step_tokens
-                row |= {"learning_rate": rate, "grad_norm": float(norm), "tokens_per_second": speed}
-                state["loss"] = row["loss"]
-                note = f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s"
-                progress.line(f"step {done}/{total}  {note}  eta {(total - done) * step_tokens / speed:.0f} s")
-                progress.advance(0, note)
-            if len(data.test) and (last or (config.eval_every and done % config.eval_every == 0)):
+                speed = meter.lap(done)
+                row = {**terms, "learning_rate": rate, "grad_norm": norm, **speed}
+                row |= {"skipped": state.skipped} if state.skipped else {}
+                progress.line(f"step {done}/{total}  {meter.note(terms, speed, total - done)}")
+                progress.advance(0, meter.note(terms, speed))
+            if len(job.evaluated) and (last or (config.eval_every and done % config.eval_every == 0)):
                 progress.advance(0, "evaluating")
-                with clock.paused():
-                    state["eval"] = asdict(evaluate(accelerator, job.model, data.test, config.micro_batch_size))
-                row |= {f"eval/{name}": value for name, value in state["eval"].items()}
+                with meter.paused():
+                    state.eval = asdict(evaluate(accelerator, wrapped, job.evaluated, config.micro_batch_size))
+                row |= {f"eval/{name}": value for name, value in state.eval.items()}
+                improved = _compare(state)
+                last = last or _worse_for_long(state, config)
             if row and log is not None:
-                log.write({"step": done, "tokens": done * step_tokens, **row})
+                log.write({"step": done, "tokens": state.tokens, **row})
                 accelerator.log(row, step=done)
-            state |= {"step": done, "tokens": done * step_tokens, "seconds": clock.seconds()}
-            if last or stop or done % config.save_every == 0:
-                save_checkpoint(accelerator, out, done, state, config.keep)
+            state.seconds = meter.seconds()
+            if last or stopping or improved or done % config.save_every == 0:
+                checkpoints.save(state)
             progress.advance()
-            if stop and not last:
+            if stopping and not last:
+                checkpoints.settle()
                 raise InterruptedRunError(
                     f"stopped after step {done} of {total}; saved", f"add --resume to continue {out}"
                 )
-    job.model.eval()
-    return state
+    checkpoints.settle()
+    if config.early_stopping_patience and state.best is not None:
+        say(f"the evaluation was best after step {state.best.step}: taking its weights")
+        checkpoints.restore_best(state)
+        state.eval = {"loss": state.best.loss, "perplexity": state.best.perplexity}
+    wrapped.eval()
+    return state, wrapped
 
 
-def _gradients(
-    accelerator: Accelerator,
-    module: nn.Module,
-    blocks: Blocks,
-    order: Shuffle,
-    step: int,
-    config: TrainOptions,
-) -> dict[str, Tensor]:
-    """Accumulate the gradients of one global batch; return this process's mean loss and its parts."""
-    size, turns = config.micro_batch_size, config.gradient_accumulation_steps
-    means: dict[str, Tensor] = {}
-    share = None
-    if blocks.padded:  # a mean over the global batch, whatever padding falls into which micro-batch
-        count = turns * accelerator.num_processes
-        share = Counts.of(blocks.lengths(order[step * count * size : (step + 1) * count * size])).over(count)
-    for turn in range(turns):
-        # The global batch is the same for any number of processes: each takes its slice of it.
-        first = ((step * turns + turn) * accelerator.num_processes + accelerator.process_index) * size
-        batch = blocks.batch(order[first : first + size]).to(accelerator.device)
-        with accelerator.no_sync(module) if turn + 1 < turns else nullcontext():
-            loss, terms = module(*batch, share)
-            accelerator.backward(loss / turns)
-        for name, term in {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()}}.items():
-            means[name] = means.get(name, 0) + term.detach().float() / turns
-    return means
+def _bound(job: Job, accelerator: Accelerator) -> float | None:
+    """Return the tokens per second at the devices' peak, where that is known."""
+    peak = peak_rate(accelerator.device, job.config.precision)
+    teacher = None if job.teacher is None else job.teacher.config
+    operations = step_operations(job.model.config, teacher, job.weights, job.data.sequence_length)
+    return None if peak is None else peak * accelerator.num_processes / operations
 
 
-def _require_finite(step: int, terms: dict[str, Tensor], norm: Tensor, config: TrainOptions) -> None:
-    # fp16's loss scaler meets infinite gradients by design and skips them itself
-    if math.isfinite(terms["loss"]) and (config.precision == "fp16" or math.isfinite(norm)):
-        return
-    parts = ", ".join(f"{name} {float(term):g}" for name, term in terms.items())
-    raise DivergedError(
-        f"step {step + 1} is not finite: {parts}, gradient norm {float(norm):g}",
-        "lower --learning-rate, lengthen --warmup-ratio or lower --grad-clip; checkpoints saved so far are intact",
-    )
+def _agree(accelerator: Accelerator, parts: dict[str, torch.Tensor], stop: bool) -> tuple[dict[str, float], bool]:
+    """Return loss and parts over the global batch, and whether any process was asked to stop: alike in all."""
+    both = torch.stack([*parts.values(), parts["loss"].new_tensor(float(stop))])
+    *means, asked = accelerator.reduce(both, "mean").tolist()
+    return dict(zip(parts, means, strict=True)), asked > 0
 
 
-class Stopwatch:
-    """Seconds of a run, those before a resume included, and steps per second between two laps."""
-
-    def __init__(self, step: int, seconds: float) -> None:
-        self._start = self._mark = time.perf_counter()
-        self._step, self._before = step, seconds
-
-    def seconds(self) -> float:
-        """Return the seconds since the run's first step."""
-        return self._before + time.perf_counter() - self._start
-
-    def lap(self, step: int) -> float:
-        """Return the steps per second since the last lap."""
-        now = time.perf_counter()
-        speed = (step - self._step) / (now - self._mark)
-        self._mark, self._step = now, step
-        return speed
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the block's time out of the current lap."""
-        before = time.perf_counter()
-        yield
-        self._mark += time.perf_counter() - before
+def _compare(state: RunState) -> bool:
+    """Take note of the last evaluation; say whether it is the best so far."""
+    assert state.eval is not None
+    improved = state.best is None or state.eval["loss"] < state.best.loss
+    if improved:
+        state.best = Best(state.step, state.eval["loss"], state.eval["perplexity"])
+    state.worse = 0 if improved else state.worse + 1
+    return improved
 
 
-def evaluate(accelerator: Accelerator, model: GPT2LMHeadModel, blocks: Blocks, batch_size: int) -> Evaluation:
-    """Measure cross-entropy on held-out blocks, in float32, each process on its share."""
-    was_training = model.training
-    model.eval()
-    mine = range(accelerator.process_index, len(blocks), accelerator.num_processes)
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for start in range(0, len(mine), batch_size):
-        batch = blocks.batch(mine[start : start + batch_size]).to(accelerator.device)
-        losses = token_losses(model, batch.input_ids)  # (B, T - 1)
-        if batch.lengths is not None:
-            losses = losses[torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None]]
-        sums += torch.stack([losses.double().sum(), torch.tensor(float(losses.numel()), device=sums.device)])
-    total, count = accelerator.reduce(sums, "sum").tolist()
-    model.train(was_training)
-    loss = total / max(count, 1)
-    return Evaluation(loss, exponential(loss))
+def _worse_for_long(state: RunState, config: TrainOptions) -> bool:
+    return config.early_stopping_patience is not None and state.worse >= config.early_stopping_patience

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ class MetricsLog:
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append one step's figures."""
+        """Append one step's figures; what is not finite becomes null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps(finite) + "\n")
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
@@ -60,7 +62,7 @@ def plot_curves(out: Path) -> None:
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if "loss" in key]
     figure, axes = _figure(2)
     for key in keys:
-        points = [(row["tokens"], row[key]) for row in rows if key in row]
+        points = [(row["tokens"], row[key]) for row in rows if row.get(key) is not None]
         axes[0].plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("eval") else None)
     axes[0].set(xlabel="tokens", ylabel="loss (nats)", title=out.name)
     axes[0].legend()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.errors import ConfigError, ModelError
@@ -91,15 +92,26 @@ def make_config(values: dict[str, Any], where: str) -> GPT2Config:
     return config
 
 
-def random_model(config: GPT2Config, seed: int) -> GPT2LMHeadModel:
-    """Make a model with GPT-2's initial weights, the same for the same seed."""
+def random_model(config: GPT2Config, seed: int, *, hollow: bool = False) -> GPT2LMHeadModel:
+    """Make a model with GPT-2's initial weights, the same for the same seed; `hollow` is one of shapes alone."""
+    if hollow:
+        with torch.device("meta"):
+            return _fast(GPT2LMHeadModel(config))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _fast(GPT2LMHeadModel(config))
 
 
-def load_model(name: str, role: str = "model", *, allow_pickle: bool = False) -> tuple[GPT2LMHeadModel, Path]:
+def load_model(
+    name: str, role: str = "model", *, allow_pickle: bool = False, hollow: bool = False
+) -> tuple[GPT2LMHeadModel, Path]:
     """Load float32 weights, in evaluation mode, from a local directory or the Hub.
+
+    Args:
+        name: where from.
+        role: what it is, for messages.
+        allow_pickle: read pickled weights where there are no others.
+        hollow: read shapes alone, on the meta device; a Hub id's weights are not fetched for that.
 
     Returns:
         The model, and the directory that it came from.
@@ -108,8 +120,10 @@ def load_model(name: str, role: str = "model", *, allow_pickle: bool = False) ->
         ModelError: no model, no weights, pickled weights without `allow_pickle`, another architecture,
             weights that are missing, left over or of another shape.
     """
-    directory = local_directory(name, role, allow_pickle=allow_pickle, weights=True)
+    directory = local_directory(name, role, allow_pickle=allow_pickle, weights=not hollow)
     config = _directory_config(directory, role)
+    if hollow and not Path(name).is_dir():
+        return random_model(config, 0, hollow=True).eval(), directory
     if not any(directory.glob("model*.safetensors")):
         pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
         if not pickles:
@@ -119,6 +133,8 @@ def load_model(name: str, role: str = "model", *, allow_pickle: bool = False) ->
                 f"{role} {directory} holds pickled weights only ({', '.join(pickles)}), which can run code when read",
                 "convert them to safetensors, or add --allow-pickle if you trust their author",
             )
+    if hollow:
+        return _check_shapes(random_model(config, 0, hollow=True), directory, role), directory
     try:
         model, info = GPT2LMHeadModel.from_pretrained(
             str(directory),
@@ -135,6 +151,23 @@ def load_model(name: str, role: str = "model", *, allow_pickle: bool = False) ->
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise ModelError(f"{role} {directory}: {what.replace('_keys', '')} weights: {shown}")
     return _fast(model).eval(), directory
+
+
+def _check_shapes(model: GPT2LMHeadModel, directory: Path, role: str) -> GPT2LMHeadModel:
+    """Compare a hollow model with the headers of the weights' files, where there are safetensors."""
+    found: dict[str, list[int]] = {}
+    for file in directory.glob("model*.safetensors"):
+        try:
+            with safe_open(file, "pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 - it is no dictionary
+                    found[key.removeprefix("transformer.")] = weights.get_slice(key).get_shape()
+        except Exception as error:  # whatever a broken file makes the library raise
+            raise ModelError(f"cannot load {role} {file}: {' '.join(str(error).split())}") from error
+    for name, tensor in model.transformer.state_dict().items():
+        if found and found.get(name) != list(tensor.shape):
+            have, want = found.get(name, "nothing"), list(tensor.shape)
+            raise ModelError(f"{role} {directory}: {name} is of shape {have}, config.json says {want}")
+    return model.eval()
 
 
 def _directory_config(directory: Path, role: str) -> GPT2Config:
@@ -203,16 +236,22 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def save_model(
-    model: GPT2LMHeadModel, out: Path, tokenizer: Tokenizer | None, card: str, run: str | None = None
+    model: GPT2LMHeadModel,
+    out: Path,
+    tokenizer: Tokenizer | None,
+    card: str,
+    weights: dict[str, Tensor] | None = None,
+    run: str | None = None,
 ) -> None:
     """Write a directory that plain `transformers` opens; each file appears whole.
 
     Args:
         card: the model card, README.md.
+        weights: the model's, where it holds only a shard of them itself.
         run: the resolved configuration, config.yaml.
     """
     with atomic_contents(out) as temporary:
-        model.save_pretrained(str(temporary))
+        model.save_pretrained(str(temporary), state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
     write_text(out / "README.md", card)

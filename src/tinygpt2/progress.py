@@ -6,6 +6,7 @@ stderr; stdout is left to results.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,16 @@ _mode: Literal["silent", "plain", "live"] = "silent"
 
 
 def show() -> None:
-    """Report progress on stderr from now on."""
+    """Report progress on stderr from now on; of several processes only the first does."""
     global _mode
+    if os.environ.get("RANK", "0") != "0":
+        return
     _mode = "live" if sys.stderr.isatty() else "plain"
+
+
+def shown() -> bool:
+    """Say whether progress is reported."""
+    return _mode != "silent"
 
 
 def say(message: str) -> None:

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import os
-import resource
-import shutil
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import set_seed
 
+from tinygpt2.checkpoint import RunState
 from tinygpt2.config import (
     DEFAULT_SEQUENCE_LENGTH,
     DistillConfig,
     FinetuneConfig,
-    PackOptions,
-    PregenerateConfig,
     PretrainConfig,
     TrainOptions,
-    changed_mathematics,
 )
 from tinygpt2.dataset import Packed, is_packed, load_packed
 from tinygpt2.errors import ConfigError, ModelError
-from tinygpt2.files import require_free, write_text
-from tinygpt2.loop import Evaluation, Job, Step, run_loop
+from tinygpt2.files import write_text
+from tinygpt2.launch import check_number, launch, launched
+from tinygpt2.loop import Job, run_loop
 from tinygpt2.machine import fast_products
+from tinygpt2.meter import peak_memory
 from tinygpt2.metrics import model_card, plot_curves
 from tinygpt2.model import (
     count_parameters,
@@ -44,12 +40,13 @@ from tinygpt2.model import (
     set_dropout,
 )
 from tinygpt2.objectives import Weights
-from tinygpt2.pack import pregenerate
 from tinygpt2.perplexity import check_fits
+from tinygpt2.plan import Compiled, Plan, compile_step, fit_batch, make_plan
+from tinygpt2.setup import RUN_FILE, Setup, begin
+from tinygpt2.step import Evaluation, Step
 from tinygpt2.tokenizer import fingerprint
-from tinygpt2.workplace import workplace_of
 
-RUN_FILE = "config.yaml"
+Options = TypeVar("Options", bound=TrainOptions)
 
 
 @dataclass(frozen=True)
@@ -60,52 +57,91 @@ class TrainResult:
     steps: int
     tokens: int
     seconds: float
-    loss: float
+    loss: float | None
     eval: Evaluation | None
     parameters: int
     tokens_per_second: float
     peak_memory_bytes: int
 
 
-def pretrain(config: PretrainConfig, data: Packed | None = None) -> TrainResult:
+def pretrain(config: PretrainConfig, data: Packed | None = None) -> TrainResult | Plan | Compiled:
     """Train a language model from random or given weights on a pregenerated dataset.
 
     Args:
         data: takes the place of the dataset that `config.data` names; see `from_map_style`.
+
+    Returns:
+        What was made; a `Plan` with `validate_only`, or what was `Compiled` with `compile_only`.
 
     Raises:
         ConfigError, DataError, ModelError: see the exit codes of the command line.
         DivergedError: a loss or gradient is not finite.
         InterruptedRunError: stopped by a signal, after saving.
     """
-    _check_start(config)
+    return _run("pretrain", _pretraining, config, data, Weights())
+
+
+def distill(config: DistillConfig, data: Packed | None = None) -> TrainResult | Plan | Compiled:
+    """Teach a student what its teacher computes; the teacher is loaded only if an objective looks at it.
+
+    Args, Returns, Raises:
+        As `pretrain`; also ModelError where teacher and student have different vocabularies.
+    """
+    return _run("distill", _distillation, config, data, Weights.of(config))
+
+
+def finetune(config: FinetuneConfig, data: Packed | None = None) -> TrainResult | Plan | Compiled:
+    """Fine-tune any GPT-2 on a pregenerated dataset, or on a text that is packed into OUT/data first.
+
+    Args, Returns, Raises:
+        As `pretrain`.
+    """
+    return _run("finetune", _finetuning, config, data, Weights())
+
+
+def _run(
+    name: str,
+    make: Callable[[Options, Packed | None, Setup], Job],
+    config: Options,
+    data: Packed | None,
+    weights: Weights,
+) -> TrainResult | Plan | Compiled:
+    """Run a command in this process, or in as many as it asks for."""
+    check_number(config.num_processes)
+    alone = config.validate_only or config.compile_only or launched()
+    if (config.num_processes or 1) > 1 and not alone:
+        result: TrainResult = launch(name, config.num_processes or 1, config, data)
+        return result
+    with fast_products(), begin(config, weights) as setup:
+        job = make(config, data, setup)
+        freeze(job.model, config.freeze)
+        return make_plan(job, setup.accelerator) if config.validate_only else _train(job, setup.accelerator)
+
+
+def _pretraining(config: PretrainConfig, data: Packed | None, setup: Setup) -> Job:
     data = data or load_packed(config.data)
     if config.shape is not None:
-        model = random_model(read_shape(config.shape, data.tokenizer()), config.seed)
+        shape = read_shape(config.shape, data.tokenizer())
+        model = random_model(shape, config.seed, hollow=config.validate_only)
         check_fits(data, model.config, None, f"the configuration {config.shape}")
         how = f"A GPT-2 of shape {config.shape}, trained from random weights on {_sources(data)}."
     else:
-        model, directory = load_model(config.model or "", allow_pickle=config.allow_pickle)
+        model, directory = load_model(config.model or "", allow_pickle=config.allow_pickle, hollow=config.validate_only)
         check_fits(data, model.config, _fingerprint(directory), f"model {config.model}")
         how = f"A GPT-2, trained further from {config.model} on {_sources(data)}."
-    return _train(Job("pretrain", config, how, model, data))
+    return Job("pretrain", config, how, model, data, setup.evaluated(data, model.config, config))
 
 
-def distill(config: DistillConfig, data: Packed | None = None) -> TrainResult:
-    """Teach a student what its teacher computes; the teacher is loaded only if an objective looks at it.
-
-    Raises:
-        As `pretrain`; also ModelError where teacher and student have different vocabularies.
-    """
-    _check_start(config)
-    data = data or load_packed(config.data)
+def _distillation(config: DistillConfig, data: Packed | None, setup: Setup) -> Job:
+    data, hollow = data or load_packed(config.data), config.validate_only
     if is_shape(config.student):
-        student, directory = random_model(read_shape(config.student, data.tokenizer()), config.seed), None
+        shape = read_shape(config.student, data.tokenizer())
+        student, directory = random_model(shape, config.seed, hollow=hollow), None
     else:
-        student, directory = load_model(config.student, "student", allow_pickle=config.allow_pickle)
+        student, directory = load_model(config.student, "student", allow_pickle=config.allow_pickle, hollow=hollow)
     teacher = None
     if config.needs_teacher and config.teacher is not None:
-        teacher, source = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle)
+        teacher, source = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle, hollow=hollow)
         if teacher.config.vocab_size != student.config.vocab_size:
             raise ModelError(
                 f"teacher {config.teacher} has a vocabulary of {teacher.config.vocab_size}, "
@@ -119,44 +155,25 @@ def distill(config: DistillConfig, data: Packed | None = None) -> TrainResult:
         f"A GPT-2 that learned from {config.teacher} by recipe {config.recipe}, "
         f"started from {config.student}, on {_sources(data)}."
     )
-    return _train(Job("distill", config, how, student, data, Weights.of(config), teacher))
+    evaluated = setup.evaluated(data, student.config, config)
+    return Job("distill", config, how, student, data, evaluated, Weights.of(config), teacher)
 
 
-def finetune(config: FinetuneConfig, data: Packed | None = None) -> TrainResult:
-    """Fine-tune any GPT-2 on a pregenerated dataset, or on a text that is packed into OUT/data first.
-
-    Raises:
-        As `pretrain`.
-    """
-    _check_start(config)
-    model, directory = load_model(config.model, allow_pickle=config.allow_pickle)
-    freeze(model, config.freeze)  # here already: a pattern that matches nothing stops before a text is packed
-    if data is None:
-        packed = is_packed(Path(config.data))
-        data = load_packed(config.data if packed else _pack_text(config, directory, model.config.n_positions))
-    check_fits(data, model.config, _fingerprint(directory), f"model {config.model}")
-    return _train(Job("finetune", config, f"{config.model}, fine-tuned on {_sources(data)}.", model, data))
-
-
-def _pack_text(config: FinetuneConfig, tokenizer: Path, positions: int) -> str:
-    out = Path(config.out) / "data"
-    if not (config.resume and is_packed(out)):
-        length = config.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, positions)
-        if length > positions:
-            raise ConfigError(f"--sequence-length {length} is beyond the {positions} positions of {config.model}")
-        shared = {key: getattr(config, key) for key in PackOptions.model_fields}
-        pregenerate(
-            PregenerateConfig(
-                source=[config.data],
-                tokenizer=str(tokenizer),
-                out=str(out),
-                sequence_length=length,
-                seed=config.seed,
-                resume=config.resume,
-                **shared,
+def _finetuning(config: FinetuneConfig, data: Packed | None, setup: Setup) -> Job:
+    model, directory = load_model(config.model, allow_pickle=config.allow_pickle, hollow=config.validate_only)
+    if data is None and is_packed(Path(config.data)):
+        data = load_packed(config.data)
+    elif data is None:
+        freeze(model, config.freeze)  # here already: a pattern that matches nothing stops before a text is packed
+        length = config.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, model.config.n_positions)
+        if length > model.config.n_positions:
+            raise ConfigError(
+                f"--sequence-length {length} is beyond the {model.config.n_positions} positions of {config.model}"
             )
-        )
-    return str(out)
+        data = load_packed(setup.packed("data", config.data, str(directory), length, config, config))
+    check_fits(data, model.config, _fingerprint(directory), f"model {config.model}")
+    how = f"{config.model}, fine-tuned on {_sources(data)}."
+    return Job("finetune", config, how, model, data, setup.evaluated(data, model.config, config))
 
 
 def _fingerprint(directory: Path | None) -> str | None:
@@ -168,83 +185,58 @@ def _sources(data: Packed) -> str:
     return ", ".join(data.manifest.get("sources", [data.name]))
 
 
-def _check_start(config: TrainOptions) -> None:
-    """Refuse, before anything is loaded: what would overwrite, another run's resume, what the machine cannot do."""
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if config.compile and shutil.which(compiler) is None:
-        raise ConfigError(
-            f"--compile needs a C++ compiler: {compiler} was not found", "install it, or set CXX to another"
-        )
-    out = Path(config.out)
-    run = out / RUN_FILE
-    data = out / "data"  # a text may be packed before the run begins
-    begun = run.is_file() or is_packed(data) or workplace_of(data).is_dir()
-    if not (config.resume and begun):
-        require_free(out, "give another --out, or --resume to continue a run")
-    elif run.is_file():
-        changed = changed_mathematics(config, yaml.safe_load(run.read_text(encoding="utf-8")))
-        if changed:
-            raise ConfigError(
-                f"--resume: {', '.join(changed)} differ from the run in {out}",
-                f"its options are in {run}; or give another --out",
-            )
-
-
-def _accelerator(job: Job) -> Accelerator:
-    AcceleratorState._reset_state()  # a process may train twice, in another precision
-    config, weights = job.config, job.weights
-    # objectives that never reach the logits may leave the top of the student without gradients
-    whole = bool(weights.ce or weights.prediction)
-    return Accelerator(
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        log_with=list(config.report_to) or None,
-        project_dir=config.out,
-    )
-
-
-@fast_products()
-def _train(job: Job) -> TrainResult:
+def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
     """Set up, run the loop, evaluate and write the model."""
     config, out = job.config, Path(job.config.out)
-    freeze(job.model, config.freeze)
     set_dropout(job.model, config.dropout)
-    accelerator = _accelerator(job)
     set_seed(config.seed)
     module = Step(job.model, job.teacher, job.weights, config)
     if job.teacher is not None:
         job.teacher.to(accelerator.device)
+    if config.compile_only:
+        return compile_step(job, accelerator, module)
     if accelerator.is_main_process:
         write_text(out / RUN_FILE, config.to_yaml())
-    if config.report_to:
-        accelerator.init_trackers("tensorboard")
+    if config.auto_batch_size:
+        fit_batch(job, accelerator, module)
+    _begin_tracking(accelerator, config)
     tokenizer = job.data.tokenizer()
-    state = run_loop(job, accelerator, module)
-    result = _result(job, accelerator, state)
+    state, wrapped = run_loop(job, accelerator, module)
+    weights = accelerator.get_state_dict(wrapped)
+    result = _result(job, state)
     if accelerator.is_main_process:
-        save_model(job.model, out, tokenizer, _card(job, result), config.to_yaml())
+        own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
+        save_model(job.model, out, tokenizer, _card(job, result), own, config.to_yaml())
         plot_curves(out)
     accelerator.end_training()
     return result
 
 
-def _result(job: Job, accelerator: Accelerator, state: dict[str, Any]) -> TrainResult:
-    on_gpu = accelerator.device.type == "cuda"
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _begin_tracking(accelerator: Accelerator, config: TrainOptions) -> None:
+    """Start the trackers: TensorBoard writes into OUT/tensorboard, W&B into its project tinygpt2."""
+    if not config.report_to:
+        return
+    name = Path(config.out).name
+    if accelerator.is_main_process:
+        os.environ.setdefault("WANDB_SILENT", "true")
+    accelerator.init_trackers(
+        "tensorboard" if config.report_to == ["tensorboard"] else "tinygpt2",
+        config=config.model_dump(mode="json", by_alias=True) if "wandb" in config.report_to else None,
+        init_kwargs={"wandb": {"name": name, "dir": config.out}},
+    )
+
+
+def _result(job: Job, state: RunState) -> TrainResult:
     return TrainResult(
         model=str(Path(job.config.out).resolve()),
-        steps=state["step"],
-        tokens=state["tokens"],
-        seconds=state["seconds"],
-        loss=state["loss"],
-        eval=None if state["eval"] is None else Evaluation(**state["eval"]),
+        steps=state.step,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        loss=state.loss,
+        eval=None if state.eval is None else Evaluation(**state.eval),
         parameters=count_parameters(job.model),
-        tokens_per_second=state["tokens"] / state["seconds"],
-        peak_memory_bytes=peak,
+        tokens_per_second=state.tokens / state.seconds,
+        peak_memory_bytes=peak_memory(),
     )
 
 
@@ -256,10 +248,12 @@ def _card(job: Job, result: TrainResult) -> str:
         "positions, vocabulary": f"{shape.n_positions}, {shape.vocab_size}",
         "steps, tokens trained on": f"{result.steps:,}, {result.tokens:,}",
         "seconds": f"{result.seconds:.0f}",
-        "last training loss": f"{result.loss:.4f}",
     }
+    if result.loss is not None:
+        figures["last training loss"] = f"{result.loss:.4f}"
     if result.eval is not None:
         figures["held-out loss (nats/token)"] = f"{result.eval.loss:.4f}"
         figures["held-out perplexity"] = f"{result.eval.perplexity:.2f}"
-    figures["tokenizer fingerprint of the data"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
+    figures["fingerprint of the data"] = f"`{job.data.content[:16]}`"
+    figures["fingerprint of its tokenizer"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
     return model_card(Path(job.config.out).name, job.how, figures, job.command)

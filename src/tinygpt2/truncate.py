@@ -94,5 +94,5 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         {"parameters": f"{parameters:,}", "teacher's parameters": f"{before:,}", "blocks kept, from 0": kept},
         "truncate-student",
     )
-    save_model(student, out, model_tokenizer(directory), card, config.to_yaml())
+    save_model(student, out, model_tokenizer(directory), card, run=config.to_yaml())
     return TruncateStudentResult(str(out.resolve()), layers, parameters, before)

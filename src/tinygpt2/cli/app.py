@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from importlib import import_module
 from typing import Annotated, Any
@@ -11,11 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from tinygpt2 import config as c
-from tinygpt2 import progress
 from tinygpt2.cli.options import Run, add_command, print_version
 from tinygpt2.cli.output import print_error
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error
-from tinygpt2.machine import keep_memory
+from tinygpt2.launch import command_line, rank
 from tinygpt2.schema import Config
 
 app = typer.Typer(
@@ -42,36 +42,20 @@ def _library(name: str) -> Run:
     """Return what runs the command of that name: the library's function, loaded when it is called."""
 
     def run(config: Any, as_json: bool) -> Any:
-        _prepare()
+        command_line()
         return getattr(import_module("tinygpt2"), name.replace("-", "_"))(config)
 
     return run
 
 
 def _generate(config: Any, as_json: bool) -> Any:
-    _prepare()
+    command_line()
     from tinygpt2.cli.talk import speak
 
     return speak(config, as_json=as_json)
 
 
-def _prepare() -> None:
-    """Show progress, keep the libraries' own bars and chatter off the screen, and keep memory for the next step."""
-    progress.show()
-    keep_memory()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    import logging
-
-    import datasets
-    import transformers
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    datasets.disable_progress_bars()
-    disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    for library in ("transformers", "datasets", "accelerate", "huggingface_hub", "torch"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-
+_TURN = 3.0  # seconds
 
 COMMANDS: list[tuple[str, type[Config], str, list[str]]] = [
     (
@@ -183,5 +167,8 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
             traceback.print_exc()
     else:
         return 0
-    print_error(failure, as_json=as_json)
+    if rank():
+        time.sleep(_TURN)  # most often the first process says the same, and then its launcher ends this one
+        failure = TinyGPT2Error(f"process {rank()}: {failure.message}", failure.hint)
+    print_error(failure, as_json=as_json and not rank())
     return failure.exit_code

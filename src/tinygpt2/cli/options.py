@@ -18,6 +18,7 @@ from tinygpt2.cli.output import print_result
 from tinygpt2.config import read_recipe
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
 from tinygpt2.errors import ConfigError
+from tinygpt2.launch import rank
 from tinygpt2.schema import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
 
 Run = Callable[[Any, bool], Any]
@@ -52,7 +53,7 @@ def add_command(
             typer.echo(config.to_yaml(), nl=False)
             return
         result = run(config, as_json)
-        if result is not None:
+        if result is not None and not rank():
             print_result(result, as_json=as_json)
         raise typer.Exit(getattr(result, "exit_code", 0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +20,17 @@ PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
 HiddenScale = Literal["none", "variance"]
 HeadMap = Literal["equal", "average"]
 TeacherDtype = Literal["fp32", "bf16"]
+OnSaveError = Literal["stop", "continue"]
+TRACKERS = ("tensorboard", "wandb")
 
 
 class TrainOptions(ModelOptions):
     """Options that pretrain, distill and finetune share."""
 
     out: str = option(..., "Directory for the trained model.")
+    eval_data: str | None = option(
+        None, "Held-out text or pregenerated dataset to evaluate on.", shown="the dataset's own test split"
+    )
     max_steps: int | None = option(None, "Optimizer steps.", panel=LENGTH, ge=1)
     num_epochs: float | None = option(None, "Passes over the training blocks.", panel=LENGTH, gt=0, shown="1")
     max_tokens: int | None = option(None, "Tokens to train on.", panel=LENGTH, ge=1)
@@ -59,10 +65,29 @@ class TrainOptions(ModelOptions):
     seed: int = option(42, "Seed of initial weights, data order and dropout.", panel=OPTIMISATION, ge=0, le=MAX_SEED)
     eval_every: int | None = option(None, "Steps between evaluations.", panel=RUN, ge=1, shown="only at the end")
     save_every: int = option(1000, "Steps between checkpoints; one is always saved at the end.", panel=RUN, ge=1)
-    keep: int = option(1, "Checkpoints to keep, the newest.", panel=RUN, ge=1)
+    keep: int = option(1, "Checkpoints to keep, the newest; the best by evaluation too.", panel=RUN, ge=1)
     resume: bool = option(False, "Continue from the newest checkpoint in --out, if there is one.", panel=RUN)
     log_every: int = option(10, "Steps between lines of metrics.jsonl.", panel=RUN, ge=1)
-    report_to: list[str] = option([], "Also log to: tensorboard.", panel=RUN)
+    report_to: list[str] = option([], "Also log to: tensorboard, wandb.", panel=RUN)
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many evaluations without a lower loss, and keep the best weights.", panel=RUN, ge=1
+    )
+    skip_non_finite: int = option(
+        0, "Steps to pass over, in all, whose loss or gradient is not finite; one more ends the run.", panel=RUN, ge=0
+    )
+    on_save_error: OnSaveError = option(
+        "stop", "When a checkpoint cannot be written: end the run, or go on with the earlier ones.", panel=RUN
+    )
+    auto_batch_size: bool = option(
+        False, "Find the largest micro-batch that fits; the global batch stays what it is.", panel=RUN
+    )
+    num_processes: int | None = option(
+        None, "Processes on this machine, one per GPU.", panel=RUN, ge=1, shown="1, or as another launcher says"
+    )
+    validate_only: bool = option(
+        False, "Check everything, say how long and how large the run will be, and stop.", panel=RUN
+    )
+    compile_only: bool = option(False, "Compile one step, say how long that took, and stop.", panel=RUN)
 
     def conflicts(self) -> Iterator[str]:
         """Check that one length is given and that the trackers are known."""
@@ -71,8 +96,14 @@ class TrainOptions(ModelOptions):
         if len(lengths) > 1:
             yield f"{' and '.join(map(flag_name, lengths))} contradict each other: give one"
         for tracker in self.report_to:
-            if tracker != "tensorboard":
-                yield f"--report-to {tracker!r}: expected tensorboard"
+            if tracker not in TRACKERS:
+                yield f"--report-to {tracker!r}: expected {' or '.join(TRACKERS)}"
+            elif find_spec(tracker) is None:
+                yield f"--report-to {tracker}: not installed; pip install {tracker}"
+        if self.early_stopping_patience and not self.eval_every:
+            yield "--early-stopping-patience needs --eval-every"
+        if self.validate_only and self.compile_only:
+            yield "--validate-only and --compile-only contradict each other: give one"
         if self.lr_schedule == "plateau" and self.warmup_ratio + self.plateau_ratio > 1:
             yield "--warmup-ratio and --plateau-ratio together are beyond 1"
 
@@ -186,7 +217,8 @@ class DistillConfig(TrainOptions):
 def changed_mathematics(config: TrainOptions, earlier: dict[str, Any]) -> list[str]:
     """Return the options that differ from an earlier run's and alter what a resumed run computes."""
     now = config.model_dump(mode="json", by_alias=True)
-    keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key != "out"]
+    free = {"out", "micro_batch_size", "gradient_accumulation_steps"}  # their product is checked where it is known
+    keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key not in free]
     return [flag_name(key) for key in keys if key in earlier and earlier[key] != now[key]]
 
 

@@ -1,0 +1,152 @@
+"""What a run needs before its first step: a free directory, an accelerator, texts packed once for all processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from transformers import GPT2Config
+
+from tinygpt2.config import PackOptions, PregenerateConfig, TrainOptions, changed_mathematics
+from tinygpt2.corpus import Corpus
+from tinygpt2.dataset import Blocks, Packed, is_packed, load_packed
+from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.files import require_free
+from tinygpt2.objectives import Weights
+from tinygpt2.pack import pregenerate
+from tinygpt2.perplexity import check_fits
+from tinygpt2.workplace import workplace_of
+
+RUN_FILE = "config.yaml"
+PACKED = ("data", "eval-data")  # what a run may pack for itself, in its directory
+_TRIED = 1 << 26  # bytes of text that --validate-only packs, to count it
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a run takes place: its processes, and the directory for texts that it packs."""
+
+    accelerator: Accelerator
+    place: Path
+
+    def packed(
+        self, name: str, source: str, tokenizer: str, length: int, config: TrainOptions, how: PackOptions
+    ) -> str:
+        """Pack a text into blocks, once: the main process does it, the others wait. Return the data set's path.
+
+        Args:
+            name: of the directory.
+            source: the text.
+            tokenizer, length: of the blocks.
+            config: of the run, for its seed and whether it continues.
+            how: the text becomes documents, and which are held out.
+        """
+        out = self.place / name
+        if self.accelerator.is_main_process and not (config.resume and is_packed(out)):
+            if config.validate_only and (Corpus.of([source], how).size_hint() or 0) > _TRIED:
+                raise ConfigError(
+                    f"--validate-only counts the tokens of texts of up to {_TRIED >> 20} MiB: {source} is larger",
+                    "make a dataset of it first, with tinygpt2 pregenerate",
+                )
+            options = {key: getattr(how, key) for key in PackOptions.model_fields}
+            pregenerate(
+                PregenerateConfig(
+                    source=[source], tokenizer=tokenizer, out=str(out), sequence_length=length, seed=config.seed,
+                    resume=config.resume, **options,
+                )
+            )  # fmt: skip
+        # not by a barrier, which gives up after minutes
+        while not is_packed(out):
+            time.sleep(0.2)
+        return str(out)
+
+    def evaluated(self, data: Packed, model: GPT2Config, config: TrainOptions) -> Blocks:
+        """Return the blocks to evaluate on: the dataset's own test split, or those of --eval-data.
+
+        Raises:
+            DataError, ConfigError: there are none, or they do not fit the model.
+        """
+        if config.eval_data is None:
+            if not len(data.test) and (config.eval_every or config.early_stopping_patience):
+                raise DataError(
+                    f"the test split of {data.name} is empty: there is nothing to evaluate on", "give --eval-data"
+                )
+            return data.test
+        if is_packed(Path(config.eval_data)):
+            packed = load_packed(config.eval_data)
+            check_fits(packed, model, data.manifest["tokenizer_fingerprint"], f"dataset {data.name}")
+            if not len(packed.test):
+                raise DataError(f"the test split of {config.eval_data} is empty", "give the held-out text itself")
+            return packed.test
+        with tempfile.TemporaryDirectory() as scratch:
+            data.tokenizer().save_pretrained(scratch)
+            whole = PackOptions(test_fraction=0, shuffle=False)
+            return load_packed(
+                self.packed("eval-data", config.eval_data, scratch, data.sequence_length, config, whole)
+            ).train
+
+
+@contextmanager
+def begin(config: TrainOptions, weights: Weights) -> Iterator[Setup]:
+    """Check the start and make the accelerator, before anything is loaded.
+
+    Raises:
+        ConfigError: it would overwrite, continue another run, or asks for what the machine cannot do.
+    """
+    accelerator = _accelerator(config, weights)
+    if accelerator.is_main_process:
+        _check_start(config)
+    accelerator.wait_for_everyone()  # nobody writes before that
+    if not config.validate_only:
+        yield Setup(accelerator, Path(config.out))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Setup(accelerator, Path(scratch))
+
+
+def _check_start(config: TrainOptions) -> None:
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if (config.compile or config.compile_only) and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"--compile needs a C++ compiler: {compiler} was not found", "install it, or set CXX to another"
+        )
+    out = Path(config.out)
+    run = out / RUN_FILE
+    # a text may be packed before the run begins
+    begun = run.is_file() or any(is_packed(out / name) or workplace_of(out / name).is_dir() for name in PACKED)
+    if not (config.resume and begun):
+        require_free(out, "give another --out, or --resume to continue a run")
+    elif run.is_file():
+        changed = changed_mathematics(config, yaml.safe_load(run.read_text(encoding="utf-8")))
+        if changed:
+            raise ConfigError(
+                f"--resume: {', '.join(changed)} differ from the run in {out}",
+                f"its options are in {run}; or give another --out",
+            )
+
+
+def _accelerator(config: TrainOptions, weights: Weights) -> Accelerator:
+    AcceleratorState._reset_state()  # a process may train twice, in another precision
+    # objectives that never reach the logits may leave the top of the student without gradients
+    whole = bool(weights.ce or weights.prediction)
+    return Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        log_with=list(config.report_to) or None,
+        project_dir=config.out,
+    )

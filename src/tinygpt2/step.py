@@ -1,0 +1,146 @@
+"""One training step's gradients, and evaluation: what the loop does with batches."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.capture import capture
+from tinygpt2.config import TrainOptions
+from tinygpt2.dataset import Blocks
+from tinygpt2.errors import ConfigError
+from tinygpt2.objectives import Counts, Objectives, Weights
+from tinygpt2.objectives.prediction import head_operand
+from tinygpt2.perplexity import exponential, token_losses
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Cross-entropy on the held-out blocks, in nats per token, and its exponential."""
+
+    loss: float
+    perplexity: float
+
+
+class Step(nn.Module):
+    """One micro-batch to one loss. The student and the learned map are its parameters, the teacher is not.
+
+    Everything goes through `forward`, so that a wrapper which shards parameters has them whole meanwhile.
+
+    Args:
+        student, teacher: the teacher may be None where no objective looks at one.
+        weights: the objectives.
+        config: how to run: compiled, with gradient checkpointing, with which chunk of logits.
+    """
+
+    def __init__(
+        self, student: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None, weights: Weights, config: TrainOptions
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.objectives = Objectives(weights, student.config, teacher.config if teacher else None, config.logit_chunk)
+        # in a tuple and a list: not registered, so never trained, wrapped or saved
+        self._teacher = (teacher,)
+        self._teacher_head: list[Tensor] = []
+        self._capture = torch.compile(capture) if config.compile or config.compile_only else capture
+        self._checkpointing = config.gradient_checkpointing
+
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"] | None = None, share: Counts | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
+
+        In evaluation mode: the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms.
+        """
+        if not self.training:
+            with torch.autocast(input_ids.device.type, enabled=False):
+                return token_losses(self.student, input_ids), {}
+        wanted = self.objectives
+        student = self._capture(
+            self.student,
+            input_ids,
+            wanted.student_states,
+            wanted.student_attention,
+            checkpointing=self._checkpointing,
+        )
+        head = self.student.lm_head.weight
+        (teacher,) = self._teacher
+        if teacher is None:
+            loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
+        else:
+            with torch.no_grad():
+                taught = self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
+                if wanted.weights.prediction and not self._teacher_head:
+                    self._teacher_head = [head_operand(teacher.lm_head.weight)]
+            loss, terms = wanted(input_ids, student, head, taught, *self._teacher_head, lengths=lengths, share=share)
+        if not loss.requires_grad:
+            raise ConfigError("no objective reaches a parameter that is trained", "name fewer with --freeze")
+        return loss, terms
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Make the random numbers of a step, dropout's, a function of seed, step and process: nothing to save."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def gradients(
+    accelerator: Accelerator, module: nn.Module, blocks: Blocks, indices: list[int], size: int
+) -> dict[str, Tensor]:
+    """Accumulate the gradients of one global batch.
+
+    Args:
+        module: a `Step`, as Accelerate prepared it.
+        indices: of the global batch's blocks: the same for any number of processes, each takes its slice of it.
+        size: blocks in a process's micro-batch.
+
+    Returns:
+        This process's share of the loss and its parts: the mean over processes is the mean over the batch.
+    """
+    count = len(indices) // size  # micro-batches, on all processes
+    turns = range(accelerator.process_index, count, accelerator.num_processes)
+    share = None
+    if blocks.padded:  # a mean over the global batch, whatever padding falls into which micro-batch
+        share = Counts.of(blocks.lengths(indices)).over(count)
+    means: dict[str, Tensor] = {}
+    for turn in turns:
+        batch = blocks.batch(indices[turn * size : (turn + 1) * size]).to(accelerator.device)
+        with nullcontext() if turn == turns[-1] else accelerator.no_sync(module):
+            loss, terms = module(*batch, share)
+            accelerator.backward(loss / len(turns))
+        for name, term in {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()}}.items():
+            means[name] = means.get(name, 0) + term.detach().float() / len(turns)
+    return means
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: int) -> Evaluation:
+    """Measure cross-entropy on held-out blocks, in float32, each process on its share.
+
+    Args:
+        module: a `Step`, as Accelerate prepared it.
+        size: blocks in a batch.
+    """
+    module.eval()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    # every process makes as many forward passes, which those that share parameters need: the last block again
+    for start in range(0, math.ceil(len(blocks) / world), size):
+        mine = range(start * world + rank, min(start + size, math.ceil(len(blocks) / world)) * world, world)
+        batch = blocks.batch([min(index, len(blocks) - 1) for index in mine]).to(accelerator.device)
+        losses, _ = module(batch.input_ids)  # (B, T - 1)
+        counted = torch.tensor([[index < len(blocks)] for index in mine], device=losses.device).expand_as(losses)
+        if batch.lengths is not None:
+            counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None])
+        sums += torch.stack([losses[counted].double().sum(), counted.sum().double()])
+    total, targets = accelerator.reduce(sums, "sum").tolist()
+    module.train()
+    loss = total / max(targets, 1)
+    return Evaluation(loss, exponential(loss))
