@@ -70,9 +70,9 @@ def training_step(options: argparse.Namespace, ours: bool, bf16: bool) -> Any:
     from naive import NaiveStep
 
     from tinygpt2.config import PretrainConfig
-    from tinygpt2.loop import Step
     from tinygpt2.objectives import Weights
     from tinygpt2.optim import make_optimizer
+    from tinygpt2.step import Step
 
     run = PretrainConfig(data="", out="", shape="gpt2", learning_rate=2.5e-4)
     student, teacher = models(options, ours)

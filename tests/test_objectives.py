@@ -15,10 +15,10 @@ from tests.references import naive_relation
 from tinygpt2.capture import by_head, capture
 from tinygpt2.config import DistillConfig, PretrainConfig
 from tinygpt2.errors import ConfigError
-from tinygpt2.loop import Step
 from tinygpt2.objectives import Objectives, Weights
 from tinygpt2.objectives.maps import layer_pairs
 from tinygpt2.objectives.prediction import LOSSES
+from tinygpt2.step import Step
 
 B, T, V = 2, 21, 50
 RUN = PretrainConfig(data="", out="", shape="gpt2")

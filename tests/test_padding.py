@@ -13,8 +13,8 @@ from tests.test_objectives import RUN, T, V, gpt2
 from tinygpt2 import PregenerateConfig, distill, pregenerate
 from tinygpt2.config import DistillConfig
 from tinygpt2.dataset import load_packed
-from tinygpt2.loop import Step, evaluate
 from tinygpt2.objectives import Counts, Weights
+from tinygpt2.step import Step, evaluate
 
 LENGTHS = [T, 9, 1, 14]
 EVERY = Weights(1.0, 0.7, 1.3, 0.5, 0.4, 0.6, loss="jsd", temperature=2.0)
@@ -130,7 +130,7 @@ def test_evaluation_leaves_padding_out(stored_padded: tuple[list[list[int]], lis
         {"input_ids": row, "input_mask": [0] * length + [1] * (T - length)}
         for row, length in zip(rows, lengths, strict=True)
     ]
-    found = evaluate(Accelerator(cpu=True), model, Blocks([MapPart(items, T)], T), 2)
+    found = evaluate(Accelerator(cpu=True), Step(model, None, Weights(), RUN), Blocks([MapPart(items, T)], T), 2)
     total, count = 0.0, 0
     with torch.no_grad():
         for row, length in zip(rows, lengths, strict=True):

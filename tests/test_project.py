@@ -83,7 +83,19 @@ def test_the_version_is_one() -> None:
     assert f"## {tinygpt2.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", [file for file in EXAMPLES if "accelerate" in file.name], ids=lambda path: path.name)
+def test_every_example_of_a_launch_is_one_of_accelerates(file: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(file)).num_processes == 8
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in EXAMPLES if "accelerate" not in file.name], ids=lambda path: path.name
+)
 def test_every_example_resolves(file: Path) -> None:
     command = re.search(r"tinygpt2 ([a-z-]+) --config", file.read_text(encoding="utf-8"))[1]
     config = next(config for name, config, _, _ in COMMANDS if name == command)

@@ -14,6 +14,8 @@ import json
 import re
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,12 +151,20 @@ class Checkpoints:
         self._failure = None
         if failure and self._on_error == "stop":
             raise ModelError(
-                f"cannot save a checkpoint: {failure}",
+                f"cannot save: {failure}",
                 "earlier checkpoints are intact: free some space and continue with --resume, "
                 "or go on without saving by --on-save-error continue",
             )
         if failure:
-            say(f"warning: cannot save a checkpoint: {failure}; earlier ones are intact, going on")
+            say(f"warning: cannot save: {failure}; earlier checkpoints are intact, going on")
+
+    @contextmanager
+    def may_fail(self, what: str) -> Iterator[None]:
+        """Treat a file that cannot be written in the block as a checkpoint that cannot."""
+        try:
+            yield
+        except OSError as error:
+            self._failure = f"{what}: {error.strerror or error}"
 
     def resume(self, state: RunState) -> RunState:
         """Restore the newest whole checkpoint; return its state, or `state` where there is none.

@@ -72,6 +72,8 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     """
     config, out, data = job.config, Path(job.config.out), job.data
     sequences, total = job.sequences(accelerator.num_processes), job.total_steps(accelerator.num_processes)
+    if accelerator.state.deepspeed_plugin is not None:  # it wants to know, and there is no loader to ask
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.micro_batch_size
     wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
     parameters = list(wrapped.parameters())
     order = Shuffle(len(data.train), config.seed)
@@ -93,7 +95,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
             indices = order[state.step * sequences : (state.step + 1) * sequences]
             with memory_explained(config, data.sequence_length):
                 parts = gradients(accelerator, wrapped, data.train, indices, config.micro_batch_size)
-            norm = float(accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf))
+            norm = float(accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf) or 0)
             terms, stopping = _agree(accelerator, parts, bool(stop))
             if may_step(accelerator, state, terms, norm, indices, config):
                 optimizer.step()
@@ -116,7 +118,8 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
                 improved = _compare(state)
                 last = last or _worse_for_long(state, config)
             if row and log is not None:
-                log.write({"step": done, "tokens": state.tokens, **row})
+                with checkpoints.may_fail("metrics.jsonl"):
+                    log.write({"step": done, "tokens": state.tokens, **row})
                 accelerator.log(row, step=done)
             state.seconds = meter.seconds()
             if last or stopping or improved or done % config.save_every == 0:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ METRICS, CURVES = "metrics.jsonl", "curves.png"
 
 
 class MetricsLog:
-    """metrics.jsonl: one object per logged step, appended as it happens.
+    """metrics.jsonl: one object per logged step, appended as it happens, whole or not at all.
 
     Args:
         out: the run's directory.
@@ -29,8 +31,12 @@ class MetricsLog:
     def write(self, row: Mapping[str, float]) -> None:
         """Append one step's figures; what is not finite becomes null."""
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite) + "\n")
+        line = (json.dumps(finite) + "\n").encode()
+        with self._path.open("r+b", buffering=0) as stream:
+            end = stream.seek(0, os.SEEK_END)
+            if stream.write(line) != len(line):  # the disk took only a part
+                stream.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
@@ -106,7 +112,7 @@ tags:
 |---|---|
 {rows}
 
-The options of the run are in config.yaml, which runs it again:
+The command that made it; all its options are in config.yaml, which `tinygpt2 {command.split()[0]} --config` takes:
 
-    tinygpt2 {command} --config config.yaml --out DIR
+    tinygpt2 {command}
 """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -249,14 +249,21 @@ def save_model(
         card: the model card, README.md.
         weights: the model's, where it holds only a shard of them itself.
         run: the resolved configuration, config.yaml.
+
+    Raises:
+        ModelError: the disk is full, or does not let us write.
     """
-    with atomic_contents(out) as temporary:
-        model.save_pretrained(str(temporary), state_dict=weights)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(temporary))
-    write_text(out / "README.md", card)
-    if run is not None:
-        write_text(out / "config.yaml", run)
+    try:
+        with atomic_contents(out) as temporary:
+            model.save_pretrained(str(temporary), state_dict=weights)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(temporary))
+        write_text(out / "README.md", card)
+        if run is not None:
+            write_text(out / "config.yaml", run)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ModelError(f"cannot save the model in {out}: {reason}", "check rights and space") from error
 
 
 def check_model(directory: Path) -> Iterator[str]:

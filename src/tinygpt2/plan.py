@@ -14,6 +14,7 @@ from tinygpt2.errors import ConfigError
 from tinygpt2.estimate import measured_rate, peak_rate, step_memory, step_operations
 from tinygpt2.loop import Job
 from tinygpt2.machine import available_memory
+from tinygpt2.meter import memory_in_use
 from tinygpt2.model import count_parameters
 from tinygpt2.progress import say
 from tinygpt2.step import Step, gradients
@@ -94,7 +95,7 @@ def make_plan(job: Job, accelerator: Accelerator) -> Plan:
         steps=steps,
         tokens=tokens,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        memory_bytes=fixed + each * config.micro_batch_size,
+        memory_bytes=memory_in_use() + fixed + each * config.micro_batch_size,
         memory_available_bytes=available_memory(),
         disk_bytes=disk,
         disk_free_bytes=free,
@@ -132,6 +133,7 @@ def fit_batch(job: Job, accelerator: Accelerator, module: Step) -> None:
             "add --gradient-checkpointing or --precision bf16, or pregenerate shorter blocks",
         )
     job.config = config.model_copy(update={"micro_batch_size": found, "gradient_accumulation_steps": whole // found})
+    accelerator.gradient_accumulation_steps = whole // found
     say(f"--auto-batch-size: {found} blocks at a time, {whole // found} times a step")
 
 

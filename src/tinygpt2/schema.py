@@ -7,6 +7,7 @@ written once, and the command line, the YAML keys and `--print-config` follow fr
 from __future__ import annotations
 
 import difflib
+import shlex
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -147,6 +148,22 @@ class Config(BaseModel):
                 cls(**{**blank, **sound})
             except ConfigError as contradictions:
                 yield contradictions.message
+
+    def flags(self) -> str:
+        """Render the options that are not what they would be by themselves, as a command line has them."""
+        recipe = {"recipe": self.recipe} if hasattr(self, "recipe") else {}
+        defaults = {key: field.default for key, field in self.options().items()} | self.layered(recipe)
+        words: list[str] = []
+        for key, value in self.model_dump(mode="json", by_alias=True).items():
+            field = self.options()[key]
+            if value == defaults[key] and key not in recipe:
+                continue
+            if isinstance(value, bool):
+                words.append(flag_name(key) if value else f"--no-{flag_name(key)[2:]}")
+                continue
+            for item in value if isinstance(value, list) else [value]:
+                words += [str(item)] if extra(field, "positional") else [flag_name(key), str(item)]
+        return shlex.join(words)
 
     def to_yaml(self) -> str:
         """Render every option with its resolved value; the text runs the command again through --config."""

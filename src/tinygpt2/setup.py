@@ -146,6 +146,7 @@ def _accelerator(config: TrainOptions, weights: Weights) -> Accelerator:
     return Accelerator(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
         cpu=not torch.cuda.is_available(),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=list(config.report_to) or None,
         project_dir=config.out,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,9 +111,9 @@ def gradients(
     means: dict[str, Tensor] = {}
     for turn in turns:
         batch = blocks.batch(indices[turn * size : (turn + 1) * size]).to(accelerator.device)
-        with nullcontext() if turn == turns[-1] else accelerator.no_sync(module):
+        with accelerator.accumulate(module):  # divides by their number, and waits with the other processes' gradients
             loss, terms = module(*batch, share)
-            accelerator.backward(loss / len(turns))
+            accelerator.backward(loss)
         for name, term in {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()}}.items():
             means[name] = means.get(name, 0) + term.detach().float() / len(turns)
     return means

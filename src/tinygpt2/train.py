@@ -256,4 +256,4 @@ def _card(job: Job, result: TrainResult) -> str:
         figures["held-out perplexity"] = f"{result.eval.perplexity:.2f}"
     figures["fingerprint of the data"] = f"`{job.data.content[:16]}`"
     figures["fingerprint of its tokenizer"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
-    return model_card(Path(job.config.out).name, job.how, figures, job.command)
+    return model_card(Path(job.config.out).name, job.how, figures, f"{job.command} {job.config.flags()}")

@@ -92,7 +92,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         f"A GPT-2 of {len(layers)} layers, cut from {config.teacher} and not trained since: "
         f"its blocks {kept}, weights copied.",
         {"parameters": f"{parameters:,}", "teacher's parameters": f"{before:,}", "blocks kept, from 0": kept},
-        "truncate-student",
+        f"truncate-student {config.flags()}",
     )
     save_model(student, out, model_tokenizer(directory), card, run=config.to_yaml())
     return TruncateStudentResult(str(out.resolve()), layers, parameters, before)

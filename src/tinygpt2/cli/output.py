@@ -76,10 +76,10 @@ def _render_fields(result: Any, console: Console) -> None:
             value = ", ".join(f"{key} {_number(item)}" for key, item in value.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
-        console.print(
-            f"{field.name.replace('_', ' '):<20} {value if isinstance(value, str) else _number(value)}",
-            markup=False,
-        )
+        name = field.name.removesuffix("_bytes").replace("_", " ")
+        if field.name.endswith("_bytes"):
+            value = f"{value / 1e9:.2f} GB"
+        console.print(f"{name:<28} {value if isinstance(value, str) else _number(value)}", markup=False)
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> Any:

@@ -1,0 +1,132 @@
+"""What the training loop costs beside forward, backward and optimizer step, at two sizes.
+
+    python benchmarks/loop_overhead.py --json
+
+`quickstart` pretrains the teacher of tinygpt2's quickstart; `distill_step` distils the models of distill_step.py.
+Both run the command's own function on random blocks, with its defaults for logging and saving, and one checkpoint at
+the end; the time of evaluation is left out. The rest, as a share of the whole: batches, learning rate, random seeds,
+norm and clipping, checks, metrics.jsonl, progress and checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from tinygpt2 import DistillConfig, PretrainConfig, distill, from_map_style, loop, pretrain
+from tinygpt2.machine import keep_memory
+from tinygpt2.model import make_config, random_model, save_model
+
+SIZES: dict[str, dict[str, Any]] = {
+    "quickstart": {"vocabulary": 2048, "length": 128, "batch": 4, "steps": 300,
+                   "student": {"n_layer": 4, "n_embd": 160, "n_head": 5}},
+    "distill_step": {"vocabulary": 50257, "length": 1024, "batch": 2, "steps": 6,
+                     "student": {"n_layer": 4, "n_embd": 312, "n_head": 12},
+                     "teacher": {"n_layer": 12, "n_embd": 768, "n_head": 12}},
+}  # fmt: skip
+
+
+def timed(spent: dict[str, float], name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+
+    return run
+
+
+@contextmanager
+def measured(spent: dict[str, float]) -> Iterator[None]:
+    """Time forward, backward and optimizer step where they are called, and the loop around them."""
+    kept = [
+        (torch.nn.Module, "__call__"), (torch.Tensor, "backward"), (torch.optim.AdamW, "step"), (loop, "evaluate"),
+        (loop.Checkpoints, "settle"), (loop.Checkpoints, "save"),
+    ]  # fmt: skip
+    before = [getattr(owner, name) for owner, name in kept]
+
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, loop.Step):
+            return before[0](self, *args, **kwargs)
+        return timed(spent, "forward", before[0])(self, *args, **kwargs)
+
+    torch.nn.Module.__call__ = forward  # type: ignore[method-assign]
+    torch.Tensor.backward = timed(spent, "backward", before[1])  # type: ignore[method-assign]
+    torch.optim.AdamW.step = timed(spent, "optimizer", before[2])  # type: ignore[method-assign]
+    loop.evaluate = timed(spent, "evaluation", before[3])
+    loop.Checkpoints.settle = timed(spent, "waiting for checkpoints", before[4])  # type: ignore[method-assign]
+    loop.Checkpoints.save = timed(spent, "copying for checkpoints", before[5])  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(kept, before, strict=True):
+            setattr(owner, name, value)
+
+
+def words(count: int) -> PreTrainedTokenizerFast:
+    vocabulary = {f"w{index}": index for index in range(count)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0")), bos_token="w0", eos_token="w0"
+    )
+
+
+def measure(name: str, folder: Path) -> dict[str, float]:
+    size = SIZES[name]
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, size["vocabulary"], (64, size["length"]), generator=generator).tolist()
+    data = from_map_style([{"input_ids": row} for row in rows], [], words(size["vocabulary"]))
+    shape = folder / f"{name}.yaml"
+    shape.write_text(yaml.safe_dump({**size["student"], "n_positions": size["length"]}))
+    common = {"data": "", "out": str(folder / name), "max_steps": size["steps"], "micro_batch_size": size["batch"]}
+    spent: dict[str, float] = {}
+    if "teacher" in size:
+        teacher = make_config(
+            {**size["teacher"], "n_positions": size["length"], "vocab_size": size["vocabulary"]}, name
+        )
+        save_model(random_model(teacher, 0), folder / "teacher", words(size["vocabulary"]), "")
+        config: Any = DistillConfig(teacher=str(folder / "teacher"), student=str(shape), recipe="tinygpt2", **common)
+    else:
+        config = PretrainConfig(model_config=str(shape), **common)
+    loop.run_loop, run_loop = timed(spent, "loop", loop.run_loop), loop.run_loop
+    from tinygpt2 import train
+
+    train.run_loop = loop.run_loop
+    with measured(spent):
+        (distill if "teacher" in size else pretrain)(config, data)
+    loop.run_loop = train.run_loop = run_loop
+    whole = spent.pop("loop") - spent.pop("evaluation", 0.0)
+    model = spent.pop("forward") + spent.pop("backward") + spent.pop("optimizer")
+    return {"seconds": whole, "overhead": 1 - model / whole, **spent}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    keep_memory()
+    result: dict[str, Any] = {}
+    for name in SIZES:
+        rounds = []
+        for _ in range(options.rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                rounds.append(measure(name, Path(folder)))
+        result[name] = {"steps": SIZES[name]["steps"], "rounds": rounds}
+        result[f"overhead_{name}"] = sorted(row["overhead"] for row in rounds)[options.rounds // 2]
+    print(json.dumps(result) if options.json else result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Several processes: the numbers of one, no process that outlives another, errors as in one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, TruncateStudentConfig, distill, finetune, pretrain
+from tinygpt2.errors import ConfigError
+from tinygpt2.metrics import read_metrics
+
+from .conftest import sentences
+
+
+def close(one: Path, two: Path) -> None:
+    """Compare the losses and evaluations of two runs, step by step."""
+    left, right = read_metrics(one), read_metrics(two)
+    assert len(left) == len(right) > 2
+    for a, b in zip(left, right, strict=True):
+        for key in a.keys() - {"tokens_per_second", "grad_norm"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-5), (key, a["step"])
+    assert right[-1]["eval/loss"] == pytest.approx(left[-1]["eval/loss"], rel=1e-6)
+
+
+def test_two_processes_distil_as_one(teacher: Path, data: Path, tmp_path: Path) -> None:
+    from tinygpt2 import truncate_student
+
+    truncate_student(TruncateStudentConfig(teacher=str(teacher), num_layers=2, out=str(tmp_path / "cut")))
+    base = {
+        "teacher": str(teacher), "student": str(tmp_path / "cut"), "data": str(data), "recipe": "tinygpt2",
+        "ce_weight": 0.5, "max_steps": 5, "log_every": 1, "eval_every": 2,
+    }  # fmt: skip
+    distill(DistillConfig(**base, out=str(tmp_path / "1"), micro_batch_size=8))
+    two = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "num_processes": 2}
+    distill(DistillConfig(**base, out=str(tmp_path / "2"), **two))
+    close(tmp_path / "1", tmp_path / "2")
+
+
+def test_two_processes_finetune_a_text_as_one(teacher: Path, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text(sentences(200, seed=5), encoding="utf-8")
+    base = {"model": str(teacher), "data": str(text), "max_steps": 4, "log_every": 1, "eval_every": 2}
+    finetune(FinetuneConfig(**base, out=str(tmp_path / "1"), micro_batch_size=4))
+    finetune(FinetuneConfig(**base, out=str(tmp_path / "2"), micro_batch_size=2, num_processes=2))
+    close(tmp_path / "1", tmp_path / "2")
+
+
+def test_an_error_in_a_process_is_the_error_of_the_call(teacher: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "precious.txt").write_text("x")
+    with pytest.raises(ConfigError, match="not empty") as caught:
+        pretrain(PretrainConfig(model=str(teacher), data=str(data), out=str(tmp_path / "m"), num_processes=2))
+    assert caught.value.hint is not None
+
+
+def test_another_launchers_number_counts(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="--num-processes 2, but 4 processes were launched"):
+        pretrain(PretrainConfig(model=str(teacher), data=str(data), out=str(tmp_path / "m"), num_processes=2))
+
+
+def test_two_processes_killed_stopped_and_resumed(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """One killed ends the other; a signal to the whole saves; resumed twice, no step is missing and none is there twice."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({
+        "model": str(teacher), "data": str(data), "num_processes": 2, "micro_batch_size": 2, "max_steps": 150, "log_every": 1,
+        "save_every": 10, "dropout": 0.1, "resume": True,
+    }))  # fmt: skip
+    out = tmp_path / "m"
+    command = [sys.executable, "-m", "tinygpt2", "pretrain", "--config", str(file), "--out", str(out)]
+    for harm in ("kill one", "ask all"):
+        before = len(read_metrics(out))
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            while len(read_metrics(out)) in range(before, before + 15):
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.01)
+            if harm == "kill one":
+                workers = [
+                    child
+                    for child in psutil.Process(process.pid).children()
+                    if "spawn_main" in " ".join(child.cmdline())
+                ]
+                assert len(workers) == 2
+                workers[-1].kill()
+            else:
+                os.kill(process.pid, signal.SIGTERM)
+            started = time.monotonic()
+            _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - started < 60
+        if harm == "kill one":
+            assert process.returncode == 1
+            assert "was killed by SIGKILL; the others were stopped" in errors
+        else:
+            assert process.returncode == 130
+            assert "hint: add --resume" in errors
+        assert errors.count("error: ") == 1, errors
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert [row["step"] for row in read_metrics(out)] == list(range(1, 151))
+
+
+SHARDED = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from tinygpt2.config import DistillConfig
+from tinygpt2.model import load_model, set_dropout
+from tinygpt2.objectives import Weights
+from tinygpt2.step import Step
+
+rank, folder, teacher = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+config = DistillConfig(teacher="t", student="s", data="d", out="o", recipe="tinygpt2", ce_weight=1.0)
+torch.manual_seed(0)
+ids = torch.randint(0, 320, (2, 32))
+def step():
+    student, taught = load_model(teacher)[0], load_model(teacher)[0].requires_grad_(False)
+    set_dropout(student, 0.0)
+    return Step(student, taught, Weights.of(config), config).train()
+plain, sharded = step(), step()
+for parameter in [*plain.parameters(), *sharded.parameters()]:
+    parameter.data += 0.01 * torch.sin(torch.arange(parameter.numel()).float()).view_as(parameter)
+fully_shard(sharded, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+losses = [module(ids)[0] for module in (plain, sharded)]
+for loss in losses:
+    loss.backward()
+torch.testing.assert_close(*losses)
+for (name, whole), part in zip(plain.named_parameters(), sharded.parameters()):
+    assert part.to_local().numel() < whole.numel() or whole.shape[0] == 1, name
+    if whole.grad is not None:
+        torch.testing.assert_close(whole.grad, part.grad.full_tensor(), rtol=1e-4, atol=1e-6, msg=name)
+assert not any("_teacher" in name for name in sharded.state_dict())
+"""
+
+
+def test_objectives_see_whole_matrices_where_parameters_are_sharded(teacher: Path, tmp_path: Path) -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARDED, str(rank), str(tmp_path), str(teacher)], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
