@@ -121,12 +121,15 @@ def main() -> None:
         for run in range(options.runs):
             out = folder / f"run-{run}"
             found = killed(folder, out, options.processes, moment)
+            if not found["kills"]:
+                raise RuntimeError(f"run {run + 1} was done before its moment came")
             equal = weights(out) == weights(whole) and rows(out) == rows(whole)
             result["equal"] += equal
             for key, value in found.items():
                 result[key] = result.get(key, 0) + value
             print(f"run {run + 1}/{options.runs}: {'equal' if equal else 'DIFFERENT'}, {found}", file=sys.stderr)
     print(json.dumps(result) if options.json else result)
+    sys.exit(result["equal"] != options.runs)
 
 
 if __name__ == "__main__":

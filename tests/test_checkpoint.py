@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel
 
-from tinygpt2 import PregenerateConfig, PretrainConfig, pregenerate, pretrain
+from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, pregenerate, pretrain
 from tinygpt2.checkpoint import damage, finished
 from tinygpt2.dataset import load_packed
 from tinygpt2.errors import ConfigError, DataError, ModelError
@@ -88,7 +88,10 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
     assert same(whole, out)
 
 
-def test_nothing_is_kept_of_teachers_and_random_generators(whole: Path) -> None:
+def test_nothing_is_kept_of_teachers_and_random_generators(teacher: Path, data: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "m"
+    common = {"teacher": str(teacher), "student": str(teacher), "data": str(data), "max_steps": 1}
+    distill(DistillConfig(**common, out=str(whole), recipe="distilgpt2"))
     newest = finished(whole / "checkpoints")[-1]
     assert {file.name for file in newest.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
     assert {name.removeprefix("student.") for name in load_file(newest / "model.safetensors")} == set(weights(whole))
@@ -105,6 +108,55 @@ def test_the_newest_and_the_best_are_kept(
     assert result.eval.loss == 5.0
     state = json.loads((out / "checkpoints" / "step-8" / "state.json").read_text())["run"]
     assert (state["best"]["step"], state["best"]["loss"], state["worse"]) == (3, 1.0, 5)
+
+
+def test_a_damaged_newer_checkpoint_takes_no_place(whole: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m"
+    shutil.copytree(whole, out)
+    truncate(out / "checkpoints" / "step-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinygpt2.loop.seed_step", lambda seed, step, _: killed() if step == 7 else None)
+        with pytest.raises(OSError, match="killed"):
+            pretrain(options(teacher, data, out, resume=True, keep=1, save_every=1))
+    assert [path.name for path in finished(out / "checkpoints")] == ["step-7", "step-8"]
+    pretrain(options(teacher, data, out, resume=True, keep=1))
+    assert [path.name for path in finished(out / "checkpoints")] == ["step-8"]
+
+
+def killed() -> None:
+    raise OSError("killed")
+
+
+def test_the_best_that_could_not_be_written_is_not_trusted(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinygpt2 import checkpoint
+
+    def fails_at_three(tensors: dict, file: Path) -> None:
+        if "step-3" in str(file):
+            raise OSError(28, "No space left on device")
+        save(tensors, file)
+
+    save = checkpoint.save_file
+    losses = iter([3.0, 2.0, 1.0, 2.5, 1.5, 1.25, 4.0, 5.0])
+    monkeypatch.setattr("tinygpt2.loop.evaluate", lambda *_: Evaluation(next(losses), 0.0))
+    monkeypatch.setattr(checkpoint, "save_file", fails_at_three)
+    said: list[str] = []
+    monkeypatch.setattr(checkpoint, "say", said.append)
+    out = tmp_path / "m"
+    more = {"keep": 1, "eval_every": 1, "early_stopping_patience": 9, "on_save_error": "continue"}
+    result = pretrain(options(teacher, data, out, **more))
+    assert [path.name for path in finished(out / "checkpoints")] == ["step-2", "step-8"]
+    assert result.eval.loss == 5.0
+    assert "No space left on device" in said[0]
+    assert "keeping the last ones" in said[1]
+
+
+def test_another_commands_directory_is_not_resumed(whole: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m"
+    shutil.copytree(whole, out)
+    with pytest.raises(ConfigError, match="not of a run of this command"):
+        distill(DistillConfig(teacher=str(teacher), student=str(teacher), data=str(data), out=str(out), resume=True))
 
 
 def test_early_stopping_ends_with_the_best_weights(teacher: Path, data: Path, tmp_path: Path) -> None:

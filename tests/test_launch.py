@@ -53,6 +53,27 @@ def test_two_processes_finetune_a_text_as_one(teacher: Path, tmp_path: Path) -> 
     close(tmp_path / "1", tmp_path / "2")
 
 
+def test_two_processes_pretrain_as_one_and_end_with_who_started_them(data: Path, tmp_path: Path) -> None:
+    shape = tmp_path / "shape.yaml"
+    shape.write_text(yaml.safe_dump({"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 32}))
+    base = {"model_config": str(shape), "data": str(data), "log_every": 1, "eval_every": 2}
+    pretrain(PretrainConfig(**base, out=str(tmp_path / "1"), micro_batch_size=4, max_steps=4))
+    pretrain(PretrainConfig(**base, out=str(tmp_path / "2"), micro_batch_size=2, max_steps=4, num_processes=2))
+    close(tmp_path / "1", tmp_path / "2")
+    out = tmp_path / "3"
+    command = [
+        sys.executable, "-m", "tinygpt2", "pretrain", "--model-config", str(shape), "--data", str(data), "--out", str(out),
+        "--max-steps", "100000", "--num-processes", "2", "--log-every", "1",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not read_metrics(out):
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children()
+        process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
 def test_an_error_in_a_process_is_the_error_of_the_call(teacher: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "precious.txt").write_text("x")
@@ -78,10 +99,9 @@ def test_two_processes_killed_stopped_and_resumed(teacher: Path, data: Path, tmp
     }))  # fmt: skip
     out = tmp_path / "m"
     command = [sys.executable, "-m", "tinygpt2", "pretrain", "--config", str(file), "--out", str(out)]
-    for harm in ("kill one", "ask all"):
-        before = len(read_metrics(out))
+    for harm, step in (("kill one", 15), ("ask all", 60)):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            while len(read_metrics(out)) in range(before, before + 15):
+            while not (rows := read_metrics(out)) or rows[-1]["step"] < step:
                 assert process.poll() is None, process.stderr.read()
                 time.sleep(0.01)
             if harm == "kill one":

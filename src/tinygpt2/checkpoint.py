@@ -15,14 +15,14 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ from tinygpt2.config import OnSaveError
 from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.files import flush_to_disk, read_json, sha256_of, write_json
 from tinygpt2.machine import available_memory
+from tinygpt2.metrics import METRICS
 from tinygpt2.progress import say
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
@@ -104,6 +105,7 @@ class Checkpoints:
         self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
+        self._best: Path | None = None  # the best checkpoint that is on the disk
         if accelerator.is_main_process:
             for left in self._root.glob(".*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -112,9 +114,13 @@ class Checkpoints:
         """Begin to write the checkpoint of `state`, once the one before is finished.
 
         Raises:
-            ModelError: the one before could not be written, and the run is to stop then.
+            ModelError: something before could not be written, and the run is to stop then.
         """
-        self.settle()
+        failure = self._finish()
+        self._begin(state)
+        self._report(failure)
+
+    def _begin(self, state: RunState) -> None:
         if self._accelerator.scaler is not None:
             state.scaler = self._accelerator.scaler.state_dict()
         temporary = self._root / f".step-{state.step}"
@@ -123,13 +129,16 @@ class Checkpoints:
             if self._accelerator.is_main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
-            if self._sharded:
-                self._accelerator.save_state(str(temporary), safe_serialization=True)
-                self._accelerator.wait_for_everyone()
-            elif self._accelerator.is_main_process:
-                parts = self._parts()
         except OSError as error:
             self._failure = f"{temporary}: {error.strerror or error}"
+        if self._sharded and self._everywhere(self._failure) is None:
+            try:
+                self._accelerator.save_state(str(temporary), safe_serialization=True)
+            except OSError as error:
+                self._failure = f"{temporary}: {error.strerror or error}"
+            self._accelerator.wait_for_everyone()
+        elif self._accelerator.is_main_process:
+            parts = self._parts()
         if self._accelerator.is_main_process and self._failure is None:
             copied, beside = _copied(parts)
             arguments = (temporary, copied, asdict(state))
@@ -144,11 +153,24 @@ class Checkpoints:
         Raises:
             ModelError: it could not, and the run is to stop then.
         """
+        self._report(self._finish())
+
+    def close(self) -> None:
+        """Wait for what is being written, in this process alone: when the run ends by an error."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        failure = self._everywhere(self._failure)
-        self._failure = None
+
+    def _finish(self) -> str | None:
+        """Wait for what is being written; return what any process could not write."""
+        self.close()
+        mine, self._failure = self._failure, None
+        all_ = gather_object([mine]) if self._accelerator.num_processes > 1 else [mine]
+        return next((failure for failure in all_ if failure), None)
+
+    def _report(self, failure: str | None) -> None:
+        if failure and self._on_error == "stop":
+            self.close()
         if failure and self._on_error == "stop":
             raise ModelError(
                 f"cannot save: {failure}",
@@ -185,13 +207,22 @@ class Checkpoints:
         if found.data != state.data:
             raise ConfigError("--resume: the data set's content is not what it was", "give another --out")
         self._restore(Path(path), found)
+        best = found.best and self._root / f"step-{found.best.step}"
+        self._best = best if best and best.is_dir() else None
         say(f"resuming from {path}")
         return found
 
-    def restore_best(self, state: RunState) -> None:
-        """Restore the weights that evaluated best."""
-        if state.best is not None and state.best.step != state.step:
-            self._restore(self._root / f"step-{state.best.step}", state)
+    def restore_best(self, state: RunState) -> bool:
+        """Restore the weights that evaluated best; say whether their checkpoint is there and whole."""
+        if state.best is None or state.best.step == state.step:
+            return state.best is not None
+        path = self._root / f"step-{state.best.step}"
+        problem = self._everywhere(damage(path) if self._accelerator.is_main_process else None)
+        if problem is None:
+            self._restore(path, state)
+        else:
+            say(f"warning: the best weights, {path}, cannot be had: {problem}; keeping the last ones")
+        return problem is None
 
     def _everywhere(self, value: Any) -> Any:
         """Return the main process's value in every process."""
@@ -226,7 +257,8 @@ class Checkpoints:
                 str(file.relative_to(temporary)): sha256_of(file) for file in temporary.rglob("*") if file.is_file()
             }
             write_json(temporary / STATE, {"run": state, "files": files, "sha256": _digest(state, files)})
-            for file in temporary.rglob("*"):
+            metrics = self._root.parent / METRICS
+            for file in [temporary, *temporary.rglob("*"), *([metrics] if metrics.is_file() else [])]:
                 flush_to_disk(file)
             shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
             temporary.replace(final)
@@ -236,11 +268,14 @@ class Checkpoints:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             self._failure = f"{final}: {' '.join(reason.split())}"
             return
-        best = state["best"] and self._root / f"step-{state['best']['step']}"
-        for old in finished(self._root)[: -self._keep]:
-            if old != best:
+        if state["best"] and state["best"]["step"] == state["step"]:
+            self._best = final
+        # a later one is damaged, and was passed over: it neither counts nor goes
+        for old in [path for path in finished(self._root) if _step(path) <= state["step"]][: -self._keep]:
+            if old != self._best:
                 hidden = old.with_name(f".{old.name}.old")
-                old.replace(hidden)  # never half a checkpoint under its name
+                with suppress(OSError):  # the next one tries again
+                    old.replace(hidden)  # never half a checkpoint under its name
                 shutil.rmtree(hidden, ignore_errors=True)
 
     def _restore(self, path: Path, state: RunState) -> None:
@@ -273,7 +308,11 @@ class Checkpoints:
 def finished(root: Path) -> list[Path]:
     """Return the checkpoints that look finished, oldest first."""
     found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def damage(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -30,7 +31,8 @@ def peak_rate(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peaks[precision != "fp32"] * 1e12 for part, peaks in PEAKS.items() if part in name), None)
+    found = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    return None if found is None else found[precision != "fp32"] * 1e12
 
 
 def layer_operations(shape: GPT2Config, length: int) -> int:

@@ -41,6 +41,8 @@ def may_step(
     scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
     if math.isfinite(terms["loss"]) and (scaling or math.isfinite(norm)):
         return True
+    if accelerator.scaler is not None:  # the norm has unscaled the gradients; the optimizer would have closed that
+        accelerator.scaler.update()
     state.skipped += 1
     parts = ", ".join(f"{name} {term:g}" for name, term in terms.items())
     shown = ", ".join(map(str, indices[:_SHOWN])) + (f" and {len(indices) - _SHOWN} more" if indices[_SHOWN:] else "")

@@ -17,12 +17,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from tinygpt2 import progress
-from tinygpt2.errors import ConfigError, TinyGPT2Error
+from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error
 from tinygpt2.machine import keep_memory
 
 _PATIENCE = 20.0  # seconds that the others have to notice that a process is gone
@@ -44,6 +44,8 @@ def command_line() -> None:
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C
     progress.show()
     keep_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -79,7 +81,7 @@ def launch(name: str, processes: int, *arguments: Any) -> Any:
     address["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     started: list[SpawnProcess] = []
     receivers = []
-    with _environment(address), _passed_on(started):
+    with _environment(address), _passed_on(started) as asked:
         for number in range(processes):
             receiver, sender = context.Pipe(duplex=False)
             told = {**address, "RANK": str(number), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(processes)}
@@ -88,12 +90,14 @@ def launch(name: str, processes: int, *arguments: Any) -> Any:
             sender.close()
             started.append(process)
             receivers.append(receiver)
-        return _wait(started, receivers)
+        return _wait(started, receivers, asked)
 
 
 def _work(name: str, arguments: tuple[Any, ...], told: dict[str, str], shown: bool, sender: Any) -> None:
     """Do one process's part, and report what came of it through a pipe."""
     os.environ.update(told)
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    signal.signal(signal.SIGTERM, _interrupt)
     if shown:
         command_line()
     try:
@@ -101,10 +105,23 @@ def _work(name: str, arguments: tuple[Any, ...], told: dict[str, str], shown: bo
     except BaseException as error:
         if os.environ.get("TINYGPT2_DEBUG") == "1":
             traceback.print_exc()
-        sender.send(error if isinstance(error, TinyGPT2Error | OSError | KeyboardInterrupt) else _described(error))
-        sys.stdout.flush()
+        known = isinstance(error, TinyGPT2Error | KeyboardInterrupt) or type(error) in (OSError, FileNotFoundError)
+        sender.send(error if known else _described(error))
         os._exit(1)  # the libraries' own clearing up would wait for processes that are gone
     sender.send(result if told["RANK"] == "0" else None)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to be done, and libraries' threads may take their time
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with(parent: Any) -> None:
+    """End this process when the one that started it is gone: nobody would know of it."""
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _described(error: BaseException) -> TinyGPT2Error:
@@ -114,7 +131,7 @@ def _described(error: BaseException) -> TinyGPT2Error:
     )
 
 
-def _wait(started: list[SpawnProcess], receivers: list[Any]) -> Any:
+def _wait(started: list[SpawnProcess], receivers: list[Any], asked: list[int]) -> Any:
     """Wait for all processes; return what the first reports, or raise the first failure, which none outlives long."""
     reports: dict[int, Any] = {}
     failures: list[BaseException] = []
@@ -129,24 +146,27 @@ def _wait(started: list[SpawnProcess], receivers: list[Any]) -> Any:
             process = started[number]
             if isinstance(source, int):
                 process.join()
-                if process.exitcode and process.exitcode < 0:
+                if process.exitcode == -signal.SIGTERM and asked:
+                    failures.append(InterruptedRunError("interrupted before the first step"))
+                elif process.exitcode and process.exitcode < 0 and number not in reports:
                     failures.append(_killed(number, len(started), -process.exitcode))
             else:
                 try:
                     reports[number] = source.recv()
-                except EOFError:  # it was killed
+                except EOFError:  # it is gone, without a word
+                    process.join()
+                    if (process.exitcode or 0) >= 0:
+                        failures.append(TinyGPT2Error(f"process {number} ended with status {process.exitcode}"))
                     continue
                 if isinstance(reports[number], BaseException):
                     failures.append(reports[number])
-        if failures and deadline == math.inf:
+        if (failures or len(reports) == len(started)) and deadline == math.inf:
             deadline = time.monotonic() + _PATIENCE
         if time.monotonic() >= deadline:
             for process in started:
                 process.kill()
     if failures:
         raise failures[0]
-    if len(reports) < len(started):
-        raise TinyGPT2Error("a process ended without a word", "run again with TINYGPT2_DEBUG=1")
     return reports[0]
 
 
@@ -181,19 +201,24 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _passed_on(started: list[SpawnProcess]) -> Iterator[None]:
-    """Pass Ctrl-C and SIGTERM on to the processes, which finish their step and save."""
+def _passed_on(started: list[SpawnProcess]) -> Iterator[list[int]]:
+    """Pass Ctrl-C and SIGTERM on to the processes, which finish their step and save; a second one kills them.
+
+    Yields the signals that came.
+    """
+    asked: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
+        asked.append(number)
         for process in started:
             if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signal.SIGTERM)
+                os.kill(process.pid, signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
 
     earlier = {}
     if threading.current_thread() is threading.main_thread():
         earlier = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -73,7 +74,10 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     config, out, data = job.config, Path(job.config.out), job.data
     sequences, total = job.sequences(accelerator.num_processes), job.total_steps(accelerator.num_processes)
     if accelerator.state.deepspeed_plugin is not None:  # it wants to know, and there is no loader to ask
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.micro_batch_size
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.micro_batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        }
     wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
     parameters = list(wrapped.parameters())
     order = Shuffle(len(data.train), config.seed)
@@ -85,7 +89,8 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     step_tokens = sequences * data.sequence_length
     meter = Meter(state, step_tokens, _bound(job, accelerator))
     wrapped.train()
-    with stop_on_signals() as stop, track(out.name, total) as progress:
+    explained = memory_explained(config, data.sequence_length)
+    with closing(checkpoints), explained, stop_on_signals() as stop, track(out.name, total) as progress:
         progress.advance(state.step)
         while state.step < total and not _worse_for_long(state, config):
             rate = learning_rate(state.step, total, config)
@@ -93,15 +98,15 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
                 group["lr"] = rate
             seed_step(config.seed, state.step, accelerator.process_index)
             indices = order[state.step * sequences : (state.step + 1) * sequences]
-            with memory_explained(config, data.sequence_length):
-                parts = gradients(accelerator, wrapped, data.train, indices, config.micro_batch_size)
+            parts = gradients(accelerator, wrapped, data.train, indices, config.micro_batch_size)
             norm = float(accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf) or 0)
             terms, stopping = _agree(accelerator, parts, bool(stop))
             if may_step(accelerator, state, terms, norm, indices, config):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
-            state.tokens, state.loss = state.step * step_tokens, terms["loss"]
+            state.tokens = state.step * step_tokens
+            state.loss = terms["loss"] if math.isfinite(terms["loss"]) else None
             done, last, improved = state.step, state.step == total, False
             row: dict[str, float] = {}
             if done == 1 or last or done % config.log_every == 0:
@@ -130,10 +135,9 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
                 raise InterruptedRunError(
                     f"stopped after step {done} of {total}; saved", f"add --resume to continue {out}"
                 )
-    checkpoints.settle()
-    if config.early_stopping_patience and state.best is not None:
-        say(f"the evaluation was best after step {state.best.step}: taking its weights")
-        checkpoints.restore_best(state)
+        checkpoints.settle()
+    if config.early_stopping_patience and state.best is not None and checkpoints.restore_best(state):
+        say(f"the evaluation was best after step {state.best.step}: its weights are taken")
         state.eval = {"loss": state.best.loss, "perplexity": state.best.perplexity}
     wrapped.eval()
     return state, wrapped
@@ -157,7 +161,7 @@ def _agree(accelerator: Accelerator, parts: dict[str, torch.Tensor], stop: bool)
 def _compare(state: RunState) -> bool:
     """Take note of the last evaluation; say whether it is the best so far."""
     assert state.eval is not None
-    improved = state.best is None or state.eval["loss"] < state.best.loss
+    improved = math.isfinite(state.eval["loss"]) and (state.best is None or state.eval["loss"] < state.best.loss)
     if improved:
         state.best = Best(state.step, state.eval["loss"], state.eval["perplexity"])
     state.worse = 0 if improved else state.worse + 1

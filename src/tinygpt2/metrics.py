@@ -27,16 +27,22 @@ class MetricsLog:
         self._path = out / METRICS
         kept = [row for row in read_metrics(out) if row["step"] <= step] if step else []
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._waiting = b""
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append one step's figures; what is not finite becomes null."""
+        """Append one step's figures, and those that could not be written before; what is not finite becomes null.
+
+        Raises:
+            OSError: the disk is full; the figures wait.
+        """
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        line = (json.dumps(finite) + "\n").encode()
+        self._waiting += (json.dumps(finite) + "\n").encode()
         with self._path.open("r+b", buffering=0) as stream:
             end = stream.seek(0, os.SEEK_END)
-            if stream.write(line) != len(line):  # the disk took only a part
+            if stream.write(self._waiting) != len(self._waiting):  # the disk took only a part
                 stream.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        self._waiting = b""
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:

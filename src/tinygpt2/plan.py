@@ -61,6 +61,8 @@ def make_plan(job: Job, accelerator: Accelerator) -> Plan:
     Raises:
         ConfigError: the shapes do not fit an objective, or there is too little space on the disk.
     """
+    if job.config.auto_batch_size:
+        fit_batch(job, accelerator)
     config, data = job.config, job.data
     processes = config.num_processes or accelerator.num_processes
     teacher = None if job.teacher is None else job.teacher.config
@@ -108,11 +110,11 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
-def fit_batch(job: Job, accelerator: Accelerator, module: Step) -> None:
+def fit_batch(job: Job, accelerator: Accelerator, module: Step | None = None) -> None:
     """Give the job the largest micro-batch that fits, with accumulation that keeps the global batch.
 
-    On a GPU by trying from the largest down, on a CPU by `step_memory`, because there a trial that fails takes the
-    process or a neighbour with it.
+    On a GPU by trying from the largest down; on a CPU, where a trial that fails takes the process or a neighbour with
+    it, and without a module by `step_memory`.
 
     Raises:
         ConfigError: not even one block fits.
@@ -120,11 +122,13 @@ def fit_batch(job: Job, accelerator: Accelerator, module: Step) -> None:
     config, length = job.config, job.data.sequence_length
     whole = config.micro_batch_size * config.gradient_accumulation_steps
     sizes = [size for size in range(whole, 0, -1) if whole % size == 0]
-    if accelerator.device.type == "cuda":
+    if accelerator.device.type == "cuda" and module is not None:
         found = next((size for size in sizes if _fits(job, accelerator, module, size)), 0)
     else:
         fixed, each = step_memory(job.model, job.teacher, job.weights, config, length)
-        budget = _FILLED * available_memory() / accelerator.num_processes
+        on_gpu = accelerator.device.type == "cuda"
+        budget = torch.cuda.mem_get_info()[0] if on_gpu else available_memory() / accelerator.num_processes
+        budget *= _FILLED
         found = next((size for size in sizes if fixed + each * size <= budget), 0)
     found = int(accelerator.gather(torch.tensor([found], device=accelerator.device)).min())
     if not found:
@@ -139,12 +143,13 @@ def fit_batch(job: Job, accelerator: Accelerator, module: Step) -> None:
 
 def _fits(job: Job, accelerator: Accelerator, module: Step, size: int) -> bool:
     """Try one micro-batch, with room for what AdamW will hold."""
-    module.to(accelerator.device)
     moments: list[torch.Tensor] = []
+    blocks = [index % len(job.data.train) for index in range(size)]
     try:
+        module.to(accelerator.device)
         moments = [torch.empty_like(parameter) for parameter in module.parameters() for _ in range(2)]
         with accelerator.autocast():
-            loss, _ = module(*job.data.train.batch(range(size)).to(accelerator.device))
+            loss, _ = module(*job.data.train.batch(blocks).to(accelerator.device))
         loss.backward()
         return True
     except torch.OutOfMemoryError:

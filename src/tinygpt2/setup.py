@@ -54,7 +54,8 @@ class Setup:
             how: the text becomes documents, and which are held out.
         """
         out = self.place / name
-        if self.accelerator.is_main_process and not (config.resume and is_packed(out)):
+        mine = self.accelerator.is_main_process or passing(config)  # into a directory of its own
+        if mine and not (config.resume and is_packed(out)):
             if config.validate_only and (Corpus.of([source], how).size_hint() or 0) > _TRIED:
                 raise ConfigError(
                     f"--validate-only counts the tokens of texts of up to {_TRIED >> 20} MiB: {source} is larger",
@@ -109,11 +110,16 @@ def begin(config: TrainOptions, weights: Weights) -> Iterator[Setup]:
     if accelerator.is_main_process:
         _check_start(config)
     accelerator.wait_for_everyone()  # nobody writes before that
-    if not config.validate_only:
+    if not passing(config):
         yield Setup(accelerator, Path(config.out))
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield Setup(accelerator, Path(scratch))
+
+
+def passing(config: TrainOptions) -> bool:
+    """Say whether a run leaves nothing in its directory."""
+    return config.validate_only or config.compile_only
 
 
 def _check_start(config: TrainOptions) -> None:
@@ -126,12 +132,19 @@ def _check_start(config: TrainOptions) -> None:
         )
     out = Path(config.out)
     run = out / RUN_FILE
+    left = [path for path in out.glob(".*.tmp") if path.is_dir()] if config.resume else []  # by a killed process
     # a text may be packed before the run begins
     begun = run.is_file() or any(is_packed(out / name) or workplace_of(out / name).is_dir() for name in PACKED)
+    if left and (begun or len(left) == len(list(out.iterdir()))):
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
     if not (config.resume and begun):
         require_free(out, "give another --out, or --resume to continue a run")
     elif run.is_file():
-        changed = changed_mathematics(config, yaml.safe_load(run.read_text(encoding="utf-8")))
+        earlier = yaml.safe_load(run.read_text(encoding="utf-8"))
+        if not isinstance(earlier, dict) or set(earlier) != set(config.options()):
+            raise ConfigError(f"--resume: {run} is not of a run of this command", "give another --out")
+        changed = changed_mathematics(config, earlier)
         if changed:
             raise ConfigError(
                 f"--resume: {', '.join(changed)} differ from the run in {out}",
@@ -140,14 +153,34 @@ def _check_start(config: TrainOptions) -> None:
 
 
 def _accelerator(config: TrainOptions, weights: Weights) -> Accelerator:
-    AcceleratorState._reset_state()  # a process may train twice, in another precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process may train twice, in another precision
     # objectives that never reach the logits may leave the top of the student without gradients
     whole = bool(weights.ce or weights.prediction)
-    return Accelerator(
+    accelerator = Accelerator(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
         cpu=not torch.cuda.is_available(),
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=list(config.report_to) or None,
         project_dir=config.out,
     )
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # whatever a launcher's file says
+    _check_sharding(accelerator)
+    return accelerator
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    """Refuse what would not show the objectives whole matrices, or the teacher to every process.
+
+    Raises:
+        ConfigError: Accelerate's configuration asks for it.
+    """
+    fsdp, deepspeed = getattr(accelerator.state, "fsdp_plugin", None), accelerator.state.deepspeed_plugin
+    if fsdp is not None and (fsdp.auto_wrap_policy is not None or fsdp.cpu_ram_efficient_loading):
+        raise ConfigError(
+            "FSDP needs fsdp_auto_wrap_policy: NO_WRAP and fsdp_cpu_ram_efficient_loading: false",
+            "examples/accelerate-fsdp.yaml has both",
+        )
+    if deepspeed is not None and deepspeed.deepspeed_config["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            "DeepSpeed's ZeRO stage 3 splits the matrices that the objectives need whole", "take stage 2, or FSDP"
+        )

@@ -52,6 +52,10 @@ class Step(nn.Module):
         self._capture = torch.compile(capture) if config.compile or config.compile_only else capture
         self._checkpointing = config.gradient_checkpointing
 
+    def tie_weights(self) -> None:
+        """Make embeddings and output matrix one again, as FSDP asks for after sharding."""
+        self.student.tie_weights()
+
     def forward(
         self, input_ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"] | None = None, share: Counts | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:

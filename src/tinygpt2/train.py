@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -195,34 +195,54 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
         job.teacher.to(accelerator.device)
     if config.compile_only:
         return compile_step(job, accelerator, module)
+    if config.auto_batch_size and not _fitted_before(job, accelerator):
+        fit_batch(job, accelerator, module)
+    config = job.config
     if accelerator.is_main_process:
         write_text(out / RUN_FILE, config.to_yaml())
-    if config.auto_batch_size:
-        fit_batch(job, accelerator, module)
     _begin_tracking(accelerator, config)
     tokenizer = job.data.tokenizer()
-    state, wrapped = run_loop(job, accelerator, module)
+    try:
+        state, wrapped = run_loop(job, accelerator, module)
+    except BaseException:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
     weights = accelerator.get_state_dict(wrapped)
     result = _result(job, state)
     if accelerator.is_main_process:
         own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
         save_model(job.model, out, tokenizer, _card(job, result), own, config.to_yaml())
         plot_curves(out)
+    # the wrapper first: where it outlives the process group, its end waits for threads that wait for it
+    (wrapped,) = accelerator.free_memory(wrapped)
     accelerator.end_training()
     return result
 
 
+def _fitted_before(job: Job, accelerator: Accelerator) -> bool:
+    """Take the micro-batch that the run found when it began, so that what it resumes computes the same."""
+    file, config = Path(job.config.out) / RUN_FILE, job.config
+    if not (config.resume and file.is_file()):
+        return False
+    earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
+    size, turns = earlier["micro_batch_size"], earlier["gradient_accumulation_steps"]
+    if not earlier["auto_batch_size"] or size * turns != config.micro_batch_size * config.gradient_accumulation_steps:
+        return False
+    job.config = config.model_copy(update={"micro_batch_size": size, "gradient_accumulation_steps": turns})
+    accelerator.gradient_accumulation_steps = turns
+    return True
+
+
 def _begin_tracking(accelerator: Accelerator, config: TrainOptions) -> None:
-    """Start the trackers: TensorBoard writes into OUT/tensorboard, W&B into its project tinygpt2."""
+    """Start the trackers: TensorBoard in OUT/tensorboard, or beside W&B's project tinygpt2 in OUT/tinygpt2."""
     if not config.report_to:
         return
-    name = Path(config.out).name
-    if accelerator.is_main_process:
-        os.environ.setdefault("WANDB_SILENT", "true")
+    options = config.model_dump(mode="json", by_alias=True)
     accelerator.init_trackers(
-        "tensorboard" if config.report_to == ["tensorboard"] else "tinygpt2",
-        config=config.model_dump(mode="json", by_alias=True) if "wandb" in config.report_to else None,
-        init_kwargs={"wandb": {"name": name, "dir": config.out}},
+        "tinygpt2" if "wandb" in config.report_to else "tensorboard",
+        config={key: value if isinstance(value, int | float | str) else str(value) for key, value in options.items()},
+        init_kwargs={"wandb": {"name": Path(config.out).name, "dir": config.out}},
     )
 
 
