@@ -87,4 +87,4 @@ def minimums(session: nox.Session) -> None:
     session.install("-q", "--no-deps", "-e", ".")
     # An old dependency may warn of what newer ones have mended: here only failures count.
     ignore = ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
-    session.run("python", "-m", "pytest", *ignore)
+    session.run("python", "-m", "pytest", "-m", "not slow", *ignore)

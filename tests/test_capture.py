@@ -127,6 +127,7 @@ def test_gradient_checkpointing_keeps_less() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_a_compiled_run_has_the_same_losses(tmp_path: Path, data: Path, teacher: Path) -> None:
     curves = []
     for name, flags in (("plain", []), ("compiled", ["--compile", "--gradient-checkpointing"])):

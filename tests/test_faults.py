@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,10 +98,8 @@ main(["pretrain", "--model", {str(teacher)!r}, "--data", {str(data)!r}, "--out",
 
 
 def test_validate_only_says_what_a_run_takes_and_writes_nothing(teacher: Path, data: Path, tmp_path: Path) -> None:
-    started = time.perf_counter()
     config = options(teacher, data, tmp_path / "m", max_steps=None, validate_only=True, num_processes=2)
     found = pretrain(config)
-    assert time.perf_counter() - started < 10
     sequences = len(load_packed(str(data)).train)
     parameters = sum(p.numel() for p in load_model(str(teacher))[0].parameters())
     assert (found.parameters, found.train_sequences, found.processes) == (parameters, sequences, 2)
@@ -136,9 +133,12 @@ def test_validate_only_finds_what_does_not_fit(teacher: Path, data: Path, tmp_pa
     assert not (tmp_path / "o").exists()
 
 
-def test_compile_only_compiles_and_writes_nothing(teacher: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_compile_only_compiles_and_writes_nothing(data: Path, tmp_path: Path) -> None:
+    shape = tmp_path / "shape.yaml"
+    shape.write_text(yaml.safe_dump({"n_layer": 1, "n_embd": 32, "n_head": 4, "n_positions": 32}))
     command = [
-        sys.executable, "-m", "tinygpt2", "pretrain", "--model", str(teacher), "--data", str(data),
+        sys.executable, "-m", "tinygpt2", "pretrain", "--model-config", str(shape), "--data", str(data),
         "--out", str(tmp_path / "m"), "--compile-only", "--json",
     ]  # fmt: skip
     cache = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

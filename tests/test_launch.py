@@ -53,6 +53,7 @@ def test_two_processes_finetune_a_text_as_one(teacher: Path, tmp_path: Path) -> 
     close(tmp_path / "1", tmp_path / "2")
 
 
+@pytest.mark.slow
 def test_two_processes_pretrain_as_one_and_end_with_who_started_them(data: Path, tmp_path: Path) -> None:
     shape = tmp_path / "shape.yaml"
     shape.write_text(yaml.safe_dump({"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 32}))
@@ -90,6 +91,7 @@ def test_another_launchers_number_counts(
         pretrain(PretrainConfig(model=str(teacher), data=str(data), out=str(tmp_path / "m"), num_processes=2))
 
 
+@pytest.mark.slow
 def test_two_processes_killed_stopped_and_resumed(teacher: Path, data: Path, tmp_path: Path) -> None:
     """One killed ends the other; a signal to the whole saves; resumed twice, no step is missing and none is there twice."""
     file = tmp_path / "run.yaml"

@@ -318,6 +318,7 @@ print("count", int(sys.argv[1]) - left[0])
 """
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_continued_it_makes_the_same_bytes(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:

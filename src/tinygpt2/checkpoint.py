@@ -171,7 +171,6 @@ class Checkpoints:
     def _report(self, failure: str | None) -> None:
         if failure and self._on_error == "stop":
             self.close()
-        if failure and self._on_error == "stop":
             raise ModelError(
                 f"cannot save: {failure}",
                 "earlier checkpoints are intact: free some space and continue with --resume, "

@@ -73,11 +73,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     """
     config, out, data = job.config, Path(job.config.out), job.data
     sequences, total = job.sequences(accelerator.num_processes), job.total_steps(accelerator.num_processes)
-    if accelerator.state.deepspeed_plugin is not None:  # it wants to know, and there is no loader to ask
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": config.micro_batch_size,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        }
+    _tell_deepspeed(accelerator, config)
     wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
     parameters = list(wrapped.parameters())
     order = Shuffle(len(data.train), config.seed)
@@ -141,6 +137,15 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
         state.eval = {"loss": state.best.loss, "perplexity": state.best.perplexity}
     wrapped.eval()
     return state, wrapped
+
+
+def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
+    """Tell DeepSpeed, where it runs, what it would ask a data loader for."""
+    if accelerator.state.deepspeed_plugin is not None:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.micro_batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        }
 
 
 def _bound(job: Job, accelerator: Accelerator) -> float | None:

@@ -91,7 +91,11 @@ class Step(nn.Module):
 
 def seed_step(seed: int, step: int, process: int) -> None:
     """Make the random numbers of a step, dropout's, a function of seed, step and process: nothing to save."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1))
+    number = int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1)
+    # torch.manual_seed would ask for every kind of device there might be, which takes a millisecond
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(number)
 
 
 def gradients(
