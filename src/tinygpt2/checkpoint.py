@@ -16,7 +16,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,52 +32,9 @@ from tinygpt2.files import flush_to_disk, read_json, sha256_of, write_json
 from tinygpt2.machine import available_memory
 from tinygpt2.metrics import METRICS
 from tinygpt2.progress import say
+from tinygpt2.runstate import RunState
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
-
-
-@dataclass(frozen=True)
-class Best:
-    """The evaluation with the lowest loss so far."""
-
-    step: int
-    loss: float
-    perplexity: float
-
-
-@dataclass
-class RunState:
-    """What a run knows of itself beyond weights and optimizer.
-
-    Attributes:
-        step, tokens, seconds: done so far.
-        loss: of the last step, the mean over the global batch; None where it was not finite.
-        eval: the last evaluation's loss and perplexity.
-        best: the best evaluation.
-        worse: evaluations since then.
-        skipped: steps whose loss or gradient was not finite.
-        global_batch: sequences in a step.
-        data: fingerprint of the data set.
-        scaler: fp16's loss scaling.
-    """
-
-    global_batch: int
-    data: str
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    loss: float | None = None
-    eval: dict[str, float] | None = None
-    best: Best | None = None
-    worse: int = 0
-    skipped: int = 0
-    scaler: dict[str, float] | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> RunState:
-        """Read a checkpoint's state."""
-        values = read_json(path / STATE)["run"]
-        return cls(**{**values, "best": values["best"] and Best(**values["best"])})
 
 
 class Checkpoints:
@@ -197,7 +154,7 @@ class Checkpoints:
         path = self._everywhere(self._newest() if self._accelerator.is_main_process else None)
         if path is None:
             return state
-        found = RunState.read(Path(path))
+        found = RunState.of(read_json(Path(path) / STATE)["run"])
         if found.global_batch != state.global_batch:
             raise ConfigError(
                 f"--resume: steps of {found.global_batch} sequences became steps of {state.global_batch}",

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from tinygpt2.checkpoint import RunState
 from tinygpt2.config import TrainOptions
 from tinygpt2.errors import ConfigError, DivergedError
 from tinygpt2.machine import available_memory
 from tinygpt2.meter import memory_in_use
 from tinygpt2.progress import say
+from tinygpt2.runstate import RunState
 
 _SHOWN = 32  # block numbers in a message
 

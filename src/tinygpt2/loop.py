@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.checkpoint import Best, Checkpoints, RunState
+from tinygpt2.checkpoint import Checkpoints
 from tinygpt2.config import TrainOptions
 from tinygpt2.dataset import Blocks, Packed, Shuffle
 from tinygpt2.errors import InterruptedRunError
@@ -24,6 +24,7 @@ from tinygpt2.metrics import MetricsLog
 from tinygpt2.objectives import Weights
 from tinygpt2.optim import learning_rate, make_optimizer
 from tinygpt2.progress import say, track
+from tinygpt2.runstate import RunState
 from tinygpt2.step import Step, evaluate, gradients, seed_step
 
 
@@ -43,6 +44,11 @@ class Job:
     def sequences(self, processes: int) -> int:
         """Return the blocks in one optimizer step."""
         return self.config.micro_batch_size * self.config.gradient_accumulation_steps * processes
+
+    def operations(self) -> int:
+        """Return the floating-point operations of a step per token."""
+        teacher = None if self.teacher is None else self.teacher.config
+        return step_operations(self.model.config, teacher, self.weights, self.data.sequence_length)
 
     def total_steps(self, processes: int) -> int:
         """Return the optimizer steps of the whole run."""
@@ -114,9 +120,9 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
             if len(job.evaluated) and (last or (config.eval_every and done % config.eval_every == 0)):
                 progress.advance(0, "evaluating")
                 with meter.paused():
-                    state.eval = asdict(evaluate(accelerator, wrapped, job.evaluated, config.micro_batch_size))
-                row |= {f"eval/{name}": value for name, value in state.eval.items()}
-                improved = _compare(state)
+                    found = asdict(evaluate(accelerator, wrapped, job.evaluated, config.micro_batch_size))
+                row |= {f"eval/{name}": value for name, value in found.items()}
+                improved = state.evaluated(**found)
                 last = last or _worse_for_long(state, config)
             if row and log is not None:
                 with checkpoints.may_fail("metrics.jsonl"):
@@ -151,9 +157,7 @@ def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
 def _bound(job: Job, accelerator: Accelerator) -> float | None:
     """Return the tokens per second at the devices' peak, where that is known."""
     peak = peak_rate(accelerator.device, job.config.precision)
-    teacher = None if job.teacher is None else job.teacher.config
-    operations = step_operations(job.model.config, teacher, job.weights, job.data.sequence_length)
-    return None if peak is None else peak * accelerator.num_processes / operations
+    return None if peak is None else peak * accelerator.num_processes / job.operations()
 
 
 def _agree(accelerator: Accelerator, parts: dict[str, torch.Tensor], stop: bool) -> tuple[dict[str, float], bool]:
@@ -161,16 +165,6 @@ def _agree(accelerator: Accelerator, parts: dict[str, torch.Tensor], stop: bool)
     both = torch.stack([*parts.values(), parts["loss"].new_tensor(float(stop))])
     *means, asked = accelerator.reduce(both, "mean").tolist()
     return dict(zip(parts, means, strict=True)), asked > 0
-
-
-def _compare(state: RunState) -> bool:
-    """Take note of the last evaluation; say whether it is the best so far."""
-    assert state.eval is not None
-    improved = math.isfinite(state.eval["loss"]) and (state.best is None or state.eval["loss"] < state.best.loss)
-    if improved:
-        state.best = Best(state.step, state.eval["loss"], state.eval["perplexity"])
-    state.worse = 0 if improved else state.worse + 1
-    return improved
 
 
 def _worse_for_long(state: RunState, config: TrainOptions) -> bool:

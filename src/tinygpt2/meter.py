@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from tinygpt2.checkpoint import RunState
+from tinygpt2.runstate import RunState
 
 
 class Meter:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from tinygpt2.errors import ConfigError
-from tinygpt2.estimate import measured_rate, peak_rate, step_memory, step_operations
+from tinygpt2.estimate import measured_rate, peak_rate, step_memory
 from tinygpt2.loop import Job
 from tinygpt2.machine import available_memory
 from tinygpt2.meter import memory_in_use
@@ -65,11 +65,9 @@ def make_plan(job: Job, accelerator: Accelerator) -> Plan:
         fit_batch(job, accelerator)
     config, data = job.config, job.data
     processes = config.num_processes or accelerator.num_processes
-    teacher = None if job.teacher is None else job.teacher.config
     fixed, each = step_memory(job.model, job.teacher, job.weights, config, data.sequence_length)
     parameters, steps = count_parameters(job.model), job.total_steps(processes)
     tokens = steps * job.sequences(processes) * data.sequence_length
-    operations = step_operations(job.model.config, teacher, job.weights, data.sequence_length)
     device = accelerator.device
     rate = peak_rate(device, config.precision) or measured_rate(device, config.precision)
     # processes share a CPU, and have a GPU each
@@ -101,7 +99,7 @@ def make_plan(job: Job, accelerator: Accelerator) -> Plan:
         memory_available_bytes=available_memory(),
         disk_bytes=disk,
         disk_free_bytes=free,
-        seconds=tokens * operations / rate,
+        seconds=tokens * job.operations() / rate,
     )
 
 

@@ -12,7 +12,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from tinygpt2.checkpoint import RunState
 from tinygpt2.config import (
     DEFAULT_SEQUENCE_LENGTH,
     DistillConfig,
@@ -42,6 +41,7 @@ from tinygpt2.model import (
 from tinygpt2.objectives import Weights
 from tinygpt2.perplexity import check_fits
 from tinygpt2.plan import Compiled, Plan, compile_step, fit_batch, make_plan
+from tinygpt2.runstate import RunState
 from tinygpt2.setup import RUN_FILE, Setup, begin
 from tinygpt2.step import Evaluation, Step
 from tinygpt2.tokenizer import fingerprint
