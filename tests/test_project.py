@@ -23,7 +23,8 @@ SOURCE = ROOT / "src" / "tinygpt2"
 ORDER = [
     "errors", "files", "progress", "machine", "launch", "interrupt", "schema", "config", "hub", "pydocs", "formats", "corpus", "encoder",
     "tokenizer", "spill", "blocks", "workplace", "pack", "parts", "dataset",
-    "model", "capture", "objectives", "optim", "metrics", "runstate", "checkpoint", "tasks", "perplexity", "truncate", "step",
+    "model", "capture", "objectives", "optim", "metrics", "runstate", "checkpoint", "detokenize", "stopwords", "tasks", "scoring", "conventions",
+    "comparison", "perplexity", "truncate", "step",
     "estimate", "meter", "faults", "loop", "plan", "setup", "train", "generation", "verification", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 

@@ -62,3 +62,27 @@ def stream_dataset(name: str, configuration: str | None) -> tuple[Any, str]:
         raise UnreadableError(
             f"no such file or directory: {name}; nor can it be had as a data set from the Hub: {problem}", _HINT
         ) from error
+
+
+def dataset_rows(name: str, configuration: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:
+    """Return all rows of a data set's split, from the Hub or from the cache of earlier downloads.
+
+    Raises:
+        UnreadableError: it is in neither.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=20)
+        offline = False
+    except Exception:  # whatever the network makes the library raise
+        offline = True  # `datasets` would try again for long before it looks into its cache
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, offline or datasets.config.HF_HUB_OFFLINE
+    try:
+        return list(datasets.load_dataset(name, configuration, split=split, revision=revision))
+    except Exception as error:
+        problem = " ".join(str(error).split())[:200]
+        raise UnreadableError(f"{name} cannot be had as a data set from the Hub: {problem}", _HINT) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before

@@ -59,20 +59,20 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
 
 def plot_runs(runs: Mapping[str, Path], key: str, path: Path, title: str) -> None:
     """Draw one metric of several runs against tokens, as a PNG."""
-    figure, axes = _figure(1)
+    figure, axes = figure_of(1)
     for name, out in runs.items():
         rows = [row for row in read_metrics(out) if key in row]
         axes[0].plot([row["tokens"] for row in rows], [row[key] for row in rows], marker=".", label=name)
     axes[0].set(xlabel="tokens", ylabel=key, title=title)
     axes[0].legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(out: Path) -> None:
     """Draw a run's losses and learning rate against tokens into its directory."""
     rows = read_metrics(out)
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if "loss" in key]
-    figure, axes = _figure(2)
+    figure, axes = figure_of(2)
     for key in keys:
         points = [(row["tokens"], row[key]) for row in rows if row.get(key) is not None]
         axes[0].plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("eval") else None)
@@ -82,10 +82,11 @@ def plot_curves(out: Path) -> None:
     if rates:
         axes[1].plot(*zip(*rates, strict=True))
     axes[1].set(xlabel="tokens", ylabel="learning rate")
-    _save(figure, out / CURVES)
+    save_figure(figure, out / CURVES)
 
 
-def _figure(columns: int) -> tuple[Any, Any]:
+def figure_of(columns: int) -> tuple[Any, Any]:
+    """Return an empty picture and its panels, side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -94,7 +95,8 @@ def _figure(columns: int) -> tuple[Any, Any]:
     return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture as a PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 

@@ -1,38 +1,30 @@
-"""Zero-shot perplexity: strided, batched, exact counts of targets.
-
-A token is a target, once, when an earlier token stands in its window. With the stride equal to the window
-the first token of every window has no context and is no target; with overlap only the very first token of
-the text is left out.
-"""
+"""`ppl`: zero-shot perplexity of models on tasks, and how two models differ."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations, groupby
-from typing import TYPE_CHECKING, Any
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int, Integer
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
-from transformers import GPT2LMHeadModel
+from accelerate import PartialState
+from jaxtyping import Bool
+from torch import Tensor, distributed
 
-from tinygpt2.capture import capture
-from tinygpt2.config import PplConfig
-from tinygpt2.dataset import Packed
-from tinygpt2.encoder import encode
-from tinygpt2.errors import ConfigError, DataError, ModelError
+from tinygpt2.comparison import plot_comparison
+from tinygpt2.config import Convention, PplConfig
+from tinygpt2.conventions import Reader, Sheet, counted, figures, make_sheet
+from tinygpt2.errors import ConfigError
 from tinygpt2.files import absolute
+from tinygpt2.launch import check_number, launch, launched
 from tinygpt2.machine import fast_products
-from tinygpt2.model import default_device, load_model, model_tokenizer
-from tinygpt2.objectives.prediction import default_chunk
+from tinygpt2.model import count_parameters, load_model, model_tokenizer
 from tinygpt2.progress import track
-from tinygpt2.tasks import Task, load_task
-from tinygpt2.tokenizer import fingerprint
+from tinygpt2.scoring import Scorer, Scores
+from tinygpt2.stopwords import STOP_WORDS
+from tinygpt2.tasks import Task, TaskList, load_tasks, task_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -40,24 +32,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PplRow:
-    """One model on one task. `loss` is in nats per token, `stderr` its standard error over windows.
+    """One model on one task.
 
-    `bits_per_byte` and `word_perplexity` spread the total loss of all targets over the whole text.
+    Attributes:
+        model, task, convention: what was measured, and how.
+        perplexity: per `unit`, which the convention chooses.
+        loss: nats per token, over `tokens` targets; `stderr` is its standard error over windows.
+        bits_per_byte, byte_perplexity, word_perplexity: the total loss of all targets, spread over the whole text's
+            `bytes` and `words`.
+        accuracy: share of LAMBADA's last words, or of CBT's answers, that were right.
+        accuracy_without_stop_words: of last words, if the model may answer with no stop word.
+        unit, units: what perplexity is per, and how many of them the text has.
+        stride: tokens from one window's start to the next; None where every passage is a window of its own.
+        parameters: of the model.
+        source: where the text came from.
     """
 
     model: str
     task: str
+    convention: Convention
     perplexity: float
     loss: float
+    stderr: float | None
     bits_per_byte: float
+    byte_perplexity: float
     word_perplexity: float
+    accuracy: float | None
+    accuracy_without_stop_words: float | None
+    unit: str
+    units: int
     tokens: int
     words: int
     bytes: int
-    stride: int
-    stderr: float | None
+    stride: int | None
     seconds: float
     tokens_per_second: float
+    parameters: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -82,229 +93,118 @@ class PplResult:
     paired: list[Paired]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Per window: the summed loss of its targets (nats), and how many there are."""
-
-    sums: Float[np.ndarray, " W"]
-    counts: Int[np.ndarray, " W"]
-
-    @property
-    def loss(self) -> float:
-        """Mean loss per target, in nats."""
-        return float(self.sums.sum() / self.counts.sum())
-
-    @property
-    def stderr(self) -> float | None:
-        """Standard error of `loss` over windows (ratio estimator); None for a single window."""
-        windows = len(self.sums)
-        if windows < 2:
-            return None
-        residuals = self.sums - self.loss * self.counts
-        return float(np.sqrt(windows / (windows - 1) * (residuals**2).sum()) / self.counts.sum())
-
-
-@dataclass(frozen=True)
-class Window:
-    """Tokens [start, stop) of a text; those from `start + first` on are its targets."""
-
-    start: int
-    stop: int
-    first: int
-
-
-def windows(count: int, size: int, stride: int) -> Iterator[Window]:
-    """Yield the windows over a text of `count` tokens such that every token with context is a target once.
-
-    Args:
-        count: tokens in the text.
-        size: tokens in a window, at least 2.
-        stride: tokens from one window's start to the next, 1 to `size`.
-    """
-    scored = 0
-    for start in range(0, count, stride):
-        stop = min(start + size, count)
-        first = max(scored - start, 1)
-        if start + first < stop:
-            yield Window(start, stop, first)
-        scored = stop
-        if stop == count:
-            return
-
-
-@torch.no_grad()
-def token_losses(model: GPT2LMHeadModel, input_ids: Int[Tensor, "B T"], first: int = 1) -> Float[Tensor, "B N"]:
-    """Return the loss in nats of every token from position `first` on, in float32; N is T - first.
-
-    Only the positions that predict a target go through the output matrix, a chunk at a time.
-    """
-    last, head = len(model.transformer.h), model.lm_head.weight
-    hidden = capture(model, input_ids, states=[last]).states[last][:, first - 1 : -1]
-    states, targets = hidden.flatten(0, 1), input_ids[:, first:].flatten()
-    chunk = default_chunk(len(head), head.dtype, head.device.type)
-    parts = [
-        F.cross_entropy((states[i : i + chunk] @ head.mT).float(), targets[i : i + chunk], reduction="none")
-        for i in range(0, len(targets), chunk)
-    ]
-    return torch.cat(parts).view(len(input_ids), -1)
-
-
-def score(
-    model: GPT2LMHeadModel,
-    tokens: Integer[np.ndarray, " N"],
-    spans: list[Window],
-    batch_size: int,
-    advance: Callable[[int], None] = lambda windows: None,
-) -> Scores:
-    """Score a text's windows with a model in evaluation mode, windows of one shape batched.
-
-    Args:
-        tokens: the text's token ids.
-        spans: its windows.
-        batch_size: windows in a forward pass.
-        advance: told how many windows were done.
-    """
-    device = model.lm_head.weight.device
-    sums = []
-    for (_, first), group in groupby(spans, key=lambda span: (span.stop - span.start, span.first)):
-        same = list(group)
-        for index in range(0, len(same), batch_size):
-            part = same[index : index + batch_size]
-            ids = np.stack([tokens[span.start : span.stop] for span in part]).astype(np.int64)
-            losses = token_losses(model, torch.from_numpy(ids).to(device), first)
-            sums.append(losses.double().sum(1).cpu().numpy())
-            advance(len(part))
-    return Scores(np.concatenate(sums), np.array([span.stop - span.start - span.first for span in spans]))
-
-
-@fast_products()
-def ppl(config: PplConfig) -> PplResult:
+def ppl(config: PplConfig) -> PplResult | TaskList:
     """Measure zero-shot perplexity of every model on every task.
+
+    Returns:
+        The figures; with `list_tasks` the named tasks instead.
 
     Raises:
         ConfigError: unknown task, stride beyond the window, blocks longer than the model's positions.
         DataError: a text is missing, empty or too short, or a dataset is another tokenizer's.
         ModelError: a model cannot be loaded, or has no tokenizer for a text.
     """
-    tasks = [load_task(name, config.task_data) for name in config.task]
-    rows, scores = [], {}
-    for name in config.model:
+    return task_list() if config.list_tasks else measure(config)
+
+
+def measure(config: PplConfig) -> PplResult:
+    """Do what `ppl` does, unless it only lists the tasks."""
+    check_number(config.num_processes)
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
+    if (config.num_processes or 1) > 1 and not launched():
+        result: PplResult = launch("ppl", config.num_processes or 1, config)
+        return result
+    joined = distributed.is_initialized()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with fast_products():
+        measured = _measure_all(config, load_tasks(config.task, config.task_data), state.device)
+    if config.plot and state.is_main_process:
+        plot_comparison(measured.results, Path(config.plot))
+    if not joined:
+        state.destroy_process_group()
+    return measured
+
+
+def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> PplResult:
+    rows, done = [], {}
+    names = list(dict.fromkeys(config.model))
+    for name in names:
         model, directory = load_model(name, allow_pickle=config.allow_pickle)
-        model.to(default_device())
-        tokenizer = model_tokenizer(directory)
+        reader = Reader(name, model.config, model_tokenizer(directory))
+        parameters = count_parameters(model)
+        scorer = Scorer(model, config.precision, device)
         for task in tasks:
-            row, scored = _measure(name, model, tokenizer, task, config)
+            sheet = make_sheet(task, reader, config.convention, config.stride)
+            row, scores = _measure(scorer, reader, task, sheet, config, parameters)
             rows.append(row)
-            scores[name, task.name] = scored
+            done[name, task.name] = sheet, scores
     paired = [
-        _pair(absolute(a), absolute(b), absolute(task.name), scores[a, task.name], scores[b, task.name])
+        _pair(a, b, task.name, *done[a, task.name], *done[b, task.name])
         for task in tasks
-        for a, b in combinations(dict.fromkeys(config.model), 2)
+        for a, b in combinations(names, 2)
     ]
     return PplResult(rows, paired)
 
 
 def _measure(
-    name: str, model: GPT2LMHeadModel, tokenizer: Tokenizer | None, task: Task, config: PplConfig
+    scorer: Scorer, reader: Reader, task: Task, sheet: Sheet, config: PplConfig, parameters: int
 ) -> tuple[PplRow, Scores]:
-    tokens, text, window = _tokens(name, model, tokenizer, task)
-    stride = config.stride or window
-    if stride > window:
-        raise ConfigError(
-            f"--stride {stride} is beyond the window of {window} tokens: text between windows would be lost"
-        )
-    if len(tokens) < 2:
-        raise DataError(f"{task.name} is {len(tokens)} tokens long: there is nothing to predict")
-    spans = list(windows(len(tokens), window, stride))
+    window = max(span.stop - span.start for span in sheet.spans)
+    budget = config.batch_size * window if config.batch_size else _budget(scorer.head.device.type)
+    last_words = bool(task.passages) and config.convention != "tinygpt2"
+    ruled_out = _stop_words(reader.tokenizer, len(scorer.head)).to(scorer.head.device) if last_words else None
     started = time.perf_counter()
-    with track(f"{name} on {task.name}", len(spans)) as progress:
-        scored = score(model, tokens, spans, config.batch_size, progress.advance)
+    with track(f"{reader.name} on {task.name}", len(sheet.spans)) as progress:
+        every = scorer(sheet.tokens, sheet.spans, budget, progress.advance, ruled_out)
     seconds = time.perf_counter() - started
-    total, targets = float(scored.sums.sum()), int(scored.counts.sum())
-    words, size = len(text.split()), len(text.encode())
+    scores = counted(sheet, every, config.convention)
+    found = figures(sheet, scores, config.convention)
+    targets = int(every.counts.sum())
     row = PplRow(
-        model=absolute(name),
+        model=absolute(reader.name),
         task=absolute(task.name),
-        perplexity=exponential(scored.loss),
-        loss=scored.loss,
-        bits_per_byte=total / math.log(2) / size,
-        word_perplexity=exponential(total / max(words, 1)),
-        tokens=targets,
-        words=words,
-        bytes=size,
-        stride=stride,
-        stderr=scored.stderr,
+        convention=config.convention,
+        perplexity=found.perplexity,
+        loss=found.loss,
+        stderr=scores.stderr,
+        bits_per_byte=found.bits_per_byte,
+        byte_perplexity=found.byte_perplexity,
+        word_perplexity=found.word_perplexity,
+        accuracy=found.accuracy,
+        accuracy_without_stop_words=found.accuracy_without_stop_words,
+        unit=sheet.unit,
+        units=int(scores.counts.sum()) if sheet.unit == "token" else sheet.units,
+        tokens=int(scores.counts.sum()),
+        words=sheet.words,
+        bytes=sheet.bytes,
+        stride=sheet.stride,
         seconds=seconds,
         tokens_per_second=targets / seconds,
+        parameters=parameters,
+        source=absolute(task.source),
     )
-    return row, scored
+    return row, scores
 
 
-def exponential(loss: float) -> float:
-    """Return the perplexity of a loss in nats; infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
+def _budget(device: str) -> int:
+    """Return the tokens in a forward pass: enough for fast products, few enough for little memory."""
+    return 2**11 if device == "cpu" else 2**15
 
 
-def _tokens(
-    name: str, model: GPT2LMHeadModel, tokenizer: Tokenizer | None, task: Task
-) -> tuple[Integer[np.ndarray, " N"], str, int]:
-    """Return the task as tokens and as text, and the window."""
-    positions = model.config.n_positions
-    if task.packed is not None:
-        check_fits(task.packed, model.config, tokenizer and fingerprint(tokenizer), f"model {name}")
-        blocks = task.packed.test
-        if not len(blocks):
-            raise DataError(f"the test split of {task.name} is empty")
-        # Blocks of sliding windows repeat what the one before had: each token counts once.
-        seen = task.packed.sequence_length - task.packed.manifest["stride"]
-        if seen and task.packed.manifest.get("parts", 1) > 1:
-            raise DataError(f"{task.name}: the blocks of its parts overlap", "measure on one part at a time")
-        tokens = np.concatenate([blocks.row(0), *(blocks.row(index)[seen:] for index in range(1, len(blocks)))])
-        text = task.packed.tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return tokens, text, task.packed.sequence_length
-    if tokenizer is None:
-        raise ModelError(
-            f"model {name} has no tokenizer to read {task.name} with",
-            "copy the tokenizer's files beside the weights",
-        )
-    tokens = np.array(encode(tokenizer, [task.text])[0], np.int64)
-    if len(tokens) and tokens.max() >= model.config.vocab_size:
-        raise ModelError(
-            f"model {name}: its tokenizer has tokens beyond the model's vocabulary of {model.config.vocab_size}"
-        )
-    return tokens, task.text, positions
+def _stop_words(tokenizer: Tokenizer | None, vocabulary: int) -> Bool[Tensor, " V"]:
+    """Return which tokens are a stop word by themselves, with a space before it."""
+    mask = torch.zeros(vocabulary, dtype=torch.bool)
+    if tokenizer is not None:
+        words = {f"{space}{form}" for word in STOP_WORDS for form in (word, word.capitalize()) for space in ("", " ")}
+        found = [ids[0] for ids in tokenizer(sorted(words), add_special_tokens=False)["input_ids"] if len(ids) == 1]
+        mask[found] = True
+    return mask
 
 
-def check_fits(packed: Packed, model: Any, tokenizer_fingerprint: str | None, who: str) -> None:
-    """Check that a dataset's blocks can go through a model.
-
-    Args:
-        model: the model's configuration.
-        tokenizer_fingerprint: of the model's own tokenizer, if it has one.
-        who: the model, for the message.
-
-    Raises:
-        DataError: the dataset was made with another tokenizer, or its vocabulary is larger.
-        ConfigError: its blocks are longer than the model's positions.
-    """
-    ours = packed.manifest["tokenizer_fingerprint"]
-    if tokenizer_fingerprint not in (None, ours):
-        raise DataError(
-            f"dataset {packed.name} was made with another tokenizer ({ours[:12]}) "
-            f"than {who}'s ({str(tokenizer_fingerprint)[:12]})",
-            "pregenerate the text with the model's own tokenizer",
-        )
-    if packed.vocab_size > model.vocab_size:
-        raise DataError(f"dataset {packed.name} has a vocabulary of {packed.vocab_size}, {who} of {model.vocab_size}")
-    if packed.sequence_length > model.n_positions:
-        raise ConfigError(
-            f"blocks of {packed.sequence_length} tokens in {packed.name}, but {who} has {model.n_positions} positions",
-            f"pregenerate with --sequence-length {model.n_positions}",
-        )
-
-
-def _pair(a: str, b: str, task: str, left: Scores, right: Scores) -> Paired:
-    if not np.array_equal(left.counts, right.counts):
-        return Paired(a, b, task, None, None)
+def _pair(a: str, b: str, task: str, sheet_a: Sheet, left: Scores, sheet_b: Sheet, right: Scores) -> Paired:
+    names = absolute(a), absolute(b), absolute(task)
+    if not sheet_a.same_targets(sheet_b):
+        return Paired(*names, None, None)
     both = Scores(left.sums - right.sums, left.counts)
-    return Paired(a, b, task, both.loss, both.stderr)
+    return Paired(*names, both.loss, both.stderr)

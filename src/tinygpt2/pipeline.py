@@ -31,7 +31,7 @@ from tinygpt2.files import read_json, write_json, write_text
 from tinygpt2.generation import generate
 from tinygpt2.metrics import plot_runs
 from tinygpt2.pack import pregenerate
-from tinygpt2.perplexity import ppl
+from tinygpt2.perplexity import measure
 from tinygpt2.progress import say
 from tinygpt2.tokenizer import train_tokenizer
 from tinygpt2.train import distill, pretrain
@@ -211,7 +211,7 @@ class _Stages:
 def _measure(out: Path, models: tuple[str, ...], scale: Scale) -> dict[str, Any]:
     """Measure the held-out perplexity, size and greedy speed of each model, and take a sample."""
     paths = [str(out / name) for name in models]
-    measured = ppl(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size)).results
+    measured = measure(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size)).results
     greedy = GenerateConfig(model=paths, prompt=[PROMPT], max_new_tokens=scale.new_tokens)
     samples = generate(greedy.model_copy(update={"temperature": 0.8, "top_p": 0.9})).results
     texts = generate(greedy).results  # timed: second, when everything is warm

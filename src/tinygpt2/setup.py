@@ -20,13 +20,13 @@ from accelerate.utils import DistributedDataParallelKwargs
 from transformers import GPT2Config
 
 from tinygpt2.config import PackOptions, PregenerateConfig, TrainOptions, changed_mathematics
+from tinygpt2.conventions import check_fits
 from tinygpt2.corpus import Corpus
 from tinygpt2.dataset import Blocks, Packed, is_packed, load_packed
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.files import require_free
 from tinygpt2.objectives import Weights
 from tinygpt2.pack import pregenerate
-from tinygpt2.perplexity import check_fits
 from tinygpt2.workplace import workplace_of
 
 RUN_FILE = "config.yaml"

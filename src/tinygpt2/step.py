@@ -18,7 +18,7 @@ from tinygpt2.dataset import Blocks
 from tinygpt2.errors import ConfigError
 from tinygpt2.objectives import Counts, Objectives, Weights
 from tinygpt2.objectives.prediction import head_operand
-from tinygpt2.perplexity import exponential, token_losses
+from tinygpt2.scoring import exponential, target_losses
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Step(nn.Module):
         """
         if not self.training:
             with torch.autocast(input_ids.device.type, enabled=False):
-                return token_losses(self.student, input_ids), {}
+                every = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
+                losses, _ = target_losses(self.student, self.student.lm_head.weight, input_ids, every)
+                return losses.view(every.shape), {}
         wanted = self.objectives
         student = self._capture(
             self.student,

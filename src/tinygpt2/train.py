@@ -19,6 +19,7 @@ from tinygpt2.config import (
     PretrainConfig,
     TrainOptions,
 )
+from tinygpt2.conventions import check_fits
 from tinygpt2.dataset import Packed, is_packed, load_packed
 from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.files import write_text
@@ -39,7 +40,6 @@ from tinygpt2.model import (
     set_dropout,
 )
 from tinygpt2.objectives import Weights
-from tinygpt2.perplexity import check_fits
 from tinygpt2.plan import Compiled, Plan, compile_step, fit_batch, make_plan
 from tinygpt2.runstate import RunState
 from tinygpt2.setup import RUN_FILE, Setup, begin

@@ -13,7 +13,7 @@ import typer
 
 from tinygpt2 import config as c
 from tinygpt2.cli.options import Run, add_command, print_version
-from tinygpt2.cli.output import print_error
+from tinygpt2.cli.output import ppl_as_text, print_error
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error
 from tinygpt2.launch import command_line, rank
 from tinygpt2.schema import Config
@@ -53,6 +53,14 @@ def _generate(config: Any, as_json: bool) -> Any:
     from tinygpt2.cli.talk import speak
 
     return speak(config, as_json=as_json)
+
+
+def _ppl(config: Any, as_json: bool) -> Any:
+    result = _library("ppl")(config, as_json)
+    if as_json or config.list_tasks or rank() or not (config.csv or config.markdown):
+        return result
+    typer.echo(ppl_as_text(result, as_csv=config.csv), nl=False)
+    return None
 
 
 _TURN = 3.0  # seconds
@@ -112,7 +120,8 @@ COMMANDS: list[tuple[str, type[Config], str, list[str]]] = [
         "Zero-shot perplexity of one or several models, in one table.",
         [
             "ppl --model student --task mine.txt",
-            "ppl --model gpt2 --model student --task wikitext --task-data wiki.test.raw",
+            "ppl --model gpt2 --model student --task wikitext --task-data wiki.test.raw --plot comparison.png",
+            "ppl --list-tasks",
         ],
     ),
     (
@@ -133,7 +142,8 @@ COMMANDS: list[tuple[str, type[Config], str, list[str]]] = [
 ]
 
 for _name, _config, _about, _examples in COMMANDS:
-    add_command(app, _name, _config, _generate if _name == "generate" else _library(_name), _about, _examples)
+    _command = {"generate": _generate, "ppl": _ppl}.get(_name, _library(_name))
+    add_command(app, _name, _config, _command, _about, _examples)
 
 
 def main(arguments: list[str] | None = None) -> None:

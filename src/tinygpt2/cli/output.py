@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tinygpt2 import comparison
 from tinygpt2.errors import TinyGPT2Error
 
 if TYPE_CHECKING:
@@ -95,41 +96,36 @@ def _table(columns: list[str], rows: list[list[Any]]) -> Any:
 
 
 def _render_ppl(result: Any, console: Console) -> None:
-    columns = [
-        "model",
-        "task",
-        "perplexity",
-        "loss",
-        "stderr",
-        "bits/byte",
-        "word ppl",
-        "targets",
-        "stride",
-        "tokens/s",
-    ]
-    rows = [
-        [
-            r.model,
-            r.task,
-            r.perplexity,
-            r.loss,
-            r.stderr,
-            r.bits_per_byte,
-            r.word_perplexity,
-            r.tokens,
-            r.stride,
-            r.tokens_per_second,
-        ]
-        for r in result.results
-    ]
-    console.print(_table(columns, rows))
+    from tinygpt2.conventions import SAYS
+
+    headings, cells = comparison.table(result.results)
+    console.print(_table(headings, cells))
+    convention = result.results[0].convention
+    console.print(f"convention {convention}: {SAYS[convention]}", markup=False)
     for pair in result.paired:
-        if pair.difference is not None:
+        if pair.difference is None:
+            console.print(f"{pair.task}: {pair.a} and {pair.b} have different targets: no difference", markup=False)
+        else:
             error = f" ± {pair.stderr:.4f}" if pair.stderr is not None else ""
             console.print(
                 f"{pair.task}: loss of {pair.a} - {pair.b} = {pair.difference:+.4f}{error} nats/token",
                 markup=False,
             )
+
+
+def ppl_as_text(result: Any, *, as_csv: bool) -> str:
+    """Return the figures of `ppl` as CSV, or its table in Markdown."""
+    if as_csv:
+        return comparison.as_csv(result.results)
+    headings, cells = comparison.table(result.results)
+    return comparison.as_markdown(headings, [[_number(value) for value in row] for row in cells])
+
+
+def _render_tasks(result: Any, console: Console) -> None:
+    for task in result.tasks:
+        console.print(task.name, style="bold", markup=False)
+        for field in dataclasses.fields(task)[1:]:
+            console.print(f"  {field.name.replace('_', ' '):<15} {getattr(task, field.name)}", markup=False)
 
 
 def _render_generate(result: Any, console: Console) -> None:
@@ -153,6 +149,7 @@ def _render_quickstart(result: Any, console: Console) -> None:
 
 RENDER: dict[str, Callable[[Any, Console], None]] = {
     "PplResult": _render_ppl,
+    "TaskList": _render_tasks,
     "GenerateResult": _render_generate,
     "VerifyResult": _render_verify,
     "QuickstartResult": _render_quickstart,

@@ -9,6 +9,7 @@ from tinygpt2.config.common import (
     DEFAULT_SEQUENCE_LENGTH,
     MAX_SEED,
     ModelOptions,
+    Precision,
 )
 from tinygpt2.config.data import (
     EncodingErrors,
@@ -20,6 +21,7 @@ from tinygpt2.config.data import (
     TrainTokenizerConfig,
 )
 from tinygpt2.config.models import (
+    Convention,
     GenerateConfig,
     PplConfig,
     QuickstartConfig,
@@ -43,6 +45,7 @@ from tinygpt2.config.training import (
 __all__ = [
     "DEFAULT_SEQUENCE_LENGTH",
     "MAX_SEED",
+    "Convention",
     "DistillConfig",
     "EncodingErrors",
     "FinetuneConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "OnSaveError",
     "PackOptions",
     "PplConfig",
+    "Precision",
     "PredictionLoss",
     "PregenerateConfig",
     "PretrainConfig",

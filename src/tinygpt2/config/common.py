@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from tinygpt2.schema import Config, option
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 LENGTH, OPTIMISATION, RUN = "Length of training", "Optimisation", "Running, logging and saving"
 OBJECTIVES, TEXT, DECODING = "Objectives", "Text", "Decoding"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
-from tinygpt2.config.common import DECODING, MAX_SEED, ModelOptions
+from tinygpt2.config.common import DECODING, MAX_SEED, ModelOptions, Precision
 from tinygpt2.schema import Config, flag_name, option
 
 Strategy = Literal["uniform", "alternate", "first", "last"]
+Convention = Literal["hf", "gpt2-paper", "lm-eval", "tinygpt2"]
 
 
 class QuickstartConfig(Config):
@@ -46,10 +48,34 @@ class PplConfig(ModelOptions):
     """Options of `ppl`."""
 
     model: list[str] = option(["gpt2"], "Model to measure, repeatable: a local directory or a Hub id.")
-    task: list[str] = option(..., "What to measure on, repeatable: wikitext, a text file or a pregenerated dataset.")
-    task_data: str | None = option(None, "File or folder that holds the named task's text, instead of a download.")
+    task: list[str] = option(
+        [], "What to measure on, repeatable: a named task, all of them, a text file or a pregenerated dataset."
+    )
+    task_data: str | None = option(None, "File or folder with the named tasks' texts, instead of the Hub.")
+    list_tasks: bool = option(False, "List the named tasks and stop.")
+    convention: Convention = option("hf", "Which tokens count, and what perplexity is per; see docs/perplexity.md.")
     stride: int | None = option(None, "Tokens from one window's start to the next.", ge=1, shown="the window")
-    batch_size: int = option(8, "Windows in one forward pass.", ge=1)
+    batch_size: int | None = option(
+        None, "Windows in one forward pass.", ge=1, shown="as many as hold 2,048 tokens, 32,768 on a GPU"
+    )
+    precision: Precision = option("fp32", "Type of the weights and products.")
+    num_processes: int | None = option(
+        None, "Processes on this machine, one per GPU.", ge=1, shown="1, or as another launcher says"
+    )
+    plot: str | None = option(None, "PNG of perplexity against parameters and against tokens/s.")
+    csv: bool = option(False, "Print the figures as CSV.")
+    markdown: bool = option(False, "Print the table as Markdown.")
+
+    def conflicts(self) -> Iterator[str]:
+        """Check that there is something to measure, and one way to do it and to print it."""
+        if not self.task and not self.list_tasks:
+            yield "missing --task: what to measure on; --list-tasks names the known ones"
+        if self.stride is not None and self.convention in ("lm-eval", "tinygpt2"):
+            yield f"--stride contradicts --convention {self.convention}, whose windows do not overlap"
+        if self.csv and self.markdown:
+            yield "--csv and --markdown contradict each other: give one"
+        if self.plot is not None and not Path(self.plot).absolute().parent.is_dir():
+            yield f"--plot {self.plot}: there is no such directory"
 
 
 class GenerateConfig(ModelOptions):

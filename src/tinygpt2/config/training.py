@@ -9,12 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from tinygpt2.config.common import LENGTH, MAX_SEED, OBJECTIVES, OPTIMISATION, RUN, TEXT, ModelOptions
+from tinygpt2.config.common import LENGTH, MAX_SEED, OBJECTIVES, OPTIMISATION, RUN, TEXT, ModelOptions, Precision
 from tinygpt2.config.data import PackOptions
 from tinygpt2.errors import ConfigError
 from tinygpt2.schema import extra, flag_name, option, read_yaml
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
 PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
 HiddenScale = Literal["none", "variance"]

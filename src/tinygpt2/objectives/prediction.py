@@ -153,7 +153,7 @@ def default_chunk(vocabulary: int, dtype: torch.dtype, device: str) -> int:
     return max(64, budget // (vocabulary * dtype.itemsize))
 
 
-def _rows(vocabulary: int, device: str) -> int:
+def rows_at_once(vocabulary: int, device: str) -> int:
     """Return how many rows of logits to work on element-wise at a time: 2 MiB of float32 on a CPU, 256 on a GPU."""
     return max(1, (2**19 if device == "cpu" else 2**26) // vocabulary)
 
@@ -234,7 +234,7 @@ def _differentiate(
 
     The softmax and the sums are taken in float32 at least, whatever the logits' type.
     """
-    tau, rows = objective.temperature, _rows(logits.shape[-1], logits.device.type)
+    tau, rows = objective.temperature, rows_at_once(logits.shape[-1], logits.device.type)
     values = logits.new_zeros(2, dtype=wide(logits))
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
