@@ -11,7 +11,8 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked under the tests.
-install_import_hook(["tinygpt2.objectives", "tinygpt2.capture", "tinygpt2.perplexity"], "beartype.beartype")
+CHECKED = ["tinygpt2.objectives", "tinygpt2.capture", "tinygpt2.scoring", "tinygpt2.conventions"]
+install_import_hook(CHECKED, "beartype.beartype")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 

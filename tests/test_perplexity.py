@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,7 @@ from tinygpt2 import PplConfig, PregenerateConfig, ppl, pregenerate
 from tinygpt2.dataset import load_packed
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.model import load_model
-from tinygpt2.perplexity import Scores, score, windows
-from tinygpt2.tasks import load_task
+from tinygpt2.scoring import Scorer, Scores, Window, _batches, windows
 from tinygpt2.tokenizer import encode, load_tokenizer
 
 from .conftest import make_model, sentences
@@ -115,30 +116,89 @@ def test_windows_of_other_sizes_do_not_pair(teacher: Path, tokenizer_dir: Path, 
     assert pair.difference is None
 
 
-def test_batch_size_changes_nothing(teacher: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batch_size_changes_nothing(teacher: Path, precision: str) -> None:
     model, _ = load_model(str(teacher))
     tokens = np.random.default_rng(0).integers(0, 320, 500)
-    spans = list(windows(500, 32, 20))
-    one, many = (score(model, tokens, spans, size) for size in (1, 64))
-    np.testing.assert_allclose(one.sums, many.sums, rtol=1e-5)
+    spans = [*windows(500, 32, 20), Window(3, 9, 2), Window(100, 107, 1)]
+    scorer = Scorer(model, precision, torch.device("cpu"))
+    one, many = (scorer(tokens, spans, budget) for budget in (1, 2000))
+    np.testing.assert_allclose(one.sums, many.sums, rtol=1e-5 if precision == "fp32" else 2e-2)
+    assert one.counts.tolist() == many.counts.tolist() == [span.targets for span in spans]
 
 
-def test_wikitext_has_its_published_number_of_tokens(shared_data: Path) -> None:
-    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / "gpt2"))
-    for source in (shared_data / "wikitext-2" / "wiki.test.raw", shared_data / "wikitext-2"):
-        text = load_task("wikitext", str(source)).text
-        assert len(encode(tokenizer, [text])[0]) == 287_644
+def test_no_batch_is_beyond_its_budget_and_none_is_lost() -> None:
+    generator = np.random.default_rng(1)
+    spans = [Window(0, int(stop)) for stop in generator.integers(2, 90, 200)]
+    batches = list(_batches(spans, 300))
+    assert sorted(index for batch in batches for index in batch) == list(range(200))
+    for batch in batches:
+        assert len(batch) * max(spans[index].stop for index in batch) <= 300
 
 
-def test_bad_tasks(teacher: Path, data: Path, tmp_path: Path) -> None:
+def test_short_precision_is_near(teacher: Path, data: Path) -> None:
+    exact, short = (
+        ppl(PplConfig(model=[str(teacher)], task=[str(data)], precision=precision)).results[0]
+        for precision in ("fp32", "bf16")
+    )
+    assert short.loss == pytest.approx(exact.loss, rel=5e-3)
+    assert short.loss != exact.loss
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_numbers(teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(sentences(60, seed=3), encoding="utf-8")
+    (tmp_path / "lambada_test.txt").write_text("\n".join(sentences(1, seed) for seed in range(30)), encoding="utf-8")
+    one, two = (
+        ppl(
+            PplConfig(
+                model=[str(teacher)], task=[str(tmp_path / "text.txt"), "lambada"], task_data=str(tmp_path),
+                num_processes=processes, stride=20,
+            )
+        ).results
+        for processes in (1, 2)
+    )  # fmt: skip
+    for alone, shared in zip(one, two, strict=True):
+        assert shared.loss == pytest.approx(alone.loss, rel=1e-6)
+        assert (shared.tokens, shared.accuracy, shared.task) == (alone.tokens, alone.accuracy, alone.task)
+
+
+def test_pictures_and_tables(teacher: Path, tokenizer_dir: Path, data: Path, tmp_path: Path, cli: Callable) -> None:
+    other = make_model(tmp_path / "other", tokenizer_dir, seed=5, n_layer=1)
+    asked = ["ppl", "--model", teacher, "--model", other, "--task", data]
+    outcome = cli(*asked, "--plot", tmp_path / "out.png", "--csv")
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    rows = list(csv.DictReader(outcome.out.splitlines()))
+    assert [row["model"] for row in rows] == [str(teacher), str(other)]
+    assert float(rows[0]["perplexity"]) == ppl(PplConfig(model=[str(teacher)], task=[str(data)])).results[0].perplexity
+    assert int(rows[1]["parameters"]) < int(rows[0]["parameters"])
+    lines = cli(*asked, "--markdown").out.splitlines()
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert cli(*asked, "--markdown", "--csv").code == 2
+    assert cli(*asked, "--plot", tmp_path / "nowhere" / "out.png").code == 2
+    listed = cli("ppl", "--list-tasks", "--json").json["tasks"]
+    assert {"wikitext", "cbt-ne", "openwebtext"} < {task["name"] for task in listed}
+    assert "37.37" in cli("ppl", "--list-tasks").out
+
+
+def test_the_same_model_twice_is_measured_once(teacher: Path, data: Path) -> None:
+    result = ppl(PplConfig(model=[str(teacher)] * 2, task=[str(data)] * 2))
+    assert len(result.results) == 1
+    assert not result.paired
+
+
+def test_bad_tasks(teacher: Path, tokenizer_dir: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "one.txt").write_text("a")
     (tmp_path / "bad.txt").write_bytes(b"a\xff")
     make_model(tmp_path / "bare", None)
+    make_model(tmp_path / "narrow", tokenizer_dir, vocab_size=300)
     make_model(tmp_path / "short", None, n_positions=16)
     (tmp_path / "text.txt").write_text("the cat sat")
     cases = [
         (ConfigError, "did you mean wikitext", {"task": "wikitxt"}),
+        (ConfigError, "missing --task", {"task": []}),
         (DataError, "no such file", {"task": "nowhere.txt"}),
         (DataError, "no such file", {"task": "wikitext", "task_data": str(tmp_path / "x")}),
         (DataError, "no text", {"task": str(tmp_path / "empty.txt")}),
@@ -147,6 +207,8 @@ def test_bad_tasks(teacher: Path, data: Path, tmp_path: Path) -> None:
         (DataError, "no pregenerated dataset", {"task": str(tmp_path)}),
         (ConfigError, "beyond the window", {"task": str(tmp_path / "text.txt"), "stride": 33}),
         (ConfigError, "--task-data", {"task": str(data), "task_data": str(tmp_path)}),
+        (ConfigError, "do not overlap", {"task": str(tmp_path / "text.txt"), "stride": 8, "convention": "lm-eval"}),
+        (ModelError, "only 300", {"task": str(tmp_path / "text.txt"), "model": str(tmp_path / "narrow")}),
         (ModelError, "no tokenizer", {"task": str(tmp_path / "text.txt"), "model": str(tmp_path / "bare")}),
         (ConfigError, "16 positions", {"task": str(data), "model": str(tmp_path / "short")}),
     ]

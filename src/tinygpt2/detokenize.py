@@ -57,7 +57,7 @@ def _split(text: str, style: Style) -> str:
     return _split_ptb(text) if style == "ptb" else _split_moses(text, style)
 
 
-def _join(line: str, style: Style) -> str:
+def _join(line: str, style: Style | Literal["cbt"]) -> str:
     """Glue what Moses' tokenizer, and WikiText's marks, have split."""
     tokens = line.split(" ")
     pieces: list[str] = []
@@ -69,7 +69,7 @@ def _join(line: str, style: Style) -> str:
         elif token == '"':
             left, right, quoted = quoted, not quoted, not quoted
         elif token == ".":
-            left = not _keeps_period(before, after)
+            left = style == "cbt" or not _keeps_period(before, after)
         elif token == "'":
             left = before.endswith("s")
         elif token == "=":
@@ -139,7 +139,7 @@ _CBT = {
 
 def detokenize_cbt(text: str) -> str:
     """Return sentences of the Children's Book Test, which are split as the Penn Treebank is, as people write them."""
-    line = _join(" ".join(_CBT.get(word, word) for word in text.split()), "news")
+    line = _join(" ".join(_CBT.get(word, word) for word in text.split()), "cbt")
     return re.sub(r"(?<=\w) n't(?!\w)", "n't", line)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +12,8 @@ from accelerate import PartialState
 from jaxtyping import Bool
 from torch import Tensor, distributed
 
-from tinygpt2.comparison import plot_comparison
-from tinygpt2.config import Convention, PplConfig
+from tinygpt2.comparison import Paired, PplResult, PplRow, plot_comparison
+from tinygpt2.config import PplConfig
 from tinygpt2.conventions import Reader, Sheet, counted, figures, make_sheet
 from tinygpt2.errors import ConfigError
 from tinygpt2.files import absolute
@@ -28,69 +27,6 @@ from tinygpt2.tasks import Task, TaskList, load_tasks, task_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
-
-
-@dataclass(frozen=True)
-class PplRow:
-    """One model on one task.
-
-    Attributes:
-        model, task, convention: what was measured, and how.
-        perplexity: per `unit`, which the convention chooses.
-        loss: nats per token, over `tokens` targets; `stderr` is its standard error over windows.
-        bits_per_byte, byte_perplexity, word_perplexity: the total loss of all targets, spread over the whole text's
-            `bytes` and `words`.
-        accuracy: share of LAMBADA's last words, or of CBT's answers, that were right.
-        accuracy_without_stop_words: of last words, if the model may answer with no stop word.
-        unit, units: what perplexity is per, and how many of them the text has.
-        stride: tokens from one window's start to the next; None where every passage is a window of its own.
-        parameters: of the model.
-        source: where the text came from.
-    """
-
-    model: str
-    task: str
-    convention: Convention
-    perplexity: float
-    loss: float
-    stderr: float | None
-    bits_per_byte: float
-    byte_perplexity: float
-    word_perplexity: float
-    accuracy: float | None
-    accuracy_without_stop_words: float | None
-    unit: str
-    units: int
-    tokens: int
-    words: int
-    bytes: int
-    stride: int | None
-    seconds: float
-    tokens_per_second: float
-    parameters: int
-    source: str
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Difference of two models' losses on one task (a - b, nats per token), window by window.
-
-    Both are None where the models' windows hold different targets, so that losses do not compare.
-    """
-
-    a: str
-    b: str
-    task: str
-    difference: float | None
-    stderr: float | None
-
-
-@dataclass(frozen=True)
-class PplResult:
-    """Every model on every task, and every pair of models."""
-
-    results: list[PplRow]
-    paired: list[Paired]
 
 
 def ppl(config: PplConfig) -> PplResult | TaskList:

@@ -27,6 +27,7 @@ from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.files import require_free
 from tinygpt2.objectives import Weights
 from tinygpt2.pack import pregenerate
+from tinygpt2.tasks import load_tasks
 from tinygpt2.workplace import workplace_of
 
 RUN_FILE = "config.yaml"
@@ -130,6 +131,7 @@ def _check_start(config: TrainOptions) -> None:
         raise ConfigError(
             f"--compile needs a C++ compiler: {compiler} was not found", "install it, or set CXX to another"
         )
+    load_tasks(config.eval_task, config.task_data)  # what is measured at the end is missed at the start
     out = Path(config.out)
     run = out / RUN_FILE
     left = [path for path in out.glob(".*.tmp") if path.is_dir()] if config.resume else []  # by a killed process

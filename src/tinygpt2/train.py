@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from tinygpt2.config import (
     DEFAULT_SEQUENCE_LENGTH,
     DistillConfig,
     FinetuneConfig,
+    PplConfig,
     PretrainConfig,
     TrainOptions,
 )
@@ -40,6 +41,7 @@ from tinygpt2.model import (
     set_dropout,
 )
 from tinygpt2.objectives import Weights
+from tinygpt2.perplexity import measure
 from tinygpt2.plan import Compiled, Plan, compile_step, fit_batch, make_plan
 from tinygpt2.runstate import RunState
 from tinygpt2.setup import RUN_FILE, Setup, begin
@@ -51,7 +53,12 @@ Options = TypeVar("Options", bound=TrainOptions)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run made. `loss` is the last step's mean over the global batch."""
+    """What a training run made.
+
+    Attributes:
+        loss: the last step's mean over the global batch.
+        tasks: perplexity on each --eval-task, by ppl's default convention.
+    """
 
     model: str
     steps: int
@@ -62,6 +69,7 @@ class TrainResult:
     parameters: int
     tokens_per_second: float
     peak_memory_bytes: int
+    tasks: dict[str, float] = field(default_factory=dict)
 
 
 def pretrain(config: PretrainConfig, data: Packed | None = None) -> TrainResult | Plan | Compiled:
@@ -214,6 +222,13 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
         own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
         save_model(job.model, out, tokenizer, _card(job, result), own, config.to_yaml())
         plot_curves(out)
+    if config.eval_task:
+        accelerator.wait_for_everyone()  # the model is there
+        asked = PplConfig(model=[config.out], task=config.eval_task, task_data=config.task_data)
+        rows = measure(asked).results
+        result = replace(result, tasks={Path(row.task).name: row.perplexity for row in rows})
+        if accelerator.is_main_process:
+            write_text(out / "README.md", _card(job, result))
     # the wrapper first: where it outlives the process group, its end waits for threads that wait for it
     (wrapped,) = accelerator.free_memory(wrapped)
     accelerator.end_training()
@@ -274,6 +289,7 @@ def _card(job: Job, result: TrainResult) -> str:
     if result.eval is not None:
         figures["held-out loss (nats/token)"] = f"{result.eval.loss:.4f}"
         figures["held-out perplexity"] = f"{result.eval.perplexity:.2f}"
+    figures |= {f"perplexity on {name} (per token)": f"{value:.2f}" for name, value in result.tasks.items()}
     figures["fingerprint of the data"] = f"`{job.data.content[:16]}`"
     figures["fingerprint of its tokenizer"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
     return model_card(Path(job.config.out).name, job.how, figures, f"{job.command} {job.config.flags()}")

@@ -68,6 +68,10 @@ class TrainOptions(ModelOptions):
     resume: bool = option(False, "Continue from the newest checkpoint in --out, if there is one.", panel=RUN)
     log_every: int = option(10, "Steps between lines of metrics.jsonl.", panel=RUN, ge=1)
     report_to: list[str] = option([], "Also log to: tensorboard, wandb.", panel=RUN)
+    eval_task: list[str] = option(
+        [], "Measure the finished model on this too, repeatable: what ppl takes as --task.", panel=RUN
+    )
+    task_data: str | None = option(None, "File or folder with the named tasks' texts, as for ppl.", panel=RUN)
     early_stopping_patience: int | None = option(
         None, "Stop after so many evaluations without a lower loss, and keep the best weights.", panel=RUN, ge=1
     )
@@ -99,6 +103,8 @@ class TrainOptions(ModelOptions):
                 yield f"--report-to {tracker!r}: expected {' or '.join(TRACKERS)}"
             elif find_spec(tracker) is None:
                 yield f"--report-to {tracker}: not installed; pip install {tracker}"
+        if self.task_data is not None and not self.eval_task:
+            yield "--task-data does nothing without --eval-task"
         if self.early_stopping_patience and not self.eval_every:
             yield "--early-stopping-patience needs --eval-every"
         if self.validate_only and self.compile_only:
