@@ -79,6 +79,13 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session
+def harness(session: nox.Session) -> None:
+    """Perplexity beside lm-evaluation-harness, which is large: by hand only, with TINYGPT2_TEST_DATA."""
+    session.install("-q", *CONSTRAINTS, "-e", ".", "lm-eval")
+    session.run("python", "benchmarks/harness.py", *session.posargs)
+
+
+@nox.session
 def minimums(session: nox.Session) -> None:
     """The oldest dependencies that are promised; torch stays at its constraint."""
     oldest = [re.sub(r">=", "==", item) for item in PROJECT["project"]["dependencies"] if not item.startswith("torch")]

@@ -20,12 +20,12 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
+
+from turns import Worker, resident
 
 VOCABULARY, HEADS = 50257, 12
 TEACHER, STUDENT = {"n_layer": 12, "n_embd": 768}, {"n_layer": 4, "n_embd": 312}
@@ -34,12 +34,6 @@ WARM_UP = 2  # steps until the memory that a step needs has been taken once
 
 
 # --- in a variant's own process ------------------------------------------------------------------------
-
-
-def resident(key: str) -> int:
-    """Return VmRSS or VmHWM of this process, in bytes."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split(f"{key}:")[1].split()[0]) * 1024
 
 
 def models(options: argparse.Namespace, ours: bool) -> tuple[Any, Any]:
@@ -205,56 +199,36 @@ def answer(options: argparse.Namespace) -> None:
 # --- in the process that compares ----------------------------------------------------------------------
 
 
-class Worker:
-    """One variant in its own process."""
+def worker(name: str, length: int, options: argparse.Namespace) -> Worker:
+    """Start one variant."""
+    arguments = ["--worker", name, "--length", str(length), "--device", options.device]
+    return Worker(__file__, [*arguments, "--micro-batch-size", str(options.micro_batch_size)])
 
-    def __init__(self, name: str, length: int, options: argparse.Namespace) -> None:
-        arguments = ["--worker", name, "--length", str(length), "--device", options.device]
-        arguments += ["--micro-batch-size", str(options.micro_batch_size)]
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.before = self._read()["before"]
-        self.steps: list[dict[str, Any]] = []
 
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
-        return dict(json.loads(line))
-
-    def step(self) -> None:
-        """Let it take one step."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self.steps.append(self._read())
-
-    def figures(self, tokens: int) -> dict[str, Any]:
-        """End the process; the steps of the warm-up count in the memory only."""
-        self.process.communicate()
-        seconds = statistics.median(step["seconds"] for step in self.steps[WARM_UP:])
-        peak = self.steps[-1]["peak"]
-        return {
-            "tokens_per_second": tokens / seconds,
-            "seconds": seconds,
-            "peak_memory_bytes": peak,
-            "step_memory_bytes": peak - self.before,
-        }
+def figures(worker: Worker, tokens: int) -> dict[str, Any]:
+    """End a variant's process; the steps of the warm-up count in the memory only."""
+    worker.end()
+    seconds = statistics.median(step["seconds"] for step in worker.turns[WARM_UP:])
+    peak = worker.turns[-1]["peak"]
+    return {
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+        "step_memory_bytes": peak - worker.ready["before"],
+    }
 
 
 def measure(length: int, options: argparse.Namespace) -> dict[str, Any]:
     """Measure the variants at one length, in turns."""
-    workers = {name: Worker(name, length, options) for name in options.variants}
+    workers = {name: worker(name, length, options) for name in options.variants}
     for _ in range(options.rounds + WARM_UP):
-        for worker in workers.values():
-            worker.step()
+        for one in workers.values():
+            one.turn()
     tokens = options.micro_batch_size * length
     found: dict[str, Any] = {"sequence_length": length, "micro_batch_size": options.micro_batch_size}
-    found["variants"] = {name: worker.figures(tokens) for name, worker in workers.items()}
-    speed = {name: figures["tokens_per_second"] for name, figures in found["variants"].items()}
-    memory = {name: figures["peak_memory_bytes"] for name, figures in found["variants"].items()}
+    found["variants"] = {name: figures(one, tokens) for name, one in workers.items()}
+    speed = {name: row["tokens_per_second"] for name, row in found["variants"].items()}
+    memory = {name: row["peak_memory_bytes"] for name, row in found["variants"].items()}
     for precision in ("fp32", "bf16"):
         ours, bound = f"ours_{precision}", f"products_{precision}"
         naive = "naive_fp32"  # as its authors ran it, whatever ours runs in
@@ -267,7 +241,7 @@ def measure(length: int, options: argparse.Namespace) -> dict[str, Any]:
             if ours in speed and bound + suffix in speed:
                 found[f"bound_share_{precision}{suffix}"] = speed[ours] / speed[bound + suffix]
     if {"ours_fp32", "naive_fp32"} <= set(workers):
-        a, b = (workers[name].steps[0]["terms"] for name in ("naive_fp32", "ours_fp32"))
+        a, b = (workers[name].turns[0]["terms"] for name in ("naive_fp32", "ours_fp32"))
         found["loss_difference"] = max(abs(a[name] - b[name]) / abs(a[name]) for name in a)
     return found
 
@@ -312,8 +286,8 @@ def main() -> None:
         print(json.dumps(found[0] if len(found) == 1 else {"lengths": found, "growth": growth(found)}, indent=2))
         return
     for one in found:
-        for name, figures in one["variants"].items():
-            speed, memory = figures["tokens_per_second"], figures["peak_memory_bytes"] / 1e9
+        for name, row in one["variants"].items():
+            speed, memory = row["tokens_per_second"], row["peak_memory_bytes"] / 1e9
             print(f"{one['sequence_length']:6d}  {name:22s} {speed:8.0f} tokens/s  {memory:6.2f} GB")
 
 

@@ -48,9 +48,11 @@ def test_two_processes_finetune_a_text_as_one(teacher: Path, tmp_path: Path) -> 
     text = tmp_path / "mine.txt"
     text.write_text(sentences(200, seed=5), encoding="utf-8")
     base = {"model": str(teacher), "data": str(text), "max_steps": 4, "log_every": 1, "eval_every": 2}
-    finetune(FinetuneConfig(**base, out=str(tmp_path / "1"), micro_batch_size=4))
-    finetune(FinetuneConfig(**base, out=str(tmp_path / "2"), micro_batch_size=2, num_processes=2))
+    base["eval_task"] = str(text)
+    one = finetune(FinetuneConfig(**base, out=str(tmp_path / "1"), micro_batch_size=4))
+    two = finetune(FinetuneConfig(**base, out=str(tmp_path / "2"), micro_batch_size=2, num_processes=2))
     close(tmp_path / "1", tmp_path / "2")
+    assert two.tasks == {"mine.txt": pytest.approx(one.tasks["mine.txt"], rel=1e-4)}
 
 
 @pytest.mark.slow

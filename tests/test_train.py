@@ -20,10 +20,12 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from tinygpt2 import (
     DistillConfig,
     FinetuneConfig,
+    PplConfig,
     PretrainConfig,
     TruncateStudentConfig,
     distill,
     finetune,
+    ppl,
     pretrain,
     truncate_student,
 )
@@ -216,6 +218,22 @@ def test_finetuning_a_text_packs_it_with_the_models_tokenizer(teacher: Path, tmp
     assert packed.sequence_length == 32
     losses = [row["loss"] for row in read_metrics(tmp_path / "f")]
     assert losses[-1] < losses[0]
+
+
+def test_a_trained_model_is_measured_on_tasks(teacher: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "lambada_test.txt").write_text("the cat sat on the mat\nthe dog ran\n", encoding="utf-8")
+    asked = {"eval_task": ["lambada", str(data)], "task_data": str(tmp_path)}
+    base = {"model": str(teacher), "data": str(data), **FAST}
+    result = finetune(FinetuneConfig(**base, **asked, out=str(tmp_path / "f")))
+    rows = ppl(PplConfig(model=[str(tmp_path / "f")], task=asked["eval_task"], task_data=str(tmp_path))).results
+    assert result.tasks == {"lambada": rows[0].perplexity, data.name: rows[1].perplexity}
+    assert rows[1].loss == pytest.approx(result.eval.loss, rel=1e-6)
+    assert f"| perplexity on lambada (per token) | {rows[0].perplexity:.2f} |" in (tmp_path / "f/README.md").read_text()
+    with pytest.raises(ConfigError, match="unknown task"):  # before a step is taken
+        finetune(FinetuneConfig(**base, eval_task=["nonsense"], out=str(tmp_path / "g")))
+    assert not (tmp_path / "g").exists()
+    with pytest.raises(ConfigError, match="does nothing"):
+        FinetuneConfig(**base, task_data=str(tmp_path), out=str(tmp_path / "g"))
 
 
 def test_a_resumed_run_reads_the_same_data(data: Path, teacher: Path, corpus: Path, tmp_path: Path) -> None:
