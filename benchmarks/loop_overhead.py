@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerFast
 
 from tinygpt2 import DistillConfig, PretrainConfig, distill, from_map_style, loop, pretrain
 from tinygpt2.machine import keep_memory
-from tinygpt2.model import make_config, random_model, save_model
+from tinygpt2.model import random_model, save_model
+from tinygpt2.shapes import make_config
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": {"vocabulary": 2048, "length": 128, "batch": 4, "steps": 300,

@@ -142,6 +142,8 @@ def bound(options: argparse.Namespace, tokens: list[int]) -> Job:
     """Return the bare products of one window, as often as the text has windows."""
     import torch
 
+    from tinygpt2.scoring import windows
+
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     like = {"dtype": dtype, "device": options.device}
     width, heads, targets = SHAPE["n_embd"], SHAPE["n_head"], options.stride
@@ -152,9 +154,10 @@ def bound(options: argparse.Namespace, tokens: list[int]) -> Job:
     query, key = (torch.full((heads, WINDOW, width // heads), 0.01, **like) for _ in range(2))
     head = torch.full((SHAPE["vocab_size"], width), 0.01, **like)
     logits = torch.empty(targets, len(head), **like)
+    count = len(list(windows(len(tokens), WINDOW, options.stride)))
 
     def job() -> dict[str, float]:
-        for _ in range(len(tokens) // options.stride):
+        for _ in range(count):
             for _ in range(SHAPE["n_layer"]):
                 for (a, b), weight in zip(linear, weights, strict=True):
                     torch.mm(inputs[a], weight, out=outputs[b])
@@ -162,7 +165,7 @@ def bound(options: argparse.Namespace, tokens: list[int]) -> Job:
                     stop = start + STRIP
                     torch.bmm(torch.bmm(query[:, start:stop], key[:, :stop].mT), key[:, :stop])
             torch.mm(inputs[width][:targets], head.mT, out=logits)
-        return {"total": 0.0, "targets": len(tokens) // options.stride * options.stride}
+        return {"total": 0.0, "targets": len(tokens) - 1}
 
     return job
 
@@ -184,8 +187,11 @@ def work(options: argparse.Namespace) -> None:
     tokens = json.loads((Path(options.folder) / "tokens.json").read_text())
     with tuned:
         job = VARIANTS[options.worker](options, tokens)
+        rolling = job.as_harness() if options.worker == "ours" else None  # type: ignore[attr-defined]
         before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
-        if not cuda:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
             forget_peak()
         print(json.dumps({}), flush=True)
         for _ in sys.stdin:
@@ -195,8 +201,7 @@ def work(options: argparse.Namespace) -> None:
                 torch.cuda.synchronize()
             found["seconds"] = time.perf_counter() - started
             found["memory"] = (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before
-            if options.worker == "ours" and options.stride == WINDOW and options.precision == "fp32":
-                found["as_harness"] = job.as_harness()  # type: ignore[attr-defined]
+            found["as_harness"] = rolling
             print(json.dumps(found), flush=True)
 
 

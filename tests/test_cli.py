@@ -17,7 +17,7 @@ import yaml
 from .conftest import LENGTH, make_model, sentences
 
 COMMANDS = [
-    "quickstart", "train-tokenizer", "pregenerate", "pretrain", "truncate-student", "distill", "finetune", "ppl", "generate", "verify",
+    "quickstart", "train-tokenizer", "pregenerate", "pretrain", "truncate-student", "distill", "finetune", "ppl", "presets", "generate", "verify",
 ]  # fmt: skip
 
 
@@ -368,7 +368,7 @@ def test_a_missing_tokenizer_is_a_note(cli: Callable, bad: Path) -> None:
 def test_a_defect_is_one_line_unless_debugging(cli: Callable, monkeypatch: pytest.MonkeyPatch, teacher: Path) -> None:
     import tinygpt2.verification
 
-    monkeypatch.setattr(tinygpt2.verification, "check_model", lambda path: 1 / 0)
+    monkeypatch.setattr(tinygpt2.verification, "_check_files", lambda path: 1 / 0)
     outcome = cli("verify", teacher)
     assert outcome.code == 1
     assert "a defect of tinygpt2: ZeroDivisionError" in outcome.err

@@ -18,7 +18,7 @@ from tinygpt2.config import (
     read_recipe,
 )
 from tinygpt2.errors import ConfigError
-from tinygpt2.model import preset_names, read_shape
+from tinygpt2.shapes import preset_names, read_shape
 from tinygpt2.tokenizer import load_tokenizer
 
 PRETRAIN = {"data": "d", "out": "o", "model": "m"}

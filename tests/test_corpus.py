@@ -251,7 +251,7 @@ def test_bytes_that_are_not_utf8_are_replaced_or_their_documents_left_out(tmp_pa
         assert (found[0], found[-1], len(found)) == ("good", "fine", 2 + bad)
         assert found[1].startswith("b\ufffdad")
         assert replacing.encoding_errors == bad
-        with pytest.raises(DataError, match="see --encoding-errors"):
+        with pytest.raises(DataError, match="--encoding-errors replace"):
             documents([str(tmp_path / name)], "line")
     long = b"word " * 200_000 + b"\xff" + b" word" * 200_000
     (tmp_path / "long.txt").write_bytes(long)

@@ -90,7 +90,7 @@ def test_overlapping_blocks_are_scored_as_the_text_they_came_from(teacher: Path,
         pregenerate(config)
         rows.append(ppl(PplConfig(model=[str(teacher)], task=[str(tmp_path / name)])).results[0])
     plain, sliding = rows
-    assert sliding.tokens - plain.tokens < 32
+    assert 0 <= sliding.tokens - plain.tokens < 32
     assert sliding.loss == pytest.approx(plain.loss, rel=0.02)
 
 
@@ -173,10 +173,13 @@ def test_pictures_and_tables(teacher: Path, tokenizer_dir: Path, data: Path, tmp
     assert float(rows[0]["perplexity"]) == ppl(PplConfig(model=[str(teacher)], task=[str(data)])).results[0].perplexity
     assert int(rows[1]["parameters"]) < int(rows[0]["parameters"])
     lines = cli(*asked, "--markdown").out.splitlines()
-    assert len(lines) == 4
-    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert {line.count("|") for line in lines[:4]} == {lines[0].count("|")}
+    assert f"from {data}" in "\n".join(lines[4:])
     assert cli(*asked, "--markdown", "--csv").code == 2
+    assert cli(*asked, "--csv", "--json").code == 2
     assert cli(*asked, "--plot", tmp_path / "nowhere" / "out.png").code == 2
+    assert cli(*asked, "--plot", tmp_path).code == 2
+    assert "convention hf" in cli(*asked).out
     listed = cli("ppl", "--list-tasks", "--json").json["tasks"]
     assert {"wikitext", "cbt-ne", "openwebtext"} < {task["name"] for task in listed}
     assert "37.37" in cli("ppl", "--list-tasks").out

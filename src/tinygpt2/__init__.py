@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         GenerateConfig,
         PplConfig,
         PregenerateConfig,
+        PresetsConfig,
         PretrainConfig,
         QuickstartConfig,
         TrainTokenizerConfig,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tinygpt2.pack import pregenerate
     from tinygpt2.perplexity import ppl
     from tinygpt2.pipeline import quickstart
+    from tinygpt2.shapes import presets
     from tinygpt2.tokenizer import train_tokenizer
     from tinygpt2.train import distill, finetune, pretrain
     from tinygpt2.truncate import truncate_student
@@ -46,14 +48,15 @@ __version__ = "0.1.0"
 _HOME = {
     "dataset": ["from_map_style"],
     "config": [
-        "DistillConfig", "FinetuneConfig", "GenerateConfig", "PplConfig", "PregenerateConfig", "PretrainConfig",
-        "QuickstartConfig", "TrainTokenizerConfig", "TruncateStudentConfig", "VerifyConfig",
+        "DistillConfig", "FinetuneConfig", "GenerateConfig", "PplConfig", "PregenerateConfig", "PresetsConfig",
+        "PretrainConfig", "QuickstartConfig", "TrainTokenizerConfig", "TruncateStudentConfig", "VerifyConfig",
     ],
     "errors": ["ConfigError", "DataError", "DivergedError", "InterruptedRunError", "ModelError", "TinyGPT2Error"],
     "generation": ["generate"],
     "pack": ["pregenerate"],
     "perplexity": ["ppl"],
     "pipeline": ["quickstart"],
+    "shapes": ["presets"],
     "tokenizer": ["train_tokenizer"],
     "train": ["distill", "finetune", "pretrain"],
     "truncate": ["truncate_student"],
@@ -72,6 +75,7 @@ __all__ = [
     "ModelError",
     "PplConfig",
     "PregenerateConfig",
+    "PresetsConfig",
     "PretrainConfig",
     "QuickstartConfig",
     "TinyGPT2Error",
@@ -84,6 +88,7 @@ __all__ = [
     "generate",
     "ppl",
     "pregenerate",
+    "presets",
     "pretrain",
     "quickstart",
     "train_tokenizer",

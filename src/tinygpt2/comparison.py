@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt2.config import Convention
+from tinygpt2.conventions import SAYS
 from tinygpt2.metrics import figure_of, save_figure
 
 
@@ -90,6 +91,21 @@ def table(rows: Sequence[PplRow]) -> tuple[list[str], list[list[Any]]]:
     """Return headings and cells for people; a column that no row fills is left out."""
     keys = [key for key in COLUMNS if any(getattr(row, key) is not None for row in rows)]
     return [COLUMNS[key] for key in keys], [[getattr(row, key) for key in keys] for row in rows]
+
+
+def remarks(result: PplResult) -> list[str]:
+    """Return what a reader of the table has to know besides: the convention, the texts, and how models differ."""
+    convention = result.results[0].convention
+    lines = [f"convention {convention}: {SAYS[convention]}"]
+    for row in {row.task: row for row in result.results}.values():
+        lines.append(f"{row.task}: {row.words:,} words, {row.bytes:,} bytes, from {row.source}")
+    for pair in result.paired:
+        if pair.difference is None:
+            lines.append(f"{pair.task}: {pair.a} and {pair.b} have different targets: no difference")
+        else:
+            error = f" ± {pair.stderr:.4f}" if pair.stderr is not None else ""
+            lines.append(f"{pair.task}: loss of {pair.a} - {pair.b} = {pair.difference:+.4f}{error} nats per token")
+    return lines
 
 
 def as_csv(rows: Sequence[PplRow]) -> str:

@@ -28,6 +28,8 @@ from tinygpt2.tokenizer import fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
+_AT_ONCE = 1000  # passages tokenized at a time: lists of numbers take much memory
+
 SAYS: dict[Convention, str] = {
     "hf": "per token; a token is a target once, when an earlier one stands in its window",
     "gpt2-paper": "per word, character or byte of the original text; every token is a target, end-of-text before the "
@@ -162,27 +164,29 @@ def figures(sheet: Sheet, scores: Scores, convention: Convention) -> Figures:
         scores: of its counted windows, see `counted`.
     """
     loss, total = scores.loss, float(scores.sums.sum())
-    accuracy, filtered = _share(scores.greedy), _share(scores.filtered)
+    headline = loss if sheet.unit == "token" else total / max(sheet.units, 1)
+    if convention == "tinygpt2":  # the flaw: a mean over n - 1 targets is multiplied by n
+        lengths = scores.counts + 1
+        headline = float((scores.sums / scores.counts * lengths).sum() / lengths.sum())
+    size = max(sheet.bytes, 1)
     return Figures(
-        perplexity=exponential(loss if sheet.unit == "token" else total / max(sheet.units, 1)),
+        perplexity=exponential(headline),
         loss=loss,
-        bits_per_byte=total / math.log(2) / sheet.bytes,
-        byte_perplexity=exponential(total / sheet.bytes),
+        bits_per_byte=total / math.log(2) / size,
+        byte_perplexity=exponential(total / size),
         word_perplexity=exponential(total / max(sheet.words, 1)),
-        accuracy=accuracy,
-        accuracy_without_stop_words=filtered if convention == "gpt2-paper" else None,
+        accuracy=_share(scores.greedy),
+        accuracy_without_stop_words=_share(scores.filtered) if convention == "gpt2-paper" else None,
     )
 
 
-def counted(sheet: Sheet, scores: Scores, convention: Convention) -> Scores:
+def counted(sheet: Sheet, scores: Scores) -> Scores:
     """Return the scores that count: of a question's candidates the right one, and whether it scored best."""
-    if len(sheet.right):
-        sums, counts = (x.reshape(-1, sheet.candidates) for x in (scores.sums, scores.counts))
-        rows = np.arange(len(sheet.right))
-        return Scores(sums[rows, sheet.right], counts[rows, sheet.right], sums.argmin(1) == sheet.right)
-    if convention == "tinygpt2":  # the flaw: a mean over n - 1 targets is multiplied by n
-        return Scores(scores.sums * (scores.counts + 1) / scores.counts, scores.counts + 1)
-    return scores
+    if not len(sheet.right):
+        return scores
+    sums, counts = (x.reshape(-1, sheet.candidates) for x in (scores.sums, scores.counts))
+    rows = np.arange(len(sheet.right))
+    return Scores(sums[rows, sheet.right], counts[rows, sheet.right], sums.argmin(1) == sheet.right)
 
 
 def _share(hits: Any) -> float | None:
@@ -253,19 +257,17 @@ def _continued(
 
     As the harness does it, white space at a context's end belongs to the ending, and both are tokenized together.
     """
-    bare = [context.rstrip() for context in contexts]
-    whole = reader.tokens([context + ending for context, ending in zip(contexts, endings, strict=True)], task)
-    known = {
-        context: len(tokens)
-        for context, tokens in zip(dict.fromkeys(bare), reader.tokens(list(dict.fromkeys(bare)), task), strict=True)
-    }
-    spans, offset = [], 0
-    for context, tokens in zip(bare, whole, strict=True):
-        start = max(0, len(tokens) - reader.positions - 1)
-        first = max(1, known[context] - start)
-        spans.append(Window(offset + start, offset + len(tokens), first))
-        offset += len(tokens)
-    return np.concatenate([np.array(tokens) for tokens in whole]), spans
+    parts, spans, offset = [], [], 0
+    for index in range(0, len(contexts), _AT_ONCE):
+        some = contexts[index : index + _AT_ONCE]
+        whole = reader.tokens([a + b for a, b in zip(some, endings[index : index + _AT_ONCE], strict=True)], task)
+        known = reader.tokens([context.rstrip() for context in some], task)
+        for tokens, before in zip(whole, known, strict=True):
+            start = max(0, len(tokens) - reader.positions - 1)
+            spans.append(Window(offset + start, offset + len(tokens), max(1, len(before) - start)))
+            offset += len(tokens)
+            parts.append(np.array(tokens, np.int32))
+    return np.concatenate(parts), spans
 
 
 def _blocks(packed: Packed, reader: Reader, convention: Convention, stride: int | None) -> Sheet:

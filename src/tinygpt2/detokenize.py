@@ -1,8 +1,8 @@
 """Text that was split for word-level models, put back as people write it, and split again.
 
 GPT-2's paper (Radford et al. 2019, section 3.1) measures such texts through invertible detokenizers: nothing is lost
-by them, so the log-probability of what they make is that of the original. Here `retokenize` is the exact inverse of
-`detokenize`, line by line: a line that would not come back is left as it stands. lm-evaluation-harness has a
+by them, so the log-probability of what they make is that of the original. Here `retokenize` undoes `detokenize`, line
+by line: a line that would not come back is left as it stands. lm-evaluation-harness has a
 detokenizer of its own, for which there is no inverse.
 """
 

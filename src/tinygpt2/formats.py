@@ -142,7 +142,7 @@ def not_utf8(name: str, error: UnicodeDecodeError, offset: int = 0) -> DataError
     """Return the error that names file and byte."""
     return DataError(
         f"{name}: not UTF-8: {error.reason} at byte {offset + error.start}",
-        "convert it, for example with iconv -t UTF-8, or see --encoding-errors",
+        "convert it, for example with iconv -t UTF-8; a corpus may be read with --encoding-errors replace",
     )
 
 

@@ -64,8 +64,11 @@ def stream_dataset(name: str, configuration: str | None) -> tuple[Any, str]:
         ) from error
 
 
-def dataset_rows(name: str, configuration: str | None, split: str, revision: str | None) -> list[dict[str, Any]]:
+def dataset_rows(name: str, configuration: str | None, split: str, *, parquet: bool = False) -> list[dict[str, Any]]:
     """Return all rows of a data set's split, from the Hub or from the cache of earlier downloads.
+
+    Args:
+        parquet: read the Hub's own conversion to Parquet.
 
     Raises:
         UnreadableError: it is in neither.
@@ -73,16 +76,21 @@ def dataset_rows(name: str, configuration: str | None, split: str, revision: str
     import datasets
     from huggingface_hub import HfApi
 
+    where: dict[str, Any] = {"name": configuration}
+    if parquet:
+        where = {"revision": "refs/convert/parquet", "data_files": {split: f"{configuration}/{split}/*.parquet"}}
+    problem = ""
     try:
-        HfApi().dataset_info(name, revision=revision, timeout=20)
-        offline = False
-    except Exception:  # whatever the network makes the library raise
-        offline = True  # `datasets` would try again for long before it looks into its cache
-    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, offline or datasets.config.HF_HUB_OFFLINE
-    try:
-        return list(datasets.load_dataset(name, configuration, split=split, revision=revision))
-    except Exception as error:
+        HfApi().dataset_info(name, revision=where.get("revision"), timeout=20)
+    except Exception as error:  # whatever the network makes the library raise
         problem = " ".join(str(error).split())[:200]
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        # where the Hub does not answer, `datasets` would try again for long before it looks into its cache
+        datasets.config.HF_HUB_OFFLINE = offline or bool(problem)
+        return list(datasets.load_dataset(name, split=split, **where))
+    except Exception as error:
+        problem = problem or " ".join(str(error).split())[:200]
         raise UnreadableError(f"{name} cannot be had as a data set from the Hub: {problem}", _HINT) from error
     finally:
-        datasets.config.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = offline

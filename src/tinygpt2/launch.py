@@ -174,7 +174,7 @@ def _killed(number: int, count: int, signal_number: int) -> TinyGPT2Error:
     name = signal.Signals(signal_number).name
     return TinyGPT2Error(
         f"process {number} of {count} was killed by {name}; the others were stopped",
-        "continue from the last checkpoint with --resume; a SIGKILL out of nowhere often means out of memory",
+        "training goes on from its last checkpoint with --resume; a SIGKILL out of nowhere often means out of memory",
     )
 
 

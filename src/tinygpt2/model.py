@@ -1,95 +1,27 @@
-"""GPT-2 models: presets, random weights, loading, checking, saving. Always plain `transformers` models."""
+"""GPT-2 models: random weights, loading, freezing, saving. Always plain `transformers` models."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.errors import ConfigError, ModelError
-from tinygpt2.files import atomic_contents, write_text
+from tinygpt2.files import atomic_contents, sha256_of, write_text
 from tinygpt2.hub import local_directory
 from tinygpt2.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
+SUMS = "SHA256SUMS"  # of the weights, as sha256sum writes and checks them
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def preset_names() -> list[str]:
-    """Return the names of the shipped shapes."""
-    return sorted(Path(item.name).stem for item in files("tinygpt2.presets").iterdir() if item.name.endswith(".yaml"))
-
-
-def is_shape(name: str) -> bool:
-    """Say whether a name means a shape (preset or config file) and not a directory of weights."""
-    return not Path(name).is_dir() and (name in preset_names() or Path(name).suffix in (".json", ".yaml", ".yml"))
-
-
-def read_shape(name: str, tokenizer: Tokenizer) -> GPT2Config:
-    """Read a preset, a config.json or a YAML file as GPT-2's configuration.
-
-    Start and end of text are the tokenizer's. A preset takes the size of the vocabulary from it too; a file that
-    gives one must agree.
-
-    Raises:
-        ConfigError: no such preset or file, no GPT-2, unknown or impossible values, another vocabulary.
-    """
-    path = Path(str(files("tinygpt2.presets").joinpath(f"{name}.yaml"))) if name in preset_names() else Path(name)
-    if not path.is_file():
-        raise ConfigError(f"no model configuration {name!r}", f"a file, or one of: {', '.join(preset_names())}")
-    try:
-        # JSON apart: YAML 1.1 reads its 1e-05 as text
-        read = json.loads if path.suffix == ".json" else yaml.safe_load
-        values = read(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} does not hold a model configuration")
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = make_config({"vocab_size": len(tokenizer), **values, **ends}, str(path))
-    if config.vocab_size != len(tokenizer):
-        raise ConfigError(
-            f"{path}: vocab_size {config.vocab_size}, but the data's tokenizer has {len(tokenizer)} tokens",
-            "leave vocab_size out to take it from the data",
-        )
-    return config
-
-
-def make_config(values: dict[str, Any], where: str) -> GPT2Config:
-    """Build GPT-2's configuration and check that it makes sense.
-
-    Raises:
-        ConfigError: it is not GPT-2's, has unknown keys, or the heads do not divide the width.
-    """
-    if values.get("model_type", "gpt2") != "gpt2":
-        raise ConfigError(f"{where}: model_type {values['model_type']!r} is not gpt2")
-    known = {
-        *GPT2Config().to_dict(),
-        *GPT2Config.attribute_map,
-        "task_specific_params",
-        "n_ctx",
-        "torch_dtype",
-    }
-    if stray := sorted(set(values) - known):
-        raise ConfigError(f"{where}: unknown keys: {', '.join(stray)}")
-    try:
-        config = GPT2Config(**values)
-    except Exception as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
-    if config.n_embd % config.n_head:
-        raise ConfigError(f"{where}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
-    return config
 
 
 def random_model(config: GPT2Config, seed: int, *, hollow: bool = False) -> GPT2LMHeadModel:
@@ -256,6 +188,8 @@ def save_model(
     try:
         with atomic_contents(out) as temporary:
             model.save_pretrained(str(temporary), state_dict=weights)
+            sums = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(temporary.glob("*.safetensors"))]
+            write_text(temporary / SUMS, "".join(sums))
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(temporary))
         write_text(out / "README.md", card)
@@ -264,18 +198,3 @@ def save_model(
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ModelError(f"cannot save the model in {out}: {reason}", "check rights and space") from error
-
-
-def check_model(directory: Path) -> Iterator[str]:
-    """Yield one message per fault of a model directory: weights, shapes, finite numbers, tokenizer."""
-    try:
-        model, _ = load_model(str(directory))
-        tokenizer = model_tokenizer(directory)
-    except ModelError as error:
-        yield str(error)
-        return
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            yield f"{name} holds numbers that are not finite"
-    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
-        yield f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from itertools import combinations
 from pathlib import Path
@@ -9,18 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from jaxtyping import Bool
 from torch import Tensor, distributed
 
 from tinygpt2.comparison import Paired, PplResult, PplRow, plot_comparison
-from tinygpt2.config import PplConfig
+from tinygpt2.config import Convention, PplConfig
 from tinygpt2.conventions import Reader, Sheet, counted, figures, make_sheet
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, DataError, ModelError, TinyGPT2Error
 from tinygpt2.files import absolute
 from tinygpt2.launch import check_number, launch, launched
 from tinygpt2.machine import fast_products
 from tinygpt2.model import count_parameters, load_model, model_tokenizer
-from tinygpt2.progress import track
+from tinygpt2.progress import say, track
 from tinygpt2.scoring import Scorer, Scores
 from tinygpt2.stopwords import STOP_WORDS
 from tinygpt2.tasks import Task, TaskList, load_tasks, task_list
@@ -52,9 +54,16 @@ def measure(config: PplConfig) -> PplResult:
         result: PplResult = launch("ppl", config.num_processes or 1, config)
         return result
     joined = distributed.is_initialized()
+    if not joined:  # an earlier call's processes are gone, and their number is no longer true
+        PartialState._reset_state()
     state = PartialState(cpu=not torch.cuda.is_available())
+    with fast_products(), state.main_process_first():  # the first may download, the others find it in the cache
+        tasks = load_tasks(config.task, config.task_data)
+    names = [task.name for task in tasks]
+    if any(other != names for other in gather_object([names])):
+        raise DataError("the processes found different tasks", "name them, instead of all, or give --task-data")
     with fast_products():
-        measured = _measure_all(config, load_tasks(config.task, config.task_data), state.device)
+        measured = _measure_all(config, tasks, state.device)
     if config.plot and state.is_main_process:
         plot_comparison(measured.results, Path(config.plot))
     if not joined:
@@ -62,25 +71,63 @@ def measure(config: PplConfig) -> PplResult:
     return measured
 
 
+def check_tasks(tasks: list[Task], reader: Reader, convention: Convention = "hf", stride: int | None = None) -> None:
+    """Check that a model can be measured on tasks, as far as its configuration and tokenizer tell.
+
+    Raises:
+        ConfigError, DataError, ModelError: see `make_sheet`.
+    """
+    for task in tasks:
+        make_sheet(task, reader, convention, stride)
+
+
 def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> PplResult:
-    rows, done = [], {}
     names = list(dict.fromkeys(config.model))
+    tasks, sheets = _lay_out(config, names, tasks)
+    rows, done = [], {}
     for name in names:
         model, directory = load_model(name, allow_pickle=config.allow_pickle)
-        reader = Reader(name, model.config, model_tokenizer(directory))
         parameters = count_parameters(model)
         scorer = Scorer(model, config.precision, device)
         for task in tasks:
-            sheet = make_sheet(task, reader, config.convention, config.stride)
-            row, scores = _measure(scorer, reader, task, sheet, config, parameters)
+            reader = Reader(name, model.config, model_tokenizer(directory))
+            row, done[name, task.name] = _measure(scorer, reader, task, sheets[name, task.name], config, parameters)
             rows.append(row)
-            done[name, task.name] = sheet, scores
-    paired = [
-        _pair(a, b, task.name, *done[a, task.name], *done[b, task.name])
-        for task in tasks
-        for a, b in combinations(names, 2)
-    ]
+    paired = []
+    for task in tasks:
+        for a, b in combinations(names, 2):
+            found = (done[a, task.name], done[b, task.name])
+            same = sheets[a, task.name].same_targets(sheets[b, task.name])
+            paired.append(_pair(absolute(a), absolute(b), task.name, *found if same else (None, None)))
     return PplResult(rows, paired)
+
+
+def _lay_out(config: PplConfig, names: list[str], tasks: list[Task]) -> tuple[list[Task], dict[tuple[str, str], Sheet]]:
+    """Make every sheet before anything is measured, so that what does not fit costs no time.
+
+    Returns:
+        The tasks that stay, and a sheet for each model and task. A task that `all` found is left out where it does not
+        fit a model or the convention.
+    """
+    sheets: dict[tuple[str, str], Sheet] = {}
+    left_out: set[str] = set()
+    for name in names:
+        model, directory = load_model(name, allow_pickle=config.allow_pickle, hollow=True)
+        reader = Reader(name, model.config, model_tokenizer(directory))
+        for task in tasks:
+            try:
+                sheets[name, task.name] = make_sheet(task, reader, config.convention, config.stride)
+            except TinyGPT2Error as error:
+                if not task.optional:
+                    raise
+                say(f"{task.name} is left out: {error.message}")
+                left_out.add(task.name)
+    kept = [task for task in tasks if task.name not in left_out]
+    if not kept:
+        raise DataError("no task is left that fits the models and the convention")
+    if config.stride is not None and all(sheet.stride is None for sheet in sheets.values()):
+        raise ConfigError("--stride does nothing: every passage of these tasks is a window of its own")
+    return kept, sheets
 
 
 def _measure(
@@ -92,14 +139,21 @@ def _measure(
     ruled_out = _stop_words(reader.tokenizer, len(scorer.head)).to(scorer.head.device) if last_words else None
     started = time.perf_counter()
     with track(f"{reader.name} on {task.name}", len(sheet.spans)) as progress:
-        every = scorer(sheet.tokens, sheet.spans, budget, progress.advance, ruled_out)
+        try:
+            every = scorer(sheet.tokens, sheet.spans, budget, progress.advance, ruled_out)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"out of memory on {task.name}", "lower --batch-size, or take --precision bf16"
+            ) from error
     seconds = time.perf_counter() - started
-    scores = counted(sheet, every, config.convention)
+    scores = counted(sheet, every)
+    if math.isnan(scores.loss):
+        raise ModelError(f"model {reader.name}: its loss on {task.name} is not a number", "tinygpt2 verify says why")
     found = figures(sheet, scores, config.convention)
     targets = int(every.counts.sum())
     row = PplRow(
         model=absolute(reader.name),
-        task=absolute(task.name),
+        task=task.name,
         convention=config.convention,
         perplexity=found.perplexity,
         loss=found.loss,
@@ -132,15 +186,14 @@ def _stop_words(tokenizer: Tokenizer | None, vocabulary: int) -> Bool[Tensor, " 
     """Return which tokens are a stop word by themselves, with a space before it."""
     mask = torch.zeros(vocabulary, dtype=torch.bool)
     if tokenizer is not None:
-        words = {f"{space}{form}" for word in STOP_WORDS for form in (word, word.capitalize()) for space in ("", " ")}
+        words = {f"{space}{word}" for word in STOP_WORDS for space in ("", " ")}
         found = [ids[0] for ids in tokenizer(sorted(words), add_special_tokens=False)["input_ids"] if len(ids) == 1]
         mask[found] = True
     return mask
 
 
-def _pair(a: str, b: str, task: str, sheet_a: Sheet, left: Scores, sheet_b: Sheet, right: Scores) -> Paired:
-    names = absolute(a), absolute(b), absolute(task)
-    if not sheet_a.same_targets(sheet_b):
-        return Paired(*names, None, None)
+def _pair(a: str, b: str, task: str, left: Scores | None, right: Scores | None) -> Paired:
+    if left is None or right is None:
+        return Paired(a, b, task, None, None)
     both = Scores(left.sums - right.sums, left.counts)
-    return Paired(*names, both.loss, both.stderr)
+    return Paired(a, b, task, both.loss, both.stderr)

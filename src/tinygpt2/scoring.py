@@ -91,7 +91,7 @@ class Scores:
 
 def exponential(loss: float) -> float:
     """Return the perplexity of a loss in nats; infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 class Scorer:
@@ -128,7 +128,7 @@ class Scorer:
         """
         state = PartialState(cpu=not torch.cuda.is_available())
         found = np.zeros((3, len(spans)))
-        total, targets = 0.0, 0
+        total, targets, done = 0.0, 0, 0
         for batch in list(_batches(spans, budget))[state.process_index :: state.num_processes]:
             part = [spans[index] for index in batch]
             input_ids, wanted = _padded(tokens, part, self.head.device)
@@ -139,7 +139,9 @@ class Scorer:
             if hits is not None:
                 found[1:, batch] = _all_hit(hits.cpu(), [span.targets for span in part])
             total, targets = total + float(losses.sum()), targets + len(losses)
-            advance(len(part) * state.num_processes, f"perplexity {exponential(total / targets):,.4g}")
+            windows = min(len(part) * state.num_processes, len(spans) - done)
+            done += windows
+            advance(windows, f"perplexity {exponential(total / targets):,.4g}")
         if state.num_processes > 1:
             found = reduce(torch.from_numpy(found).to(state.device), "sum").cpu().numpy()
         counts = np.array([span.targets for span in spans])

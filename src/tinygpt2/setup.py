@@ -131,7 +131,7 @@ def _check_start(config: TrainOptions) -> None:
         raise ConfigError(
             f"--compile needs a C++ compiler: {compiler} was not found", "install it, or set CXX to another"
         )
-    load_tasks(config.eval_task, config.task_data)  # what is measured at the end is missed at the start
+    load_tasks(config.eval_task, config.task_data)  # what is missing is said before anything is loaded
     out = Path(config.out)
     run = out / RUN_FILE
     left = [path for path in out.glob(".*.tmp") if path.is_dir()] if config.resume else []  # by a killed process

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from tinygpt2.corpus import read_text
 from tinygpt2.dataset import Packed, is_packed, load_packed
 from tinygpt2.detokenize import Style, detokenize_cbt
 from tinygpt2.errors import ConfigError, DataError, TinyGPT2Error
+from tinygpt2.files import absolute
 from tinygpt2.hub import dataset_rows
 from tinygpt2.progress import say, track
 
@@ -24,16 +25,19 @@ _WHOLE, _TEST = 100_000_000, 5_000_000  # bytes of enwik8 and text8, and of thei
 
 @dataclass(frozen=True)
 class Source:
-    """A split of a data set on the Hub; `revision` where only the Hub's conversion to Parquet can be read."""
+    """A split of a data set on the Hub.
+
+    Attributes:
+        parquet: take it from the Hub's own conversion to Parquet, because the data set itself is a program.
+    """
 
     name: str
     configuration: str | None = None
     split: str = "test"
-    revision: str | None = None
+    parquet: bool = False
 
     def __str__(self) -> str:
-        parts = [self.name, self.configuration, self.split]
-        return ":".join(part for part in parts if part) + (f"@{self.revision}" if self.revision else "")
+        return ":".join(part for part in (self.name, self.configuration, self.split) if part)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,6 @@ class Spec:
 
 
 _PAPER = "paper, table 3"
-_PARQUET = "refs/convert/parquet"
 SPECS = {
     spec.name: spec
     for spec in (
@@ -77,18 +80,18 @@ SPECS = {
         ),
         Spec(
             "wikitext-2", style="wikitext", lines=True, joined="rows",
-            files=("wikitext-2*/wiki.test.tokens", "wikitext-2*/test.txt", "wiki.test.tokens"),
+            files=("wikitext-2*/wiki.test.tokens", "wikitext-2*/test.txt"),
             source=Source("Salesforce/wikitext", "wikitext-2-v1"), published=f"29.41 a word ({_PAPER})",
         ),
         Spec(
             "wikitext-103", style="wikitext", lines=True, joined="rows",
-            files=("wikitext-103*/wiki.test.tokens", "wikitext-103*/test.txt", "wiki.test.tokens"),
+            files=("wikitext-103*/wiki.test.tokens", "wikitext-103*/test.txt"),
             source=Source("Salesforce/wikitext", "wikitext-103-v1"), published=f"37.50 a word ({_PAPER})",
         ),
         Spec(
             "ptb", style="ptb", lines=True, joined="lines",
             files=("ptb.test.txt", "ptb*/test.txt", "ptb.valid.txt", "ptb*/valid.txt"),
-            source=Source("ptb-text-only/ptb_text_only", "penn_treebank", revision=_PARQUET),
+            source=Source("ptb-text-only/ptb_text_only", "penn_treebank", parquet=True),
             published=f"65.85 a word ({_PAPER})",
         ),
         Spec(
@@ -111,7 +114,6 @@ SPECS = {
         ),
         Spec(
             "1bw", style="news", lines=True, joined="lines", files=("news.en.heldout-00000-of-00050",),
-            source=Source("billion-word-benchmark/lm1b", "plain_text", revision=_PARQUET),
             published=f"75.20 a word ({_PAPER})",
         ),
         Spec("openwebtext", kind="blocks", files=("openwebtext*",)),
@@ -138,6 +140,7 @@ class Task:
         source: where it came from.
         text: a running text as its file has it.
         passages, questions, packed: what the other kinds hold.
+        optional: whether `all` asked for it, and it may be left out where it does not fit.
     """
 
     spec: Spec
@@ -147,6 +150,7 @@ class Task:
     passages: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     packed: Packed | None = None
+    optional: bool = False
 
     def joined(self) -> str:
         """Return the text as the conventions `hf` and `tinygpt2` put it together."""
@@ -218,7 +222,7 @@ def _every(data: str | None) -> list[Task]:
     found = []
     for spec in SPECS.values():
         try:
-            found.append(_named(spec, data))
+            found.append(replace(_named(spec, data), optional=True))
         except DataError as error:
             say(f"{spec.name} is left out: {error.message}")
     if not found:
@@ -247,7 +251,7 @@ def _named(spec: Spec, data: str | None) -> Task:
 
 def _find(spec: Spec, data: Path) -> Path:
     """Return a task's file: `data` itself, or what goes by one of its names below it."""
-    if data.is_file() or (spec.kind == "blocks" and is_packed(data)):
+    if is_packed(data) if spec.kind == "blocks" else data.is_file():
         return data
     if data.is_dir():
         below = sorted(data.resolve().rglob("*"))
@@ -255,8 +259,11 @@ def _find(spec: Spec, data: Path) -> Path:
             for path in below:
                 if path.match(name) and (is_packed(path) if spec.kind == "blocks" else path.is_file()):
                     return path
-    reason = f"nothing in {data} is called {' or '.join(spec.files)}" if data.is_dir() else f"no such file: {data}"
-    raise DataError(f"{spec.name}: {reason}", "--task-data takes the file, or a folder that holds it")
+    what = "a pregenerated dataset" if spec.kind == "blocks" else "file"
+    reason = f"no {what} in {data} is called {' or '.join(spec.files)}" if data.is_dir() else f"{data} is no {what}"
+    if not data.exists():
+        reason = f"no such file: {data}"
+    raise DataError(f"{spec.name}: {reason}", "--task-data takes the data itself, or a folder that holds it")
 
 
 def _at(name: str) -> Task:
@@ -267,14 +274,14 @@ def _at(name: str) -> Task:
             raise DataError(
                 f"{path} is no pregenerated dataset", "give a text file, or make a dataset with tinygpt2 pregenerate"
             )
-        return Task(Spec(name, kind="blocks"), name, str(path), packed=load_packed(name))
+        return Task(Spec(name, kind="blocks"), absolute(name), str(path), packed=load_packed(name))
     if not path.exists():
         if path.suffix or len(path.parts) > 1:
             raise DataError(f"no such file: {path}")
         close = difflib.get_close_matches(name, [*SPECS, ALL], n=3)
         meant = f", did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"unknown task {name!r}{meant}", "a path, or a name of tinygpt2 ppl --list-tasks")
-    return Task(Spec(name), name, str(path), text=_read(path))
+    return Task(Spec(name), absolute(name), str(path), text=_read(path))
 
 
 def _read(path: Path) -> str:
@@ -287,7 +294,7 @@ def _read(path: Path) -> str:
 def _from_rows(spec: Spec, source: Source) -> Task:
     """Read a task from the Hub; a text is put back as its file has it."""
     try:
-        rows = dataset_rows(source.name, source.configuration, source.split, source.revision)
+        rows = dataset_rows(source.name, source.configuration, source.split, parquet=source.parquet)
     except TinyGPT2Error as error:
         raise DataError(
             f"{spec.name}: {error.message}", f"give --task-data {spec.files[0]}, or check HF_ENDPOINT and the network"
@@ -295,21 +302,24 @@ def _from_rows(spec: Spec, source: Source) -> Task:
     if spec.kind == "passages":
         return Task(spec, spec.name, str(source), passages=tuple(str(row["text"]) for row in rows))
     if spec.kind == "choices":
-        questions = (_question(row["sentences"], row["question"], row["answer"], row["options"]) for row in rows)
-        return Task(spec, spec.name, str(source), questions=tuple(questions))
+        questions = tuple(
+            _question(row["sentences"], row["question"], row["answer"], row["options"], f"{source}, row {number}")
+            for number, row in enumerate(rows)
+        )
+        return Task(spec, spec.name, str(source), questions=questions)
     texts = [str(next(iter(row.values()))) for row in rows]
     if spec.joined == "rows":
         text = "".join(row or " \n" for row in texts)
     else:
-        text = "".join(f" {row.strip()} \n" if spec.style == "ptb" else f"{row}\n" for row in texts)
+        text = "".join(f" {row.strip()} \n" for row in texts) if spec.joined == "lines" else "".join(texts)
     return Task(spec, spec.name, str(source), text=text)
 
 
 def _passages(text: str, path: Path) -> Iterator[str]:
     """Yield LAMBADA's passages: one {"text": ...} a line, or the passage itself."""
     for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        passage: Any = line
-        if path.suffix == ".jsonl":
+        passage: Any = line.removesuffix("\r")
+        if line.startswith("{"):
             try:
                 passage = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError) as error:
@@ -325,13 +335,14 @@ def _questions(text: str, path: Path) -> Iterator[Question]:
         lines = [re.sub(r"^\d+ ", "", line) for line in block.split("\n")]
         parts = lines[-1].split("\t")
         options = parts[-1].split("|")
-        if len(parts) < 3 or "XXXXX" not in parts[0] or parts[1] not in options:
-            raise DataError(f"{path}, question {number}: no question with XXXXX, an answer and the candidates")
-        yield _question(lines[:-1], parts[0], parts[1], options)
+        where = f"{path}, question {number}"
+        yield _question(lines[:-1], parts[0], parts[1] if len(parts) > 2 else "", options, where)
 
 
-def _question(sentences: list[str], question: str, answer: str, options: list[str]) -> Question:
+def _question(sentences: list[str], question: str, answer: str, options: list[str], where: str) -> Question:
     """Put a question together: what stands before the gap, and each candidate with what stands after it."""
+    if "XXXXX" not in question or answer not in options:
+        raise DataError(f"{where}: no question with XXXXX, its answer and the candidates")
     before, after = question.split("XXXXX", 1)
     context = detokenize_cbt(" ".join([*sentences, before]))
     whole = [detokenize_cbt(" ".join([*sentences, before, option, after])) for option in options]

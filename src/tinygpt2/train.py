@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from tinygpt2.comparison import short_names
 from tinygpt2.config import (
     DEFAULT_SEQUENCE_LENGTH,
     DistillConfig,
@@ -20,7 +21,7 @@ from tinygpt2.config import (
     PretrainConfig,
     TrainOptions,
 )
-from tinygpt2.conventions import check_fits
+from tinygpt2.conventions import Reader, check_fits
 from tinygpt2.dataset import Packed, is_packed, load_packed
 from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.files import write_text
@@ -32,20 +33,20 @@ from tinygpt2.metrics import model_card, plot_curves
 from tinygpt2.model import (
     count_parameters,
     freeze,
-    is_shape,
     load_model,
     model_tokenizer,
     random_model,
-    read_shape,
     save_model,
     set_dropout,
 )
 from tinygpt2.objectives import Weights
-from tinygpt2.perplexity import measure
+from tinygpt2.perplexity import check_tasks, measure
 from tinygpt2.plan import Compiled, Plan, compile_step, fit_batch, make_plan
 from tinygpt2.runstate import RunState
 from tinygpt2.setup import RUN_FILE, Setup, begin
+from tinygpt2.shapes import is_shape, read_shape
 from tinygpt2.step import Evaluation, Step
+from tinygpt2.tasks import load_tasks
 from tinygpt2.tokenizer import fingerprint
 
 Options = TypeVar("Options", bound=TrainOptions)
@@ -57,7 +58,7 @@ class TrainResult:
 
     Attributes:
         loss: the last step's mean over the global batch.
-        tasks: perplexity on each --eval-task, by ppl's default convention.
+        tasks: perplexity on each --eval-task, by ppl's default convention; None without one.
     """
 
     model: str
@@ -69,7 +70,7 @@ class TrainResult:
     parameters: int
     tokens_per_second: float
     peak_memory_bytes: int
-    tasks: dict[str, float] = field(default_factory=dict)
+    tasks: dict[str, float] | None = None
 
 
 def pretrain(config: PretrainConfig, data: Packed | None = None) -> TrainResult | Plan | Compiled:
@@ -210,28 +211,40 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
         write_text(out / RUN_FILE, config.to_yaml())
     _begin_tracking(accelerator, config)
     tokenizer = job.data.tokenizer()
+    tasks = load_tasks(config.eval_task, config.task_data)
+    check_tasks(tasks, Reader(config.out, job.model.config, tokenizer))  # not only when all the training is done
     try:
         state, wrapped = run_loop(job, accelerator, module)
+        weights = accelerator.get_state_dict(wrapped)
+        result = _result(job, state)
+        if accelerator.is_main_process:
+            own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
+            save_model(job.model, out, tokenizer, _card(job, result), own, config.to_yaml())
+            plot_curves(out)
+        # the wrapper first: where it outlives the process group, its end waits for threads that wait for it
+        (wrapped,) = accelerator.free_memory(wrapped)
+        if tasks:
+            result = _measured(job, result, accelerator)
     except BaseException:
         for tracker in accelerator.trackers:
             tracker.finish()
         raise
-    weights = accelerator.get_state_dict(wrapped)
-    result = _result(job, state)
-    if accelerator.is_main_process:
-        own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
-        save_model(job.model, out, tokenizer, _card(job, result), own, config.to_yaml())
-        plot_curves(out)
-    if config.eval_task:
-        accelerator.wait_for_everyone()  # the model is there
-        asked = PplConfig(model=[config.out], task=config.eval_task, task_data=config.task_data)
-        rows = measure(asked).results
-        result = replace(result, tasks={Path(row.task).name: row.perplexity for row in rows})
-        if accelerator.is_main_process:
-            write_text(out / "README.md", _card(job, result))
-    # the wrapper first: where it outlives the process group, its end waits for threads that wait for it
-    (wrapped,) = accelerator.free_memory(wrapped)
     accelerator.end_training()
+    return result
+
+
+def _measured(job: Job, result: TrainResult, accelerator: Accelerator) -> TrainResult:
+    """Measure the finished model on the tasks asked for, and write them into its card."""
+    config = job.config
+    if job.teacher is not None:
+        job.teacher.to("cpu")
+    job.model.to("cpu")
+    accelerator.wait_for_everyone()  # until the model is there
+    rows = measure(PplConfig(model=[config.out], task=config.eval_task, task_data=config.task_data)).results
+    names = short_names([row.task for row in rows])
+    result = replace(result, tasks={names[row.task]: row.perplexity for row in rows})
+    if accelerator.is_main_process:
+        write_text(Path(config.out) / "README.md", _card(job, result))
     return result
 
 
@@ -289,7 +302,7 @@ def _card(job: Job, result: TrainResult) -> str:
     if result.eval is not None:
         figures["held-out loss (nats/token)"] = f"{result.eval.loss:.4f}"
         figures["held-out perplexity"] = f"{result.eval.perplexity:.2f}"
-    figures |= {f"perplexity on {name} (per token)": f"{value:.2f}" for name, value in result.tasks.items()}
+    figures |= {f"perplexity on {name} (per token)": f"{value:.2f}" for name, value in (result.tasks or {}).items()}
     figures["fingerprint of the data"] = f"`{job.data.content[:16]}`"
     figures["fingerprint of its tokenizer"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
     return model_card(Path(job.config.out).name, job.how, figures, f"{job.command} {job.config.flags()}")

@@ -56,11 +56,19 @@ def _generate(config: Any, as_json: bool) -> Any:
 
 
 def _ppl(config: Any, as_json: bool) -> Any:
+    if as_json and (config.csv or config.markdown):
+        raise ConfigError("--json contradicts --csv and --markdown: give one")
     result = _library("ppl")(config, as_json)
-    if as_json or config.list_tasks or rank() or not (config.csv or config.markdown):
+    if rank() or not (config.csv or config.markdown):
         return result
     typer.echo(ppl_as_text(result, as_csv=config.csv), nl=False)
     return None
+
+
+def _presets(config: Any, as_json: bool) -> Any:
+    from tinygpt2.shapes import presets  # at once: it needs no library
+
+    return presets(config)
 
 
 _TURN = 3.0  # seconds
@@ -125,6 +133,12 @@ COMMANDS: list[tuple[str, type[Config], str, list[str]]] = [
         ],
     ),
     (
+        "presets",
+        c.PresetsConfig,
+        "The shapes that --model-config and --student know by name.",
+        ["presets"],
+    ),
+    (
         "generate",
         c.GenerateConfig,
         "Text from one or several models side by side; greedy unless sampling or beams are asked for.",
@@ -142,7 +156,7 @@ COMMANDS: list[tuple[str, type[Config], str, list[str]]] = [
 ]
 
 for _name, _config, _about, _examples in COMMANDS:
-    _command = {"generate": _generate, "ppl": _ppl}.get(_name, _library(_name))
+    _command = {"generate": _generate, "ppl": _ppl, "presets": _presets}.get(_name, _library(_name))
     add_command(app, _name, _config, _command, _about, _examples)
 
 

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from tinygpt2.cli.output import print_result
 from tinygpt2.config import read_recipe
+from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
 from tinygpt2.errors import ConfigError
 from tinygpt2.launch import rank
@@ -73,6 +74,8 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
         ConfigError: every problem at once, with the file's name if it may be at fault.
     """
     from_file = read_yaml(Path(file)) if file else {}
+    if file and is_cerebras(from_file):
+        from_file = _translated(config_type, from_file, file)
     if "recipe" in given:  # named on the command line, it wins over all that the file says of the same things
         given = config_type.layered(given)
     try:
@@ -81,6 +84,16 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
         if from_file.keys() - given.keys():
             raise ConfigError(f"{error.message}\n(options come from {file} and the command line)", error.hint) from None
         raise
+
+
+def _translated(config_type: type[Config], values: dict[str, Any], file: str) -> dict[str, Any]:
+    """Read one of Cerebras' parameter files as options, and name what has no counterpart."""
+    if "model_config" not in config_type.options():
+        raise ConfigError(f"{file} is a parameter file in Cerebras' form, which pretrain alone takes")
+    options, left = options_of(values, file)
+    if left:
+        typer.echo(f"{file}: without a counterpart here, and left out: {', '.join(left)}", err=True)
+    return options
 
 
 def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Parameter:

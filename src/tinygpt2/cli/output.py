@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from tinygpt2 import comparison
 from tinygpt2.errors import TinyGPT2Error
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def print_error(error: TinyGPT2Error, *, as_json: bool) -> None:
 def to_json(value: Any) -> Any:
     """Turn a result into JSON's types; numbers that are not finite become null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: to_json(getattr(value, field.name)) for field in _fields(value)}
     if isinstance(value, dict):
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -58,6 +58,12 @@ def to_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _fields(result: Any) -> list[dataclasses.Field[Any]]:
+    """Return a result's fields, without those that were not asked for: None by default, and still so."""
+    every = dataclasses.fields(result)
+    return [field for field in every if field.default is not None or getattr(result, field.name) is not None]
 
 
 def _number(value: Any) -> str:
@@ -69,7 +75,7 @@ def _number(value: Any) -> str:
 
 
 def _render_fields(result: Any, console: Console) -> None:
-    for field in dataclasses.fields(result):
+    for field in _fields(result):
         value = getattr(result, field.name)
         if dataclasses.is_dataclass(value):
             value = ", ".join(f"{part.name} {_number(getattr(value, part.name))}" for part in dataclasses.fields(value))
@@ -96,29 +102,22 @@ def _table(columns: list[str], rows: list[list[Any]]) -> Any:
 
 
 def _render_ppl(result: Any, console: Console) -> None:
-    from tinygpt2.conventions import SAYS
+    from tinygpt2 import comparison
 
-    headings, cells = comparison.table(result.results)
-    console.print(_table(headings, cells))
-    convention = result.results[0].convention
-    console.print(f"convention {convention}: {SAYS[convention]}", markup=False)
-    for pair in result.paired:
-        if pair.difference is None:
-            console.print(f"{pair.task}: {pair.a} and {pair.b} have different targets: no difference", markup=False)
-        else:
-            error = f" ± {pair.stderr:.4f}" if pair.stderr is not None else ""
-            console.print(
-                f"{pair.task}: loss of {pair.a} - {pair.b} = {pair.difference:+.4f}{error} nats/token",
-                markup=False,
-            )
+    console.print(_table(*comparison.table(result.results)))
+    for line in comparison.remarks(result):
+        console.print(line, markup=False)
 
 
 def ppl_as_text(result: Any, *, as_csv: bool) -> str:
-    """Return the figures of `ppl` as CSV, or its table in Markdown."""
+    """Return the figures of `ppl` as CSV, or its table and what belongs to it in Markdown."""
+    from tinygpt2 import comparison
+
     if as_csv:
         return comparison.as_csv(result.results)
     headings, cells = comparison.table(result.results)
-    return comparison.as_markdown(headings, [[_number(value) for value in row] for row in cells])
+    text = comparison.as_markdown(headings, [[_number(value) for value in row] for row in cells])
+    return text + "".join(f"\n{line}\n" for line in comparison.remarks(result))
 
 
 def _render_tasks(result: Any, console: Console) -> None:
@@ -137,10 +136,40 @@ def _render_generate(result: Any, console: Console) -> None:
         console.print(text.text, markup=False, soft_wrap=True)
 
 
+def _render_presets(result: Any, console: Console) -> None:
+    headings = ["name", "parameters", "layers", "heads", "width", "positions"]
+    rows = [[p.name, p.parameters, p.n_layer, p.n_head, p.n_embd, p.n_positions] for p in result.presets]
+    console.print(_table(headings, rows))
+    for preset in result.presets:
+        console.print(f"{preset.name}: {preset.source}", markup=False)
+
+
 def _render_verify(result: Any, console: Console) -> None:
     console.print(f"{result.path}: {result.kind}, {'ok' if result.ok else 'faulty'}", markup=False)
     for line in [*result.problems, *(f"note: {note}" for note in result.notes)]:
         console.print(f"- {line}", markup=False)
+    if (found := result.reference) is not None:
+        text = "the same greedy text" if found.same_greedy_text else "another greedy text"
+        console.print(
+            f"beside the reference: logits within {found.logits:.2g} (largest {found.largest_logit:.3g}), "
+            f"hidden states within {found.states:.2g} (largest {found.largest_state:.3g}), "
+            f"{text} over {found.greedy_tokens} tokens",
+            markup=False,
+        )
+    for line in _copied_blocks(result.copies or {}):
+        console.print(line, markup=False)
+
+
+def _copied_blocks(copies: dict[str, str]) -> Iterator[str]:
+    """Say for each part of a student of which part of the teacher its exact copies are."""
+    parts: dict[str, list[str]] = {}
+    for name, origin in copies.items():
+        here, there = (re.sub(r"transformer\.h\.(\d+)\..*", r"block \1", key) for key in (name, origin))
+        parts.setdefault(here, []).append(there)
+    for here, origins in parts.items():
+        for there in dict.fromkeys(origins):
+            count = f" ({origins.count(there)} tensors)" if here.startswith("block") else ""
+            yield f"{here} is the teacher's {there}{count}"
 
 
 def _render_quickstart(result: Any, console: Console) -> None:
@@ -150,6 +179,7 @@ def _render_quickstart(result: Any, console: Console) -> None:
 RENDER: dict[str, Callable[[Any, Console], None]] = {
     "PplResult": _render_ppl,
     "TaskList": _render_tasks,
+    "PresetList": _render_presets,
     "GenerateResult": _render_generate,
     "VerifyResult": _render_verify,
     "QuickstartResult": _render_quickstart,

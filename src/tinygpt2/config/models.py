@@ -56,7 +56,7 @@ class PplConfig(ModelOptions):
     convention: Convention = option("hf", "Which tokens count, and what perplexity is per; see docs/perplexity.md.")
     stride: int | None = option(None, "Tokens from one window's start to the next.", ge=1, shown="the window")
     batch_size: int | None = option(
-        None, "Windows in one forward pass.", ge=1, shown="as many as hold 2,048 tokens, 32,768 on a GPU"
+        None, "Windows of full length in one forward pass.", ge=1, shown="as many as hold 2,048 tokens, 32,768 on a GPU"
     )
     precision: Precision = option("fp32", "Type of the weights and products.")
     num_processes: int | None = option(
@@ -68,14 +68,18 @@ class PplConfig(ModelOptions):
 
     def conflicts(self) -> Iterator[str]:
         """Check that there is something to measure, and one way to do it and to print it."""
+        if not self.model:
+            yield "missing --model: what to measure"
         if not self.task and not self.list_tasks:
             yield "missing --task: what to measure on; --list-tasks names the known ones"
         if self.stride is not None and self.convention in ("lm-eval", "tinygpt2"):
             yield f"--stride contradicts --convention {self.convention}, whose windows do not overlap"
-        if self.csv and self.markdown:
-            yield "--csv and --markdown contradict each other: give one"
+        if self.csv + self.markdown + self.list_tasks > 1:
+            yield "--csv, --markdown and --list-tasks contradict each other: give one"
         if self.plot is not None and not Path(self.plot).absolute().parent.is_dir():
             yield f"--plot {self.plot}: there is no such directory"
+        if self.plot is not None and Path(self.plot).is_dir():
+            yield f"--plot {self.plot} is a directory: give the picture's file"
 
 
 class GenerateConfig(ModelOptions):
@@ -118,3 +122,8 @@ class VerifyConfig(Config):
     """Options of `verify`."""
 
     path: str = option(..., "Pregenerated dataset or model directory.", positional=True)
+    teacher: str | None = option(None, "Say which of its tensors a student's are: a local directory or a Hub id.")
+
+
+class PresetsConfig(Config):
+    """Options of `presets`: none of its own."""

@@ -1,0 +1,154 @@
+"""Cerebras' parameter files for GPT-2 (train_input, eval_input, model, optimizer, runconfig) as options of ours.
+
+docs/from-other-tools.md has the mapping in words. What has no counterpart here is named, never dropped in silence;
+what would train another model is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tinygpt2.errors import ConfigError
+
+SECTIONS = ("train_input", "eval_input", "model", "optimizer", "runconfig")
+
+_OPTIONS = {
+    "train_input.data_dir": "data",
+    "train_input.batch_size": "micro_batch_size",
+    "eval_input.data_dir": "eval_data",
+    "model.dropout_rate": "dropout",
+    "optimizer.weight_decay": "weight_decay",
+    "optimizer.weight_decay_rate": "weight_decay",
+    "optimizer.max_gradient_norm": "grad_clip",
+    "runconfig.max_steps": "max_steps",
+    "runconfig.num_epochs": "num_epochs",
+    "runconfig.checkpoint_steps": "save_every",
+    "runconfig.log_steps": "log_every",
+    "runconfig.eval_frequency": "eval_every",
+    "runconfig.seed": "seed",
+    "runconfig.model_dir": "out",
+}
+"""Keys that say the same as an option of ours."""
+
+_SHAPE = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "filter_size": "n_inner",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+    "share_embedding_weights": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+}
+"""Keys of `model` that are the shape."""
+
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "train_input.shuffle": (True,),
+    "model.position_embedding_type": ("learned",),
+    "model.attention_type": ("scaled_dot_product",),
+    "model.use_position_embedding": (True,),
+    "model.use_projection_bias_in_attention": (True,),
+    "model.use_ffn_bias_in_attention": (True,),
+    "model.use_ffn_bias": (True,),
+    "model.use_bias_in_output": (False,),
+    "model.loss_scaling": ("num_tokens",),
+    "model.loss_weight": (1.0,),
+    "optimizer.optimizer_type": ("adamw", "AdamW"),
+}
+"""What is so in any GPT-2, or in any run of this program."""
+
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu", "tanh": "tanh", "swish": "silu", "silu": "silu"}
+
+
+def is_cerebras(values: Mapping[str, Any]) -> bool:
+    """Say whether a file is one of Cerebras': its `model` is a section, and another section stands beside it."""
+    return isinstance(values.get("model"), dict) and any(key in values for key in SECTIONS if key != "model")
+
+
+def shape_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the shape in a parameter file, under the names of config.json.
+
+    Raises:
+        ConfigError: it is not a GPT-2.
+    """
+    _check(values, where)
+    model = values["model"]
+    shape = {ours: model[theirs] for theirs, ours in _SHAPE.items() if theirs in model}
+    nonlinearity = model.get("nonlinearity", "gelu")
+    if nonlinearity not in _ACTIVATIONS:
+        raise ConfigError(f"{where}: model.nonlinearity {nonlinearity!r}: expected one of {', '.join(_ACTIVATIONS)}")
+    return {**shape, "activation_function": _ACTIVATIONS[nonlinearity]}
+
+
+def options_of(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """Return options of `pretrain` for a parameter file, and the keys that have no counterpart.
+
+    Args:
+        where: the file's path, which `model_config` becomes: the shape is read from it again.
+
+    Raises:
+        ConfigError: it describes another model, another optimizer, or a schedule that there is none for.
+    """
+    _check(values, where)
+    flat = dict(_flat(values))
+    options = {ours: flat[theirs] for theirs, ours in _OPTIONS.items() if theirs in flat}
+    options["model_config"] = where
+    if "model.mixed_precision" in flat:
+        options["precision"] = "bf16" if flat["model.mixed_precision"] else "fp32"
+    if "optimizer.learning_rate" in flat:
+        options |= _schedule(flat["optimizer.learning_rate"], flat.get("runconfig.max_steps"), where)
+    understood = {*_OPTIONS, *_MUST_BE, "model.mixed_precision", "model.nonlinearity", "optimizer.learning_rate"}
+    understood |= {f"model.{key}" for key in _SHAPE}
+    rates = ("model.attention_dropout_rate", "model.embedding_dropout_rate", "model.residual_dropout_rate")
+    understood |= {key for key in rates if flat.get(key) == flat.get("model.dropout_rate")}  # one rate for all, here
+    return options, sorted(key for key in flat if key not in understood)
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, inside in values.items():
+        if section not in SECTIONS or not isinstance(inside, dict):
+            yield section, inside
+            continue
+        for key, value in inside.items():
+            yield f"{section}.{key}", value
+
+
+def _check(values: Mapping[str, Any], where: str) -> None:
+    wrong = [
+        f"{key} is {value!r}, not {allowed[0]!r}"
+        for key, value in _flat(values)
+        if (allowed := _MUST_BE.get(key)) is not None and value not in allowed
+    ]
+    if wrong:
+        raise ConfigError(f"{where}: {'; '.join(wrong)}: that would be another model or another training")
+
+
+def _schedule(rate: Any, steps: int | None, where: str) -> dict[str, Any]:
+    """Return peak, warm-up and shape of a learning rate: a number, one phase, or a linear warm-up and a decay."""
+    if isinstance(rate, int | float):
+        return {"learning_rate": float(rate), "lr_schedule": "constant", "warmup_ratio": 0.0}
+    phases = rate if isinstance(rate, list) else [rate]
+    if not all(isinstance(phase, dict) for phase in phases) or not phases:
+        raise ConfigError(f"{where}: optimizer.learning_rate: expected a number or schedulers")
+    warmup = 0
+    if len(phases) > 1 and phases[0].get("initial_learning_rate") == 0:
+        warmup, phases = _length(phases[0]), phases[1:]
+    shapes = {"Linear": "linear", "CosineDecay": "cosine", "Constant": "constant"}
+    name = str(phases[0].get("scheduler"))
+    peak = phases[0].get("initial_learning_rate", phases[0].get("learning_rate", phases[0].get("val")))
+    ends = phases[0].get("end_learning_rate", 0.0) if name != "Constant" else 0.0
+    if len(phases) > 1 or name not in shapes or not isinstance(peak, int | float) or ends:
+        raise ConfigError(
+            f"{where}: optimizer.learning_rate: expected a linear warm-up from 0, then Linear or CosineDecay to 0, "
+            "or Constant",
+            "give the others by --lr-schedule, --learning-rate and --warmup-ratio in a file of this program's options",
+        )
+    total = steps or warmup + _length(phases[0])
+    ratio = warmup / total if total else 0.0
+    return {"learning_rate": float(peak), "lr_schedule": shapes[name], "warmup_ratio": ratio}
+
+
+def _length(phase: Mapping[str, Any]) -> int:
+    return int(phase.get("total_iters", phase.get("steps", phase.get("decay_steps", 0))))

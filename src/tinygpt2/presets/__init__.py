@@ -1,1 +1,0 @@
-"""Shapes of models, one YAML file each."""

@@ -1,0 +1,217 @@
+"""GPT-2 from first principles, in plain PyTorch: the whole model, to be read from top to bottom.
+
+It shares no code with `transformers` or with the rest of this package, reads the same files (config.json,
+model.safetensors), and computes the same numbers: the oracle that `verify` and the tests hold models against. It is
+written to be clear, not fast. docs/gpt2-from-scratch.md walks through it.
+
+Axis letters: B batch, T time, V vocabulary, D width, H heads, K head width (D = H K), F inner width.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What has to be known of a GPT-2 besides its weights, under the names that config.json has."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    activation_function: str
+    layer_norm_epsilon: float
+    tie_word_embeddings: bool
+
+    @classmethod
+    def read(cls, directory: Path) -> Shape:
+        """Read config.json.
+
+        Raises:
+            ValueError: it asks for something that this GPT-2 does not have.
+        """
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        for key, plain in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+            if config.get(key, plain) != plain:
+                raise ValueError(f"{key}: {config[key]} is not what GPT-2 does")
+        return cls(
+            vocab_size=config.get("vocab_size", 50257),
+            n_positions=config.get("n_positions", 1024),
+            n_embd=config.get("n_embd", 768),
+            n_layer=config.get("n_layer", 12),
+            n_head=config.get("n_head", 12),
+            n_inner=config.get("n_inner") or 4 * config.get("n_embd", 768),
+            activation_function=config.get("activation_function", "gelu_new"),
+            layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+            tie_word_embeddings=config.get("tie_word_embeddings", True),
+        )
+
+
+class Output(NamedTuple):
+    """What a forward pass returns: logits (B, T, V), and N + 1 hidden states (B, T, D).
+
+    State 0 is the embeddings, state i the output of block i; the last one is after the final layer norm.
+    """
+
+    logits: Tensor
+    states: list[Tensor]
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by Hendrycks and Gimpel's tanh formula (arXiv:1606.08415, section 2), which GPT-2 was trained with."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def gelu_erf(x: Tensor) -> Tensor:
+    """GELU as it is defined, x times the normal distribution's function: not GPT-2's, but near."""
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu": gelu_erf,
+    "relu": torch.relu,
+    "silu": lambda x: x * torch.sigmoid(x),
+    "tanh": torch.tanh,
+}
+
+
+class LayerNorm(nn.Module):
+    """Bring every position's vector to mean 0 and variance 1, then scale and shift each of its dimensions."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """Normalise every vector by itself."""
+        mean = x.mean(-1, keepdim=True)
+        variance = ((x - mean) ** 2).mean(-1, keepdim=True)  # divided by D, not by D - 1
+        return (x - mean) / torch.sqrt(variance + self.epsilon) * self.weight + self.bias
+
+
+class Attention(nn.Module):
+    """Every position gathers from itself and the earlier ones, H times side by side."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads = shape.n_head
+        self.c_attn = nn.Linear(shape.n_embd, 3 * shape.n_embd)  # queries, keys and values in one product
+        self.c_proj = nn.Linear(shape.n_embd, shape.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """Let every position gather from those up to it."""
+        B, T, D = x.shape
+        K = D // self.heads
+        query, key, value = (part.view(B, T, self.heads, K).transpose(1, 2) for part in self.c_attn(x).split(D, dim=-1))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(K)  # (B, H, T, T): row t looks at column s
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # s > t
+        weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        mixed = weights @ value  # (B, H, T, K)
+        return self.c_proj(mixed.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Every position by itself: up to F dimensions, a bend, and back."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(shape.n_embd, shape.n_inner)
+        self.c_proj = nn.Linear(shape.n_inner, shape.n_embd)
+        self.activation = ACTIVATIONS[shape.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """Bend every vector by itself."""
+        return self.c_proj(self.activation(self.c_fc(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Two corrections to the residual stream; each reads it through a layer norm, and none norms the stream itself."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(shape.n_embd, shape.layer_norm_epsilon)
+        self.attn = Attention(shape)
+        self.ln_2 = LayerNorm(shape.n_embd, shape.layer_norm_epsilon)
+        self.mlp = MLP(shape)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        """Add what attention and the MLP have to say."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class GPT2(nn.Module):
+    """The whole model: embeddings, N blocks, a last layer norm, and the embeddings again as output matrix."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.wte = nn.Embedding(shape.vocab_size, shape.n_embd)
+        self.wpe = nn.Embedding(shape.n_positions, shape.n_embd)
+        self.h = nn.ModuleList([Block(shape) for _ in range(shape.n_layer)])
+        self.ln_f = LayerNorm(shape.n_embd, shape.layer_norm_epsilon)
+        self.lm_head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
+        if shape.tie_word_embeddings:
+            self.lm_head.weight = self.wte.weight
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> Output:  # (B, T)
+        """Return the logits of the next token at every position, and the hidden states."""
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        states = [x]
+        for block in self.h:
+            x = block(x)
+            states.append(x)
+        states[-1] = self.ln_f(x)
+        return Output(self.lm_head(states[-1]), states)
+
+    def greedy(self, ids: Tensor, count: int) -> Tensor:  # (B, T) -> (B, T + count)
+        """Add the likeliest token, again and again; the model sees the last `n_positions` tokens at most."""
+        for _ in range(count):
+            logits = self(ids[:, -self.shape.n_positions :]).logits
+            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        return ids
+
+
+def load(directory: Path | str) -> GPT2:
+    """Read a model directory: config.json and one or several .safetensors files.
+
+    The files hold Conv1D's matrices, which are (in, out) and multiply from the right; nn.Linear has (out, in).
+
+    Raises:
+        ValueError: the weights are not those of such a shape.
+    """
+    directory = Path(directory)
+    model = GPT2(Shape.read(directory))
+    weights: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("model*.safetensors")):
+        weights |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    weights = {
+        name: tensor for name, tensor in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))
+    }
+    for name in weights:
+        if name.startswith("h.") and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            weights[name] = weights[name].T
+    if model.shape.tie_word_embeddings:
+        weights["lm_head.weight"] = weights.get("wte.weight", torch.empty(0))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return model.eval()
