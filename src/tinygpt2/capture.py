@@ -76,7 +76,8 @@ def capture(
     return found
 
 
-def _layer(block: GPT2Block, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T 3*D"]]:
+def _layer(block: GPT2Block, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T E"]]:
+    """Return a block's output, and its queries, keys and values side by side: E is 3 D unless the stream was cut."""
     attention = block.attn
     fused = attention.c_attn(block.ln_1(hidden))
     query, key, value = (by_head(part, attention.num_heads) for part in fused.chunk(3, dim=-1))

@@ -136,6 +136,19 @@ def _render_generate(result: Any, console: Console) -> None:
         console.print(text.text, markup=False, soft_wrap=True)
 
 
+def _render_cut(result: Any, console: Console) -> None:
+    _render_fields(dataclasses.replace(result, importance=None), console)
+    if (found := result.importance) is None:
+        return
+    console.print(f"\nby how much the loss of {found.loss:.4f} nats per token rises without a block:", markup=False)
+    blocks = range(len(found.influence))
+    rows = [
+        [f"round {number}, {one.removed} removed", *(one.costs.get(block) for block in blocks)]
+        for number, one in enumerate(found.rounds, 1)
+    ]
+    console.print(_table(["loss without block", *map(str, blocks)], [*rows, ["block influence", *found.influence]]))
+
+
 def _render_presets(result: Any, console: Console) -> None:
     headings = ["name", "parameters", "layers", "heads", "width", "positions"]
     rows = [[p.name, p.parameters, p.n_layer, p.n_head, p.n_embd, p.n_positions] for p in result.presets]
@@ -179,6 +192,7 @@ def _render_quickstart(result: Any, console: Console) -> None:
 RENDER: dict[str, Callable[[Any, Console], None]] = {
     "PplResult": _render_ppl,
     "TaskList": _render_tasks,
+    "TruncateStudentResult": _render_cut,
     "PresetList": _render_presets,
     "GenerateResult": _render_generate,
     "VerifyResult": _render_verify,

@@ -23,6 +23,7 @@ from tinygpt2.config.data import (
 from tinygpt2.config.models import (
     Convention,
     GenerateConfig,
+    Position,
     PplConfig,
     PresetsConfig,
     QuickstartConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "ModelOptions",
     "OnSaveError",
     "PackOptions",
+    "Position",
     "PplConfig",
     "Precision",
     "PredictionLoss",

@@ -10,7 +10,8 @@ from typing import Literal
 from tinygpt2.config.common import DECODING, MAX_SEED, ModelOptions, Precision
 from tinygpt2.schema import Config, flag_name, option
 
-Strategy = Literal["uniform", "alternate", "first", "last"]
+Strategy = Literal["uniform", "alternate", "distilgpt2", "first", "middle", "last", "importance"]
+Position = Literal["first", "interpolate"]
 Convention = Literal["hf", "gpt2-paper", "lm-eval", "tinygpt2"]
 
 
@@ -29,17 +30,45 @@ class TruncateStudentConfig(ModelOptions):
     num_layers: int | None = option(None, "Layers to keep.", ge=1)
     strategy: Strategy | None = option(
         None,
-        "Which layers --num-layers keeps: uniform keeps both ends, alternate takes every N/M-th from 0.",
+        "Which layers --num-layers keeps: uniform keeps both ends, alternate takes every N/M-th from 0, distilgpt2 "
+        "every N/M-th from both ends, importance removes those whose loss on --data costs least.",
         shown="uniform",
     )
     layers: str | None = option(None, "Blocks to keep, counted from 0, such as 0,2,4,7,9,11.", commas=True)
+    n_embd: int | None = option(None, "Width to keep, by importance on --data; follows from --n-head.", ge=1)
+    n_head: int | None = option(None, "Heads to keep, whole; follows from --n-embd.", ge=1)
+    n_inner: int | None = option(
+        None, "Inner units of each MLP to keep.", ge=1, shown="as many for each of the width as the teacher has"
+    )
+    refit: bool = option(
+        False, "Fit the output projections again by least squares, so that the states follow the teacher's."
+    )
+    n_positions: int | None = option(None, "Positions of the student.", ge=1, shown="the teacher's")
+    position: Position | None = option(None, "Which of the teacher's positions --n-positions takes.", shown="first")
+    data: str | None = option(
+        None, "Pregenerated dataset: its training split to measure importance on, its test split for the perplexity."
+    )
+    calibration_sequences: int = option(64, "Blocks of --data to measure on.", ge=1)
+
+    @property
+    def cuts_width(self) -> bool:
+        """Whether anything narrower than the teacher is asked for."""
+        return any(size is not None for size in (self.n_embd, self.n_head, self.n_inner))
 
     def conflicts(self) -> Iterator[str]:
-        """Exactly one way to choose layers."""
-        if (self.num_layers is None) == (self.layers is None):
-            yield "give one of --num-layers and --layers"
-        if self.strategy is not None and self.layers is not None:
-            yield "--strategy and --layers contradict each other: --layers already names the layers"
+        """At least one cut, one way to choose layers, and data for what is measured."""
+        if self.num_layers is not None and self.layers is not None:
+            yield "--num-layers and --layers contradict each other: give one"
+        if self.num_layers is None and self.layers is None and not self.cuts_width and self.n_positions is None:
+            yield "give one of --num-layers and --layers, a width (--n-embd, --n-head, --n-inner) or --n-positions"
+        if self.strategy is not None and self.num_layers is None:
+            yield "--strategy goes with --num-layers" + (": --layers already names the layers" if self.layers else "")
+        if self.position is not None and self.n_positions is None:
+            yield "--position goes with --n-positions"
+        measured = [name for name, on in (("--strategy importance", self.strategy == "importance"),
+                                          ("a width", self.cuts_width), ("--refit", self.refit)) if on]  # fmt: skip
+        if measured and self.data is None:
+            yield f"{' and '.join(measured)}: missing --data to measure on"
         if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
             yield f"--layers {self.layers!r}: expected block numbers such as 0,2,4"
 

@@ -1,0 +1,111 @@
+"""Held-out loss of students right after the cut, before any training, by how they were cut.
+
+    python benchmarks/students.py --teacher TEACHER --data DATA --json
+
+Depth: every strategy at the same number of layers. Width: the parts that matter most (as truncate-student takes them)
+beside the first ones and beside random ones. Each with its output projections fitted again, too (`--refit`). Importance
+and fits are measured on the dataset's training split, losses on its test split, in nats per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from tinygpt2 import TruncateStudentConfig
+from tinygpt2.calibration import depth_importance, important_dimensions, mean_loss, sample, width_importance
+from tinygpt2.dataset import load_packed
+from tinygpt2.machine import fast_products
+from tinygpt2.model import load_model
+from tinygpt2.refit import refit
+from tinygpt2.truncate import Kept, _top, choose_layers, cut, sizes_of
+
+STRATEGIES = ("first", "middle", "last", "alternate", "uniform", "distilgpt2")
+
+
+def main() -> None:
+    """Read the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--num-layers", type=int, help="half of the teacher's by default")
+    parser.add_argument("--n-embd", type=int, help="half of the teacher's by default")
+    parser.add_argument("--calibration-sequences", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=256, help="blocks of the test split to measure on")
+    parser.add_argument("--seeds", type=int, default=3, help="of the random choices")
+    parser.add_argument("--json", action="store_true", help="on one line")
+    options = parser.parse_args()
+    with fast_products():
+        found = measure(options)
+    print(json.dumps(found, indent=None if options.json else 2))
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    teacher, _ = load_model(options.teacher)
+    data, shape, device = load_packed(options.data), teacher.config, torch.device("cpu")
+    batches = sample(data.train, options.calibration_sequences, device)
+    held_out = sample(data.test, options.sequences, device)
+    layers = options.num_layers or shape.n_layer // 2
+    asked = TruncateStudentConfig(
+        teacher="", out="", data="", n_embd=options.n_embd or shape.n_embd // 2, num_layers=layers
+    )
+    width, heads, inner = sizes_of(asked, shape)
+    head_width = shape.n_embd // shape.n_head
+    positions = (shape.n_positions, "first")
+
+    def losses(kept: Kept) -> dict[str, float]:
+        student = cut(teacher, kept)
+        before = mean_loss(student, held_out)
+        refit(student, teacher, kept.layers, kept.dimensions, batches)
+        return {"cut": before, "refit": mean_loss(student, held_out)}
+
+    def whole(layers: list[int]) -> Kept:
+        sizes = (shape.n_embd, shape.n_head, shape.n_inner or 4 * shape.n_embd)
+        dims, all_heads, units = (torch.arange(size) for size in sizes)
+        return Kept(layers, dims, [all_heads] * len(layers), [units] * len(layers), positions)
+
+    def narrow(layers: list[int], choose: Callable[[str, int, int], torch.Tensor]) -> Kept:
+        return Kept(
+            layers, choose("dimensions", -1, width), [choose("heads", layer, heads) for layer in layers],
+            [choose("inner", layer, inner) for layer in layers], positions,
+        )  # fmt: skip
+
+    found, dimensions = width_importance(teacher, batches), important_dimensions(teacher, batches, width)
+
+    def active(what: str, layer: int, count: int) -> torch.Tensor:
+        return dimensions if what == "dimensions" else _top(getattr(found, what)[layer], count)
+
+    sizes = {"dimensions": shape.n_embd, "heads": shape.n_head, "inner": shape.n_inner or 4 * shape.n_embd}
+    every = list(range(shape.n_layer))
+    depth = {name: losses(whole(choose_layers(shape.n_layer, layers, name))) for name in STRATEGIES}
+    important = depth_importance(teacher, batches, layers).kept
+    depth["importance"] = losses(whole(important)) | {"layers": important}
+    randoms = []
+    for seed in range(options.seeds):
+        generator = torch.Generator().manual_seed(seed)
+
+        def anyhow(what: str, _: int, count: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randperm(sizes[what], generator=generator)[:count].sort().values
+
+        randoms.append(losses(narrow(every, anyhow)))
+    return {
+        "teacher": mean_loss(teacher, held_out),
+        "tokens": sum(ids.numel() for ids in held_out),
+        "depth": {"layers": layers, **depth},
+        "width": {
+            "n_embd, n_head, n_inner": [width, heads, inner], "head width": head_width,
+            "importance": losses(narrow(every, active)),
+            "first": losses(narrow(every, lambda what, _, count: torch.arange(count))),
+            "random": {key: statistics.mean(one[key] for one in randoms) for key in ("cut", "refit")},
+            "random, each": randoms,
+        },
+        "both": losses(narrow(important, active)),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
