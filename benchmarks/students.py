@@ -2,9 +2,10 @@
 
     python benchmarks/students.py --teacher TEACHER --data DATA --json
 
-Depth: every strategy at the same number of layers. Width: the parts that matter most (as truncate-student takes them)
-beside the first ones and beside random ones. Each with its output projections fitted again, too (`--refit`). Importance
-and fits are measured on the dataset's training split, losses on its test split, in nats per token.
+Depth: every strategy at the same number of layers. Width: heads and inner units by activation, dimensions by the loss's
+first order (as truncate-student takes them) or by activation (as it does with `--refit`), beside the first ones and
+beside random ones. Each with its output projections fitted again, too. Importance and fits are measured on the
+dataset's training split, losses on its test split, in nats per token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from collections.abc import Callable
 import torch
 
 from tinygpt2 import TruncateStudentConfig
-from tinygpt2.calibration import depth_importance, important_dimensions, mean_loss, sample, width_importance
+from tinygpt2.calibration import (
+    active_dimensions,
+    depth_importance,
+    important_dimensions,
+    mean_loss,
+    sample,
+    width_importance,
+)
 from tinygpt2.dataset import load_packed
 from tinygpt2.machine import fast_products
 from tinygpt2.model import load_model
@@ -74,10 +82,14 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             [choose("inner", layer, inner) for layer in layers], positions,
         )  # fmt: skip
 
-    found, dimensions = width_importance(teacher, batches), important_dimensions(teacher, batches, width)
+    found = width_importance(teacher, batches)
+    ways = {"important": important_dimensions, "active": active_dimensions}
+    dimensions = {name: way(teacher, batches, width) for name, way in ways.items()}
 
-    def active(what: str, layer: int, count: int) -> torch.Tensor:
-        return dimensions if what == "dimensions" else _top(getattr(found, what)[layer], count)
+    def measured(how: str) -> Callable[[str, int, int], torch.Tensor]:
+        return lambda what, layer, count: (
+            dimensions[how] if what == "dimensions" else _top(getattr(found, what)[layer], count)
+        )
 
     sizes = {"dimensions": shape.n_embd, "heads": shape.n_head, "inner": shape.n_inner or 4 * shape.n_embd}
     every = list(range(shape.n_layer))
@@ -98,12 +110,12 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "depth": {"layers": layers, **depth},
         "width": {
             "n_embd, n_head, n_inner": [width, heads, inner], "head width": head_width,
-            "importance": losses(narrow(every, active)),
+            **{f"{how} dimensions": losses(narrow(every, measured(how))) for how in ways},
             "first": losses(narrow(every, lambda what, _, count: torch.arange(count))),
             "random": {key: statistics.mean(one[key] for one in randoms) for key in ("cut", "refit")},
             "random, each": randoms,
         },
-        "both": losses(narrow(important, active)),
+        "both": {f"{how} dimensions": losses(narrow(important, measured(how))) for how in ways},
     }  # fmt: skip
 
 

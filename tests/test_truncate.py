@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tinygpt2 import PretrainConfig, TruncateStudentConfig, VerifyConfig, pretrain, truncate_student, verify
 from tinygpt2.calibration import (
+    active_dimensions,
     block_influence,
     depth_importance,
     important_dimensions,
@@ -155,6 +156,7 @@ def test_block_influence_is_one_minus_the_cosine(teacher: Path, data: Path) -> N
     assert block_influence(model, [ids]) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_greedy_removal_measures_again_after_each_round(trained: Path, data: Path) -> None:
     model, _ = load_model(str(trained))
     batches = sample(load_packed(str(data)).train, 16, torch.device("cpu"))
@@ -173,6 +175,7 @@ def test_greedy_removal_measures_again_after_each_round(trained: Path, data: Pat
     assert len(model.transformer.h) == 4
 
 
+@pytest.mark.slow
 def test_refitting_whole_models_changes_nothing_and_cut_ones_get_better(trained: Path, data: Path) -> None:
     packed = load_packed(str(data))
     batches, held_out = (sample(split, 64, torch.device("cpu")) for split in (packed.train, packed.test))
@@ -193,6 +196,7 @@ def test_refitting_whole_models_changes_nothing_and_cut_ones_get_better(trained:
         assert mean_loss(student, held_out) < before - 0.1
 
 
+@pytest.mark.slow
 def test_dimensions_that_matter_are_kept(teacher: Path, data: Path) -> None:
     """Where half of the dimensions are nothing but noise that no weight reads, the other half is kept."""
     model, _ = load_model(str(teacher))
@@ -201,6 +205,7 @@ def test_dimensions_that_matter_are_kept(teacher: Path, data: Path) -> None:
             if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight", "ln_1.bias", "ln_2.bias", "ln_f.bias")):
                 parameter[::2] = 0
     batches = sample(load_packed(str(data)).train, 16, torch.device("cpu"))
+    assert active_dimensions(model, batches, 16).tolist() == list(range(1, 32, 2))
     before = [parameter.clone() for parameter in model.parameters()]
     kept = important_dimensions(model, batches, 16)
     assert len(kept) == 16
@@ -209,6 +214,7 @@ def test_dimensions_that_matter_are_kept(teacher: Path, data: Path) -> None:
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_says_why(cli: Callable, trained: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
     outcome = cli(
@@ -236,6 +242,7 @@ def test_the_command_measures_and_says_why(cli: Callable, trained: Path, data: P
     assert "loss without" in again.out
 
 
+@pytest.mark.slow
 def test_a_narrow_student_opens_where_this_package_is_not(trained: Path, data: Path, tmp_path: Path) -> None:
     config = {"teacher": str(trained), "data": str(data), "n_embd": 16, "num_layers": 3, "out": str(tmp_path / "s")}
     truncate_student(TruncateStudentConfig(**config))

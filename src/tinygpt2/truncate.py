@@ -16,6 +16,7 @@ from transformers import GPT2LMHeadModel
 from tinygpt2.calibration import (
     Batches,
     DepthImportance,
+    active_dimensions,
     depth_importance,
     important_dimensions,
     mean_loss,
@@ -264,9 +265,9 @@ def _choose(
         whole = [torch.arange(size) for size in (width, heads, inner)]
         return Kept(layers, whole[0], [whole[1]] * len(layers), [whole[2]] * len(layers), positions), importance
     found = width_importance(teacher, batches)
-    dimensions = (
-        torch.arange(width) if width == teacher.config.n_embd else important_dimensions(teacher, batches, width)
-    )
+    dimensions = torch.arange(width)
+    if width < teacher.config.n_embd:
+        dimensions = (active_dimensions if config.refit else important_dimensions)(teacher, batches, width)
     return Kept(
         layers, dimensions, [_top(found.heads[layer], heads) for layer in layers],
         [_top(found.inner[layer], inner) for layer in layers], positions,

@@ -1,0 +1,93 @@
+"""Three questions about GPT-2's parts, answered with numbers (docs/gpt2-from-scratch.md).
+
+    python benchmarks/first_principles.py --model MODEL --data DATA --json
+
+How far logits drift, position by position, if GELU is taken by the error function and not by the tanh formula; whether
+GPT-2's Conv1D and a Linear differ; what each single head is worth, as the rise of the loss without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+import torch
+
+from tinygpt2 import reference
+from tinygpt2.calibration import mean_loss, sample
+from tinygpt2.dataset import load_packed
+from tinygpt2.machine import fast_products
+from tinygpt2.model import load_model
+
+
+def gelu_drift(directory: str, ids: torch.Tensor) -> dict[str, object]:
+    """Compare both GELUs in the reference, in float64."""
+    tanh = reference.load(directory).double()
+    erf = reference.GPT2(dataclasses.replace(tanh.shape, activation_function="gelu")).double()
+    erf.load_state_dict(tanh.state_dict())
+    a, b = tanh(ids).logits, erf(ids).logits
+    gap = (a - b).abs().amax((0, 2))  # by position
+    places = [p for p in (0, 1, 15, 63, 255, 511, 1023) if p < len(gap)]
+    texts = [model.greedy(ids[:8, :16], min(100, tanh.shape.n_positions - 16)) for model in (tanh, erf)]
+    losses = [
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+        for logits in (a, b)
+    ]
+    return {
+        "largest_logit": float(a.abs().max()), "gap_by_position": {str(p): float(gap[p]) for p in places},
+        "largest_gap": float(gap.max()), "mean_gap": float((a - b).abs().mean()),
+        "same_likeliest_token": float((a.argmax(-1) == b.argmax(-1)).double().mean()),
+        "loss_tanh": losses[0], "loss_erf": losses[1],
+        "greedy_texts_that_part": int((texts[0] != texts[1]).any(1).sum()), "greedy_texts": len(texts[0]),
+    }  # fmt: skip
+
+
+def conv1d_and_linear(directory: str) -> float:
+    """Return the largest difference of a block's Conv1D and the Linear with its matrix transposed, in float32."""
+    model, _ = load_model(directory)
+    conv = model.transformer.h[0].mlp.c_fc
+    linear = torch.nn.Linear(*conv.weight.shape)
+    linear.load_state_dict({"weight": conv.weight.T, "bias": conv.bias})
+    x = torch.randn(4, 64, conv.weight.shape[0], generator=torch.Generator().manual_seed(0))
+    return float((conv(x) - linear(x)).abs().max().detach())
+
+
+@torch.no_grad()
+def single_heads(directory: str, batches: list[torch.Tensor]) -> dict[str, object]:
+    """Silence each head alone, and measure."""
+    model, _ = load_model(directory)
+    whole, width = mean_loss(model, batches), model.config.n_embd // model.config.n_head
+    costs = []
+    for block in model.transformer.h:
+        weight, row = block.attn.c_proj.weight, []
+        for head in range(model.config.n_head):
+            part = slice(head * width, (head + 1) * width)
+            kept = weight[part].clone()
+            weight[part] = 0
+            row.append(mean_loss(model, batches) - whole)
+            weight[part] = kept
+        costs.append(row)
+    return {"loss": whole, "rise_without_head": costs}
+
+
+def main() -> None:
+    """Read the options, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--sequences", type=int, default=32, help="blocks of the test split")
+    parser.add_argument("--json", action="store_true", help="on one line")
+    options = parser.parse_args()
+    batches = sample(load_packed(options.data).test, options.sequences, torch.device("cpu"))
+    with fast_products():
+        found = {
+            "gelu": gelu_drift(options.model, torch.cat(batches)),
+            "conv1d_and_linear": conv1d_and_linear(options.model),
+            "heads": single_heads(options.model, batches),
+        }
+    print(json.dumps(found, indent=None if options.json else 2))
+
+
+if __name__ == "__main__":
+    main()
