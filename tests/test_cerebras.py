@@ -130,6 +130,8 @@ def test_rates(rate: object, expected: tuple) -> None:
             "to 0",
         ),
         ({"optimizer__learning_rate": "fast"}, "expected a number"),
+        ({"runconfig__max_steps": 100}, "its phases take 2"),
+        ({"runconfig__max_steps": 1}, "its phases take 2"),
     ],
 )
 def test_what_would_be_another_training_is_refused(change: dict, message: str) -> None:

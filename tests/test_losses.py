@@ -86,7 +86,7 @@ def test_gradcheck_of_every_loss() -> None:
 def test_predictions_equal_whole_logits(
     name: str, tau: float, weights: tuple[float, float], chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prediction_module, "_rows", lambda vocabulary, device: 4)
+    monkeypatch.setattr(prediction_module, "rows_at_once", lambda vocabulary, device: 4)
     hidden, head, *teacher = doubles(0, (37, 8), (V, 8), (37, 12), (V, 12))
     hidden.requires_grad_(), head.requires_grad_()
     targets = torch.randint(0, V, (37,), generator=torch.Generator().manual_seed(1))

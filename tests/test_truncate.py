@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tinygpt2 import PretrainConfig, TruncateStudentConfig, VerifyConfig, pretrain, truncate_student, verify
 from tinygpt2.calibration import (
+    _first_order,
     active_dimensions,
     block_influence,
     depth_importance,
@@ -196,6 +197,41 @@ def test_refitting_whole_models_changes_nothing_and_cut_ones_get_better(trained:
         assert mean_loss(student, held_out) < before - 0.1
 
 
+def test_first_order_scores_are_derivatives(teacher: Path, data: Path) -> None:
+    """Of the loss, where a dimension fades from all layer norms' outputs: by differences, in float64."""
+    model, _ = load_model(str(teacher))
+    model.double().requires_grad_(False)
+    ids = load_packed(str(data)).train.batch([0, 1, 2]).input_ids
+    scores = _first_order(model, [ids])
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    for dimension in (0, 7, 31):
+        losses = []
+        for factor in (1 - 1e-4, 1 + 1e-4):
+            for norm in norms:
+                norm.weight[dimension] *= factor
+                norm.bias[dimension] *= factor
+            losses.append(mean_loss(model, [ids]))
+            for norm in norms:
+                norm.weight[dimension] /= factor
+                norm.bias[dimension] /= factor
+        assert float(scores[dimension]) == pytest.approx(3 * (losses[0] - losses[1]) / 2e-4, rel=1e-4)
+
+
+def test_a_block_that_moves_keeps_its_scale(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Where attention is divided by the block's number, the queries make up for the new number."""
+    model, _ = load_model(str(make_model(tmp_path / "m", tokenizer_dir)))
+    model.config.scale_attn_by_inverse_layer_idx = True
+    model.save_pretrained(str(tmp_path / "s"))
+    scaled, _ = load_model(str(tmp_path / "s"))
+    whole = [torch.arange(4)] * 2, [torch.arange(128)] * 2
+    student = cut(scaled, Kept([1, 3], torch.arange(32), *whole, (32, "first")))
+    ids = torch.arange(32)[None]
+    with only(scaled, [1, 3]):
+        expected = mean_loss(scaled, [ids])
+    assert mean_loss(student, [ids]) == pytest.approx(expected, rel=1e-5)
+    assert student.transformer.h[1].attn.scaling != scaled.transformer.h[3].attn.scaling
+
+
 @pytest.mark.slow
 def test_dimensions_that_matter_are_kept(teacher: Path, data: Path) -> None:
     """Where half of the dimensions are nothing but noise that no weight reads, the other half is kept."""
@@ -270,6 +306,7 @@ def test_a_narrow_student_opens_where_this_package_is_not(trained: Path, data: P
         ({"n_embd": 16}, "missing --data"),
         ({"num_layers": 2, "refit": True}, "missing --data"),
         ({"num_layers": 2, "position": "first"}, "--n-positions"),
+        ({"num_layers": 2, "calibration_sequences": 8}, "does nothing without --data"),
         ({"n_positions": 33}, "only 32"),
         ({"n_embd": 20, "data": "DATA"}, "8/1, 16/2, 24/3, 32/4"),
         ({"n_embd": 16, "n_head": 4, "data": "DATA"}, "valid pairs"),

@@ -147,6 +147,16 @@ def test_the_command_prints_it(cli: Callable, teacher: Path, data: Path) -> None
         check(data, teacher)
 
 
+def test_a_model_beside_its_data_is_a_model(model: Path, data: Path) -> None:
+    shutil.copytree(data, model / "data")
+    result = check(model)
+    assert (result.kind, result.ok) == ("model", True)
+    rewrite(model, lambda w: w["transformer.h.0.ln_1.weight"].fill_(1e38), forget=True)
+    assert any("differ from the reference" in problem for problem in check(model).problems)
+    (model / "tokenizer.json").write_text("{")
+    assert len(check(model).problems) > 1
+
+
 def test_a_published_model_passes(shared_data: Path) -> None:
     sorting = check(shared_data / "models" / "gpt-nano-sort")
     assert sorting.ok

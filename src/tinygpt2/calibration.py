@@ -34,10 +34,13 @@ _ROUNDS = 16  # in which dimensions go
 
 
 def sample(blocks: Blocks, count: int, device: torch.device) -> Batches:
-    """Return up to `count` blocks, evenly spaced, in batches; padding is read as text."""
-    chosen = np.unique(np.linspace(0, len(blocks) - 1, min(count, len(blocks))).round().astype(int)).tolist()
-    length = len(blocks.row(0))
-    size = max(1, _TOKENS // length)
+    """Return up to `count` blocks, evenly spaced, in batches; padded ones only if there are no others."""
+    lengths = blocks.lengths(range(len(blocks))) if blocks.padded else []
+    whole = [index for index, length in enumerate(lengths) if length == max(lengths)] or range(len(blocks))
+    chosen = [
+        whole[place] for place in np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int))
+    ]
+    size = max(1, _TOKENS // blocks.batch(chosen[:1]).input_ids.shape[1])
     return [blocks.batch(chosen[i : i + size]).input_ids.to(device) for i in range(0, len(chosen), size)]
 
 
@@ -191,8 +194,8 @@ def active_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) -> In
         scores.add_(x.abs().sum((0, 1)))
 
     for ids in batches:
-        _tap(model, ids, {reader: see for block in blocks for reader in _readers(block)})
-        see(capture(model, ids, states=[len(blocks)]).states[len(blocks)])  # the last one, which the head reads
+        last = _tap(model, ids, {reader: see for block in blocks for reader in _readers(block)})
+        see(last)  # which the head reads
     return scores.topk(keep).indices.sort().values.cpu()
 
 
@@ -217,7 +220,8 @@ def important_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) ->
             scores = _first_order(narrow, batches)
             size = total - (total - keep) * number // _ROUNDS
             kept = kept[scores.topk(size).indices.sort().values.cpu()]
-            narrow = _narrowed(model, kept)
+            if number < _ROUNDS:
+                narrow = _narrowed(model, kept)
             progress.advance()
     return kept
 
@@ -231,7 +235,6 @@ def _first_order(model: GPT2LMHeadModel, batches: Batches) -> Float[Tensor, " D"
 
         def keep(_module: nn.Module, _inputs: Any, output: Tensor, seen: list[Tensor] = seen) -> Tensor:
             seen.append(output.detach().requires_grad_() if not seen else output)
-            seen[-1].retain_grad()
             return seen[-1]
 
         with ExitStack() as hooks, torch.enable_grad():
@@ -241,7 +244,7 @@ def _first_order(model: GPT2LMHeadModel, batches: Batches) -> Float[Tensor, " D"
             targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten()
             loss, _ = prediction_loss(last.flatten(0, 1), head, targets, None, PredictionObjective(0.0, 1.0))
             for output, gradient in zip(seen, torch.autograd.grad(loss, seen), strict=True):
-                scores -= (output.detach() * gradient).sum((0, 1))
+                scores -= len(ids) * (output.detach() * gradient).sum((0, 1))  # the loss is a mean over the batch
     return scores
 
 
@@ -268,12 +271,15 @@ def _narrowed(model: GPT2LMHeadModel, dims: Int[Tensor, " Ds"]) -> GPT2LMHeadMod
     return narrow
 
 
-def _tap(model: GPT2LMHeadModel, ids: Int[Tensor, "B T"], inputs: dict[nn.Module, Callable[[Tensor], object]]) -> None:
-    """Run the transformer once and show what goes into some of its modules."""
+def _tap(
+    model: GPT2LMHeadModel, ids: Int[Tensor, "B T"], inputs: dict[nn.Module, Callable[[Tensor], object]]
+) -> Float[Tensor, "B T D"]:
+    """Run the transformer once, show what goes into some of its modules, and return the last state."""
     with ExitStack() as hooks:
         for module, see in inputs.items():
             hooks.enter_context(_removed(module.register_forward_pre_hook(lambda _, x, see=see: _shown(see, x[0]))))
-        capture(model, ids, states=[len(model.transformer.h)])
+        layers = len(model.transformer.h)
+        return capture(model, ids, states=[layers]).states[layers]
 
 
 def _shown(see: Callable[[Tensor], object], x: Tensor) -> None:

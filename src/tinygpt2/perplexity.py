@@ -57,28 +57,39 @@ def measure(config: PplConfig) -> PplResult:
     if not joined:  # an earlier call's processes are gone, and their number is no longer true
         PartialState._reset_state()
     state = PartialState(cpu=not torch.cuda.is_available())
-    with fast_products(), state.main_process_first():  # the first may download, the others find it in the cache
-        tasks = load_tasks(config.task, config.task_data)
-    names = [task.name for task in tasks]
-    if any(other != names for other in gather_object([names])):
-        raise DataError("the processes found different tasks", "name them, instead of all, or give --task-data")
-    with fast_products():
-        measured = _measure_all(config, tasks, state.device)
-    if config.plot and state.is_main_process:
-        plot_comparison(measured.results, Path(config.plot))
-    if not joined:
-        state.destroy_process_group()
+    try:
+        with state.main_process_first():  # the first may download, the others find it in the cache
+            tasks = load_tasks(config.task, config.task_data)
+        names = [task.name for task in tasks]
+        if any(other != names for other in gather_object([names])):
+            raise DataError("the processes found different tasks", "name them, instead of all, or give --task-data")
+        with fast_products():
+            measured = _measure_all(config, tasks, state.device)
+        if config.plot and state.is_main_process:
+            plot_comparison(measured.results, Path(config.plot))
+    finally:
+        if not joined:
+            state.destroy_process_group()
     return measured
 
 
-def check_tasks(tasks: list[Task], reader: Reader, convention: Convention = "hf", stride: int | None = None) -> None:
-    """Check that a model can be measured on tasks, as far as its configuration and tokenizer tell.
+def fitting_sheets(
+    tasks: list[Task], reader: Reader, convention: Convention = "hf", stride: int | None = None
+) -> dict[str, Sheet]:
+    """Lay tasks out for a model, as far as its configuration and tokenizer are enough; those of `all` that fit.
 
     Raises:
-        ConfigError, DataError, ModelError: see `make_sheet`.
+        ConfigError, DataError, ModelError: see `make_sheet`; a task that was asked for by name does not fit.
     """
+    sheets = {}
     for task in tasks:
-        make_sheet(task, reader, convention, stride)
+        try:
+            sheets[task.name] = make_sheet(task, reader, convention, stride)
+        except TinyGPT2Error as error:
+            if not task.optional:
+                raise
+            say(f"{task.name} is left out: {error.message}")
+    return sheets
 
 
 def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> PplResult:
@@ -110,19 +121,12 @@ def _lay_out(config: PplConfig, names: list[str], tasks: list[Task]) -> tuple[li
         fit a model or the convention.
     """
     sheets: dict[tuple[str, str], Sheet] = {}
-    left_out: set[str] = set()
     for name in names:
         model, directory = load_model(name, allow_pickle=config.allow_pickle, hollow=True)
         reader = Reader(name, model.config, model_tokenizer(directory))
-        for task in tasks:
-            try:
-                sheets[name, task.name] = make_sheet(task, reader, config.convention, config.stride)
-            except TinyGPT2Error as error:
-                if not task.optional:
-                    raise
-                say(f"{task.name} is left out: {error.message}")
-                left_out.add(task.name)
-    kept = [task for task in tasks if task.name not in left_out]
+        found = fitting_sheets(tasks, reader, config.convention, config.stride)
+        sheets |= {(name, task): sheet for task, sheet in found.items()}
+    kept = [task for task in tasks if all((name, task.name) in sheets for name in names)]
     if not kept:
         raise DataError("no task is left that fits the models and the convention")
     if config.stride is not None and all(sheet.stride is None for sheet in sheets.values()):

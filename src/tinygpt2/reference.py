@@ -47,6 +47,8 @@ class Shape:
         for key, plain in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
             if config.get(key, plain) != plain:
                 raise ValueError(f"{key}: {config[key]} is not what GPT-2 does")
+        if (name := config.get("activation_function", "gelu_new")) not in ACTIVATIONS:
+            raise ValueError(f"activation_function: {name} is not known here")
         return cls(
             vocab_size=config.get("vocab_size", 50257),
             n_positions=config.get("n_positions", 1024),

@@ -40,7 +40,7 @@ from tinygpt2.model import (
     set_dropout,
 )
 from tinygpt2.objectives import Weights
-from tinygpt2.perplexity import check_tasks, measure
+from tinygpt2.perplexity import fitting_sheets, measure
 from tinygpt2.plan import Compiled, Plan, compile_step, fit_batch, make_plan
 from tinygpt2.runstate import RunState
 from tinygpt2.setup import RUN_FILE, Setup, begin
@@ -124,6 +124,9 @@ def _run(
     with fast_products(), begin(config, weights) as setup:
         job = make(config, data, setup)
         freeze(job.model, config.freeze)
+        if config.eval_task:  # what does not fit the model is said before it is trained
+            reader = Reader(config.out, job.model.config, job.data.tokenizer())
+            fitting_sheets(load_tasks(config.eval_task, config.task_data), reader)
         return make_plan(job, setup.accelerator) if config.validate_only else _train(job, setup.accelerator)
 
 
@@ -211,8 +214,6 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
         write_text(out / RUN_FILE, config.to_yaml())
     _begin_tracking(accelerator, config)
     tokenizer = job.data.tokenizer()
-    tasks = load_tasks(config.eval_task, config.task_data)
-    check_tasks(tasks, Reader(config.out, job.model.config, tokenizer))  # not only when all the training is done
     try:
         state, wrapped = run_loop(job, accelerator, module)
         weights = accelerator.get_state_dict(wrapped)
@@ -223,7 +224,7 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
             plot_curves(out)
         # the wrapper first: where it outlives the process group, its end waits for threads that wait for it
         (wrapped,) = accelerator.free_memory(wrapped)
-        if tasks:
+        if config.eval_task:
             result = _measured(job, result, accelerator)
     except BaseException:
         for tracker in accelerator.trackers:

@@ -132,7 +132,12 @@ def cut(teacher: GPT2LMHeadModel, kept: Kept) -> GPT2LMHeadModel:
         columns = (heads[:, None] * head_width + torch.arange(head_width)).flatten()
         fused = torch.cat([columns + part * config.n_embd for part in range(3)])  # queries, keys, values
         for name, tensor in teacher.transformer.h[layer].state_dict().items():
-            weights[f"transformer.h.{new}.{name}"] = _part(name, tensor, dims, columns, fused, units)
+            part = _part(name, tensor, dims, columns, fused, units)
+            if config.scale_attn_by_inverse_layer_idx and name.startswith("attn.c_attn."):
+                scale = torch.ones(len(fused))  # the queries', because the block's number has changed
+                scale[: len(columns)] = (new + 1) / (layer + 1)
+                part = part * scale
+            weights[f"transformer.h.{new}.{name}"] = part
     student.load_state_dict(weights)
     return student.eval()
 
@@ -205,10 +210,12 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     if config.data is not None:
         data = load_packed(config.data)
         check_fits(data, teacher.config, tokenizer and fingerprint(tokenizer), f"teacher {config.teacher}")
+    batches: Batches = []
+    if data is not None and config.measures:
         if not len(data.train):
-            raise DataError(f"the training split of {config.data} is empty")
-    teacher.to(default_device())
-    batches = [] if data is None else sample(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
+            raise DataError(f"the training split of {config.data} is empty: there is nothing to measure on")
+        teacher.to(default_device())
+        batches = sample(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
     kept, importance = _choose(config, teacher, batches, positions)
     student = cut(teacher.cpu(), kept)
     if config.refit:
@@ -316,7 +323,7 @@ def _reasons(config: TruncateStudentConfig, kept: Kept, result: TruncateStudentR
             "width, heads, inner units",
             (
                 f"{len(kept.dimensions)}, {len(kept.heads[0])}, {len(kept.inner[0])}: "
-                f"those that matter most on {config.calibration_sequences} blocks of {config.data}"
+                f"those that matter most on up to {config.calibration_sequences} blocks of {config.data}"
             ),
         )
         yield "dimensions kept", ", ".join(map(str, kept.dimensions.tolist()))

@@ -169,8 +169,9 @@ def _render_verify(result: Any, console: Console) -> None:
             f"{text} over {found.greedy_tokens} tokens",
             markup=False,
         )
-    for line in _copied_blocks(result.copies or {}):
-        console.print(line, markup=False)
+    if result.copies is not None:
+        for line in _copied_blocks(result.copies) if result.copies else ["no tensor is exactly one of the teacher's"]:
+            console.print(line, markup=False)
 
 
 def _copied_blocks(copies: dict[str, str]) -> Iterator[str]:

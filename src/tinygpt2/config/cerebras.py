@@ -132,22 +132,28 @@ def _schedule(rate: Any, steps: int | None, where: str) -> dict[str, Any]:
     phases = rate if isinstance(rate, list) else [rate]
     if not all(isinstance(phase, dict) for phase in phases) or not phases:
         raise ConfigError(f"{where}: optimizer.learning_rate: expected a number or schedulers")
-    warmup = 0
-    if len(phases) > 1 and phases[0].get("initial_learning_rate") == 0:
-        warmup, phases = _length(phases[0]), phases[1:]
+    warmup = phases[0] if len(phases) > 1 else {"scheduler": "Linear", "initial_learning_rate": 0}
+    decay = phases[-1]
     shapes = {"Linear": "linear", "CosineDecay": "cosine", "Constant": "constant"}
-    name = str(phases[0].get("scheduler"))
-    peak = phases[0].get("initial_learning_rate", phases[0].get("learning_rate", phases[0].get("val")))
-    ends = phases[0].get("end_learning_rate", 0.0) if name != "Constant" else 0.0
-    if len(phases) > 1 or name not in shapes or not isinstance(peak, int | float) or ends:
+    name = str(decay.get("scheduler"))
+    peak = decay.get("initial_learning_rate", decay.get("learning_rate", decay.get("val")))
+    rises = warmup.get("scheduler") == "Linear" and warmup.get("initial_learning_rate") == 0
+    meets = warmup.get("end_learning_rate", peak) == peak
+    falls = name == "Constant" or not decay.get("end_learning_rate", 0.0)
+    if len(phases) > 2 or name not in shapes or not isinstance(peak, int | float) or not (rises and meets and falls):
         raise ConfigError(
             f"{where}: optimizer.learning_rate: expected a linear warm-up from 0, then Linear or CosineDecay to 0, "
             "or Constant",
             "give the others by --lr-schedule, --learning-rate and --warmup-ratio in a file of this program's options",
         )
-    total = steps or warmup + _length(phases[0])
-    ratio = warmup / total if total else 0.0
-    return {"learning_rate": float(peak), "lr_schedule": shapes[name], "warmup_ratio": ratio}
+    first, rest = _length(warmup), _length(decay)
+    total = steps or (first + rest if rest else 0)
+    if (name != "Constant" and rest and total != first + rest) or first > total:
+        raise ConfigError(
+            f"{where}: optimizer.learning_rate: its phases take {first} + {rest} steps, runconfig.max_steps is {steps}",
+            "the rate reaches 0 with the last step here",
+        )
+    return {"learning_rate": float(peak), "lr_schedule": shapes[name], "warmup_ratio": first / total if first else 0.0}
 
 
 def _length(phase: Mapping[str, Any]) -> int:

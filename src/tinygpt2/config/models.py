@@ -55,6 +55,16 @@ class TruncateStudentConfig(ModelOptions):
         """Whether anything narrower than the teacher is asked for."""
         return any(size is not None for size in (self.n_embd, self.n_head, self.n_inner))
 
+    @property
+    def measures(self) -> list[str]:
+        """What asks for measurements on calibration texts."""
+        asked = {
+            "--strategy importance": self.strategy == "importance",
+            "a width": self.cuts_width,
+            "--refit": self.refit,
+        }
+        return [name for name, on in asked.items() if on]
+
     def conflicts(self) -> Iterator[str]:
         """At least one cut, one way to choose layers, and data for what is measured."""
         if self.num_layers is not None and self.layers is not None:
@@ -65,10 +75,10 @@ class TruncateStudentConfig(ModelOptions):
             yield "--strategy goes with --num-layers" + (": --layers already names the layers" if self.layers else "")
         if self.position is not None and self.n_positions is None:
             yield "--position goes with --n-positions"
-        measured = [name for name, on in (("--strategy importance", self.strategy == "importance"),
-                                          ("a width", self.cuts_width), ("--refit", self.refit)) if on]  # fmt: skip
-        if measured and self.data is None:
-            yield f"{' and '.join(measured)}: missing --data to measure on"
+        if self.data is None and self.calibration_sequences != type(self).model_fields["calibration_sequences"].default:
+            yield "--calibration-sequences does nothing without --data"
+        if self.measures and self.data is None:
+            yield f"{' and '.join(self.measures)}: missing --data to measure on"
         if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
             yield f"--layers {self.layers!r}: expected block numbers such as 0,2,4"
 
@@ -147,7 +157,7 @@ class GenerateConfig(ModelOptions):
             yield f"--num-samples {self.num_samples} is beyond --num-beams {self.num_beams}"
 
 
-class VerifyConfig(Config):
+class VerifyConfig(ModelOptions):
     """Options of `verify`."""
 
     path: str = option(..., "Pregenerated dataset or model directory.", positional=True)
