@@ -78,6 +78,15 @@ def capture(
 
 def _layer(block: GPT2Block, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T E"]]:
     """Return a block's output, and its queries, keys and values side by side: E is 3 D unless the stream was cut."""
+    mixed, fused = mixed_heads(block, hidden)
+    hidden = hidden + block.attn.resid_dropout(block.attn.c_proj(mixed))
+    return hidden + block.mlp(block.ln_2(hidden)), fused
+
+
+def mixed_heads(
+    block: GPT2Block, hidden: Float[Tensor, "B T D"]
+) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T E"]]:
+    """Return what a block's heads hold before their output projection, and queries, keys and values (E is 3 W)."""
     attention = block.attn
     fused = attention.c_attn(block.ln_1(hidden))
     query, key, value = (by_head(part, attention.num_heads) for part in fused.chunk(3, dim=-1))
@@ -92,8 +101,7 @@ def _layer(block: GPT2Block, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tens
             is_causal=True,
             scale=attention.scaling,
         )
-    hidden = hidden + attention.resid_dropout(attention.c_proj(mixed.transpose(1, 2).flatten(2)))
-    return hidden + block.mlp(block.ln_2(hidden)), fused
+    return mixed.transpose(1, 2).flatten(2), fused
 
 
 def _attend_by_rows(

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from tinygpt2.calibration import Batches
-from tinygpt2.capture import by_head
+from tinygpt2.capture import mixed_heads
 from tinygpt2.progress import track
 
 RIDGE = 1e-2  # of the activations' mean square: how much the weights are held where they were
@@ -92,10 +91,7 @@ def _embedded(model: GPT2LMHeadModel, ids: Int[Tensor, "B T"]) -> Float[Tensor, 
 
 def _mixed(block: GPT2Block, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
     """Return what the heads hold, before their output projection."""
-    fused = block.attn.c_attn(block.ln_1(x))
-    query, key, value = (by_head(part, block.attn.num_heads) for part in fused.chunk(3, dim=-1))
-    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=block.attn.scaling)
-    return mixed.transpose(1, 2).flatten(2)
+    return mixed_heads(block, x)[0]
 
 
 def _inner(block: GPT2Block, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T F"]:
