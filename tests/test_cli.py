@@ -170,7 +170,8 @@ def test_the_whole_pipeline_with_json(cli: Callable, tmp_path: Path) -> None:
     )
     measured = run("ppl", "--model", at["teacher"], "--model", at["student"], "--task", at["data"])
     assert measured["results"][1]["perplexity"] == pytest.approx(taught["eval"]["perplexity"], rel=1e-5)
-    assert {"model", "task", "perplexity", "loss", "bits_per_byte", "word_perplexity", "tokens", "words", "bytes", "stderr",
+    assert {"model", "task", "perplexity", "loss", "bits_per_byte", "word_perplexity", "tokens", "words", "bytes",
+            "stderr", "bits_per_character",
             "seconds", "tokens_per_second"} <= set(measured["results"][0])  # fmt: skip
     assert set(measured["paired"][0]) == {"a", "b", "task", "difference", "stderr"}
     said = run(
@@ -223,6 +224,23 @@ def test_interactive_answers_until_end_of_input(teacher: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert [text["prompt"] for text in json.loads(done.stdout)["results"]] == ["the cat", "the dog"]
+
+
+def test_settings_change_from_the_prompt(teacher: Path) -> None:
+    """The third answer comes with the seed of the first, the slash is text, and what is wrong changes nothing."""
+    command = [sys.executable, "-m", "tinygpt2", "generate", "--model", str(teacher), "--interactive", "--json"]
+    lines = ["/max-new-tokens 6", "/temperature 1.5", "the cat", "the cat", "/top-k x", "/tempo 3", "/seed 42", "the cat",
+             "/temperature", "/max-new-tokens 2", "//the", "/"]  # fmt: skip
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, again, plain = json.loads(done.stdout)["results"]
+    assert first["text"] == again["text"] != second["text"]
+    assert (first["tokens"], plain["tokens"], plain["prompt"]) == (6, 2, "/the")
+    told = done.stderr.splitlines()
+    assert "max-new-tokens 6, temperature 1.5, num-beams 1, num-samples 1, seed 42" in told
+    assert any(line.startswith("error: --top-k x: ") for line in told)
+    assert "error: no setting /tempo" in told
+    assert "max-new-tokens 2, num-beams 1, num-samples 1, seed 42" in told
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,7 @@ def test_the_harness_goes_page_by_page(teacher: Path, wiki: Path, naive: Naive) 
     words = sum(len(re.split(r"\s+", page)) for page in originals)
     size = sum(len(page.encode()) for page in originals)
     assert (row.tokens, row.words, row.bytes) == (len(losses), words, size)
+    assert row.characters == sum(map(len, originals))
     assert row.word_perplexity == row.perplexity == pytest.approx(math.exp(sum(losses) / words), rel=1e-5)
     assert row.byte_perplexity == pytest.approx(math.exp(sum(losses) / size), rel=1e-6)
 

@@ -57,7 +57,7 @@ def naive_losses(model: torch.nn.Module, tokens: list[int], size: int, stride: i
 @pytest.mark.parametrize("stride", [None, 8, 31])
 def test_a_text_equals_the_naive_loop(teacher: Path, tmp_path: Path, stride: int | None) -> None:
     file = tmp_path / "text.txt"
-    file.write_text(sentences(40, seed=99) + " <|endoftext|> the end", encoding="utf-8")
+    file.write_text(sentences(40, seed=99) + " <|endoftext|> the end. 却说孔明", encoding="utf-8")
     row = ppl(PplConfig(model=[str(teacher)], task=[str(file)], stride=stride, batch_size=3)).results[0]
     model, _ = load_model(str(teacher))
     text = file.read_text(encoding="utf-8")
@@ -68,8 +68,11 @@ def test_a_text_equals_the_naive_loop(teacher: Path, tmp_path: Path, stride: int
     assert row.loss == pytest.approx(total / len(losses), rel=1e-6)
     assert row.perplexity == pytest.approx(math.exp(total / len(losses)), rel=1e-5)
     assert row.bits_per_byte == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-6)
+    assert row.bits_per_character == pytest.approx(total / math.log(2) / len(text), rel=1e-6)
     assert row.word_perplexity == pytest.approx(math.exp(total / len(text.split())), rel=1e-4)
-    assert (row.words, row.bytes, row.stride) == (len(text.split()), len(text.encode()), stride or 32)
+    sizes = len(text.split()), len(text), len(text.encode())
+    assert ((row.words, row.characters, row.bytes), row.stride) == (sizes, stride or 32)
+    assert row.characters < row.bytes
 
 
 def test_a_dataset_is_scored_block_by_block(teacher: Path, data: Path) -> None:

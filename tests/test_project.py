@@ -23,9 +23,9 @@ SOURCE = ROOT / "src" / "tinygpt2"
 ORDER = [
     "errors", "files", "progress", "machine", "launch", "interrupt", "schema", "config", "hub", "reference", "pydocs", "formats", "corpus", "encoder",
     "tokenizer", "spill", "blocks", "workplace", "pack", "parts", "dataset",
-    "shapes", "model", "capture", "objectives", "optim", "metrics", "runstate", "checkpoint", "detokenize", "stopwords", "tasks", "scoring", "conventions",
+    "shapes", "model", "capture", "objectives", "taught", "optim", "metrics", "runstate", "checkpoint", "detokenize", "stopwords", "tasks", "scoring", "conventions",
     "comparison", "perplexity", "calibration", "refit", "truncate", "step",
-    "estimate", "meter", "faults", "loop", "plan", "setup", "train", "generation", "verification", "pipeline", "cli", "__main__",
+    "estimate", "meter", "faults", "loop", "plan", "budget", "setup", "train", "generation", "verification", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 
 

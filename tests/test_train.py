@@ -256,13 +256,14 @@ def test_frozen_parameters_stay(data: Path, teacher: Path, tmp_path: Path) -> No
     assert any(name.startswith("transformer.h.1.") for name in moved)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "muon")])
 def test_a_resumed_run_is_the_uninterrupted_run(
-    data: Path, teacher: Path, shape: str, tmp_path: Path, precision: str
+    data: Path, teacher: Path, shape: str, tmp_path: Path, precision: str, optimizer: str
 ) -> None:
     base = {
         "teacher": str(teacher), "student": shape, "data": str(data), "recipe": "tinygpt2", "dropout": 0.1, "max_steps": 9,
         "micro_batch_size": 4, "log_every": 2, "eval_every": 3, "save_every": 4, "keep": 2, "precision": precision,
+        "optimizer": optimizer,
     }  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     distill(DistillConfig(**base, out=str(whole)))
@@ -397,10 +398,10 @@ def test_misfits_are_refused_before_anything_is_written(
 
 def test_lengths() -> None:
     options = {"out": "o"}
-    assert total_steps(TrainOptions(**options), 100, 8, 32) == 13
-    assert total_steps(TrainOptions(**options, num_epochs=2.5), 100, 8, 32) == 32
-    assert total_steps(TrainOptions(**options, max_steps=7), 100, 8, 32) == 7
-    assert total_steps(TrainOptions(**options, max_tokens=1000), 100, 8, 32) == 4
+    assert total_steps(TrainOptions(**options), 100, 8, 32, 1000) == 13
+    assert total_steps(TrainOptions(**options, num_epochs=2.5), 100, 8, 32, 1000) == 32
+    assert total_steps(TrainOptions(**options, max_steps=7), 100, 8, 32, 1000) == 7
+    assert total_steps(TrainOptions(**options, max_tokens=1000), 100, 8, 32, 1000) == 4
 
 
 @pytest.mark.parametrize(
@@ -412,18 +413,35 @@ def test_lengths() -> None:
 )  # fmt: skip
 def test_schedules(schedule: str, expected: object) -> None:
     options = TrainOptions(out="o", learning_rate=2.0, warmup_ratio=0.1, lr_schedule=schedule)
-    assert [learning_rate(step, 100, options) for step in range(10)] == pytest.approx(
+    assert [learning_rate(step, 100, options, options.learning_rate) for step in range(10)] == pytest.approx(
         [0.2 * (i + 1) for i in range(10)]
     )
     for step in range(10, 100):
-        assert learning_rate(step, 100, options) == pytest.approx(2.0 * expected((step - 10) / 90)), step
+        assert learning_rate(step, 100, options, options.learning_rate) == pytest.approx(
+            2.0 * expected((step - 10) / 90)
+        ), step
 
 
 def test_plateau_schedule() -> None:
     options = TrainOptions(out="o", learning_rate=1.0, warmup_ratio=0.0, lr_schedule="plateau", plateau_ratio=0.04)
-    rates = [learning_rate(step, 100, options) for step in range(100)]
+    rates = [learning_rate(step, 100, options, options.learning_rate) for step in range(100)]
     assert rates[:5] == [1.0] * 5
     assert rates[4:] == pytest.approx([1 - i / 96 for i in range(96)])
+
+
+def test_distillation_takes_rate_and_length_from_the_sizes() -> None:
+    base = {"teacher": "t", "student": "s", "data": "d", "out": "o"}
+    default = DistillConfig(**base)
+    assert default.learning_rate is None
+    assert [default.peak_rate(width) for width in (64, 400, 768, 10_000)] == pytest.approx(
+        [2e-3, 1e-3, 5.2e-4, 1e-4], rel=2e-2
+    )
+    assert [default.passes(1000, tokens) for tokens in (10**6, 10_000, 1000)] == [1, 2, 4]
+    assert total_steps(default, 100, 8, 32, 320) == 25  # 20 x 320 tokens are two passes over 100 x 32
+    given = DistillConfig(**base, learning_rate=0.1, num_epochs=0.5)
+    assert (given.peak_rate(768), given.passes(10**9, 1)) == (0.1, 0.5)
+    assert DistillConfig(**base, recipe="tinygpt2").peak_rate(768) == 2.5e-4
+    assert PretrainConfig(model="m", data="d", out="o").peak_rate(64) == 5e-4
 
 
 def test_biases_and_layer_norms_never_decay(teacher: Path) -> None:

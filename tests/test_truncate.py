@@ -263,6 +263,7 @@ def test_the_command_measures_and_says_why(cli: Callable, trained: Path, data: P
     student = GPT2LMHeadModel.from_pretrained(str(out))
     shape = student.config
     assert (shape.n_layer, shape.n_embd, shape.n_head, shape.n_positions) == (2, 16, 2, 16)
+    assert shape.n_ctx == 16
     wpe = GPT2LMHeadModel.from_pretrained(str(trained)).transformer.wpe.weight
     assert torch.isin(student.transformer.wpe.weight[0], wpe[0]).all()
     assert torch.isin(student.transformer.wpe.weight[-1], wpe[-1]).all()

@@ -23,8 +23,8 @@ class PplRow:
         model, task, convention: what was measured, and how.
         perplexity: per `unit`, which the convention chooses.
         loss: nats per token, over `tokens` targets; `stderr` is its standard error over windows.
-        bits_per_byte, byte_perplexity, word_perplexity: the total loss of all targets, spread over the whole text's
-            `bytes` and `words`.
+        bits_per_character, bits_per_byte, byte_perplexity, word_perplexity: the total loss of all targets, spread over
+            the whole text's `characters`, `bytes` and `words`; so models with different vocabularies compare.
         accuracy: share of LAMBADA's last words, or of CBT's answers, that were right.
         accuracy_without_stop_words: of last words, if the model may answer with no stop word.
         unit, units: what perplexity is per, and how many of them the text has.
@@ -39,6 +39,7 @@ class PplRow:
     perplexity: float
     loss: float
     stderr: float | None
+    bits_per_character: float
     bits_per_byte: float
     byte_perplexity: float
     word_perplexity: float
@@ -48,6 +49,7 @@ class PplRow:
     units: int
     tokens: int
     words: int
+    characters: int
     bytes: int
     stride: int | None
     seconds: float
@@ -80,7 +82,7 @@ class PplResult:
 
 COLUMNS = {
     "model": "model", "task": "task", "perplexity": "perplexity", "unit": "per", "loss": "loss", "stderr": "stderr",
-    "bits_per_byte": "bits/byte", "word_perplexity": "word ppl", "accuracy": "accuracy",
+    "bits_per_character": "bits/char", "bits_per_byte": "bits/byte", "word_perplexity": "word ppl", "accuracy": "accuracy",
     "accuracy_without_stop_words": "acc. (no stop words)", "tokens": "targets", "stride": "stride",
     "tokens_per_second": "tokens/s",
 }  # fmt: skip
@@ -98,7 +100,9 @@ def remarks(result: PplResult) -> list[str]:
     convention = result.results[0].convention
     lines = [f"convention {convention}: {SAYS[convention]}"]
     for row in {row.task: row for row in result.results}.values():
-        lines.append(f"{row.task}: {row.words:,} words, {row.bytes:,} bytes, from {row.source}")
+        lines.append(
+            f"{row.task}: {row.words:,} words, {row.characters:,} characters, {row.bytes:,} bytes, from {row.source}"
+        )
     for pair in result.paired:
         if pair.difference is None:
             lines.append(f"{pair.task}: {pair.a} and {pair.b} have different targets: no difference")

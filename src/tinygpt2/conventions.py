@@ -93,7 +93,7 @@ class Sheet:
         tokens: token ids of all texts, one after the other.
         spans: the windows over them.
         unit, units: what perplexity is per, and how many there are; for `token` the targets count.
-        words, bytes: of the text.
+        words, characters, bytes: of the text.
         stride: from one window's start to the next; None where every passage is its own window.
         right: for each question the number of the right one among its `candidates` windows.
     """
@@ -103,6 +103,7 @@ class Sheet:
     unit: Literal["token", "word", "character", "byte"]
     units: int
     words: int
+    characters: int
     bytes: int
     stride: int | None
     right: Int[np.ndarray, " Q"] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -119,6 +120,7 @@ class Figures:
 
     perplexity: float
     loss: float
+    bits_per_character: float
     bits_per_byte: float
     byte_perplexity: float
     word_perplexity: float
@@ -172,6 +174,7 @@ def figures(sheet: Sheet, scores: Scores, convention: Convention) -> Figures:
     return Figures(
         perplexity=exponential(headline),
         loss=loss,
+        bits_per_character=total / math.log(2) / max(sheet.characters, 1),
         bits_per_byte=total / math.log(2) / size,
         byte_perplexity=exponential(total / size),
         word_perplexity=exponential(total / max(sheet.words, 1)),
@@ -196,7 +199,7 @@ def _share(hits: Any) -> float | None:
 def _per_token(tokens: Integer[np.ndarray, " N"], text: str, window: int, stride: int | None) -> Sheet:
     step = _stride(stride, window)
     spans = list(windows(len(tokens), window, step))
-    return Sheet(tokens, spans, "token", 0, len(text.split()), len(text.encode()), step)
+    return Sheet(tokens, spans, "token", 0, len(text.split()), len(text), len(text.encode()), step)
 
 
 def _per_unit(task: Task, reader: Reader, convention: Convention, stride: int | None) -> Sheet:
@@ -206,16 +209,13 @@ def _per_unit(task: Task, reader: Reader, convention: Convention, stride: int | 
         originals = pages(text) if style == "wikitext" else [text]
         texts = [detokenize_page(page) for page in originals] if style == "wikitext" else originals
         words = units = sum(len(re.split(r"\s+", page)) for page in originals)
-        size = sum(len(page.encode()) for page in originals)
+        characters, size = (sum(map(len, pages)) for pages in (originals, [page.encode() for page in originals]))
         unit: Any = "word"
     else:
         texts = [detokenize(text, style) if style else text]
-        words, size, unit = (
-            len(text.split()) + (text.count("\n") if task.spec.lines else 0),
-            len(text.encode()),
-            task.spec.unit,
-        )
-        units = {"word": words, "character": len(text), "byte": size}[unit]
+        words = len(text.split()) + (text.count("\n") if task.spec.lines else 0)
+        characters, size, unit = len(text), len(text.encode()), task.spec.unit
+        units = {"word": words, "character": characters, "byte": size}[unit]
     step = _stride(stride, reader.positions)
     documents = [[reader.prefix, *tokens] for tokens in reader.tokens(texts, task.name)]
     spans, offset = [], 0
@@ -223,7 +223,8 @@ def _per_unit(task: Task, reader: Reader, convention: Convention, stride: int | 
         for span in windows(len(document), reader.positions + 1, step, full=True):
             spans.append(Window(span.start + offset, span.stop + offset, span.first))
         offset += len(document)
-    return Sheet(np.concatenate([np.array(d) for d in documents]), spans, unit, units, words, size, step)
+    tokens = np.concatenate([np.array(document) for document in documents])
+    return Sheet(tokens, spans, unit, units, words, characters, size, step)
 
 
 def _last_words(task: Task, reader: Reader, convention: Convention) -> Sheet:
@@ -231,9 +232,9 @@ def _last_words(task: Task, reader: Reader, convention: Convention) -> Sheet:
     cut = [passage.rsplit(" ", 1) for passage in task.passages]
     endings = [f" {word}" for _, word in cut]
     tokens, spans = _continued(reader, [context for context, _ in cut], endings, task.name)
-    size = sum(len(ending.encode()) for ending in endings)
+    whole = "".join(endings)
     unit: Any = "token" if convention == "hf" else "word"
-    return Sheet(tokens, spans, unit, len(spans), len(spans), size, None)
+    return Sheet(tokens, spans, unit, len(spans), len(spans), len(whole), len(whole.encode()), None)
 
 
 def _choices(task: Task, reader: Reader, convention: Convention) -> Sheet:
@@ -244,10 +245,11 @@ def _choices(task: Task, reader: Reader, convention: Convention) -> Sheet:
     contexts = [question.context for question in task.questions for _ in question.endings]
     tokens, spans = _continued(reader, contexts, [end for q in task.questions for end in q.endings], task.name)
     right = [question.endings[question.right] for question in task.questions]
-    words, size = sum(len(ending.split()) for ending in right), sum(len(ending.encode()) for ending in right)
+    words, whole = sum(len(ending.split()) for ending in right), "".join(right)
     unit: Any = "token" if convention == "hf" else "word"
     numbers = np.array([question.right for question in task.questions])
-    return Sheet(tokens, spans, unit, words, words, size, None, numbers, candidates.pop())
+    sizes = words, words, len(whole), len(whole.encode())
+    return Sheet(tokens, spans, unit, *sizes, None, numbers, candidates.pop())
 
 
 def _continued(
@@ -284,11 +286,11 @@ def _blocks(packed: Packed, reader: Reader, convention: Convention, stride: int 
     text = packed.tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if convention in ("hf", "tinygpt2"):
         return _per_token(tokens, text, packed.sequence_length, stride)
-    step, words, size = _stride(stride, packed.sequence_length), len(text.split()), len(text.encode())
+    step, words = _stride(stride, packed.sequence_length), len(text.split())
     first = Reader(reader.name, reader.config, packed.tokenizer()).prefix
     tokens = np.concatenate([[first], tokens])
     spans = list(windows(len(tokens), packed.sequence_length + 1, step, full=True))
-    return Sheet(tokens, spans, "word", words, words, size, step)
+    return Sheet(tokens, spans, "word", words, words, len(text), len(text.encode()), step)
 
 
 def _stride(stride: int | None, window: int) -> int:

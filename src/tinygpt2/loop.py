@@ -21,6 +21,7 @@ from tinygpt2.faults import may_step, memory_explained
 from tinygpt2.interrupt import stop_on_signals
 from tinygpt2.meter import Meter
 from tinygpt2.metrics import MetricsLog
+from tinygpt2.model import count_parameters
 from tinygpt2.objectives import Weights
 from tinygpt2.optim import learning_rate, make_optimizer
 from tinygpt2.progress import say, track
@@ -52,16 +53,21 @@ class Job:
 
     def total_steps(self, processes: int) -> int:
         """Return the optimizer steps of the whole run."""
-        return total_steps(self.config, len(self.data.train), self.sequences(processes), self.data.sequence_length)
+        sequences, length = len(self.data.train), self.data.sequence_length
+        return total_steps(self.config, sequences, self.sequences(processes), length, count_parameters(self.model))
+
+    def peak_rate(self) -> float:
+        """Return the peak learning rate."""
+        return self.config.peak_rate(self.model.config.n_embd)
 
 
-def total_steps(config: TrainOptions, sequences: int, global_batch: int, length: int) -> int:
-    """Return the optimizer steps that --max-steps, --max-tokens or --num-epochs (1 by default) ask for."""
+def total_steps(config: TrainOptions, sequences: int, global_batch: int, length: int, parameters: int) -> int:
+    """Return the optimizer steps that --max-steps, --max-tokens or --num-epochs ask for, or the sizes suggest."""
     if config.max_steps is not None:
         return config.max_steps
     if config.max_tokens is not None:
         return max(1, math.ceil(config.max_tokens / (global_batch * length)))
-    return max(1, math.ceil((config.num_epochs or 1) * sequences / global_batch))
+    return max(1, math.ceil(config.passes(parameters, sequences * length) * sequences / global_batch))
 
 
 def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState, nn.Module]:
@@ -79,6 +85,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     """
     config, out, data = job.config, Path(job.config.out), job.data
     sequences, total = job.sequences(accelerator.num_processes), job.total_steps(accelerator.num_processes)
+    peak = job.peak_rate()
     _tell_deepspeed(accelerator, config)
     wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
     parameters = list(wrapped.parameters())
@@ -95,7 +102,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     with closing(checkpoints), explained, stop_on_signals() as stop, track(out.name, total) as progress:
         progress.advance(state.step)
         while state.step < total and not _worse_for_long(state, config):
-            rate = learning_rate(state.step, total, config)
+            rate = learning_rate(state.step, total, config, peak)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             seed_step(config.seed, state.step, accelerator.process_index)

@@ -185,6 +185,7 @@ def save_model(
     Raises:
         ModelError: the disk is full, or does not let us write.
     """
+    model.config.n_ctx = model.config.n_positions  # an older name of it, which llama.cpp's conversion reads
     try:
         with atomic_contents(out) as temporary:
             model.save_pretrained(str(temporary), state_dict=weights)

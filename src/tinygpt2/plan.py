@@ -38,6 +38,7 @@ class Plan:
     gradient_accumulation_steps: int
     steps: int
     tokens: int
+    learning_rate: float
     device: str
     memory_bytes: int
     memory_available_bytes: int
@@ -94,6 +95,7 @@ def make_plan(job: Job, accelerator: Accelerator) -> Plan:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         steps=steps,
         tokens=tokens,
+        learning_rate=job.peak_rate(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         memory_bytes=memory_in_use() + fixed + each * config.micro_batch_size,
         memory_available_bytes=available_memory(),

@@ -55,7 +55,7 @@ class Setup:
             how: the text becomes documents, and which are held out.
         """
         out = self.place / name
-        mine = self.accelerator.is_main_process or passing(config)  # into a directory of its own
+        mine = self.accelerator.is_main_process or config.passing  # into a directory of its own
         if mine and not (config.resume and is_packed(out)):
             if config.validate_only and (Corpus.of([source], how).size_hint() or 0) > _TRIED:
                 raise ConfigError(
@@ -111,16 +111,11 @@ def begin(config: TrainOptions, weights: Weights) -> Iterator[Setup]:
     if accelerator.is_main_process:
         _check_start(config)
     accelerator.wait_for_everyone()  # nobody writes before that
-    if not passing(config):
+    if not config.passing:
         yield Setup(accelerator, Path(config.out))
         return
     with tempfile.TemporaryDirectory() as scratch:
         yield Setup(accelerator, Path(scratch))
-
-
-def passing(config: TrainOptions) -> bool:
-    """Say whether a run leaves nothing in its directory."""
-    return config.validate_only or config.compile_only
 
 
 def _check_start(config: TrainOptions) -> None:

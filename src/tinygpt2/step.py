@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +13,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.capture import capture
+from tinygpt2.capture import Captured, capture
 from tinygpt2.config import TrainOptions
 from tinygpt2.dataset import Blocks
 from tinygpt2.errors import ConfigError
 from tinygpt2.objectives import Counts, Objectives, Weights
 from tinygpt2.objectives.prediction import head_operand
 from tinygpt2.scoring import exponential, target_losses
+from tinygpt2.taught import TeacherCache
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,16 @@ class Step(nn.Module):
         student, teacher: the teacher may be None where no objective looks at one.
         weights: the objectives.
         config: how to run: compiled, with gradient checkpointing, with which chunk of logits.
+        cache: of the teacher's last hidden states, where nothing else of it is looked at.
     """
 
     def __init__(
-        self, student: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None, weights: Weights, config: TrainOptions
+        self,
+        student: GPT2LMHeadModel,
+        teacher: GPT2LMHeadModel | None,
+        weights: Weights,
+        config: TrainOptions,
+        cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -49,6 +57,7 @@ class Step(nn.Module):
         # in a tuple and a list: not registered, so never trained, wrapped or saved
         self._teacher = (teacher,)
         self._teacher_head: list[Tensor] = []
+        self._cache = cache
         self._capture = torch.compile(capture) if config.compile or config.compile_only else capture
         self._checkpointing = config.gradient_checkpointing
 
@@ -57,9 +66,15 @@ class Step(nn.Module):
         self.student.tie_weights()
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], lengths: Int[Tensor, " B"] | None = None, share: Counts | None = None
+        self,
+        input_ids: Int[Tensor, "B T"],
+        lengths: Int[Tensor, " B"] | None = None,
+        share: Counts | None = None,
+        rows: Sequence[int] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
+
+        `rows` are the blocks' numbers in the data set, for the cache.
 
         In evaluation mode: the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms.
         """
@@ -82,13 +97,22 @@ class Step(nn.Module):
             loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
         else:
             with torch.no_grad():
-                taught = self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
+                taught = self._taught(teacher, input_ids, rows)
                 if wanted.weights.prediction and not self._teacher_head:
                     self._teacher_head = [head_operand(teacher.lm_head.weight)]
             loss, terms = wanted(input_ids, student, head, taught, *self._teacher_head, lengths=lengths, share=share)
         if not loss.requires_grad:
             raise ConfigError("no objective reaches a parameter that is trained", "name fewer with --freeze")
         return loss, terms
+
+    def _taught(self, teacher: GPT2LMHeadModel, input_ids: Tensor, rows: Sequence[int] | None) -> Captured:
+        """Run the teacher, as deep as anything looks at it, or read what it returned before."""
+        wanted = self.objectives
+        if self._cache is None or rows is None:
+            return self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
+        (last,) = wanted.teacher_states
+        states = self._cache.states(rows, input_ids, lambda ids: self._capture(teacher, ids, [last]).states[last])
+        return Captured({last: states.to(teacher.dtype)})
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
@@ -120,9 +144,10 @@ def gradients(
         share = Counts.of(blocks.lengths(indices)).over(count)
     means: dict[str, Tensor] = {}
     for turn in turns:
-        batch = blocks.batch(indices[turn * size : (turn + 1) * size]).to(accelerator.device)
+        rows = indices[turn * size : (turn + 1) * size]
+        batch = blocks.batch(rows).to(accelerator.device)
         with accelerator.accumulate(module):  # divides by their number, and waits with the other processes' gradients
-            loss, terms = module(*batch, share)
+            loss, terms = module(*batch, share, rows)
             accelerator.backward(loss)
         for name, term in {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()}}.items():
             means[name] = means.get(name, 0) + term.detach().float() / len(turns)

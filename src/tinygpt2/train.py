@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from tinygpt2.budget import Budget, cuts, make_budget
 from tinygpt2.comparison import short_names
 from tinygpt2.config import (
     DEFAULT_SEQUENCE_LENGTH,
@@ -24,7 +25,7 @@ from tinygpt2.config import (
 from tinygpt2.conventions import Reader, check_fits
 from tinygpt2.dataset import Packed, is_packed, load_packed
 from tinygpt2.errors import ConfigError, ModelError
-from tinygpt2.files import write_text
+from tinygpt2.files import write_json, write_text
 from tinygpt2.launch import check_number, launch, launched
 from tinygpt2.loop import Job, run_loop
 from tinygpt2.machine import fast_products
@@ -42,11 +43,13 @@ from tinygpt2.model import (
 from tinygpt2.objectives import Weights
 from tinygpt2.perplexity import fitting_sheets, measure
 from tinygpt2.plan import Compiled, Plan, compile_step, fit_batch, make_plan
+from tinygpt2.progress import say
 from tinygpt2.runstate import RunState
 from tinygpt2.setup import RUN_FILE, Setup, begin
 from tinygpt2.shapes import is_shape, read_shape
 from tinygpt2.step import Evaluation, Step
 from tinygpt2.tasks import load_tasks
+from tinygpt2.taught import TeacherCache
 from tinygpt2.tokenizer import fingerprint
 
 Options = TypeVar("Options", bound=TrainOptions)
@@ -90,13 +93,30 @@ def pretrain(config: PretrainConfig, data: Packed | None = None) -> TrainResult 
     return _run("pretrain", _pretraining, config, data, Weights())
 
 
-def distill(config: DistillConfig, data: Packed | None = None) -> TrainResult | Plan | Compiled:
+def distill(config: DistillConfig, data: Packed | None = None) -> TrainResult | Plan | Compiled | Budget:
     """Teach a student what its teacher computes; the teacher is loaded only if an objective looks at it.
 
     Args, Returns, Raises:
-        As `pretrain`; also ModelError where teacher and student have different vocabularies.
+        As `pretrain`; also a `Budget` with `plan`, and ModelError where teacher and student have different
+        vocabularies.
     """
+    if config.plan:
+        with fast_products(), begin(config, Weights.of(config)) as setup:
+            return make_budget(_candidates(config, data, setup), setup.accelerator, config)
     return _run("distill", _distillation, config, data, Weights.of(config))
+
+
+def _candidates(config: DistillConfig, data: Packed | None, setup: Setup) -> Iterator[tuple[str, int | None, Job]]:
+    """Yield the student that was given, or cuts of the teacher at several depths, by name."""
+    if config.student is not None:
+        yield config.student, None, _distillation(config, data, setup)
+        return
+    teacher, _ = load_model(config.teacher or "", "teacher", allow_pickle=config.allow_pickle, hollow=True)
+    shape = setup.place / "config.json"
+    for layers in cuts(teacher.config):
+        write_json(shape, {**teacher.config.to_dict(), "n_layer": layers})  # a step takes as long from any weights
+        job = _distillation(config.model_copy(update={"student": str(shape)}), data, setup)
+        yield f"{layers} of {teacher.config.n_layer} layers", layers, job
 
 
 def finetune(config: FinetuneConfig, data: Packed | None = None) -> TrainResult | Plan | Compiled:
@@ -117,7 +137,7 @@ def _run(
 ) -> TrainResult | Plan | Compiled:
     """Run a command in this process, or in as many as it asks for."""
     check_number(config.num_processes)
-    alone = config.validate_only or config.compile_only or launched()
+    alone = config.passing or launched()
     if (config.num_processes or 1) > 1 and not alone:
         result: TrainResult = launch(name, config.num_processes or 1, config, data)
         return result
@@ -146,6 +166,7 @@ def _pretraining(config: PretrainConfig, data: Packed | None, setup: Setup) -> J
 
 def _distillation(config: DistillConfig, data: Packed | None, setup: Setup) -> Job:
     data, hollow = data or load_packed(config.data), config.validate_only
+    assert config.student is not None  # only --plan goes without
     if is_shape(config.student):
         shape = read_shape(config.student, data.tokenizer())
         student, directory = random_model(shape, config.seed, hollow=hollow), None
@@ -202,7 +223,7 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
     config, out = job.config, Path(job.config.out)
     set_dropout(job.model, config.dropout)
     set_seed(config.seed)
-    module = Step(job.model, job.teacher, job.weights, config)
+    module = Step(job.model, job.teacher, job.weights, config, _cache(job))
     if job.teacher is not None:
         job.teacher.to(accelerator.device)
     if config.compile_only:
@@ -232,6 +253,18 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
         raise
     accelerator.end_training()
     return result
+
+
+def _cache(job: Job) -> TeacherCache | None:
+    """Open the cache of the teacher's states, if there is to be one."""
+    config = job.config
+    if not isinstance(config, DistillConfig) or config.teacher_cache is None or job.teacher is None:
+        return None
+    if "splits" not in job.data.manifest:
+        raise ConfigError("--teacher-cache needs a pregenerated dataset, whose content has a fingerprint")
+    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data)
+    say(f"{cache.path}: {cache.filled:.0%} of the teacher's states are there")
+    return cache
 
 
 def _measured(job: Job, result: TrainResult, accelerator: Accelerator) -> TrainResult:

@@ -120,8 +120,6 @@ def cut(teacher: GPT2LMHeadModel, kept: Kept) -> GPT2LMHeadModel:
         "n_layer": len(kept.layers), "n_embd": width, "n_head": len(kept.heads[0]), "n_positions": kept.positions[0],
         "n_inner": None if same_ratio else inner,
     }  # fmt: skip
-    if "n_ctx" in config.to_dict():
-        sizes["n_ctx"] = kept.positions[0]
     student = GPT2LMHeadModel(config.__class__.from_dict({**config.to_dict(), **sizes}))
     dims, weights = kept.dimensions, {}
     for name, tensor in teacher.state_dict().items():

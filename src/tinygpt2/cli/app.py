@@ -113,6 +113,7 @@ COMMANDS: list[tuple[str, type[Config], str, list[str]]] = [
         "Teach a student what its teacher computes.",
         [
             "distill --teacher gpt2 --student cut --data data --out student",
+            "distill --plan --budget-minutes 60 --teacher gpt2 --data data --out student",
             "distill --recipe tinygpt2 --teacher gpt2 --student tinygpt2-4l-312 --data data --out student",
         ],
     ),

@@ -186,6 +186,19 @@ def _copied_blocks(copies: dict[str, str]) -> Iterator[str]:
             yield f"{here} is the teacher's {there}{count}"
 
 
+def _render_budget(result: Any, console: Console) -> None:
+    headings = ["student", "parameters", "tokens/s", "steps", "tokens", "passes", "tokens per parameter", "rate"]
+    rows = [
+        [one.student, one.parameters, one.tokens_per_second, one.steps, one.tokens, one.passes,
+         one.tokens / one.parameters, one.learning_rate]
+        for one in result.candidates
+    ]  # fmt: skip
+    console.print(_table(headings, rows))
+    console.print(f"\nwithin {result.minutes:g} minutes: {result.chosen}", markup=False)
+    for command in result.commands:
+        console.print(command, markup=False, soft_wrap=True)
+
+
 def _render_quickstart(result: Any, console: Console) -> None:
     console.print(result.summary, markup=False)
 
@@ -198,4 +211,5 @@ RENDER: dict[str, Callable[[Any, Console], None]] = {
     "GenerateResult": _render_generate,
     "VerifyResult": _render_verify,
     "QuickstartResult": _render_quickstart,
+    "Budget": _render_budget,
 }

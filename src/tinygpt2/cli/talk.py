@@ -1,4 +1,4 @@
-"""Generation on a terminal: texts as they are made, and a prompt that keeps its history."""
+"""Generation on a terminal: texts as they are made, and a prompt that keeps its history and takes settings."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from rich.markup import escape
 from transformers import TextStreamer
 
 from tinygpt2.cli.output import print_error
-from tinygpt2.config import GenerateConfig
+from tinygpt2.config import DECODING, GenerateConfig
 from tinygpt2.errors import ConfigError
 from tinygpt2.generation import GenerateResult, Generation, Speaker, continue_prompt, generate, load_speaker
+from tinygpt2.progress import say
+from tinygpt2.schema import extra, flag_name
+
+_HELP = "/NAME VALUE changes a setting, /NAME takes it back to its default, // begins a prompt with a slash"
 
 
 def speak(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
@@ -42,12 +46,20 @@ def _announce(speaker: Speaker, prompt: str) -> TextStreamer:
 
 
 def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
-    """Ask for prompts until end of input and answer each with every model."""
+    """Ask for prompts until end of input and answer each with every model; a line after a slash changes settings."""
     speakers = [load_speaker(name, allow_pickle=config.allow_pickle) for name in config.model]
     console = Console(highlight=False)
     texts: list[Generation] = []
     with _history():
-        for turn, prompt in enumerate(_prompts()):
+        turn = -1
+        for line in _lines():
+            if line.startswith("/") and not line.startswith("//"):
+                try:
+                    config, turn = _changed(config, line), turn if line.split()[0] != "/seed" else -1
+                except ConfigError as error:
+                    print_error(error, as_json=False)
+                continue
+            prompt, turn = line.removeprefix("/"), turn + 1
             # Another seed for each turn: the same prompt asked again gives another sample.
             settings = config.model_copy(update={"seed": config.seed + turn})
             for speaker in speakers:
@@ -66,7 +78,26 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
     return GenerateResult(texts) if as_json else None
 
 
-def _prompts() -> Iterator[str]:
+def _changed(config: GenerateConfig, line: str) -> GenerateConfig:
+    """Apply a line such as `/temperature 0.7` to the settings, and show them.
+
+    Raises:
+        ConfigError: there is no such setting, or not of that value.
+    """
+    fields = {key: field for key, field in config.options().items() if extra(field, "panel") == DECODING}
+    names = {flag_name(key)[2:]: key for key in fields}
+    name, _, value = line[1:].strip().partition(" ")
+    if name in names:
+        asked = {names[name]: value.strip() or fields[names[name]].default}
+        config = GenerateConfig(**config.model_dump(by_alias=True) | asked)
+    elif name:
+        raise ConfigError(f"no setting /{name}", f"there are /{', /'.join(names)}; / alone shows them")
+    values = [f"{name} {getattr(config, key)}" for name, key in names.items() if getattr(config, key) is not None]
+    say(", ".join(values) if name else f"{', '.join(values)}\n{_HELP}")
+    return config
+
+
+def _lines() -> Iterator[str]:
     while True:
         try:
             if sys.stdin.isatty() and not sys.stdout.isatty():

@@ -6,6 +6,7 @@ Order of precedence, weakest first: the default below, the recipe (distill), `--
 from __future__ import annotations
 
 from tinygpt2.config.common import (
+    DECODING,
     DEFAULT_SEQUENCE_LENGTH,
     MAX_SEED,
     ModelOptions,
@@ -32,6 +33,7 @@ from tinygpt2.config.models import (
     VerifyConfig,
 )
 from tinygpt2.config.training import (
+    DEFAULT_RATE,
     DistillConfig,
     FinetuneConfig,
     HeadMap,
@@ -45,6 +47,8 @@ from tinygpt2.config.training import (
 )
 
 __all__ = [
+    "DECODING",
+    "DEFAULT_RATE",
     "DEFAULT_SEQUENCE_LENGTH",
     "MAX_SEED",
     "Convention",

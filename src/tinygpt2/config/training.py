@@ -20,7 +20,10 @@ HiddenScale = Literal["none", "variance"]
 HeadMap = Literal["equal", "average"]
 TeacherDtype = Literal["fp32", "bf16"]
 OnSaveError = Literal["stop", "continue"]
+Optimizer = Literal["adamw", "muon"]
 TRACKERS = ("tensorboard", "wandb")
+DEFAULT_RATE = 5e-4
+RATE_TIMES_WIDTH = 0.4
 
 
 class TrainOptions(ModelOptions):
@@ -31,11 +34,18 @@ class TrainOptions(ModelOptions):
         None, "Held-out text or pregenerated dataset to evaluate on.", shown="the dataset's own test split"
     )
     max_steps: int | None = option(None, "Optimizer steps.", panel=LENGTH, ge=1)
-    num_epochs: float | None = option(None, "Passes over the training blocks.", panel=LENGTH, gt=0, shown="1")
+    num_epochs: float | None = option(
+        None, "Passes over the training blocks.", panel=LENGTH, gt=0, shown="1; distill: 1 to 4"
+    )
     max_tokens: int | None = option(None, "Tokens to train on.", panel=LENGTH, ge=1)
     micro_batch_size: int = option(8, "Sequences per device and forward pass.", panel=OPTIMISATION, ge=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", panel=OPTIMISATION, ge=1)
-    learning_rate: float = option(5e-4, "Peak learning rate of AdamW.", panel=OPTIMISATION, gt=0)
+    optimizer: Optimizer = option(
+        "adamw", "AdamW for all weights, or Muon for the layers' matrices and AdamW for the rest.", panel=OPTIMISATION
+    )
+    learning_rate: float | None = option(
+        None, "Peak learning rate.", panel=OPTIMISATION, gt=0, shown=f"{DEFAULT_RATE}; distill: by the student's width"
+    )
     lr_schedule: Schedule = option("cosine", "Shape after the warm-up.", panel=OPTIMISATION)
     warmup_ratio: float = option(
         0.01, "Share of the steps in which the rate rises from 0.", panel=OPTIMISATION, ge=0, le=1
@@ -43,7 +53,7 @@ class TrainOptions(ModelOptions):
     plateau_ratio: float = option(
         0.04, "Share of the steps at the peak, for --lr-schedule plateau.", panel=OPTIMISATION, ge=0, le=1
     )
-    weight_decay: float = option(0.01, "AdamW's decay; never on biases and layer norms.", panel=OPTIMISATION, ge=0)
+    weight_decay: float = option(0.01, "Weight decay; never on biases and layer norms.", panel=OPTIMISATION, ge=0)
     grad_clip: float = option(1.0, "Largest norm of the gradient; 0 leaves it as it is.", panel=OPTIMISATION, ge=0)
     dropout: float = option(
         0.0, "Dropout while training, for all three of GPT-2's rates.", panel=OPTIMISATION, ge=0, lt=1
@@ -91,6 +101,19 @@ class TrainOptions(ModelOptions):
         False, "Check everything, say how long and how large the run will be, and stop.", panel=RUN
     )
     compile_only: bool = option(False, "Compile one step, say how long that took, and stop.", panel=RUN)
+
+    @property
+    def passing(self) -> bool:
+        """Whether a run leaves nothing in its directory."""
+        return self.validate_only or self.compile_only
+
+    def peak_rate(self, width: int) -> float:
+        """Return the peak learning rate: the one given, or what suits a model of this width."""
+        return self.learning_rate or DEFAULT_RATE
+
+    def passes(self, parameters: int, tokens: int) -> float:
+        """Return the passes over so many tokens: those given, or what suits a model of so many parameters."""
+        return self.num_epochs or 1
 
     def conflicts(self) -> Iterator[str]:
         """Check that one length is given and that the trackers are known."""
@@ -144,9 +167,16 @@ class DistillConfig(TrainOptions):
     """
 
     teacher: str | None = option(None, "Teacher: a local directory or a Hub id.")
-    student: str = option(..., "Student: a directory with weights, or a preset or config file for random weights.")
+    student: str | None = option(
+        None, "Student: a directory with weights, or a preset or config file for random weights."
+    )
     data: str = option(..., "Pregenerated dataset.")
     teacher_dtype: TeacherDtype = option("fp32", "Type of the teacher's weights.", panel=OPTIMISATION)
+    teacher_cache: str | None = option(
+        None,
+        "Directory in which the teacher's last hidden states are kept, for other epochs and students.",
+        panel=OPTIMISATION,
+    )
     recipe: str = option(
         "default", "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file."
     )
@@ -188,6 +218,33 @@ class DistillConfig(TrainOptions):
         commas=True,
     )
 
+    plan: bool = option(
+        False, "Time a few steps of --student, or of several cuts, say what fits into --budget-minutes, and stop.",
+        panel=RUN,
+    )  # fmt: skip
+    budget_minutes: float | None = option(None, "Minutes that --plan plans for.", panel=RUN, gt=0, shown="60")
+
+    @property
+    def passing(self) -> bool:
+        """Whether a run leaves nothing in its directory."""
+        return super().passing or self.plan
+
+    def peak_rate(self, width: int) -> float:
+        """Return the peak learning rate: the one given, or one over the student's width, within bounds.
+
+        It was measured at widths of 128 and 256 (docs/recipes.md); at 768 it is close to GPT-3's 6e-4 for its smallest
+        model (Brown et al. 2020, arXiv:2005.14165, table 2.1).
+        """
+        return self.learning_rate or min(max(RATE_TIMES_WIDTH / width, 1e-4), 2e-3)
+
+    def passes(self, parameters: int, tokens: int) -> float:
+        """Return the passes over the data: those given, or as many as make 20 tokens for each parameter, 1 to 4.
+
+        20 are what a model of its size would want (Hoffmann et al. 2022, arXiv:2203.15556, table 3); up to 4 passes are
+        nearly as good as new text (Muennighoff et al. 2023, arXiv:2305.16264, section 6).
+        """
+        return self.num_epochs or min(max(20 * parameters / tokens, 1), 4)
+
     @classmethod
     def layered(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Put the recipe under the given values."""
@@ -202,10 +259,21 @@ class DistillConfig(TrainOptions):
     def conflicts(self) -> Iterator[str]:
         """Check that there is something to learn, and someone to learn it from."""
         yield from super().conflicts()
+        if self.student is None and not self.plan:
+            yield f"missing --student: {type(self).model_fields['student'].description}"
+        if self.plan and self.teacher is None and self.student is None:
+            yield "missing --teacher: whose cuts --plan is to time"
+        if self.plan and (self.validate_only or self.compile_only or (self.num_processes or 1) > 1):
+            yield "--plan times one process, and contradicts --validate-only, --compile-only and --num-processes"
+        if self.budget_minutes is not None and not self.plan:
+            yield "--budget-minutes does nothing without --plan"
         if self.needs_teacher and self.teacher is None:
             yield "missing --teacher: an objective with a weight above 0 compares the student with it"
         if not self.needs_teacher and not self.ce_weight:
             yield "every objective's weight is 0: there is nothing to learn"
+        inside = [
+            flag_name(name) for name in ("attention_weight", "relation_weight", "hidden_weight") if getattr(self, name)
+        ]
         if self.layer_map not in ("uniform", "last", "first") and not re.fullmatch(r"\d+(,\d+)*", str(self.layer_map)):
             yield f"--layer-map {self.layer_map!r}: expected uniform, last, first or numbers such as 3,6,9,12"
         states = r"\d+(=\d+)?"
@@ -217,6 +285,9 @@ class DistillConfig(TrainOptions):
             yield f"--hidden-map {self.hidden_map} does nothing while --hidden-weight is 0"
         if self.teacher_dtype != "fp32" and not self.needs_teacher:
             yield f"--teacher-dtype {self.teacher_dtype} does nothing: no objective looks at the teacher"
+        if self.teacher_cache is not None and (inside or not self.needs_teacher):
+            what = f"{inside[0]} looks at more of it" if inside else "no objective looks at it"
+            yield f"--teacher-cache holds the teacher's last hidden states: {what}"
 
 
 def changed_mathematics(config: TrainOptions, earlier: dict[str, Any]) -> list[str]:

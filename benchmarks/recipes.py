@@ -1,0 +1,369 @@
+"""Which recipe makes the best student: every recipe of a plan, from the same tokens in the same order.
+
+    python benchmarks/recipes.py --work WORK             # goes on with the plan where it stopped
+    python benchmarks/recipes.py --work WORK --smallest  # its smallest row again: is the ranking the same?
+    python benchmarks/recipes_report.py                  # tables and pictures of what was measured
+
+The plan is benchmarks/recipes/plan.yaml. Every finished run is a line of benchmarks/recipes/results.jsonl, and is not
+run again. A stage follows from the lines of the stage before it: each recipe's learning rate from the screening, the
+recipes of the final from their losses. Nothing is chosen on any text but the held-out novels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import statistics
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+
+from tinygpt2 import (
+    DistillConfig,
+    PregenerateConfig,
+    TruncateStudentConfig,
+    distill,
+    pregenerate,
+    truncate_student,
+)
+from tinygpt2.dataset import Blocks, Packed, Shuffle, load_packed
+from tinygpt2.machine import fast_products
+from tinygpt2.model import load_model
+from tinygpt2.objectives import Weights
+from tinygpt2.optim import make_optimizer
+from tinygpt2.parts import MapPart
+from tinygpt2.scoring import target_losses
+from tinygpt2.step import Step, gradients
+from tinygpt2.taught import TeacherCache
+
+HERE = Path(__file__).parent / "recipes"
+GROUPS = 40  # of neighbouring held-out blocks, whose losses are taken as independent of each other
+CURVE = 30_000  # characters of each held-out novel that losses are measured on during a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student: what is to be trained, and what a line of results is known by."""
+
+    stage: str
+    size: str
+    recipe: str
+    rate: float
+    tokens: int
+    seed: int
+
+
+class Study:
+    """The plan, its texts and starts below a working directory, and the lines of results so far."""
+
+    def __init__(self, work: Path, results: Path) -> None:
+        self.plan: dict[str, Any] = yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
+        self.work, self.results = work, results
+        self.shared = Path(os.environ["TINYGPT2_TEST_DATA"])
+        self.teacher = str(self.shared / self.plan["teacher"])
+
+    def lines(self, *stages: str) -> list[dict[str, Any]]:
+        """Return the results of some stages."""
+        if not self.results.is_file():
+            return []
+        found = [json.loads(line) for line in self.results.read_text(encoding="utf-8").splitlines()]
+        return [line for line in found if line["stage"] in stages]
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add one finished result."""
+        line |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cores": os.cpu_count()}
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def prepare(self) -> None:
+        """Make texts, data sets and cut students, those that are not there yet."""
+        novels, length = self.work / "novels", self.plan["sequence_length"]
+        if not novels.is_dir():
+            with tarfile.open(self.shared / self.plan["novels"]) as archive:
+                members = sorted((m for m in archive.getmembers() if m.isfile()), key=lambda m: m.name)
+                check = [m for m in members if m.name.endswith(self.plan["check"]["novel"])]
+                chosen = [m for m in members if m not in check][:: self.plan["every"]]
+                for folder, kept in (("check", check), ("novels", chosen)):
+                    for member in kept:
+                        member.name = Path(member.name).name
+                        archive.extract(member, self.work / folder, filter="data")
+        curve = self.work / "curve.txt"
+        held_out = self.shared / self.plan["held_out"]
+        texts = [path.read_text(encoding="utf-8")[:CURVE] for path in sorted(held_out.iterdir())]
+        curve.write_text("\n".join(texts), encoding="utf-8")
+        common = {"tokenizer": self.teacher, "sequence_length": length}
+        if not (self.work / "data").is_dir():
+            pregenerate(
+                PregenerateConfig(
+                    source=[str(novels)], test_source=str(held_out), out=str(self.work / "data"), **common
+                )
+            )
+        checks = [self.work / "check", *(self.shared / name for name in self.plan["check"]["texts"])]
+        for path in checks:
+            out = self.work / f"check-{path.stem}"
+            if not out.is_dir():
+                pregenerate(PregenerateConfig(source=[str(path)], test_fraction=0.0, out=str(out), **common))
+        for size, options in self.plan["sizes"].items():
+            if not (self.work / size).is_dir():
+                truncate_student(
+                    TruncateStudentConfig(
+                        teacher=self.teacher, data=str(self.work / "data"), out=str(self.work / size), **options
+                    )
+                )
+
+    def configurations(self, run: Run, out: Path, *, cached: bool = True) -> list[tuple[float, DistillConfig]]:
+        """Return the options of a run's stages, each with its share of the tokens."""
+        recipe = self.plan["recipes"][run.recipe]
+        start = self.work / run.size / ("config.json" if recipe["start"] == "random" else "")
+        found: list[tuple[float, DistillConfig]] = []
+        for number, stage in enumerate(recipe["stages"]):
+            options = {
+                "recipe": "default", "teacher": self.teacher, "data": str(self.work / "data"), **self.plan["common"],
+                **stage, "student": str(start if not number else out / f"stage-{number - 1}"),
+                "out": str(out / f"stage-{number}"), "learning_rate": run.rate, "seed": run.seed,
+                "eval_data": str(self.work / "curve.txt"), "save_every": 10**6,
+            }  # fmt: skip
+            share = float(options.pop("share", 1.0))
+            steps = round(run.tokens * share / (options["micro_batch_size"] * self.plan["sequence_length"]))
+            options |= {"max_steps": steps, "eval_every": max(1, steps // 5) if run.stage == "final" else None}
+            found.append((share, self.fitting(options, run.size, cached=cached and not number)))
+        return found
+
+    def fitting(self, options: dict[str, Any], size: str, *, cached: bool) -> DistillConfig:
+        """Leave out what the student's shape does not allow, and keep the teacher's states where they suffice."""
+        shape, teacher = (json.loads((Path(p) / "config.json").read_text()) for p in (self.work / size, self.teacher))
+        plain = DistillConfig(**options)
+        if shape["n_embd"] != teacher["n_embd"] and plain.cosine_weight:
+            options |= {"cosine_weight": 0.0}
+        if shape["n_head"] != teacher["n_head"] and plain.attention_weight:
+            options |= {"head_map": "average"}
+        last_only = not (plain.attention_weight or plain.relation_weight or plain.hidden_weight)
+        if cached and last_only and plain.needs_teacher:
+            options |= {"teacher_cache": str(self.work / "cache")}
+        if not plain.needs_teacher:
+            options |= {"teacher": None}
+        return DistillConfig(**options)
+
+    def train(self, run: Run) -> None:
+        """Run one recipe and write its line; one that is there already is passed over."""
+        known = asdict(run)
+        if any(known == {key: line.get(key) for key in known} for line in self.lines(run.stage)):
+            return
+        print(f"{datetime.datetime.now():%H:%M:%S} {known}", flush=True)
+        out = self.work / "runs" / "-".join(map(str, known.values()))
+        data, curve, begun, done, seconds = load_packed(str(self.work / "data")), [], 0, 0, 0.0
+        for _, config in self.configurations(run, out):
+            rest = data if not begun else later(data, run.seed, begun)
+            result: Any = distill(
+                config.model_copy(update={"resume": Path(config.out).is_dir()}), rest if begun else None
+            )
+            rows = [json.loads(row) for row in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
+            curve += [[done + row["tokens"], round(row["eval/loss"], 5)] for row in rows if "eval/loss" in row]
+            begun, done = begun + result.steps * config.micro_batch_size, done + result.tokens
+            seconds += result.seconds
+        losses = block_losses(config.out, data.test, 200 if run.stage == "screen" else 600)
+        line = {**known, "loss": float(np.mean(losses)), "groups": grouped(losses), "curve": curve}
+        if run.stage == "smallest":
+            line["checks"] = {
+                path.name.removeprefix("check-"): grouped(block_losses(config.out, load_packed(str(path)).train, 150))
+                for path in sorted(self.work.glob("check-*"))
+            }
+        self.write({**line, "seconds": round(seconds, 1), "parameters": result.parameters})
+
+    def best_rates(self) -> dict[str, tuple[float, float]]:
+        """Return each screened recipe's best rate and its loss there."""
+        best: dict[str, tuple[float, float]] = {}
+        for line in self.lines("screen"):
+            if line["loss"] < best.get(line["recipe"], (0.0, math.inf))[1]:
+                best[line["recipe"]] = (line["rate"], line["loss"])
+        return best
+
+    def screen(self) -> Iterator[Run]:
+        """Yield every recipe at every rate, the middle one first."""
+        plan = self.plan["screen"]
+        for place in (1, 2, 0):
+            for recipe, how in self.plan["recipes"].items():
+                rate = how.get("rates", plan["rates"])[place]
+                yield Run("screen", plan["size"], recipe, rate, plan["tokens"], plan["seed"])
+
+    def chosen(self) -> list[str]:
+        """Return the recipes of the final: the best of the screening, then the baselines."""
+        best = self.best_rates()
+        ranked = sorted(best, key=lambda recipe: best[recipe][1])
+        winners = [recipe for recipe in ranked if recipe not in self.plan["baselines"]][: self.plan["final"]["best"]]
+        return [*winners, *(name for name in self.plan["baselines"] if name in best)]
+
+    def final(self, seed: int) -> Iterator[Run]:
+        """Yield the chosen recipes at both sizes; rates come from the screening."""
+        best = self.best_rates()
+        for size in self.plan["sizes"]:
+            for recipe in self.chosen():
+                yield Run("final", size, recipe, best[recipe][0], self.plan["final"]["tokens"], seed)
+
+    def equal_time(self, seed: int) -> Iterator[Run]:
+        """Yield the better cross-entropy with as many tokens as fit in the time that the best recipe takes."""
+        best = self.best_rates()
+        recipe = min(("ce", "ce-muon"), key=lambda name: best[name][1])
+        for size in self.plan["sizes"]:
+            speeds = {(line["recipe"], line["cached"]): line["tokens_per_second"] for line in self.lines("time")
+                      if line["size"] == size}  # fmt: skip
+            ratio = speeds[recipe, False] / speeds[self.chosen()[0], False]
+            tokens = round(self.plan["final"]["tokens"] * ratio)
+            yield Run("equal-time", size, recipe, best[recipe][0], tokens, seed)
+
+    def smallest(self) -> Iterator[Run]:
+        """Yield the runs of the smallest row."""
+        plan, best = self.plan["smallest"], self.best_rates()
+        for recipe in [self.chosen()[0], *self.plan["baselines"]]:
+            yield Run("smallest", plan["size"], recipe, best[recipe][0], plan["tokens"], plan["seed"])
+
+    def time(self, rounds: int = 2, steps: int = 4) -> None:
+        """Measure the speed of the recipes' steps, each a few steps in turn, so that the ratios hold."""
+        for size in self.plan["sizes"]:
+            done = {(line["recipe"], line["cached"]) for line in self.lines("time") if line["size"] == size}
+            wanted = [(name, cached) for name in self.chosen() for cached in (False, True)]
+            if all(key in done for key in wanted if not key[1]):
+                continue
+            racers = {key: list(self.racers(size, *key)) for key in wanted}
+            taken: dict[tuple[str, bool], list[float]] = {key: [] for key, stages in racers.items() if stages}
+            for turn in range(rounds + 1):
+                for key, times in taken.items():
+                    seconds = sum(share * racer(steps) for share, racer in racers[key])
+                    if turn:  # the first one warms up, and fills the cache
+                        times.append(seconds)
+            for (recipe, cached), times in taken.items():
+                tokens = steps * self.plan["common"]["micro_batch_size"] * self.plan["sequence_length"]
+                speed = round(tokens / statistics.median(times), 1)
+                self.write(
+                    {"stage": "time", "size": size, "recipe": recipe, "cached": cached, "tokens_per_second": speed}
+                )
+
+    def racers(self, size: str, recipe: str, cached: bool) -> Iterator[tuple[float, Any]]:
+        """Yield for each stage its share and a function that takes some steps and returns their seconds."""
+        run = Run("time", size, recipe, 1e-4, 256_000, 42)
+        data = load_packed(str(self.work / "data"))
+        stages = self.configurations(run, self.work / "unused", cached=cached)
+        if cached and not any(config.teacher_cache for _, config in stages):
+            return
+        for share, config in stages:
+            student, _ = load_model(str(self.work / size))
+            teacher = load_model(self.teacher)[0].requires_grad_(False) if config.needs_teacher else None
+            cache = None
+            if config.teacher_cache and teacher is not None:
+                cache = TeacherCache(Path(config.teacher_cache), teacher, data)
+            accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+            step = Step(student, teacher, Weights.of(config), config, cache)
+            module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
+            module.train()
+
+            def race(count: int, module: Any = module, optimizer: Any = optimizer, accelerator: Any = accelerator,
+                     size: int = config.micro_batch_size) -> float:  # fmt: skip
+                started = time.perf_counter()
+                for number in range(count):
+                    rows = list(range(number * size, (number + 1) * size))
+                    gradients(accelerator, module, data.train, rows, size)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                return time.perf_counter() - started
+
+            yield share, race
+
+
+def later(data: Packed, seed: int, begun: int) -> Packed:
+    """Return the data such that a run with this seed sees what one would see after its first `begun` blocks."""
+    count = len(data.train)
+    wanted = Shuffle(count, seed)[begun:count]
+    places = Shuffle(len(wanted), seed)[0 : len(wanted)]
+    rows = [0] * len(wanted)
+    for place, row in zip(places, wanted, strict=True):
+        rows[place] = row
+    items = [{"input_ids": data.train.row(row)} for row in rows]
+    return replace(data, train=Blocks([MapPart(items, data.sequence_length)], data.sequence_length))
+
+
+@torch.no_grad()
+def block_losses(model: str, blocks: Blocks, count: int) -> list[float]:
+    """Return the mean loss of about `count` evenly spaced blocks, in nats per token, in float32."""
+    student, _ = load_model(model)
+    rows, found = list(range(0, len(blocks), max(1, len(blocks) // count))), []
+    for start in range(0, len(rows), 8):
+        ids = blocks.batch(rows[start : start + 8]).input_ids
+        losses, _ = target_losses(student, student.lm_head.weight, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+        found += losses.view(len(ids), -1).mean(1).tolist()
+    return found
+
+
+def grouped(losses: list[float]) -> list[float]:
+    """Return the means of groups of neighbours."""
+    return [round(float(part.mean()), 5) for part in np.array_split(np.array(losses), min(GROUPS, len(losses)))]
+
+
+def main() -> None:
+    """Go on with the plan, or repeat its smallest row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory for texts, data sets, students and runs")
+    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--smallest", action="store_true", help="the smallest row alone, again, against its lines")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    with fast_products():
+        if options.smallest:
+            repeat(options)
+        else:
+            go_on(Study(options.work, options.results), options.minutes)
+
+
+def go_on(study: Study, minutes: float) -> None:
+    """Do what the plan has left, in its order."""
+    until = time.monotonic() + 60 * minutes
+    study.prepare()
+    for run in everything(study):
+        if time.monotonic() > until:
+            return
+        study.train(run)
+
+
+def everything(study: Study) -> Iterator[Run]:
+    """Yield all runs in the plan's order; each stage is made up when the one before it is done."""
+    yield from study.screen()
+    study.time()
+    first, *others = study.plan["final"]["seeds"]
+    yield from study.final(first)
+    yield from study.equal_time(first)
+    yield from study.smallest()
+    for seed in others:
+        yield from study.final(seed)
+        yield from study.equal_time(seed)
+
+
+def repeat(options: argparse.Namespace) -> None:
+    """Run the smallest row into a file of its own, and compare the rankings."""
+    recorded = Study(options.work, options.results)
+    again = Study(options.work, options.work / "repeated.jsonl")
+    again.results.unlink(missing_ok=True)
+    again.prepare()
+    for run in recorded.smallest():
+        again.train(run)
+    rankings = [
+        [line["recipe"] for line in sorted(study.lines("smallest"), key=lambda line: line["loss"])]
+        for study in (recorded, again)
+    ]
+    losses = {line["recipe"]: line["loss"] for line in again.lines("smallest")}
+    print(json.dumps({"recorded": rankings[0], "repeated": rankings[1], "losses": losses}))
+    raise SystemExit(rankings[0] != rankings[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""`distill --plan`: which student, and how many steps, fit into a time, found by timing a few steps of each."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from transformers import GPT2Config
+
+from tinygpt2.config import DistillConfig
+from tinygpt2.errors import ConfigError
+from tinygpt2.loop import Job
+from tinygpt2.model import count_parameters, set_dropout
+from tinygpt2.optim import make_optimizer
+from tinygpt2.progress import say
+from tinygpt2.step import Step, gradients
+
+DEFAULT_MINUTES = 60.0
+_TIMED = 3  # steps, after one that warms up
+_KEPT = 0.9  # of the time, for steps and evaluations: the rest goes on start, checkpoints and the machine's moods
+_DEPTHS = (3 / 4, 1 / 2, 1 / 3, 1 / 6)  # of the teacher's layers
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student, and what fits into the time.
+
+    Attributes:
+        student: the cut, or the one that was given.
+        num_layers: of a cut; None for a student that was given.
+        tokens_per_second: of training steps.
+        passes: over the data.
+    """
+
+    student: str
+    num_layers: int | None
+    parameters: int
+    tokens_per_second: float
+    steps: int
+    tokens: int
+    passes: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What fits into the time: every student that was timed, the one to take, and the commands that make it."""
+
+    minutes: float
+    candidates: list[Candidate]
+    chosen: str
+    commands: list[str]
+
+
+def cuts(teacher: GPT2Config) -> list[int]:
+    """Return the depths that are worth a try, deepest first."""
+    depths = {max(1, round(share * teacher.n_layer)) for share in _DEPTHS}
+    return sorted((depth for depth in depths if depth < teacher.n_layer), reverse=True)
+
+
+def make_budget(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerator, config: DistillConfig) -> Budget:
+    """Time each student's steps, and take the largest that sees at least as many tokens as it has parameters.
+
+    A student that was cut starts from what the teacher knows: a larger one is ahead from the first step and stays so
+    (docs/recipes.md), unless it comes to see next to nothing. If none sees so much, the smallest one is taken.
+
+    Args:
+        jobs: each with its student's name and the layers that were kept of the teacher's.
+
+    Raises:
+        ConfigError: not even one step of any fits.
+    """
+    minutes = config.budget_minutes or DEFAULT_MINUTES
+    candidates = [_timed(name, layers, job, accelerator, minutes) for name, layers, job in jobs]
+    able = [candidate for candidate in candidates if candidate.steps]
+    if not able:
+        raise ConfigError(
+            f"not one step fits into {minutes:g} minutes", "raise --budget-minutes, or lower --micro-batch-size"
+        )
+    seeing = [candidate for candidate in able if candidate.tokens >= candidate.parameters]
+    chosen = max(seeing, key=lambda one: one.parameters) if seeing else min(able, key=lambda one: one.parameters)
+    return Budget(minutes, candidates, chosen.student, _commands(config, chosen))
+
+
+def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, minutes: float) -> Candidate:
+    """Take a few steps as the loop would, and count what fits."""
+    config, data, parameters = job.config, job.data, count_parameters(job.model)
+    say(f"timing {name}")
+    set_dropout(job.model, config.dropout)
+    if job.teacher is not None:
+        job.teacher.to(accelerator.device)
+    step = Step(job.model, job.teacher, job.weights, config)
+    module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
+    module.train()
+    sequences = job.sequences(accelerator.num_processes)
+    seconds = []
+    for turn in range(_TIMED + 1):
+        started = time.perf_counter()
+        rows = [number % len(data.train) for number in range(turn * sequences, (turn + 1) * sequences)]
+        gradients(accelerator, module, data.train, rows, config.micro_batch_size)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    each = sorted(seconds[1:])[_TIMED // 2]
+    evaluation = _evaluation(job, accelerator, module)
+    between = evaluation / config.eval_every if config.eval_every else 0.0
+    steps = max(0, int((_KEPT * 60 * minutes - evaluation) / (each + between)))
+    tokens, passes = sequences * data.sequence_length, steps * sequences / len(data.train)
+    accelerator.free_memory(module, optimizer)
+    return Candidate(name, layers, parameters, tokens / each, steps, steps * tokens, passes, job.peak_rate())
+
+
+def _evaluation(job: Job, accelerator: Accelerator, module: torch.nn.Module) -> float:
+    """Return the seconds of an evaluation, from those of its first batch."""
+    count = len(job.evaluated)
+    size = min(job.config.micro_batch_size, count)
+    if not count:
+        return 0.0
+    module.eval()
+    batch = job.evaluated.batch(range(size)).to(accelerator.device)
+    started = time.perf_counter()
+    with torch.no_grad():
+        module(batch.input_ids)[0].sum().item()
+    return (time.perf_counter() - started) * count / size
+
+
+def _commands(config: DistillConfig, chosen: Candidate) -> list[str]:
+    student, commands = config.student, []
+    if chosen.num_layers is not None:
+        student = f"{config.out}-start"
+        words = ["--teacher", str(config.teacher), "--num-layers", str(chosen.num_layers), "--out", student]
+        commands.append(f"tinygpt2 truncate-student {shlex.join([*words, '--refit', '--data', config.data])}")
+    length = {"max_steps": chosen.steps, "num_epochs": None, "max_tokens": None}
+    run = config.model_copy(update={"student": student, "plan": False, "budget_minutes": None, **length})
+    return [*commands, f"tinygpt2 distill {run.flags()}"]

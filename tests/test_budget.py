@@ -1,0 +1,74 @@
+"""`distill --plan`: candidates timed, one chosen, commands that run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config
+
+from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, truncate_student
+from tinygpt2.budget import Budget, cuts
+from tinygpt2.errors import ConfigError
+
+from .conftest import Outcome
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(12, [9, 6, 4, 2]), (6, [4, 3, 2, 1]), (2, [1]), (1, [])])
+def test_the_depths_that_are_tried(layers: int, expected: list[int]) -> None:
+    assert cuts(GPT2Config(n_layer=layers)) == expected
+
+
+def test_the_largest_cut_that_sees_enough_is_taken(teacher: Path, data: Path, tmp_path: Path, cli: object) -> None:
+    """And the printed commands are run as they stand, with fewer steps."""
+    out = tmp_path / "student"
+    base = {"teacher": str(teacher), "data": str(data), "out": str(out), "micro_batch_size": 4, "temperature": 2.0}
+    found = distill(DistillConfig(**base, plan=True, budget_minutes=5))
+    assert isinstance(found, Budget)
+    assert not out.exists()
+    assert [one.num_layers for one in found.candidates] == cuts(GPT2Config(n_layer=4))
+    for one in found.candidates:
+        assert one.tokens == one.steps * 4 * 32
+        assert one.steps == pytest.approx(0.9 * 300 * one.tokens_per_second / (4 * 32), rel=0.2)
+    assert [one.parameters for one in found.candidates] == sorted(
+        (one.parameters for one in found.candidates), reverse=True
+    )
+    enough = [one for one in found.candidates if one.tokens >= one.parameters]
+    assert found.chosen == enough[0].student
+    assert "--temperature 2.0" in found.commands[1]
+    assert "--plan" not in found.commands[1]
+    for command in found.commands:
+        words = shlex.split(command)[1:]
+        if "--max-steps" in words:
+            words[words.index("--max-steps") + 1] = "2"
+        outcome: Outcome = cli(*words)  # type: ignore[operator]
+        assert outcome.code == 0, outcome.err
+    assert (out / "model.safetensors").is_file()
+
+
+def test_a_given_student_is_timed_alone(teacher: Path, data: Path, tmp_path: Path) -> None:
+    truncate_student(TruncateStudentConfig(teacher=str(teacher), num_layers=1, out=str(tmp_path / "cut")))
+    base = {"teacher": str(teacher), "data": str(data), "out": str(tmp_path / "s"), "student": str(tmp_path / "cut")}
+    found = distill(DistillConfig(**base, plan=True, max_steps=5))
+    assert isinstance(found, Budget)
+    assert [one.student for one in found.candidates] == [found.chosen] == [str(tmp_path / "cut")]
+    assert found.minutes == 60
+    (command,) = found.commands
+    assert f"--max-steps {found.candidates[0].steps}" in command
+    with pytest.raises(ConfigError, match="not one step fits"):
+        distill(DistillConfig(**base, plan=True, budget_minutes=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "missing --student"),
+        ({"plan": True, "teacher": None, "recipe": "truncation"}, "missing --teacher"),
+        ({"plan": True, "validate_only": True}, "contradicts --validate-only"),
+        ({"student": "s", "budget_minutes": 3}, "nothing without --plan"),
+    ],
+)
+def test_what_cannot_be_planned(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DistillConfig(**{"teacher": "t", "data": "d", "out": "o", **options})

@@ -1,0 +1,98 @@
+"""Muon beside AdamW: each of GPT-2's matrices as torch's own Muon would treat it, alone and as (out, in)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.config import TrainOptions
+from tinygpt2.model import load_model
+from tinygpt2.optim import BETAS, Together, make_optimizer
+
+RATE, DECAY = 1e-2, 0.1
+
+
+def options(optimizer: str = "muon") -> TrainOptions:
+    return TrainOptions(out="o", optimizer=optimizer, learning_rate=RATE, weight_decay=DECAY)
+
+
+def parts(name: str, matrix: Tensor) -> list[Tensor]:
+    """A layer's matrix as (out, in); queries, keys and values apart."""
+    return [part.T.clone() for part in matrix.chunk(3 if "c_attn" in name else 1, dim=1)]
+
+
+def descend(model: GPT2LMHeadModel, seed: int) -> None:
+    model.eval()  # no dropout
+    ids = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(seed))
+    model(ids, labels=ids).loss.backward()
+
+
+def test_layers_take_muons_step_and_the_rest_adamws(teacher: Path) -> None:
+    model, _ = load_model(str(teacher))
+    ours = make_optimizer(model, options())
+    names = dict(model.named_parameters())
+    layered = {name for name in names if ".h." in name and name.endswith(".weight") and "ln_" not in name}
+    assert len(layered) == 4 * model.config.n_layer
+    alone = {name: [nn.Parameter(part) for part in parts(name, names[name].detach())] for name in layered}
+    muon = torch.optim.Muon(
+        [p for split in alone.values() for p in split], lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    others = {name: nn.Parameter(p.detach().clone()) for name, p in names.items() if name not in layered}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in others.values() if p.ndim >= 2], "weight_decay": DECAY},
+            {"params": [p for p in others.values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=RATE, betas=BETAS,
+    )  # fmt: skip
+    for seed in range(3):
+        descend(model, seed)
+        for name, split in alone.items():
+            for parameter, gradient in zip(split, parts(name, names[name].grad), strict=True):
+                parameter.grad = gradient
+        for name, parameter in others.items():
+            parameter.grad = names[name].grad.clone()
+        for optimizer in (ours, muon, adamw):
+            optimizer.step()
+        ours.zero_grad()
+        for name, split in alone.items():
+            for mine, parameter in zip(parts(name, names[name].detach()), split, strict=True):
+                torch.testing.assert_close(mine, parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+        for name, parameter in others.items():
+            torch.testing.assert_close(names[name].detach(), parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_restored_state_goes_on_alike(teacher: Path) -> None:
+    models = [load_model(str(teacher))[0] for _ in range(2)]
+    first, second = (make_optimizer(model, options()) for model in models)
+    descend(models[0], 0)
+    first.step()
+    first.zero_grad()
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in zip(models, (first, second), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE / 2  # as the loop sets it
+        descend(model, 1)
+        optimizer.step()
+    for left, right in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("frozen", [".h.", ".wte.", "ln_"])
+def test_what_is_frozen_is_left_alone(teacher: Path, frozen: str) -> None:
+    model, _ = load_model(str(teacher))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    optimizer = make_optimizer(model, options())
+    assert isinstance(optimizer, Together) == (frozen != ".h.")
+    descend(model, 0)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (frozen in name), name
