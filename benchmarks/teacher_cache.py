@@ -2,8 +2,8 @@
 
     python benchmarks/teacher_cache.py --teacher TEACHER --student STUDENT --data DATA --json
 
-Every run starts with an empty cache, so the first epoch fills it. `reused` is one epoch with the cache filled before, as
-a second student has it. Seconds are those of the training steps.
+Every run starts with an empty cache, so the first epoch fills it. `reused` is one epoch with the cache filled before,
+as a second student has it. Seconds are those of the training steps.
 """
 
 from __future__ import annotations

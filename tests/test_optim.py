@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.config import TrainOptions
+from tinygpt2.errors import ConfigError
 from tinygpt2.model import load_model
 from tinygpt2.optim import BETAS, Together, make_optimizer
+from tinygpt2.setup import _check_sharding
 
 RATE, DECAY = 1e-2, 0.1
 
@@ -96,3 +99,15 @@ def test_what_is_frozen_is_left_alone(teacher: Path, frozen: str) -> None:
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (frozen in name), name
+
+
+@pytest.mark.parametrize("plugin", ["fsdp_plugin", "deepspeed_plugin"])
+def test_muon_is_refused_where_matrices_are_split(plugin: str) -> None:
+    plugins = {
+        "fsdp_plugin": SimpleNamespace(auto_wrap_policy=None, cpu_ram_efficient_loading=False),
+        "deepspeed_plugin": SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}}),
+    }
+    state = SimpleNamespace(**{"fsdp_plugin": None, "deepspeed_plugin": None, plugin: plugins[plugin]})
+    _check_sharding(SimpleNamespace(state=state), options("adamw"))
+    with pytest.raises(ConfigError, match="Muon needs whole matrices"):
+        _check_sharding(SimpleNamespace(state=state), options())

@@ -82,9 +82,9 @@ class PplResult:
 
 COLUMNS = {
     "model": "model", "task": "task", "perplexity": "perplexity", "unit": "per", "loss": "loss", "stderr": "stderr",
-    "bits_per_character": "bits/char", "bits_per_byte": "bits/byte", "word_perplexity": "word ppl", "accuracy": "accuracy",
-    "accuracy_without_stop_words": "acc. (no stop words)", "tokens": "targets", "stride": "stride",
-    "tokens_per_second": "tokens/s",
+    "bits_per_character": "bits/char", "bits_per_byte": "bits/byte", "word_perplexity": "word ppl",
+    "accuracy": "accuracy", "accuracy_without_stop_words": "acc. (no stop words)", "tokens": "targets",
+    "stride": "stride", "tokens_per_second": "tokens/s",
 }  # fmt: skip
 """A table's columns for people: attributes of `PplRow` and their headings."""
 

@@ -24,6 +24,7 @@ from tinygpt2.config import (
     QuickstartConfig,
     TrainTokenizerConfig,
     TruncateStudentConfig,
+    read_recipe,
 )
 from tinygpt2.corpus import PYTHON_DOCS
 from tinygpt2.errors import ConfigError, InterruptedRunError
@@ -91,9 +92,9 @@ class QuickstartResult:
 def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> QuickstartResult:
     """Train tokenizer, teacher, student and two baselines, measure them, and write a report.
 
-    The student is distilled from the teacher; the baselines have its shape and see the same tokens in the
-    same order at the same learning rate, but learn from the text alone: one from the same truncated start,
-    one from random weights.
+    The student is distilled from the teacher; the baselines have its shape and see the same tokens in the same order, by
+    the same optimizer, rate and schedule, but learn from the text alone: one from the same truncated start, one from
+    random weights.
 
     Args:
         config: where to, and the seed.
@@ -155,13 +156,14 @@ def _shape(file: Path, scale: Scale, layers: int) -> str:
 def _training(config: QuickstartConfig, scale: Scale, out: Path, tokens: int) -> dict[str, Any]:
     """Return the options of a training run: all four share them, so that the comparison is fair."""
     steps = tokens // (scale.batch_size * scale.sequence_length)
+    recipe = read_recipe("default")
     return {
+        **{key: recipe[key] for key in ("optimizer", "lr_schedule", "warmup_ratio", "weight_decay")},
         "data": str(out / "data"),
         "max_tokens": tokens,
         "seed": config.seed,
         "micro_batch_size": scale.batch_size,
         "learning_rate": scale.learning_rate,
-        "warmup_ratio": 0.05,
         "eval_every": max(1, steps // 4),
         "save_every": max(1, steps // 4),
         "resume": True,
@@ -248,7 +250,7 @@ def _report(out: Path, result: QuickstartResult, scale: Scale) -> str:
 
 A teacher trained on {scale.teacher_tokens:,} tokens of Python's own documentation, a student cut from it and
 distilled on {scale.student_tokens:,} tokens, and two baselines of the student's shape that saw the same tokens at
-the same learning rate.
+the same learning rate, by the same optimizer and schedule.
 
 | model | layers | parameters | on disk | held-out perplexity | greedy tokens/s |
 |---|---|---|---|---|---|

@@ -161,12 +161,12 @@ def _accelerator(config: TrainOptions, weights: Weights) -> Accelerator:
         project_dir=config.out,
     )
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # whatever a launcher's file says
-    _check_sharding(accelerator)
+    _check_sharding(accelerator, config)
     return accelerator
 
 
-def _check_sharding(accelerator: Accelerator) -> None:
-    """Refuse what would not show the objectives whole matrices, or the teacher to every process.
+def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
+    """Refuse what would not show objectives and Muon whole matrices, or the teacher to every process.
 
     Raises:
         ConfigError: Accelerate's configuration asks for it.
@@ -180,4 +180,8 @@ def _check_sharding(accelerator: Accelerator) -> None:
     if deepspeed is not None and deepspeed.deepspeed_config["zero_optimization"]["stage"] == 3:
         raise ConfigError(
             "DeepSpeed's ZeRO stage 3 splits the matrices that the objectives need whole", "take stage 2, or FSDP"
+        )
+    if (fsdp is not None or deepspeed is not None) and config.optimizer == "muon":
+        raise ConfigError(
+            "Muon needs whole matrices, FSDP and DeepSpeed split them", "add --optimizer adamw, or take DDP"
         )

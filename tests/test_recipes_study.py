@@ -1,0 +1,109 @@
+"""The study of recipes: its plan resolves, its runs see the same tokens, its tables say what the lines say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+
+from tinygpt2.config import DistillConfig
+from tinygpt2.dataset import Shuffle, load_packed
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+study, report = load("recipes"), load("recipes_report")
+PLAN = yaml.safe_load((BENCHMARKS / "recipes" / "plan.yaml").read_text())
+
+
+@pytest.mark.parametrize("size", ["wide", "narrow"])
+def test_every_recipe_of_the_plan_resolves(
+    size: str, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINYGPT2_TEST_DATA", str(shared_data))
+    plan = study.Study(tmp_path, tmp_path / "results.jsonl")
+    (tmp_path / size).mkdir()
+    teacher = json.loads((Path(plan.teacher) / "config.json").read_text())
+    shape = {"n_embd": teacher["n_embd"] // (1 if size == "wide" else 2)}
+    shape["n_head"] = teacher["n_head"] * shape["n_embd"] // teacher["n_embd"]
+    (tmp_path / size / "config.json").write_text(json.dumps({**teacher, **shape}))
+    for name, recipe in plan.plan["recipes"].items():
+        run = study.Run("screen", size, name, 1e-3, 192_512, 42)
+        stages = plan.configurations(run, tmp_path / "out")
+        assert sum(share for share, _ in stages) == 1
+        assert len(stages) == len(recipe["stages"])
+        steps = sum(config.max_steps for _, config in stages)
+        assert steps == pytest.approx(192_512 / 256 / stages[0][1].micro_batch_size, abs=1)
+        assert all(config.learning_rate == 1e-3 for _, config in stages)
+        if size == "narrow":
+            assert not any(config.cosine_weight for _, config in stages)
+
+
+def test_a_second_stage_goes_on_where_the_first_one_stopped(data: Path) -> None:
+    packed, seed = load_packed(str(data)), 5
+    count = len(packed.train)
+    rest = study.later(packed, seed, 7)
+    order = Shuffle(len(rest.train), seed)[0 : len(rest.train)]
+    for row, place in zip(Shuffle(count, seed)[7:count], order, strict=True):
+        assert np.array_equal(rest.train.row(place), packed.train.row(row))
+
+
+def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two recipes whose losses differ by 0.5 in every group but one, where it is 0.6; the others never ran."""
+    even = [4.0] * 40
+    lines = [
+        {"stage": "screen", "size": "fifth", "recipe": recipe, "rate": rate, "seed": 42, "loss": loss}
+        for recipe, loss in (("kl", 4.5), ("ce", 5.0)) for rate in (5e-4, 1.5e-3)
+    ]  # fmt: skip
+    for recipe, groups, curve in (
+        ("kl", even, [[1000, 4.4], [2000, 4.0]]),
+        ("ce", [4.5] * 39 + [4.6], [[1000, 4.9], [2000, 4.5]]),
+    ):
+        own = {"size": "fifth", "recipe": recipe, "rate": 5e-4, "tokens": 2000, "parameters": 10}
+        loss = float(np.mean(groups))
+        lines.append({"stage": "final", **own, "seed": 1, "loss": loss, "groups": groups, "curve": curve})
+        lines.append(
+            {"stage": "smallest", **own, "seed": 7, "loss": loss, "groups": groups, "checks": {"novel": groups}}
+        )
+        speed = 100.0 if recipe == "kl" else 200.0
+        lines.append({"stage": "time", "size": "fifth", "recipe": recipe, "cached": False, "tokens_per_second": speed})
+    gap, error = report.paired(
+        report.of(lines, stage="final", recipe="kl"), report.of(lines, stage="final", recipe="ce")
+    )
+    assert gap == pytest.approx(0.5025)
+    assert error == pytest.approx(np.std([0.5] * 39 + [0.6], ddof=1) / math.sqrt(40))
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(sys, "argv", ["recipes_report.py", "--results", str(results)])
+    (tmp_path / "plan.yaml").write_text((BENCHMARKS / "recipes" / "plan.yaml").read_text())
+    report.main()
+    text = (tmp_path / "report.md").read_text()
+    assert "| kl-t2 | not measured | not measured | not measured |" in text
+    assert "| ce | 0.0005 | 1 | 4.5025 | 90.2 | +0.5025 +- 0.0025 | 200 | - |" in text
+    assert "kl is below the end of ce after 1,000 tokens: at most 1.00 of its time." in text
+    assert "| ce | 4.5025 | 4.5025 (+0.5025 +- 0.0025) |" in text
+    assert len(list((tmp_path / "images").glob("recipes-*.png"))) == 3
+
+
+def test_a_recipe_holds_nothing_that_distill_does_not_know() -> None:
+    known = {*DistillConfig.options(), "share"}
+    assert all(set(stage) <= known for recipe in PLAN["recipes"].values() for stage in recipe["stages"])
