@@ -92,9 +92,9 @@ class QuickstartResult:
 def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> QuickstartResult:
     """Train tokenizer, teacher, student and two baselines, measure them, and write a report.
 
-    The student is distilled from the teacher; the baselines have its shape and see the same tokens in the same order, by
-    the same optimizer, rate and schedule, but learn from the text alone: one from the same truncated start, one from
-    random weights.
+    The student is distilled from the teacher; the baselines have its shape and see the same tokens in the same
+    order, by the same optimizer, rate and schedule, but learn from the text alone: one from the same truncated
+    start, one from random weights.
 
     Args:
         config: where to, and the seed.
