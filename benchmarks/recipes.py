@@ -129,8 +129,8 @@ class Study:
         found: list[tuple[float, DistillConfig]] = []
         for number, stage in enumerate(recipe["stages"]):
             options = {
-                **({} if "recipe" in stage else self.plan["base"]), "teacher": self.teacher, "data": str(self.work / "data"), **self.plan["common"],
-                **stage, "student": str(start if not number else out / f"stage-{number - 1}"),
+                "teacher": self.teacher, "data": str(self.work / "data"), **self.plan["common"],
+                **({} if "recipe" in stage else self.plan["base"]), **stage, "student": str(start if not number else out / f"stage-{number - 1}"),
                 "out": str(out / f"stage-{number}"), "learning_rate": run.rate, "seed": run.seed,
                 "eval_data": str(self.work / "curve.txt"), "save_every": 10**6,
             }  # fmt: skip
