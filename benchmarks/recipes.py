@@ -130,7 +130,8 @@ class Study:
         for number, stage in enumerate(recipe["stages"]):
             options = {
                 "teacher": self.teacher, "data": str(self.work / "data"), **self.plan["common"],
-                **({} if "recipe" in stage else self.plan["base"]), **stage, "student": str(start if not number else out / f"stage-{number - 1}"),
+                **({} if "recipe" in stage else self.plan["base"]), **stage,
+                "student": str(start if not number else out / f"stage-{number - 1}"),
                 "out": str(out / f"stage-{number}"), "learning_rate": run.rate, "seed": run.seed,
                 "eval_data": str(self.work / "curve.txt"), "save_every": 10**6,
             }  # fmt: skip
@@ -210,6 +211,12 @@ class Study:
         for size in self.plan["sizes"]:
             for recipe in self.chosen():
                 yield Run("final", size, recipe, best[recipe][0], self.plan["final"]["tokens"], seed)
+
+    def other_rate(self, seed: int) -> Iterator[Run]:
+        """Yield the best recipe at half its rate where the student is wider than in the screening."""
+        best = self.chosen()[0]
+        for size in set(self.plan["sizes"]) - {self.plan["screen"]["size"]}:
+            yield Run("other-rate", size, best, self.best_rates()[best][0] / 2, self.plan["final"]["tokens"], seed)
 
     def equal_time(self, seed: int) -> Iterator[Run]:
         """Yield the better cross-entropy with as many tokens as fit in the time that the best recipe takes."""
@@ -341,6 +348,7 @@ def everything(study: Study) -> Iterator[Run]:
     study.time()
     first, *others = study.plan["final"]["seeds"]
     yield from study.final(first)
+    yield from study.other_rate(first)
     yield from study.equal_time(first)
     yield from study.smallest()
     for seed in others:

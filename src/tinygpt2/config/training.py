@@ -23,7 +23,7 @@ OnSaveError = Literal["stop", "continue"]
 Optimizer = Literal["adamw", "muon"]
 TRACKERS = ("tensorboard", "wandb")
 DEFAULT_RATE = 5e-4
-RATE_TIMES_WIDTH = 0.4
+RATE_TIMES_WIDTH = 0.5
 
 
 class TrainOptions(ModelOptions):
@@ -235,7 +235,7 @@ class DistillConfig(TrainOptions):
         It was measured at widths of 128 and 256 (docs/recipes.md); at 768 it is close to GPT-3's 6e-4 for its smallest
         model (Brown et al. 2020, arXiv:2005.14165, table 2.1).
         """
-        return self.learning_rate or min(max(RATE_TIMES_WIDTH / width, 1e-4), 2e-3)
+        return self.learning_rate or min(max(RATE_TIMES_WIDTH / width, 1e-4), 4e-3)
 
     def passes(self, parameters: int, tokens: int) -> float:
         """Return the passes over the data: those given, or as many as make 20 tokens for each parameter, 1 to 4.
