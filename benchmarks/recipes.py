@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
+import shutil
 import statistics
 import tarfile
 import time
@@ -48,6 +50,7 @@ from tinygpt2.step import Step, gradients
 from tinygpt2.taught import TeacherCache
 
 HERE = Path(__file__).parent / "recipes"
+CLOSE = 0.01  # nats per token: recipes so near to each other may change places on another machine
 GROUPS = 40  # of neighbouring held-out blocks, whose losses are taken as independent of each other
 CURVE = 30_000  # characters of each held-out novel that losses are measured on during a run
 
@@ -135,6 +138,7 @@ class Study:
                 "out": str(out / f"stage-{number}"), "learning_rate": run.rate, "seed": run.seed,
                 "eval_data": str(self.work / "curve.txt"), "save_every": 10**6,
             }  # fmt: skip
+            options |= {key: value[run.size] for key, value in options.items() if isinstance(value, dict)}
             share = float(options.pop("share", 1.0))
             steps = round(run.tokens * share / (options["micro_batch_size"] * self.plan["sequence_length"]))
             options |= {"max_steps": steps, "eval_every": max(1, steps // 5) if run.stage == "final" else None}
@@ -162,13 +166,12 @@ class Study:
         if any(known == {key: line.get(key) for key in known} for line in self.lines(run.stage)):
             return
         print(f"{datetime.datetime.now():%H:%M:%S} {known}", flush=True)
-        out = self.work / "runs" / "-".join(map(str, known.values()))
+        out = self.work / "runs" / self.results.stem / "-".join(map(str, known.values()))
+        shutil.rmtree(out, ignore_errors=True)  # what was interrupted begins again
         data, curve, begun, done, seconds = load_packed(str(self.work / "data")), [], 0, 0, 0.0
         for _, config in self.configurations(run, out):
             rest = data if not begun else later(data, run.seed, begun)
-            result: Any = distill(
-                config.model_copy(update={"resume": Path(config.out).is_dir()}), rest if begun else None
-            )
+            result: Any = distill(config, rest if begun else None)
             rows = [json.loads(row) for row in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
             curve += [[done + row["tokens"], round(row["eval/loss"], 5)] for row in rows if "eval/loss" in row]
             begun, done = begun + result.steps * config.micro_batch_size, done + result.tokens
@@ -190,13 +193,12 @@ class Study:
                 best[line["recipe"]] = (line["rate"], line["loss"])
         return best
 
-    def screen(self) -> Iterator[Run]:
-        """Yield every recipe at every rate, the middle one first."""
+    def screen(self, place: int, recipes: list[str]) -> Iterator[Run]:
+        """Yield recipes, each at one of its three rates."""
         plan = self.plan["screen"]
-        for place in (1, 2, 0):
-            for recipe, how in self.plan["recipes"].items():
-                rate = how.get("rates", plan["rates"])[place]
-                yield Run("screen", plan["size"], recipe, rate, plan["tokens"], plan["seed"])
+        for recipe in recipes:
+            rate = self.plan["recipes"][recipe].get("rates", plan["rates"])[place]
+            yield Run("screen", plan["size"], recipe, rate, plan["tokens"], plan["seed"])
 
     def chosen(self) -> list[str]:
         """Return the recipes of the final: the best of the screening, then the baselines."""
@@ -344,13 +346,16 @@ def go_on(study: Study, minutes: float) -> None:
 
 def everything(study: Study) -> Iterator[Run]:
     """Yield all runs in the plan's order; each stage is made up when the one before it is done."""
-    yield from study.screen()
+    recipes, (first, *others) = list(study.plan["recipes"]), study.plan["final"]["seeds"]
+    yield from study.screen(1, recipes)
+    yield from study.screen(2, recipes)
+    yield from study.screen(0, study.chosen())
     study.time()
-    first, *others = study.plan["final"]["seeds"]
     yield from study.final(first)
     yield from study.other_rate(first)
     yield from study.equal_time(first)
     yield from study.smallest()
+    yield from study.screen(0, recipes)  # if one of these comes to be among the best, the next run of the plan goes on
     for seed in others:
         yield from study.final(seed)
         yield from study.equal_time(seed)
@@ -364,13 +369,14 @@ def repeat(options: argparse.Namespace) -> None:
     again.prepare()
     for run in recorded.smallest():
         again.train(run)
-    rankings = [
-        [line["recipe"] for line in sorted(study.lines("smallest"), key=lambda line: line["loss"])]
-        for study in (recorded, again)
-    ]
-    losses = {line["recipe"]: line["loss"] for line in again.lines("smallest")}
-    print(json.dumps({"recorded": rankings[0], "repeated": rankings[1], "losses": losses}))
-    raise SystemExit(rankings[0] != rankings[1])
+    before, after = ({line["recipe"]: line["loss"] for line in study.lines("smallest")} for study in (recorded, again))
+    rankings = [sorted(losses, key=losses.__getitem__) for losses in (before, after)]
+    turned = [
+        [better, worse] for better, worse in itertools.combinations(rankings[0], 2)
+        if before[worse] - before[better] > CLOSE and after[better] >= after[worse]
+    ]  # fmt: skip
+    print(json.dumps({"recorded": before, "repeated": after, "rankings": rankings, "turned": turned}))
+    raise SystemExit(bool(turned))
 
 
 if __name__ == "__main__":

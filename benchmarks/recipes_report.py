@@ -45,7 +45,8 @@ def of(lines: list[Line], **known: Any) -> list[Line]:
 def paired(ours: list[Line], theirs: list[Line], groups: str | None = None) -> tuple[float, float]:
     """Return by how much the mean loss of `theirs` lies above that of `ours`, and its paired standard error.
 
-    The pairs are groups of neighbouring blocks, each a mean over the seeds that both have.
+    The pairs are groups of neighbouring blocks, each a mean over the seeds that both have: the error is that of the
+    choice of held-out text, not of the seeds.
     """
 
     def read(line: Line) -> Any:
@@ -60,18 +61,27 @@ def paired(ours: list[Line], theirs: list[Line], groups: str | None = None) -> t
 def screened(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
     """Yield the screening: each recipe's loss at each rate."""
     screen = plan["screen"]
+    rates = sorted({rate for how in plan["recipes"].values() for rate in how.get("rates", screen["rates"])})
     yield f"## Screening: {screen['size']}, {screen['tokens']:,} tokens, seed {screen['seed']}, nats per token"
     yield ""
-    yield "| recipe | " + " | ".join(f"{rate:g}" for rate in screen["rates"]) + " |"
-    yield "|---" * (1 + len(screen["rates"])) + "|"
+    yield "| recipe | " + " | ".join(f"{rate:g}" for rate in rates) + " |"
+    yield "|---" * (1 + len(rates)) + "|"
     found = {
         recipe: [next((one["loss"] for one in of(lines, stage="screen", recipe=recipe, rate=rate)), None)
-                 for rate in screen["rates"]]
+                 for rate in rates]
         for recipe in plan["recipes"]
     }  # fmt: skip
     for recipe, losses in sorted(found.items(), key=lambda item: min([x for x in item[1] if x] or [math.inf])):
         best = min([loss for loss in losses if loss] or [math.inf])
-        cells = ["not measured" if x is None else f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in losses]
+        asked = plan["recipes"][recipe].get("rates", screen["rates"])
+        cells = [
+            ("not measured" if rate in asked else "")
+            if loss is None
+            else f"**{loss:.3f}**"
+            if loss == best
+            else f"{loss:.3f}"
+            for rate, loss in zip(rates, losses, strict=True)
+        ]
         yield f"| {recipe} | {' | '.join(cells)} |"
     yield ""
 
@@ -82,10 +92,12 @@ def speeds(lines: list[Line], size: str) -> dict[tuple[str, bool], float]:
 
 
 def ranked(lines: list[Line], size: str, stage: str = "final") -> dict[str, list[Line]]:
-    """Return a size's finished lines by recipe, the best first."""
+    """Return a size's finished lines by recipe, the best first; of seeds that all of them have."""
     found: dict[str, list[Line]] = {}
     for line in of(lines, stage=stage, size=size):
         found.setdefault(line["recipe"], []).append(line)
+    seeds = set.intersection(*({one["seed"] for one in own} for own in found.values())) if found else set()
+    found = {recipe: [one for one in own if one["seed"] in seeds] for recipe, own in found.items()}
     return dict(sorted(found.items(), key=lambda item: statistics.mean(one["loss"] for one in item[1])))
 
 
@@ -97,32 +109,48 @@ def finals(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
             continue
         winner, speed = next(iter(by)), speeds(lines, size)
         first = by[winner][0]
-        yield f"## {size}: {first['parameters']:,} parameters, {first['tokens']:,} tokens"
+        yield f"## {size}: {first['parameters']:,} parameters, {first['tokens']:,} tokens, seeds {seeds_of(by[winner])}"
         yield ""
-        yield f"| recipe | rate | seeds | loss | perplexity | above {winner} | tokens/s | with the cache |"
-        yield "|---" * 8 + "|"
+        yield f"| recipe | rate | loss | perplexity | above {winner} | tokens/s | with the cache |"
+        yield "|---" * 7 + "|"
         for recipe, own in by.items():
             loss = statistics.mean(one["loss"] for one in own)
             gap, error = paired(by[winner], own)
             above = "-" if recipe == winner else f"{gap:+.4f} +- {error:.4f}"
             rates = [speed.get((recipe, cached)) for cached in (False, True)]
             cells = ["-" if rate is None else f"{rate:,.0f}" for rate in rates]
-            start = f"| {recipe} | {own[0]['rate']:g} | {len(own)} | {loss:.4f} | {math.exp(loss):.1f} | {above} "
+            start = f"| {recipe} | {own[0]['rate']:g} | {loss:.4f} | {math.exp(loss):.1f} | {above} "
             yield start + f"| {' | '.join(cells)} |"
         yield ""
-        yield from equal_time(lines, size, winner, by[winner])
+        yield from other_rate(lines, size)
+        yield from equal_time(lines, plan, size, by)
         yield from reached(by, size, speed, winner)
 
 
-def equal_time(lines: list[Line], size: str, winner: str, ours: list[Line]) -> Iterator[str]:
-    """Say what cross-entropy reaches with the tokens that fit into the winner's time."""
-    for longer in ranked(lines, size, "equal-time").values():
-        gap, error = paired(ours, longer)
-        yield (
-            f"In {winner}'s time, cross-entropy from the same cut sees {longer[0]['tokens']:,} tokens and comes to "
-            f"{statistics.mean(one['loss'] for one in longer):.4f}: {gap:+.4f} +- {error:.4f} above {winner}."
-        )
+def seeds_of(lines: list[Line]) -> str:
+    """Name the seeds."""
+    return ", ".join(str(line["seed"]) for line in lines)
+
+
+def other_rate(lines: list[Line], size: str) -> Iterator[str]:
+    """Say what half the rate gives at a width that the rate was not chosen at."""
+    for line in of(lines, stage="other-rate", size=size):
+        yield f"{line['recipe']} at a rate of {line['rate']:g}, seed {line['seed']}: {line['loss']:.4f}."
         yield ""
+
+
+def equal_time(lines: list[Line], plan: dict[str, Any], size: str, by: dict[str, list[Line]]) -> Iterator[str]:
+    """Say what cross-entropy reaches with the tokens that fit into the time of the screening's best recipe."""
+    screened = sorted(of(lines, stage="screen"), key=lambda line: float(line["loss"]))
+    leader = next((line["recipe"] for line in screened if line["recipe"] not in plan["baselines"]), None)
+    for recipe, longer in ranked(lines, size, "equal-time").items():
+        if leader in by:
+            gap, error = paired(by[leader], longer)
+            yield (
+                f"In {leader}'s time {recipe} sees {longer[0]['tokens']:,} tokens and comes to "
+                f"{statistics.mean(one['loss'] for one in longer):.4f}: {gap:+.4f} +- {error:.4f} above {leader}."
+            )
+            yield ""
 
 
 def reached(by: dict[str, list[Line]], size: str, speed: dict[tuple[str, bool], float], winner: str) -> Iterator[str]:

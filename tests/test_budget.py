@@ -12,7 +12,7 @@ from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, truncate_stu
 from tinygpt2.budget import Budget, cuts
 from tinygpt2.errors import ConfigError
 
-from .conftest import Outcome
+from .conftest import Outcome, make_model
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(12, [9, 6, 4, 2]), (6, [4, 3, 2, 1]), (2, [1]), (1, [])])
@@ -24,18 +24,18 @@ def test_the_largest_cut_that_sees_enough_is_taken(teacher: Path, data: Path, tm
     """And the printed commands are run as they stand, with fewer steps."""
     out = tmp_path / "student"
     base = {"teacher": str(teacher), "data": str(data), "out": str(out), "micro_batch_size": 4, "temperature": 2.0}
-    found = distill(DistillConfig(**base, plan=True, budget_minutes=5))
+    found = distill(DistillConfig(**base, plan=True, budget_minutes=0.02))
     assert isinstance(found, Budget)
     assert not out.exists()
     assert [one.num_layers for one in found.candidates] == cuts(GPT2Config(n_layer=4))
     for one in found.candidates:
         assert one.tokens == one.steps * 4 * 32
-        assert one.steps == pytest.approx(0.9 * 300 * one.tokens_per_second / (4 * 32), rel=0.2)
+        assert one.steps <= 0.9 * 1.2 * one.tokens_per_second / (4 * 32)
     assert [one.parameters for one in found.candidates] == sorted(
         (one.parameters for one in found.candidates), reverse=True
     )
-    enough = [one for one in found.candidates if one.tokens >= one.parameters]
-    assert found.chosen == enough[0].student
+    enough = [one.student for one in found.candidates if one.tokens >= one.parameters]
+    assert found.chosen == (enough or [one.student for one in reversed(found.candidates)])[0]
     assert "--temperature 2.0" in found.commands[1]
     assert "--plan" not in found.commands[1]
     for command in found.commands:
@@ -47,10 +47,32 @@ def test_the_largest_cut_that_sees_enough_is_taken(teacher: Path, data: Path, tm
     assert (out / "model.safetensors").is_file()
 
 
+def test_cuts_are_measured_on_one_text(teacher: Path, data: Path, corpus: Path, tmp_path: Path) -> None:
+    base = {
+        "teacher": str(teacher),
+        "data": str(data),
+        "out": f"{tmp_path / 's'}/",
+        "eval_data": str(corpus / "00.txt"),
+    }
+    found = distill(DistillConfig(**base, plan=True, budget_minutes=600, freeze=["transformer.wpe.*"]))
+    assert isinstance(found, Budget)
+    assert len(found.candidates) == 3
+    assert max(one.passes for one in found.candidates) <= 4.1  # whatever the time
+    assert f"--out {tmp_path / 's'}-start" in found.commands[0]
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        distill(DistillConfig(**base, plan=True, freeze=["nothing"]))
+
+
+def test_a_teacher_of_one_layer_cannot_be_cut(tokenizer_dir: Path, data: Path, tmp_path: Path) -> None:
+    small = make_model(tmp_path / "m", tokenizer_dir, n_layer=1)
+    with pytest.raises(ConfigError, match="cannot be cut in depth"):
+        distill(DistillConfig(teacher=str(small), data=str(data), out=str(tmp_path / "s"), plan=True))
+
+
 def test_a_given_student_is_timed_alone(teacher: Path, data: Path, tmp_path: Path) -> None:
     truncate_student(TruncateStudentConfig(teacher=str(teacher), num_layers=1, out=str(tmp_path / "cut")))
     base = {"teacher": str(teacher), "data": str(data), "out": str(tmp_path / "s"), "student": str(tmp_path / "cut")}
-    found = distill(DistillConfig(**base, plan=True, max_steps=5))
+    found = distill(DistillConfig(**base, plan=True))
     assert isinstance(found, Budget)
     assert [one.student for one in found.candidates] == [found.chosen] == [str(tmp_path / "cut")]
     assert found.minutes == 60
@@ -65,7 +87,8 @@ def test_a_given_student_is_timed_alone(teacher: Path, data: Path, tmp_path: Pat
     [
         ({}, "missing --student"),
         ({"plan": True, "teacher": None, "recipe": "truncation"}, "missing --teacher"),
-        ({"plan": True, "validate_only": True}, "contradicts --validate-only"),
+        ({"plan": True, "validate_only": True, "max_steps": 3}, "contradicts --validate-only and --max-steps"),
+        ({"plan": True, "num_processes": 2}, "times one process"),
         ({"student": "s", "budget_minutes": 3}, "nothing without --plan"),
     ],
 )

@@ -33,7 +33,7 @@ study, report = load("recipes"), load("recipes_report")
 PLAN = yaml.safe_load((BENCHMARKS / "recipes" / "plan.yaml").read_text())
 
 
-@pytest.mark.parametrize("size", ["wide", "narrow"])
+@pytest.mark.parametrize("size", ["half", "fifth"])
 def test_every_recipe_of_the_plan_resolves(
     size: str, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,7 +41,7 @@ def test_every_recipe_of_the_plan_resolves(
     plan = study.Study(tmp_path, tmp_path / "results.jsonl")
     (tmp_path / size).mkdir()
     teacher = json.loads((Path(plan.teacher) / "config.json").read_text())
-    shape = {"n_embd": teacher["n_embd"] // (1 if size == "wide" else 2)}
+    shape = {"n_embd": teacher["n_embd"] // (1 if size == "half" else 2)}
     shape["n_head"] = teacher["n_head"] * shape["n_embd"] // teacher["n_embd"]
     (tmp_path / size / "config.json").write_text(json.dumps({**teacher, **shape}))
     for name, recipe in plan.plan["recipes"].items():
@@ -52,7 +52,7 @@ def test_every_recipe_of_the_plan_resolves(
         steps = sum(config.max_steps for _, config in stages)
         assert steps == pytest.approx(192_512 / 256 / stages[0][1].micro_batch_size, abs=1)
         assert all(config.learning_rate == 1e-3 for _, config in stages)
-        if size == "narrow":
+        if size == "fifth":
             assert not any(config.cosine_weight for _, config in stages)
 
 
@@ -82,6 +82,8 @@ def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
         lines.append(
             {"stage": "smallest", **own, "seed": 7, "loss": loss, "groups": groups, "checks": {"novel": groups}}
         )
+        if recipe == "ce":
+            lines.append({**lines[-2], "stage": "equal-time", "tokens": 4000, "loss": 4.3, "groups": [4.3] * 40})
         speed = 100.0 if recipe == "kl" else 200.0
         lines.append({"stage": "time", "size": "fifth", "recipe": recipe, "cached": False, "tokens_per_second": speed})
     gap, error = report.paired(
@@ -97,9 +99,10 @@ def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "plan.yaml").write_text((BENCHMARKS / "recipes" / "plan.yaml").read_text())
     report.main()
     text = (tmp_path / "report.md").read_text()
-    assert "| kl-t2 | not measured | not measured | not measured |" in text
-    assert "| ce | 0.0005 | 1 | 4.5025 | 90.2 | +0.5025 +- 0.0025 | 200 | - |" in text
+    assert "| kl-t2 | not measured | not measured | not measured |  |" in text
+    assert "| ce | 0.0005 | 4.5025 | 90.2 | +0.5025 +- 0.0025 | 200 | - |" in text
     assert "kl is below the end of ce after 1,000 tokens: at most 1.00 of its time." in text
+    assert "In kl's time ce sees 4,000 tokens and comes to 4.3000: +0.3000 +- 0.0000 above kl." in text
     assert "| ce | 4.5025 | 4.5025 (+0.5025 +- 0.0025) |" in text
     assert len(list((tmp_path / "images").glob("recipes-*.png"))) == 3
 

@@ -42,10 +42,10 @@ def test_states_are_computed_once_and_damaged_ones_again(teacher: Path, data: Pa
         return capture(model, ids, [model.config.n_layer]).states[model.config.n_layer]
 
     expected = compute(ids).to(torch.bfloat16)
-    cache = TeacherCache(tmp_path, model, packed)
+    cache = TeacherCache(tmp_path, model, packed, "fp32")
     assert cache.filled == 0
     assert torch.equal(cache.states([3, 0, 5], ids, compute), expected)
-    again = TeacherCache(tmp_path, model, packed)
+    again = TeacherCache(tmp_path, model, packed, "fp32")
     assert torch.equal(again.states([5, 3, 0], ids[[2, 0, 1]], compute), expected[[2, 0, 1]])
     assert asked == [3, 3]
     states = np.memmap(cache.path / "states.bin", np.int16, "r+", shape=(len(packed.train), *expected.shape[1:]))
@@ -60,32 +60,38 @@ def test_the_name_depends_on_weights_their_type_and_the_blocks(
     teacher: Path, data: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     packed, model = load_packed(str(data)), load_model(str(teacher))[0]
-    name = cache_name(model, packed)
-    assert name == cache_name(load_model(str(shutil.copytree(teacher, tmp_path / "copy")))[0], packed)
+    name = cache_name(model, packed, "fp32")
+    assert name == cache_name(load_model(str(shutil.copytree(teacher, tmp_path / "copy")))[0], packed, "fp32")
     other = load_model(str(make_model(tmp_path / "other", tokenizer_dir, seed=7)))[0]
     elsewhere = load_packed(str(shutil.copytree(data, tmp_path / "data")))
-    assert name == cache_name(model, elsewhere)
+    assert name == cache_name(model, elsewhere, "fp32")
     elsewhere.manifest["content"] = "other blocks"
     half = load_model(str(teacher))[0].to(torch.bfloat16)
-    assert len({name, cache_name(other, packed), cache_name(model, elsewhere), cache_name(half, packed)}) == 4
+    others = [(other, packed, "fp32"), (model, elsewhere, "fp32"), (half, packed, "fp32"), (model, packed, "bf16")]
+    assert len({name, *(cache_name(*of) for of in others)}) == 5
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_read_teaches_what_was_computed(
-    teacher: Path, data: Path, cut: Path, tmp_path: Path, precision: str
+    teacher: Path, data: Path, cut: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two epochs, made and read; the same read alone; and the same without a cache, to the states' rounding."""
     common = {
         "teacher": str(teacher), "student": str(cut), "data": str(data), "num_epochs": 2, "micro_batch_size": 4,
         "log_every": 1, "precision": precision, "temperature": 2.0, "cosine_weight": 0.5, "ce_weight": 0.5,
     }  # fmt: skip
-    for name in ("first", "second"):
-        distill(DistillConfig(**common, out=str(tmp_path / name), teacher_cache=str(tmp_path / "cache")))
+    cache, packed = tmp_path / "cache", load_packed(str(data))
+    distill(DistillConfig(**common, out=str(tmp_path / "first"), teacher_cache=str(cache)))
+    assert TeacherCache(cache, load_model(str(teacher))[0], packed, precision).filled == 1
+    assert len(list(cache.iterdir())) == 1
+    find = TeacherCache.states
+
+    def found(self: TeacherCache, rows: list[int], ids: torch.Tensor, compute: object) -> torch.Tensor:
+        return find(self, rows, ids, lambda _: pytest.fail("computed again"))
+
+    monkeypatch.setattr(TeacherCache, "states", found)
+    distill(DistillConfig(**common, out=str(tmp_path / "second"), teacher_cache=str(cache)))
     distill(DistillConfig(**common, out=str(tmp_path / "plain")))
-    (folder,) = (tmp_path / "cache").iterdir()
-    packed = load_packed(str(data))
-    assert TeacherCache(tmp_path / "cache", load_model(str(teacher))[0], packed).path == folder
-    assert TeacherCache(tmp_path / "cache", load_model(str(teacher))[0], packed).filled == 1
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
     assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "plain"), rel=5e-3)
     assert losses(tmp_path / "first") != losses(tmp_path / "plain")
@@ -114,3 +120,27 @@ def test_a_full_disk_is_an_error_before_training(
 def test_a_cache_that_would_not_do_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DistillConfig(teacher="t", student="s", data="d", out="o", teacher_cache="c", **options)
+
+
+def test_a_cache_may_move_but_not_go_while_a_run_waits(teacher: Path, data: Path, cut: Path, tmp_path: Path) -> None:
+    common = {
+        "teacher": str(teacher), "student": str(cut), "data": str(data), "max_steps": 2, "out": str(tmp_path / "s"),
+    }  # fmt: skip
+    distill(DistillConfig(**common, teacher_cache=str(tmp_path / "cache")))
+    distill(DistillConfig(**common, teacher_cache=str(tmp_path / "elsewhere"), resume=True))
+    with pytest.raises(ConfigError, match="--resume: --teacher-cache differ"):
+        distill(DistillConfig(**common, resume=True))
+
+
+def test_validate_only_counts_the_cache_and_makes_none(teacher: Path, data: Path, cut: Path, tmp_path: Path) -> None:
+    common = {
+        "teacher": str(teacher),
+        "student": str(cut),
+        "data": str(data),
+        "out": str(tmp_path / "s"),
+        "validate_only": True,
+    }
+    plain = distill(DistillConfig(**common))
+    cached = distill(DistillConfig(**common, teacher_cache=str(tmp_path / "cache")))
+    assert cached.disk_bytes - plain.disk_bytes == 2 * len(load_packed(str(data)).train) * 32 * 32
+    assert not (tmp_path / "cache").exists()

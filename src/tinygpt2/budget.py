@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from transformers import GPT2Config
 
-from tinygpt2.config import DistillConfig
+from tinygpt2.config import MOST_PASSES, DistillConfig
 from tinygpt2.errors import ConfigError
+from tinygpt2.faults import memory_explained
 from tinygpt2.loop import Job
-from tinygpt2.model import count_parameters, set_dropout
+from tinygpt2.model import count_parameters, freeze, set_dropout
 from tinygpt2.optim import make_optimizer
 from tinygpt2.progress import say
 from tinygpt2.step import Step, gradients
@@ -65,8 +68,9 @@ def cuts(teacher: GPT2Config) -> list[int]:
 def make_budget(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerator, config: DistillConfig) -> Budget:
     """Time each student's steps, and take the largest that sees at least as many tokens as it has parameters.
 
-    A student that was cut starts from what the teacher knows: a larger one is ahead from the first step and stays so
-    (docs/recipes.md), unless it comes to see next to nothing. If none sees so much, the smallest one is taken.
+    A student that was cut starts from what the teacher knows, and a larger one is ahead from the first step. That it
+    sees one token for each parameter keeps it from staying as it was cut: a rule of thumb. If none sees so much, the
+    smallest one is taken. More than four passes over the data are not planned (see `DistillConfig.passes`).
 
     Args:
         jobs: each with its student's name and the layers that were kept of the teacher's.
@@ -75,7 +79,13 @@ def make_budget(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accele
         ConfigError: not even one step of any fits.
     """
     minutes = config.budget_minutes or DEFAULT_MINUTES
-    candidates = [_timed(name, layers, job, accelerator, minutes) for name, layers, job in jobs]
+    candidates = []
+    for name, layers, job in jobs:
+        with memory_explained(config, job.data.sequence_length):
+            candidates.append(_timed(name, layers, job, accelerator, minutes))
+        del job  # before the next one is made
+    if not candidates:
+        raise ConfigError("a teacher of one layer cannot be cut in depth", "give a --student")
     able = [candidate for candidate in candidates if candidate.steps]
     if not able:
         raise ConfigError(
@@ -90,6 +100,7 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
     """Take a few steps as the loop would, and count what fits."""
     config, data, parameters = job.config, job.data, count_parameters(job.model)
     say(f"timing {name}")
+    freeze(job.model, config.freeze)
     set_dropout(job.model, config.dropout)
     if job.teacher is not None:
         job.teacher.to(accelerator.device)
@@ -111,6 +122,7 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
     evaluation = _evaluation(job, accelerator, module)
     between = evaluation / config.eval_every if config.eval_every else 0.0
     steps = max(0, int((_KEPT * 60 * minutes - evaluation) / (each + between)))
+    steps = min(steps, math.ceil(MOST_PASSES * len(data.train) / sequences))
     tokens, passes = sequences * data.sequence_length, steps * sequences / len(data.train)
     accelerator.free_memory(module, optimizer)
     return Candidate(name, layers, parameters, tokens / each, steps, steps * tokens, passes, job.peak_rate())
@@ -133,9 +145,8 @@ def _evaluation(job: Job, accelerator: Accelerator, module: torch.nn.Module) -> 
 def _commands(config: DistillConfig, chosen: Candidate) -> list[str]:
     student, commands = config.student, []
     if chosen.num_layers is not None:
-        student = f"{config.out}-start"
+        student = f"{Path(config.out)}-start"
         words = ["--teacher", str(config.teacher), "--num-layers", str(chosen.num_layers), "--out", student]
         commands.append(f"tinygpt2 truncate-student {shlex.join([*words, '--refit', '--data', config.data])}")
-    length = {"max_steps": chosen.steps, "num_epochs": None, "max_tokens": None}
-    run = config.model_copy(update={"student": student, "plan": False, "budget_minutes": None, **length})
-    return [*commands, f"tinygpt2 distill {run.flags()}"]
+    changed = {"student": student, "plan": False, "budget_minutes": None, "max_steps": chosen.steps}
+    return [*commands, f"tinygpt2 distill {config.model_copy(update=changed).flags()}"]

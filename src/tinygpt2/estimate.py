@@ -26,7 +26,7 @@ PEAKS = {
 }  # fmt: skip
 
 
-def peak_rate(device: torch.device, precision: str) -> float | None:
+def device_peak(device: torch.device, precision: str) -> float | None:
     """Return a device's peak in operations per second, or None where it is not known."""
     if device.type != "cuda":
         return None

@@ -16,7 +16,7 @@ from tinygpt2.checkpoint import Checkpoints
 from tinygpt2.config import TrainOptions
 from tinygpt2.dataset import Blocks, Packed, Shuffle
 from tinygpt2.errors import InterruptedRunError
-from tinygpt2.estimate import peak_rate, step_operations
+from tinygpt2.estimate import device_peak, step_operations
 from tinygpt2.faults import may_step, memory_explained
 from tinygpt2.interrupt import stop_on_signals
 from tinygpt2.meter import Meter
@@ -163,7 +163,7 @@ def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
 
 def _bound(job: Job, accelerator: Accelerator) -> float | None:
     """Return the tokens per second at the devices' peak, where that is known."""
-    peak = peak_rate(accelerator.device, job.config.precision)
+    peak = device_peak(accelerator.device, job.config.precision)
     return None if peak is None else peak * accelerator.num_processes / job.operations()
 
 

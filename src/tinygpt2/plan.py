@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from tinygpt2.config import DistillConfig
 from tinygpt2.errors import ConfigError
-from tinygpt2.estimate import measured_rate, peak_rate, step_memory
+from tinygpt2.estimate import device_peak, measured_rate, step_memory
 from tinygpt2.loop import Job
 from tinygpt2.machine import available_memory
 from tinygpt2.meter import memory_in_use
 from tinygpt2.model import count_parameters
 from tinygpt2.progress import say
 from tinygpt2.step import Step, gradients
+from tinygpt2.taught import cache_bytes
 
 _FILLED = 0.8  # of the memory that is there, at most
 _REACHED = 0.4  # of a device's rate, by a whole step: between what small and large models reach
@@ -70,12 +72,12 @@ def make_plan(job: Job, accelerator: Accelerator) -> Plan:
     parameters, steps = count_parameters(job.model), job.total_steps(processes)
     tokens = steps * job.sequences(processes) * data.sequence_length
     device = accelerator.device
-    rate = peak_rate(device, config.precision) or measured_rate(device, config.precision)
+    rate = device_peak(device, config.precision) or measured_rate(device, config.precision)
     # processes share a CPU, and have a GPU each
     rate *= _REACHED * (processes if device.type == "cuda" else 1)
     # weights and AdamW's moments: the newest, the best, and one that is being written
     disk, free = (
-        12 * parameters * (config.keep + 2) + 4 * parameters,
+        12 * parameters * (config.keep + 2) + 4 * parameters + _cached(job),
         shutil.disk_usage(_existing(Path(config.out))).free,
     )
     if disk > free:
@@ -103,6 +105,14 @@ def make_plan(job: Job, accelerator: Accelerator) -> Plan:
         disk_free_bytes=free,
         seconds=tokens * job.operations() / rate,
     )
+
+
+def _cached(job: Job) -> int:
+    """Return the bytes of the cache of the teacher's states, if there is to be one."""
+    config, teacher = job.config, job.teacher
+    if teacher is None or not isinstance(config, DistillConfig) or config.teacher_cache is None:
+        return 0
+    return cache_bytes(teacher.config, job.data)
 
 
 def _existing(path: Path) -> Path:

@@ -56,7 +56,7 @@ class Setup:
         """
         out = self.place / name
         mine = self.accelerator.is_main_process or config.passing  # into a directory of its own
-        if mine and not (config.resume and is_packed(out)):
+        if mine and not ((config.resume or config.passing) and is_packed(out)):
             if config.validate_only and (Corpus.of([source], how).size_hint() or 0) > _TRIED:
                 raise ConfigError(
                     f"--validate-only counts the tokens of texts of up to {_TRIED >> 20} MiB: {source} is larger",

@@ -1,15 +1,15 @@
 """A teacher's last hidden states on disk, for several students or epochs: computed once, read back memory-mapped.
 
 The states are kept in bfloat16; the logits are made from them again, chunk by chunk, at a fraction of their size.
-A state has passed through bfloat16 whether it was read or has just been computed, so a run that finds its states
-and one that makes them learn the same.
+A state has passed through bfloat16 whether it was read or has just been computed, so a run that finds its states and
+one that makes them learn the same, if they are made by the same products: with another micro-batch, device or with
+--compile a few roundings differ.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,13 +19,16 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from tinygpt2.config import Precision
 from tinygpt2.dataset import Packed
 from tinygpt2.errors import ConfigError
 from tinygpt2.files import write_json
 
-_FIGURES = ("n_head", "activation_function", "layer_norm_epsilon", "scale_attn_weights")  # beyond the weights
+_FIGURES = (  # beyond the weights
+    "n_head", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+)  # fmt: skip
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -38,17 +41,17 @@ class TeacherCache:
 
     Args:
         root: directory of all caches; this one gets a directory of its own, named after what it depends on.
-        teacher: its weights, their type and its layer norms are what the name comes from,
-        data: and the blocks' content.
+        teacher, data, precision: the name comes from the weights and their type, the blocks' content, and the
+            arithmetic of the products.
 
     Raises:
         ConfigError: it cannot be made there: no space, or no right to write.
     """
 
-    def __init__(self, root: Path, teacher: GPT2LMHeadModel, data: Packed) -> None:
+    def __init__(self, root: Path, teacher: GPT2LMHeadModel, data: Packed, precision: Precision) -> None:
         self._shape = (len(data.train), data.sequence_length, teacher.config.n_embd)
-        self.path = root / cache_name(teacher, data)
-        size = 2 * int(np.prod(self._shape))
+        self.path = root / cache_name(teacher, data, precision)
+        size = cache_bytes(teacher.config, data)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _reserve(self.path / "states.bin", size)
@@ -88,9 +91,14 @@ class TeacherCache:
         return torch.from_numpy(np.stack(kept)).view(torch.bfloat16).to(input_ids.device)
 
 
-def cache_name(teacher: GPT2LMHeadModel, data: Packed) -> str:
-    """Return a name that is the same for the same teacher, in the same type of weights, on the same blocks."""
-    digest = hashlib.sha256(data.content.encode())
+def cache_bytes(teacher: GPT2Config, data: Packed) -> int:
+    """Return the size of all states."""
+    return 2 * len(data.train) * data.sequence_length * int(teacher.n_embd)
+
+
+def cache_name(teacher: GPT2LMHeadModel, data: Packed, precision: Precision) -> str:
+    """Return a name that is the same for the same teacher, in the same arithmetic, on the same blocks."""
+    digest = hashlib.sha256(f"{data.content} {precision}".encode())
     digest.update(repr([getattr(teacher.config, key) for key in _FIGURES]).encode())
     for name, tensor in teacher.transformer.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -106,10 +114,13 @@ def _reserve(path: Path, size: int) -> None:
     """Make a file of this size, whole on the disk: a write into a map would kill the process on a full one."""
     if path.is_file() and path.stat().st_size == size:
         return
-    with path.open("ab") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        elif shutil.disk_usage(path.parent).free < size:
-            raise OSError("no space left on the device")
-        else:
-            file.truncate(size)
+    try:
+        with path.open("ab") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                for start in range(0, size, 1 << 20):
+                    file.write(bytes(min(1 << 20, size - start)))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise

@@ -11,6 +11,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import GPT2Config
 
 from tinygpt2.budget import Budget, cuts, make_budget
 from tinygpt2.comparison import short_names
@@ -25,7 +26,7 @@ from tinygpt2.config import (
 from tinygpt2.conventions import Reader, check_fits
 from tinygpt2.dataset import Packed, is_packed, load_packed
 from tinygpt2.errors import ConfigError, ModelError
-from tinygpt2.files import write_json, write_text
+from tinygpt2.files import write_text
 from tinygpt2.launch import check_number, launch, launched
 from tinygpt2.loop import Job, run_loop
 from tinygpt2.machine import fast_products
@@ -101,6 +102,8 @@ def distill(config: DistillConfig, data: Packed | None = None) -> TrainResult | 
         vocabularies.
     """
     if config.plan:
+        if launched():
+            raise ConfigError("--plan times one process", "start it without a launcher")
         with fast_products(), begin(config, Weights.of(config)) as setup:
             return make_budget(_candidates(config, data, setup), setup.accelerator, config)
     return _run("distill", _distillation, config, data, Weights.of(config))
@@ -112,11 +115,10 @@ def _candidates(config: DistillConfig, data: Packed | None, setup: Setup) -> Ite
         yield config.student, None, _distillation(config, data, setup)
         return
     teacher, _ = load_model(config.teacher or "", "teacher", allow_pickle=config.allow_pickle, hollow=True)
-    shape = setup.place / "config.json"
     for layers in cuts(teacher.config):
-        write_json(shape, {**teacher.config.to_dict(), "n_layer": layers})  # a step takes as long from any weights
-        job = _distillation(config.model_copy(update={"student": str(shape)}), data, setup)
-        yield f"{layers} of {teacher.config.n_layer} layers", layers, job
+        shape = GPT2Config.from_dict({**teacher.config.to_dict(), "n_layer": layers})
+        # from random weights: a step takes as long
+        yield f"{layers} of {teacher.config.n_layer} layers", layers, _distillation(config, data, setup, shape)
 
 
 def finetune(config: FinetuneConfig, data: Packed | None = None) -> TrainResult | Plan | Compiled:
@@ -164,14 +166,14 @@ def _pretraining(config: PretrainConfig, data: Packed | None, setup: Setup) -> J
     return Job("pretrain", config, how, model, data, setup.evaluated(data, model.config, config))
 
 
-def _distillation(config: DistillConfig, data: Packed | None, setup: Setup) -> Job:
+def _distillation(config: DistillConfig, data: Packed | None, setup: Setup, shape: GPT2Config | None = None) -> Job:
     data, hollow = data or load_packed(config.data), config.validate_only
-    assert config.student is not None  # only --plan goes without
-    if is_shape(config.student):
-        shape = read_shape(config.student, data.tokenizer())
+    start = config.student or ""
+    if shape is not None or is_shape(start):
+        shape = shape or read_shape(start, data.tokenizer())
         student, directory = random_model(shape, config.seed, hollow=hollow), None
     else:
-        student, directory = load_model(config.student, "student", allow_pickle=config.allow_pickle, hollow=hollow)
+        student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
     teacher = None
     if config.needs_teacher and config.teacher is not None:
         teacher, source = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle, hollow=hollow)
@@ -258,11 +260,12 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
 def _cache(job: Job) -> TeacherCache | None:
     """Open the cache of the teacher's states, if there is to be one."""
     config = job.config
-    if not isinstance(config, DistillConfig) or config.teacher_cache is None or job.teacher is None:
+    if not isinstance(config, DistillConfig) or config.teacher_cache is None or config.compile_only:
         return None
-    if "splits" not in job.data.manifest:
+    assert job.teacher is not None  # or the options contradict each other
+    if not isinstance(job.data.made_with, Path):
         raise ConfigError("--teacher-cache needs a pregenerated dataset, whose content has a fingerprint")
-    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data)
+    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, config.precision)
     say(f"{cache.path}: {cache.filled:.0%} of the teacher's states are there")
     return cache
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
         for line in _lines():
             if line.startswith("/") and not line.startswith("//"):
                 try:
-                    config, turn = _changed(config, line), turn if line.split()[0] != "/seed" else -1
+                    config = _changed(config, line)
+                    turn = -1 if re.match(r"/\s*seed\b", line) else turn
                 except ConfigError as error:
                     print_error(error, as_json=False)
                 continue

@@ -34,6 +34,7 @@ from tinygpt2.config.models import (
 )
 from tinygpt2.config.training import (
     DEFAULT_RATE,
+    MOST_PASSES,
     DistillConfig,
     FinetuneConfig,
     HeadMap,
@@ -51,6 +52,7 @@ __all__ = [
     "DEFAULT_RATE",
     "DEFAULT_SEQUENCE_LENGTH",
     "MAX_SEED",
+    "MOST_PASSES",
     "Convention",
     "DistillConfig",
     "EncodingErrors",

@@ -127,7 +127,9 @@ class GenerateConfig(ModelOptions):
     model: list[str] = option(..., "Model to try, repeatable: a local directory or a Hub id.")
     prompt: list[str] = option([], "Text to continue, repeatable.", shown="start of a text")
     prompt_file: str | None = option(None, "UTF-8 file whose whole text is the prompt.")
-    interactive: bool = option(False, "Ask for prompts until end of input; earlier ones are in the history.")
+    interactive: bool = option(
+        False, "Ask for prompts until end of input, with a history; a line after a slash changes settings."
+    )
     max_new_tokens: int | None = option(
         None, "Tokens to add.", panel=DECODING, ge=1, shown="100, or what the positions leave"
     )

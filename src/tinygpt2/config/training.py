@@ -23,7 +23,8 @@ OnSaveError = Literal["stop", "continue"]
 Optimizer = Literal["adamw", "muon"]
 TRACKERS = ("tensorboard", "wandb")
 DEFAULT_RATE = 5e-4
-RATE_TIMES_WIDTH = 0.5
+RATE_TIMES_WIDTH: dict[Optimizer, float] = {"adamw": 0.2, "muon": 0.5}
+MOST_PASSES = 4
 
 
 class TrainOptions(ModelOptions):
@@ -44,7 +45,11 @@ class TrainOptions(ModelOptions):
         "adamw", "AdamW for all weights, or Muon for the layers' matrices and AdamW for the rest.", panel=OPTIMISATION
     )
     learning_rate: float | None = option(
-        None, "Peak learning rate.", panel=OPTIMISATION, gt=0, shown=f"{DEFAULT_RATE}; distill: by the student's width"
+        None,
+        "Peak learning rate.",
+        panel=OPTIMISATION,
+        gt=0,
+        shown=f"{DEFAULT_RATE}; distill: recipe or width say",
     )
     lr_schedule: Schedule = option("cosine", "Shape after the warm-up.", panel=OPTIMISATION)
     warmup_ratio: float = option(
@@ -175,7 +180,7 @@ class DistillConfig(TrainOptions):
     teacher_cache: str | None = option(
         None,
         "Directory in which the teacher's last hidden states are kept, for other epochs and students.",
-        panel=OPTIMISATION,
+        panel=RUN,
     )
     recipe: str = option(
         "default", "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file."
@@ -232,10 +237,10 @@ class DistillConfig(TrainOptions):
     def peak_rate(self, width: int) -> float:
         """Return the peak learning rate: the one given, or one over the student's width, within bounds.
 
-        It was measured at widths of 128 and 256 (docs/recipes.md); at 768 it is close to GPT-3's 6e-4 for its smallest
-        model (Brown et al. 2020, arXiv:2005.14165, table 2.1).
+        It was measured for both optimizers at a width of 128 (docs/recipes.md); one over the width is how the best rate
+        falls with it (Yang et al. 2022, arXiv:2203.03466, table 3).
         """
-        return self.learning_rate or min(max(RATE_TIMES_WIDTH / width, 1e-4), 4e-3)
+        return self.learning_rate or min(max(RATE_TIMES_WIDTH[self.optimizer] / width, 1e-4), 4e-3)
 
     def passes(self, parameters: int, tokens: int) -> float:
         """Return the passes over the data: those given, or as many as make 20 tokens for each parameter, 1 to 4.
@@ -243,7 +248,7 @@ class DistillConfig(TrainOptions):
         20 are what a model of its size would want (Hoffmann et al. 2022, arXiv:2203.15556, table 3); up to 4 passes are
         nearly as good as new text (Muennighoff et al. 2023, arXiv:2305.16264, section 6).
         """
-        return self.num_epochs or min(max(20 * parameters / tokens, 1), 4)
+        return self.num_epochs or min(max(20 * parameters / tokens, 1), MOST_PASSES)
 
     @classmethod
     def layered(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -263,8 +268,11 @@ class DistillConfig(TrainOptions):
             yield f"missing --student: {type(self).model_fields['student'].description}"
         if self.plan and self.teacher is None and self.student is None:
             yield "missing --teacher: whose cuts --plan is to time"
-        if self.plan and (self.validate_only or self.compile_only or (self.num_processes or 1) > 1):
-            yield "--plan times one process, and contradicts --validate-only, --compile-only and --num-processes"
+        others = ["validate_only", "compile_only", "auto_batch_size", "max_steps", "num_epochs", "max_tokens"]
+        if self.plan and (found := [flag_name(name) for name in others if getattr(self, name)]):
+            yield f"--plan contradicts {' and '.join(found)}: it finds the length, by timing steps as they are"
+        if self.plan and (self.num_processes or 1) > 1:
+            yield "--plan times one process: leave --num-processes out"
         if self.budget_minutes is not None and not self.plan:
             yield "--budget-minutes does nothing without --plan"
         if self.needs_teacher and self.teacher is None:
@@ -295,7 +303,10 @@ def changed_mathematics(config: TrainOptions, earlier: dict[str, Any]) -> list[s
     now = config.model_dump(mode="json", by_alias=True)
     free = {"out", "micro_batch_size", "gradient_accumulation_steps"}  # their product is checked where it is known
     keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key not in free]
-    return [flag_name(key) for key in keys if key in earlier and earlier[key] != now[key]]
+    changed = [flag_name(key) for key in keys if key in earlier and earlier[key] != now[key]]
+    # wherever it is, states that were kept are rounded
+    cached = [bool(options.get("teacher_cache")) for options in (earlier, now)]
+    return changed + ["--teacher-cache"] * (cached[0] != cached[1])
 
 
 def read_recipe(name: str) -> dict[str, Any]:
