@@ -221,9 +221,8 @@ class Study:
             yield Run("other-rate", size, best, self.best_rates()[best][0] / 2, self.plan["final"]["tokens"], seed)
 
     def equal_time(self, seed: int) -> Iterator[Run]:
-        """Yield the better cross-entropy with as many tokens as fit in the time that the best recipe takes."""
-        best = self.best_rates()
-        recipe = min(("ce", "ce-muon"), key=lambda name: best[name][1])
+        """Yield cross-entropy with as many tokens as fit in the time that the best recipe takes."""
+        best, recipe = self.best_rates(), "ce"
         for size in self.plan["sizes"]:
             speeds = {(line["recipe"], line["cached"]): line["tokens_per_second"] for line in self.lines("time")
                       if line["size"] == size}  # fmt: skip
@@ -352,9 +351,9 @@ def everything(study: Study) -> Iterator[Run]:
     yield from study.screen(0, study.chosen())
     study.time()
     yield from study.final(first)
-    yield from study.other_rate(first)
     yield from study.equal_time(first)
     yield from study.smallest()
+    yield from study.other_rate(first)
     yield from study.screen(0, recipes)  # if one of these comes to be among the best, the next run of the plan goes on
     for seed in others:
         yield from study.final(seed)

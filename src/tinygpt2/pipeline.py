@@ -121,6 +121,7 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
     )))  # fmt: skip
     stages.run("truncated", lambda: truncate_student(TruncateStudentConfig(
         teacher=str(out / "teacher"), num_layers=scale.student_layers, out=str(out / "truncated"),
+        refit=True, data=str(out / "data"),
     )))  # fmt: skip
     stages.run("student", lambda: distill(DistillConfig(
         teacher=str(out / "teacher"), student=str(out / "truncated"), out=str(out / "student"), **pupil,
@@ -158,7 +159,8 @@ def _training(config: QuickstartConfig, scale: Scale, out: Path, tokens: int) ->
     steps = tokens // (scale.batch_size * scale.sequence_length)
     recipe = read_recipe("default")
     return {
-        **{key: recipe[key] for key in ("optimizer", "lr_schedule", "warmup_ratio", "weight_decay")},
+        **{key: recipe[key] for key in ("lr_schedule", "warmup_ratio", "weight_decay")},
+        "optimizer": "adamw",  # what Muon computes for a step would take half as long again as these small batches
         "data": str(out / "data"),
         "max_tokens": tokens,
         "seed": config.seed,
@@ -278,6 +280,6 @@ Your own text (a file, a directory or .jsonl), with this teacher and tokenizer:
 GPT-2 itself as the teacher (from the Hub, or a local directory instead of gpt2):
 
     tinygpt2 pregenerate my-texts/ --tokenizer gpt2 --out gpt2-data
-    tinygpt2 truncate-student --teacher gpt2 --num-layers 6 --out gpt2-cut
+    tinygpt2 truncate-student --teacher gpt2 --num-layers 6 --refit --data gpt2-data --out gpt2-cut
     tinygpt2 distill --teacher gpt2 --student gpt2-cut --data gpt2-data --out gpt2-small
 """
