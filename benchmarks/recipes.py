@@ -98,9 +98,12 @@ class Study:
                 check = [m for m in members if m.name.endswith(self.plan["check"]["novel"])]
                 chosen = [m for m in members if m not in check][:: self.plan["every"]]
                 for folder, kept in (("check", check), ("novels", chosen)):
+                    begun = self.work / f".{folder}"
                     for member in kept:
                         member.name = Path(member.name).name
-                        archive.extract(member, self.work / folder, filter="data")
+                        archive.extract(member, begun, filter="data")
+                    shutil.rmtree(self.work / folder, ignore_errors=True)
+                    begun.rename(self.work / folder)
         curve = self.work / "curve.txt"
         held_out = self.shared / self.plan["held_out"]
         texts = [path.read_text(encoding="utf-8")[:CURVE] for path in sorted(held_out.iterdir())]

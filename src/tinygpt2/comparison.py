@@ -24,7 +24,8 @@ class PplRow:
         perplexity: per `unit`, which the convention chooses.
         loss: nats per token, over `tokens` targets; `stderr` is its standard error over windows.
         bits_per_character, bits_per_byte, byte_perplexity, word_perplexity: the total loss of all targets, spread over
-            the whole text's `characters`, `bytes` and `words`; so models with different vocabularies compare.
+            the whole text's `characters`, `bytes` and `words`, for models with different vocabularies (by `hf` the
+            first token of a window is no target, though its characters count).
         accuracy: share of LAMBADA's last words, or of CBT's answers, that were right.
         accuracy_without_stop_words: of last words, if the model may answer with no stop word.
         unit, units: what perplexity is per, and how many of them the text has.

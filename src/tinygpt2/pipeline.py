@@ -160,7 +160,7 @@ def _training(config: QuickstartConfig, scale: Scale, out: Path, tokens: int) ->
     recipe = read_recipe("default")
     return {
         **{key: recipe[key] for key in ("lr_schedule", "warmup_ratio", "weight_decay")},
-        "optimizer": "adamw",  # what Muon computes for a step would take half as long again as these small batches
+        "optimizer": "adamw",  # Muon's own products weigh too much on steps of so few tokens
         "data": str(out / "data"),
         "max_tokens": tokens,
         "seed": config.seed,
