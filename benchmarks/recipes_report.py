@@ -21,6 +21,7 @@ import yaml
 
 HERE = Path(__file__).parent / "recipes"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
+PLAIN = "kl"  # what single changes are compared with
 Line = dict[str, Any]
 
 
@@ -59,30 +60,28 @@ def paired(ours: list[Line], theirs: list[Line], groups: str | None = None) -> t
 
 
 def screened(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
-    """Yield the screening: each recipe's loss at each rate."""
-    screen = plan["screen"]
-    rates = sorted({rate for how in plan["recipes"].values() for rate in how.get("rates", screen["rates"])})
+    """Yield the screening: each recipe's loss at each rate, and at its best beside plain KL at its best."""
+    screen, recipes = plan["screen"], plan["recipes"]
+    asked = {recipe: how.get("rates", screen["rates"]) for recipe, how in recipes.items()}
+    rates = sorted({rate for own in asked.values() for rate in own})
+    found: dict[str, dict[float, Line]] = {recipe: {} for recipe in recipes}
+    for line in of(lines, stage="screen"):
+        found[line["recipe"]][line["rate"]] = line
+    best = {recipe: min(own.values(), key=lambda line: line["loss"]) for recipe, own in found.items() if own}
     yield f"## Screening: {screen['size']}, {screen['tokens']:,} tokens, seed {screen['seed']}, nats per token"
     yield ""
-    yield "| recipe | " + " | ".join(f"{rate:g}" for rate in rates) + " |"
-    yield "|---" * (1 + len(rates)) + "|"
-    found = {
-        recipe: [next((one["loss"] for one in of(lines, stage="screen", recipe=recipe, rate=rate)), None)
-                 for rate in rates]
-        for recipe in plan["recipes"]
-    }  # fmt: skip
-    for recipe, losses in sorted(found.items(), key=lambda item: min([x for x in item[1] if x] or [math.inf])):
-        best = min([loss for loss in losses if loss] or [math.inf])
-        asked = plan["recipes"][recipe].get("rates", screen["rates"])
-        cells = [
-            ("not measured" if rate in asked else "")
-            if loss is None
-            else f"**{loss:.3f}**"
-            if loss == best
-            else f"{loss:.3f}"
-            for rate, loss in zip(rates, losses, strict=True)
-        ]
-        yield f"| {recipe} | {' | '.join(cells)} |"
+    yield "| recipe | " + " | ".join(f"{rate:g}" for rate in rates) + f" | above {PLAIN} |"
+    yield "|---" * (2 + len(rates)) + "|"
+    for recipe in sorted(recipes, key=lambda name: best[name]["loss"] if name in best else math.inf):
+        cells = ["not measured" if rate in asked[recipe] else "" for rate in rates]
+        for number, rate in enumerate(rates):
+            if rate in found[recipe]:
+                loss = f"{found[recipe][rate]['loss']:.3f}"
+                cells[number] = f"**{loss}**" if found[recipe][rate] is best[recipe] else loss
+        above = "-"
+        if recipe != PLAIN and {recipe, PLAIN} <= set(best):
+            above = "{:+.3f} +- {:.3f}".format(*paired([best[PLAIN]], [best[recipe]]))
+        yield f"| {recipe} | {' | '.join(cells)} | {above} |"
     yield ""
 
 

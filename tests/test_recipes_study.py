@@ -69,7 +69,8 @@ def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     """Two recipes whose losses differ by 0.5 in every group but one, where it is 0.6; the others never ran."""
     even = [4.0] * 40
     lines = [
-        {"stage": "screen", "size": "fifth", "recipe": recipe, "rate": rate, "seed": 42, "loss": loss}
+        {"stage": "screen", "size": "fifth", "recipe": recipe, "rate": rate, "seed": 42, "loss": loss,
+         "groups": [loss] * 40}
         for recipe, loss in (("kl", 4.5), ("ce", 5.0)) for rate in (5e-4, 1.5e-3)
     ]  # fmt: skip
     for recipe, groups, curve in (
@@ -99,7 +100,8 @@ def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "plan.yaml").write_text((BENCHMARKS / "recipes" / "plan.yaml").read_text())
     report.main()
     text = (tmp_path / "report.md").read_text()
-    assert "| kl-t2 | not measured | not measured | not measured |  |" in text
+    assert "| kl-t2 | not measured | not measured | not measured |  | - |" in text
+    assert "| ce | **5.000** | 5.000 | not measured |  | +0.500 +- 0.000 |" in text
     assert "| ce | 0.0005 | 4.5025 | 90.2 | +0.5025 +- 0.0025 | 200 | - |" in text
     assert "kl is below the end of ce after 1,000 tokens: at most 1.00 of its time." in text
     assert "In kl's time ce sees 4,000 tokens and comes to 4.3000: +0.3000 +- 0.0000 above kl." in text
