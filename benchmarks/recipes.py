@@ -144,7 +144,10 @@ class Study:
             options |= {key: value[run.size] for key, value in options.items() if isinstance(value, dict)}
             share = float(options.pop("share", 1.0))
             steps = round(run.tokens * share / (options["micro_batch_size"] * self.plan["sequence_length"]))
-            options |= {"max_steps": steps, "eval_every": max(1, steps // 5) if run.stage == "final" else None}
+            options |= {
+                "max_steps": steps,
+                "eval_every": max(1, steps // 5) if run.stage in ("final", "other-rate") else None,
+            }
             found.append((share, self.fitting(options, run.size, cached=cached and not number)))
         return found
 

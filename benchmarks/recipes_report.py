@@ -21,6 +21,7 @@ import yaml
 
 HERE = Path(__file__).parent / "recipes"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
+HALVED = ", half the rate"
 PLAIN = "kl"  # what single changes are compared with
 Line = dict[str, Any]
 
@@ -91,10 +92,15 @@ def speeds(lines: list[Line], size: str) -> dict[tuple[str, bool], float]:
 
 
 def ranked(lines: list[Line], size: str, stage: str = "final") -> dict[str, list[Line]]:
-    """Return a size's finished lines by recipe, the best first; of seeds that all of them have."""
+    """Return a size's finished lines by recipe, the best first; of seeds that all of them have.
+
+    A recipe at half its rate of the screening, where the student is wider, is one of its own.
+    """
     found: dict[str, list[Line]] = {}
     for line in of(lines, stage=stage, size=size):
         found.setdefault(line["recipe"], []).append(line)
+    for line in of(lines, stage="other-rate", size=size) if stage == "final" else []:
+        found.setdefault(f"{line['recipe']}{HALVED}", []).append(line)
     seeds = set.intersection(*({one["seed"] for one in own} for own in found.values())) if found else set()
     found = {recipe: [one for one in own if one["seed"] in seeds] for recipe, own in found.items()}
     return dict(sorted(found.items(), key=lambda item: statistics.mean(one["loss"] for one in item[1])))
@@ -116,14 +122,13 @@ def finals(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
             loss = statistics.mean(one["loss"] for one in own)
             gap, error = paired(by[winner], own)
             above = "-" if recipe == winner else f"{gap:+.4f} +- {error:.4f}"
-            rates = [speed.get((recipe, cached)) for cached in (False, True)]
+            rates = [speed.get((recipe.removesuffix(HALVED), cached)) for cached in (False, True)]
             cells = ["-" if rate is None else f"{rate:,.0f}" for rate in rates]
             start = f"| {recipe} | {own[0]['rate']:g} | {loss:.4f} | {math.exp(loss):.1f} | {above} "
             yield start + f"| {' | '.join(cells)} |"
         yield ""
-        yield from other_rate(lines, size)
         yield from equal_time(lines, plan, size, by)
-        yield from reached(by, size, speed, winner)
+        yield from reached(by, size, speed)
 
 
 def seeds_of(lines: list[Line]) -> str:
@@ -131,19 +136,16 @@ def seeds_of(lines: list[Line]) -> str:
     return ", ".join(str(line["seed"]) for line in lines)
 
 
-def other_rate(lines: list[Line], size: str) -> Iterator[str]:
-    """Say what half the rate gives at a width that the rate was not chosen at."""
-    for line in of(lines, stage="other-rate", size=size):
-        yield f"{line['recipe']} at a rate of {line['rate']:g}, seed {line['seed']}: {line['loss']:.4f}."
-        yield ""
-
-
 def equal_time(lines: list[Line], plan: dict[str, Any], size: str, by: dict[str, list[Line]]) -> Iterator[str]:
-    """Say what cross-entropy reaches with the tokens that fit into the time of the screening's best recipe."""
+    """Say what cross-entropy reaches with the tokens that fit into the time of the screening's best recipe.
+
+    It is compared with that recipe at the better of its rates.
+    """
     screened = sorted(of(lines, stage="screen"), key=lambda line: float(line["loss"]))
     leader = next((line["recipe"] for line in screened if line["recipe"] not in plan["baselines"]), None)
+    leader = next((name for name in by if name.removesuffix(HALVED) == leader), None)
     for recipe, longer in ranked(lines, size, "equal-time").items():
-        if leader in by:
+        if leader is not None:
             gap, error = paired(by[leader], longer)
             yield (
                 f"In {leader}'s time {recipe} sees {longer[0]['tokens']:,} tokens and comes to "
@@ -152,16 +154,16 @@ def equal_time(lines: list[Line], plan: dict[str, Any], size: str, by: dict[str,
             yield ""
 
 
-def reached(by: dict[str, list[Line]], size: str, speed: dict[tuple[str, bool], float], winner: str) -> Iterator[str]:
-    """Say when the winner's curve passes below each other recipe's end, in its share of that recipe's time."""
-    for recipe, own in by.items():
-        if recipe == winner or (recipe, False) not in speed:
-            continue
+def reached(by: dict[str, list[Line]], size: str, speed: dict[tuple[str, bool], float]) -> Iterator[str]:
+    """Say when the best recipe that has a curve passes below each other one's end, as a share of its time."""
+    known = {name: own for name, own in by.items() if len(own[0]["curve"]) > 1 and (name, False) in speed}
+    best = next(iter(known), None)
+    for recipe, own in known.items():
         end = own[0]["curve"][-1]
-        tokens = next((tokens for tokens, loss in by[winner][0]["curve"] if loss <= end[1]), None)
-        if tokens is not None:
-            share = (tokens / speed[winner, False]) / (end[0] / speed[recipe, False])
-            yield f"{winner} is below the end of {recipe} after {tokens:,} tokens: at most {share:.2f} of its time."
+        tokens = next((tokens for tokens, loss in known[best or ""][0]["curve"] if loss <= end[1]), None)
+        if recipe != best and tokens is not None:
+            share = (tokens / speed[best or "", False]) / (end[0] / speed[recipe, False])
+            yield f"{best} is below the end of {recipe} after {tokens:,} tokens: at most {share:.2f} of its time."
     yield ""
 
 
@@ -199,7 +201,7 @@ def draw(lines: list[Line], plan: dict[str, Any]) -> None:
             speed = speeds(lines, size)
             for recipe, own in ranked(lines, size).items():
                 curve = np.array(own[0]["curve"])
-                across = curve[:, 0] / (speed[recipe, False] if name == "seconds" else 1)
+                across = curve[:, 0] / (speed[recipe.removesuffix(HALVED), False] if name == "seconds" else 1)
                 axes.plot(across, curve[:, 1], marker=".", label=recipe)
             axes.set(title=f"student: {size}", xlabel=what, ylabel="held-out loss (nats per token)")
             axes.grid(alpha=0.3)
