@@ -1,9 +1,11 @@
 """Three questions about GPT-2's parts, answered with numbers (docs/gpt2-from-scratch.md).
 
     python benchmarks/first_principles.py --model MODEL --data DATA --json
+    python benchmarks/first_principles.py --model MODEL --data DATA --positions 1024 --json
 
-How far logits drift, position by position, if GELU is taken by the error function and not by the tanh formula; whether
-GPT-2's Conv1D and a Linear differ; what each single head is worth, as the rise of the loss without it.
+How far logits drift, position by position, if GELU is taken by the error function and not by the tanh formula (with
+--positions the model's position embeddings are stretched to so many); whether GPT-2's Conv1D and a Linear differ; what
+each single head is worth, as the rise of the loss without it.
 """
 
 from __future__ import annotations
@@ -21,9 +23,21 @@ from tinygpt2.machine import fast_products
 from tinygpt2.model import load_model
 
 
+def stretched(model: reference.GPT2, positions: int) -> reference.GPT2:
+    """Return the model with its position embeddings interpolated to more positions."""
+    longer = reference.GPT2(dataclasses.replace(model.shape, n_positions=positions)).double()
+    table = torch.nn.functional.interpolate(
+        model.wpe.weight.T[None], size=positions, mode="linear", align_corners=True
+    )[0].T  # (P, D)
+    longer.load_state_dict({**model.state_dict(), "wpe.weight": table})
+    return longer
+
+
+@torch.no_grad()
 def gelu_drift(directory: str, ids: torch.Tensor) -> dict[str, object]:
     """Compare both GELUs in the reference, in float64."""
     tanh = reference.load(directory).double()
+    tanh = tanh if ids.shape[1] <= tanh.shape.n_positions else stretched(tanh, ids.shape[1])
     erf = reference.GPT2(dataclasses.replace(tanh.shape, activation_function="gelu")).double()
     erf.load_state_dict(tanh.state_dict())
     a, b = tanh(ids).logits, erf(ids).logits
@@ -76,13 +90,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--positions", type=int, help="of the comparison of GELUs")
     parser.add_argument("--sequences", type=int, default=32, help="blocks of the test split")
     parser.add_argument("--json", action="store_true", help="on one line")
     options = parser.parse_args()
-    batches = sample(load_packed(options.data).test, options.sequences, torch.device("cpu"))
+    blocks = load_packed(options.data).test
+    batches = sample(blocks, options.sequences, torch.device("cpu"))
+    length = options.positions or blocks.sequence_length
+    count = options.sequences * blocks.sequence_length // length * length // blocks.sequence_length
+    texts = blocks.batch(range(count)).input_ids.view(-1, length) if options.positions else torch.cat(batches)
     with fast_products():
         found = {
-            "gelu": gelu_drift(options.model, torch.cat(batches)),
+            "gelu": gelu_drift(options.model, texts),
             "conv1d_and_linear": conv1d_and_linear(options.model),
             "heads": single_heads(options.model, batches),
         }
