@@ -176,8 +176,7 @@ class Study:
         shutil.rmtree(out, ignore_errors=True)  # what was interrupted begins again
         data, curve, begun, done, seconds = load_packed(str(self.work / "data")), [], 0, 0, 0.0
         for _, config in self.configurations(run, out):
-            rest = data if not begun else later(data, run.seed, begun)
-            result: Any = distill(config, rest if begun else None)
+            result: Any = distill(config, later(data, run.seed, begun) if begun else None)
             rows = [json.loads(row) for row in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
             curve += [[done + row["tokens"], round(row["eval/loss"], 5)] for row in rows if "eval/loss" in row]
             begun, done = begun + result.steps * config.micro_batch_size, done + result.tokens
@@ -275,7 +274,7 @@ class Study:
             teacher = load_model(self.teacher)[0].requires_grad_(False) if config.needs_teacher else None
             cache = None
             if config.teacher_cache and teacher is not None:
-                cache = TeacherCache(Path(config.teacher_cache), teacher, data)
+                cache = TeacherCache(Path(config.teacher_cache), teacher, data, config.precision)
             accelerator = Accelerator(cpu=True, mixed_precision="bf16")
             step = Step(student, teacher, Weights.of(config), config, cache)
             module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
