@@ -23,6 +23,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from tinygpt2.objectives import Weights
 from tinygpt2.optim import make_optimizer
 from tinygpt2.parts import MapPart
 from tinygpt2.scoring import target_losses
-from tinygpt2.step import Step, gradients
+from tinygpt2.step import Step, step_seconds
 from tinygpt2.taught import TeacherCache
 
 HERE = Path(__file__).parent / "recipes"
@@ -146,7 +147,7 @@ class Study:
             steps = round(run.tokens * share / (options["micro_batch_size"] * self.plan["sequence_length"]))
             options |= {
                 "max_steps": steps,
-                "eval_every": max(1, steps // 5) if run.stage in ("final", "other-rate") else None,
+                "eval_every": max(1, steps // 5) if run.stage == "final" else None,
             }
             found.append((share, self.fitting(options, run.size, cached=cached and not number)))
         return found
@@ -213,32 +214,44 @@ class Study:
         return [*winners, *(name for name in self.plan["baselines"] if name in best)]
 
     def final(self, seed: int) -> Iterator[Run]:
-        """Yield the chosen recipes at both sizes; rates come from the screening."""
-        best = self.best_rates()
-        for size in self.plan["sizes"]:
-            for recipe in self.chosen():
-                yield Run("final", size, recipe, best[recipe][0], self.plan["final"]["tokens"], seed)
+        """Yield the chosen recipes at all sizes: the first seed chooses the rate at each size, the others keep it."""
+        for size, recipe in itertools.product(self.plan["sizes"], self.chosen()):
+            rates = self.final_rates(recipe, size) if seed == self.first_seed else [self.final_rate(recipe, size)]
+            for rate in rates:
+                yield Run("final", size, recipe, rate, self.plan["final"]["tokens"], seed)
 
-    def other_rate(self, seed: int) -> Iterator[Run]:
-        """Yield the best recipe at half its rate where the student is wider than in the screening."""
-        best = self.chosen()[0]
-        for size in set(self.plan["sizes"]) - {self.plan["screen"]["size"]}:
-            yield Run("other-rate", size, best, self.best_rates()[best][0] / 2, self.plan["final"]["tokens"], seed)
+    @property
+    def first_seed(self) -> int:
+        """The seed of the finals that rates are chosen with."""
+        return int(self.plan["final"]["seeds"][0])
+
+    def final_rates(self, recipe: str, size: str) -> list[float]:
+        """Return the rates to try at a size: the screening's best, and half of it at a width that was not screened."""
+        rate, _ = self.best_rates()[recipe]
+        return [rate] if size == self.plan["screen"]["size"] else [rate, rate / 2]
+
+    def final_rate(self, recipe: str, size: str) -> float:
+        """Return the best of the rates that were tried at a size."""
+        tried = [
+            (line["loss"], line["rate"]) for line in self.lines("final")
+            if (line["recipe"], line["size"], line["seed"]) == (recipe, size, self.first_seed)
+        ]  # fmt: skip
+        return float(min(tried)[1])
 
     def equal_time(self, seed: int) -> Iterator[Run]:
-        """Yield cross-entropy with as many tokens as fit in the time that the best recipe takes."""
-        best, recipe = self.best_rates(), "ce"
+        """Yield cross-entropy with as many tokens as fit in the time that the default recipe takes."""
+        recipe = "ce"
         for size in self.plan["sizes"]:
             speeds = {(line["recipe"], line["cached"]): line["tokens_per_second"] for line in self.lines("time")
                       if line["size"] == size}  # fmt: skip
-            ratio = speeds[recipe, False] / speeds[self.chosen()[0], False]
+            ratio = speeds[recipe, False] / speeds[self.plan["default"], False]
             tokens = round(self.plan["final"]["tokens"] * ratio)
-            yield Run("equal-time", size, recipe, best[recipe][0], tokens, seed)
+            yield Run("equal-time", size, recipe, self.final_rate(recipe, size), tokens, seed)
 
     def smallest(self) -> Iterator[Run]:
         """Yield the runs of the smallest row."""
         plan, best = self.plan["smallest"], self.best_rates()
-        for recipe in [self.chosen()[0], *self.plan["baselines"]]:
+        for recipe in [self.plan["default"], *self.plan["baselines"]]:
             yield Run("smallest", plan["size"], recipe, best[recipe][0], plan["tokens"], plan["seed"])
 
     def time(self, rounds: int = 2, steps: int = 4) -> None:
@@ -252,7 +265,7 @@ class Study:
             taken: dict[tuple[str, bool], list[float]] = {key: [] for key, stages in racers.items() if stages}
             for turn in range(rounds + 1):
                 for key, times in taken.items():
-                    seconds = sum(share * racer(steps) for share, racer in racers[key])
+                    seconds = sum(share * sum(racer(steps)) for share, racer in racers[key])
                     if turn:  # the first one warms up, and fills the cache
                         times.append(seconds)
             for (recipe, cached), times in taken.items():
@@ -263,7 +276,7 @@ class Study:
                 )
 
     def racers(self, size: str, recipe: str, cached: bool) -> Iterator[tuple[float, Any]]:
-        """Yield for each stage its share and a function that takes some steps and returns their seconds."""
+        """Yield for each stage its share and a function that takes some steps and returns the seconds of each."""
         run = Run("time", size, recipe, 1e-4, 256_000, 42)
         data = load_packed(str(self.work / "data"))
         stages = self.configurations(run, self.work / "unused", cached=cached)
@@ -280,16 +293,8 @@ class Study:
             module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
             module.train()
 
-            def race(count: int, module: Any = module, optimizer: Any = optimizer, accelerator: Any = accelerator,
-                     size: int = config.micro_batch_size) -> float:  # fmt: skip
-                started = time.perf_counter()
-                for number in range(count):
-                    rows = list(range(number * size, (number + 1) * size))
-                    gradients(accelerator, module, data.train, rows, size)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                return time.perf_counter() - started
-
+            batch = config.micro_batch_size
+            race = partial(step_seconds, accelerator, module, optimizer, data.train, batch, batch)
             yield share, race
 
 
@@ -350,17 +355,15 @@ def go_on(study: Study, minutes: float) -> None:
 
 def everything(study: Study) -> Iterator[Run]:
     """Yield all runs in the plan's order; each stage is made up when the one before it is done."""
-    recipes, (first, *others) = list(study.plan["recipes"]), study.plan["final"]["seeds"]
+    recipes = list(study.plan["recipes"])
     yield from study.screen(1, recipes)
     yield from study.screen(2, recipes)
     yield from study.screen(0, study.chosen())
     study.time()
-    yield from study.final(first)
-    yield from study.equal_time(first)
+    yield from study.final(study.first_seed)
     yield from study.smallest()
-    yield from study.other_rate(first)
     yield from study.screen(0, recipes)  # if one of these comes to be among the best, the next run of the plan goes on
-    for seed in others:
+    for seed in study.plan["final"]["seeds"]:
         yield from study.final(seed)
         yield from study.equal_time(seed)
 

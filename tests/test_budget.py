@@ -6,11 +6,18 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 from transformers import GPT2Config
 
-from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, truncate_student
+from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, distill, truncate_student
 from tinygpt2.budget import Budget, cuts
+from tinygpt2.dataset import Blocks, load_packed
 from tinygpt2.errors import ConfigError
+from tinygpt2.model import load_model
+from tinygpt2.objectives import Weights
+from tinygpt2.optim import make_optimizer
+from tinygpt2.step import Step, step_seconds
 
 from .conftest import Outcome, make_model
 
@@ -95,3 +102,25 @@ def test_a_given_student_is_timed_alone(teacher: Path, data: Path, tmp_path: Pat
 def test_what_cannot_be_planned(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DistillConfig(**{"teacher": "t", "data": "d", "out": "o", **options})
+
+
+def test_timed_steps_train_on_the_global_batches_in_order(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PretrainConfig(model=str(teacher), data=str(data), out=str(tmp_path), dropout=0)
+    blocks = load_packed(str(data)).train
+    taken: list[int] = []
+    whole = Blocks.batch
+    monkeypatch.setattr(Blocks, "batch", lambda self, rows: [taken.extend(rows), whole(self, rows)][1])
+    for optimizing in (False, True):
+        taken.clear()
+        module = Step(load_model(str(teacher))[0], None, Weights(ce=1.0), config).train()
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        optimizer = make_optimizer(module, config) if optimizing else None
+        sequences = len(blocks) // 2 // 3 * 3
+        seconds = step_seconds(Accelerator(cpu=True), module, optimizer, blocks, sequences, size=3, steps=3)
+        assert len(seconds) == 3
+        assert min(seconds) > 0
+        assert taken == [row % len(blocks) for row in range(3 * sequences)]
+        assert optimizing != all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+        assert all(parameter.grad is None for parameter in module.parameters())

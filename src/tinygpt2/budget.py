@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tinygpt2.loop import Job
 from tinygpt2.model import count_parameters, freeze, set_dropout
 from tinygpt2.optim import make_optimizer
 from tinygpt2.progress import say
-from tinygpt2.step import Step, gradients
+from tinygpt2.step import Step, step_seconds
 
 DEFAULT_MINUTES = 60.0
 _TIMED = 3  # steps, after one that warms up
@@ -108,17 +109,9 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
     module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
     module.train()
     sequences = job.sequences(accelerator.num_processes)
-    seconds = []
-    for turn in range(_TIMED + 1):
-        started = time.perf_counter()
-        rows = [number % len(data.train) for number in range(turn * sequences, (turn + 1) * sequences)]
-        gradients(accelerator, module, data.train, rows, config.micro_batch_size)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    each = sorted(seconds[1:])[_TIMED // 2]
+    size, count = config.micro_batch_size, _TIMED + 1
+    _, *seconds = step_seconds(accelerator, module, optimizer, data.train, sequences, size, count)
+    each = statistics.median(seconds)
     evaluation = _evaluation(job, accelerator, module)
     between = evaluation / config.eval_every if config.eval_every else 0.0
     steps = max(0, int((_KEPT * 60 * minutes - evaluation) / (each + between)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tinygpt2.machine import available_memory
 from tinygpt2.meter import memory_in_use
 from tinygpt2.model import count_parameters
 from tinygpt2.progress import say
-from tinygpt2.step import Step, gradients
+from tinygpt2.step import Step, step_seconds
 from tinygpt2.taught import cache_bytes
 
 _FILLED = 0.8  # of the memory that is there, at most
@@ -176,12 +175,8 @@ def compile_step(job: Job, accelerator: Accelerator, module: Step) -> Compiled:
 
     module = accelerator.prepare(module)
     module.train()
-    seconds = []
-    indices = [index % len(job.data.train) for index in range(job.config.micro_batch_size * accelerator.num_processes)]
-    for _ in range(2):
-        started = time.perf_counter()
-        gradients(accelerator, module, job.data.train, indices, job.config.micro_batch_size)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return Compiled(seconds[0], seconds[1], cache_dir())
+    size = job.config.micro_batch_size
+    first, second = step_seconds(
+        accelerator, module, None, job.data.train, size * accelerator.num_processes, size, steps=2
+    )
+    return Compiled(first, second, cache_dir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -152,6 +153,36 @@ def gradients(
         for name, term in {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()}}.items():
             means[name] = means.get(name, 0) + term.detach().float() / len(turns)
     return means
+
+
+def step_seconds(
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    blocks: Blocks,
+    sequences: int,
+    size: int,
+    steps: int,
+) -> list[float]:
+    """Take some steps, and return the seconds of each: the first ones warm up.
+
+    Args:
+        module, optimizer: as Accelerate prepared them; without an optimizer no weight changes.
+        sequences: of a global batch; the blocks are taken in their order, and again from the first one.
+        size: blocks in a process's micro-batch.
+    """
+    seconds = []
+    for step in range(steps):
+        started = time.perf_counter()
+        rows = [index % len(blocks) for index in range(step * sequences, (step + 1) * sequences)]
+        gradients(accelerator, module, blocks, rows, size)
+        if optimizer is not None:
+            optimizer.step()
+        module.zero_grad(set_to_none=True)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 @torch.no_grad()
