@@ -86,6 +86,14 @@ def harness(session: nox.Session) -> None:
 
 
 @nox.session
+def deepspeed(session: nox.Session) -> None:
+    """DeepSpeed's ways of sharding, which need a C++ compiler: by hand only."""
+    session.install("-q", *CONSTRAINTS, "-e", ".", "ninja", *group("test"))
+    session.install("-q", *CONSTRAINTS, "--no-build-isolation", "setuptools", "wheel", "deepspeed")
+    session.run("python", "-m", "pytest", "tests/test_launch.py", "-k", "sharded")
+
+
+@nox.session
 def minimums(session: nox.Session) -> None:
     """The oldest dependencies that are promised; torch stays at its constraint."""
     oldest = [re.sub(r">=", "==", item) for item in PROJECT["project"]["dependencies"] if not item.startswith("torch")]

@@ -21,7 +21,6 @@ import yaml
 
 HERE = Path(__file__).parent / "recipes"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-HALVED = ", half the rate"
 PLAIN = "kl"  # what single changes are compared with
 Line = dict[str, Any]
 
@@ -91,79 +90,79 @@ def speeds(lines: list[Line], size: str) -> dict[tuple[str, bool], float]:
     return {(line["recipe"], line["cached"]): line["tokens_per_second"] for line in of(lines, stage="time", size=size)}
 
 
-def ranked(lines: list[Line], size: str, stage: str = "final") -> dict[str, list[Line]]:
-    """Return a size's finished lines by recipe, the best first; of seeds that all of them have.
-
-    A recipe at half its rate of the screening, where the student is wider, is one of its own.
-    """
+def ranked(lines: list[Line], plan: dict[str, Any], size: str) -> dict[str, list[Line]]:
+    """Return a size's finals by recipe, the best first: each at its best rate, with the seeds that all of them have."""
     found: dict[str, list[Line]] = {}
-    for line in of(lines, stage=stage, size=size):
-        found.setdefault(line["recipe"], []).append(line)
-    for line in of(lines, stage="other-rate", size=size) if stage == "final" else []:
-        found.setdefault(f"{line['recipe']}{HALVED}", []).append(line)
+    for line in of(lines, stage="final", size=size):
+        if line["rate"] == min(tried(lines, plan, size, line["recipe"]))[1]:
+            found.setdefault(line["recipe"], []).append(line)
     seeds = set.intersection(*({one["seed"] for one in own} for own in found.values())) if found else set()
     found = {recipe: [one for one in own if one["seed"] in seeds] for recipe, own in found.items()}
-    return dict(sorted(found.items(), key=lambda item: statistics.mean(one["loss"] for one in item[1])))
+    return dict(sorted(found.items(), key=lambda item: mean_loss(item[1])))
+
+
+def tried(lines: list[Line], plan: dict[str, Any], size: str, recipe: str) -> list[tuple[float, float]]:
+    """Return loss and rate of a recipe's finals with the seed that chose between its rates."""
+    own = of(lines, stage="final", size=size, recipe=recipe, seed=plan["final"]["seeds"][0])
+    return [(line["loss"], line["rate"]) for line in own]
+
+
+def mean_loss(lines: list[Line]) -> float:
+    """Return the mean over seeds."""
+    return statistics.mean(float(line["loss"]) for line in lines)
 
 
 def finals(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
-    """Yield for each size the recipes at equal tokens, and what equal time says."""
+    """Yield for each size the recipes at equal tokens, each beside the default one, and what equal time says."""
     for size in plan["sizes"]:
-        by = ranked(lines, size)
-        if not by:
+        by = ranked(lines, plan, size)
+        if plan["default"] not in by:
             continue
-        winner, speed = next(iter(by)), speeds(lines, size)
-        first = by[winner][0]
-        yield f"## {size}: {first['parameters']:,} parameters, {first['tokens']:,} tokens, seeds {seeds_of(by[winner])}"
+        default, speed = by[plan["default"]], speeds(lines, size)
+        first, seeds = default[0], ", ".join(str(line["seed"]) for line in default)
+        yield f"## {size}: {first['parameters']:,} parameters, {first['tokens']:,} tokens, seeds {seeds}"
         yield ""
-        yield f"| recipe | rate | loss | perplexity | above {winner} | tokens/s | with the cache |"
-        yield "|---" * 7 + "|"
+        yield (
+            f"| recipe | rate | other rate | loss | by seed | perplexity | above {plan['default']} | tokens/s | cached |"
+        )
+        yield "|---" * 9 + "|"
         for recipe, own in by.items():
-            loss = statistics.mean(one["loss"] for one in own)
-            gap, error = paired(by[winner], own)
-            above = "-" if recipe == winner else f"{gap:+.4f} +- {error:.4f}"
-            rates = [speed.get((recipe.removesuffix(HALVED), cached)) for cached in (False, True)]
-            cells = ["-" if rate is None else f"{rate:,.0f}" for rate in rates]
-            start = f"| {recipe} | {own[0]['rate']:g} | {loss:.4f} | {math.exp(loss):.1f} | {above} "
-            yield start + f"| {' | '.join(cells)} |"
+            others = [f"{rate:g}: {loss:.3f}" for loss, rate in sorted(tried(lines, plan, size, recipe))[1:]]
+            gap, error = paired(default, own)
+            above = "-" if own is default else f"{gap:+.4f} +- {error:.4f}"
+            known = [speed.get((recipe, cached)) for cached in (False, True)]
+            cells = [
+                recipe, f"{own[0]['rate']:g}", ", ".join(others) or "-", f"{mean_loss(own):.4f}",
+                ", ".join(f"{one['loss']:.3f}" for one in own), f"{math.exp(mean_loss(own)):.1f}", above,
+                *("-" if rate is None else f"{rate:,.0f}" for rate in known),
+            ]  # fmt: skip
+            yield f"| {' | '.join(cells)} |"
         yield ""
-        yield from equal_time(lines, plan, size, by)
-        yield from reached(by, size, speed)
+        yield from equal_time(lines, plan, size, default)
+        yield from reached(by, plan["default"], speed)
 
 
-def seeds_of(lines: list[Line]) -> str:
-    """Name the seeds."""
-    return ", ".join(str(line["seed"]) for line in lines)
+def equal_time(lines: list[Line], plan: dict[str, Any], size: str, default: list[Line]) -> Iterator[str]:
+    """Say what cross-entropy reaches with the tokens that fit into the default recipe's time, as last measured."""
+    longer = of(lines, stage="equal-time", size=size)
+    longer = of(longer, tokens=longer[-1]["tokens"]) if longer else []
+    if longer:
+        gap, error = paired(default, longer)
+        yield (
+            f"In {plan['default']}'s time {longer[0]['recipe']} sees {longer[0]['tokens']:,} tokens and comes to "
+            f"{mean_loss(longer):.4f}: {gap:+.4f} +- {error:.4f} above {plan['default']}."
+        )
+        yield ""
 
 
-def equal_time(lines: list[Line], plan: dict[str, Any], size: str, by: dict[str, list[Line]]) -> Iterator[str]:
-    """Say what cross-entropy reaches with the tokens that fit into the time of the screening's best recipe.
-
-    It is compared with that recipe at the better of its rates.
-    """
-    screened = sorted(of(lines, stage="screen"), key=lambda line: float(line["loss"]))
-    leader = next((line["recipe"] for line in screened if line["recipe"] not in plan["baselines"]), None)
-    leader = next((name for name in by if name.removesuffix(HALVED) == leader), None)
-    for recipe, longer in ranked(lines, size, "equal-time").items():
-        if leader is not None:
-            gap, error = paired(by[leader], longer)
-            yield (
-                f"In {leader}'s time {recipe} sees {longer[0]['tokens']:,} tokens and comes to "
-                f"{statistics.mean(one['loss'] for one in longer):.4f}: {gap:+.4f} +- {error:.4f} above {leader}."
-            )
-            yield ""
-
-
-def reached(by: dict[str, list[Line]], size: str, speed: dict[tuple[str, bool], float]) -> Iterator[str]:
-    """Say when the best recipe that has a curve passes below each other one's end, as a share of its time."""
-    known = {name: own for name, own in by.items() if len(own[0]["curve"]) > 1 and (name, False) in speed}
-    best = next(iter(known), None)
-    for recipe, own in known.items():
+def reached(by: dict[str, list[Line]], default: str, speed: dict[tuple[str, bool], float]) -> Iterator[str]:
+    """Say when the default recipe passes below each other one's end, as a share of its time."""
+    for recipe, own in by.items():
         end = own[0]["curve"][-1]
-        tokens = next((tokens for tokens, loss in known[best or ""][0]["curve"] if loss <= end[1]), None)
-        if recipe != best and tokens is not None:
-            share = (tokens / speed[best or "", False]) / (end[0] / speed[recipe, False])
-            yield f"{best} is below the end of {recipe} after {tokens:,} tokens: at most {share:.2f} of its time."
+        tokens = next((tokens for tokens, loss in by[default][0]["curve"] if loss <= end[1]), None)
+        if recipe != default and tokens is not None and (recipe, False) in speed:
+            share = (tokens / speed[default, False]) / (end[0] / speed[recipe, False])
+            yield f"{default} is below the end of {recipe} after {tokens:,} tokens: at most {share:.2f} of its time."
     yield ""
 
 
@@ -199,9 +198,9 @@ def draw(lines: list[Line], plan: dict[str, Any]) -> None:
         figure = Figure(figsize=(5.5 * len(sizes), 4), layout="constrained")
         for axes, size in zip(np.atleast_1d(figure.subplots(1, len(sizes))), sizes, strict=True):
             speed = speeds(lines, size)
-            for recipe, own in ranked(lines, size).items():
+            for recipe, own in ranked(lines, plan, size).items():
                 curve = np.array(own[0]["curve"])
-                across = curve[:, 0] / (speed[recipe.removesuffix(HALVED), False] if name == "seconds" else 1)
+                across = curve[:, 0] / (speed[recipe, False] if name == "seconds" else 1)
                 axes.plot(across, curve[:, 1], marker=".", label=recipe)
             axes.set(title=f"student: {size}", xlabel=what, ylabel="held-out loss (nats per token)")
             axes.grid(alpha=0.3)
@@ -209,10 +208,10 @@ def draw(lines: list[Line], plan: dict[str, Any]) -> None:
         figure.savefig(IMAGES / f"recipes-{name}.png", dpi=110)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for recipe in dict.fromkeys(name for size in sizes for name in ranked(lines, size)):
+    for recipe in dict.fromkeys(name for size in sizes for name in ranked(lines, plan, size)):
         points = sorted(
-            (own[0]["parameters"], math.exp(statistics.mean(one["loss"] for one in own)))
-            for size in sizes for name, own in ranked(lines, size).items() if name == recipe
+            (own[0]["parameters"], math.exp(mean_loss(own)))
+            for size in sizes for name, own in ranked(lines, plan, size).items() if name == recipe
         )  # fmt: skip
         axes.plot(*zip(*points, strict=True), marker="o", label=recipe)
     axes.set(xlabel="student's parameters", ylabel="held-out perplexity", yscale="log")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from tinygpt2.errors import ConfigError
 from tinygpt2.metrics import read_metrics
 
 from .conftest import sentences
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def close(one: Path, two: Path) -> None:
@@ -132,47 +136,38 @@ def test_two_processes_killed_stopped_and_resumed(teacher: Path, data: Path, tmp
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 151))
 
 
-SHARDED = """
-import sys, torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from tinygpt2.config import DistillConfig
-from tinygpt2.model import load_model, set_dropout
-from tinygpt2.objectives import Weights
-from tinygpt2.step import Step
-
-rank, folder, teacher = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-config = DistillConfig(teacher="t", student="s", data="d", out="o", recipe="tinygpt2", ce_weight=1.0)
-torch.manual_seed(0)
-ids = torch.randint(0, 320, (2, 32))
-def step():
-    student, taught = load_model(teacher)[0], load_model(teacher)[0].requires_grad_(False)
-    set_dropout(student, 0.0)
-    return Step(student, taught, Weights.of(config), config).train()
-plain, sharded = step(), step()
-for parameter in [*plain.parameters(), *sharded.parameters()]:
-    parameter.data += 0.01 * torch.sin(torch.arange(parameter.numel()).float()).view_as(parameter)
-fully_shard(sharded, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
-losses = [module(ids)[0] for module in (plain, sharded)]
-for loss in losses:
-    loss.backward()
-torch.testing.assert_close(*losses)
-for (name, whole), part in zip(plain.named_parameters(), sharded.parameters()):
-    assert part.to_local().numel() < whole.numel() or whole.shape[0] == 1, name
-    if whole.grad is not None:
-        torch.testing.assert_close(whole.grad, part.grad.full_tensor(), rtol=1e-4, atol=1e-6, msg=name)
-assert not any("_teacher" in name for name in sharded.state_dict())
-"""
-
-
-def test_objectives_see_whole_matrices_where_parameters_are_sharded(teacher: Path, tmp_path: Path) -> None:
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARDED, str(rank), str(tmp_path), str(teacher)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["fsdp", "deepspeed", "deepspeed --zero_stage 3"])
+def test_sharded_processes_distil_as_one(launch: str, teacher: Path, data: Path, tmp_path: Path) -> None:
+    """By the example files themselves: the losses of one process, and the same weights when resumed."""
+    by, *options = launch.split()
+    if by == "deepspeed":
+        pytest.importorskip("deepspeed", reason="not a dependency: nox -s deepspeed")
+    shape = tmp_path / "shape.yaml"
+    shape.write_text(yaml.safe_dump({"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 32}))
+    base = {
+        "teacher": str(teacher), "student": str(shape), "data": str(data), "recipe": "tinygpt2", "ce_weight": 0.5,
+        "optimizer": "adamw", "max_steps": 5, "log_every": 1, "eval_every": 3, "save_every": 2, "keep": 3,
+    }  # fmt: skip
+    one = distill(DistillConfig(**base, out=str(tmp_path / "1"), micro_batch_size=8))
+    two = DistillConfig(**base, out=str(tmp_path / "2"), micro_batch_size=2, gradient_accumulation_steps=2)
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / f"accelerate-{by}.yaml"),
+        "--num_processes", "2", *options, str(Path(__file__).with_name("sharded_on_cpu.py")), "distill",
+    ]  # fmt: skip
+    for resumed in (False, True):
+        done = subprocess.run(
+            [*command, *shlex.split(two.flags()), *(["--resume"] if resumed else [])],
+            capture_output=True, text=True, timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count(f"distributed by {by.upper()} 2") == 2
+        close(tmp_path / "1", tmp_path / "2")
+        weights = (tmp_path / "2" / "model.safetensors").read_bytes()
+        assert f"| parameters | {one.parameters:,} |" in (tmp_path / "2" / "README.md").read_text()
+        if resumed:
+            assert "resuming from" in done.stderr
+            assert weights == unbroken
+        unbroken = weights
+        shutil.rmtree(tmp_path / "2" / "checkpoints" / "step-5")

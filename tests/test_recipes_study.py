@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tinygpt2.config import DistillConfig
+from tinygpt2.config.training import read_recipe
 from tinygpt2.dataset import Shuffle, load_packed
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -73,22 +74,27 @@ def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
          "groups": [loss] * 40}
         for recipe, loss in (("kl", 4.5), ("ce", 5.0)) for rate in (5e-4, 1.5e-3)
     ]  # fmt: skip
+    default = PLAN["default"]
     for recipe, groups, curve in (
-        ("kl", even, [[1000, 4.4], [2000, 4.0]]),
+        (default, even, [[1000, 4.4], [2000, 4.0]]),
         ("ce", [4.5] * 39 + [4.6], [[1000, 4.9], [2000, 4.5]]),
     ):
         own = {"size": "fifth", "recipe": recipe, "rate": 5e-4, "tokens": 2000, "parameters": 10}
         loss = float(np.mean(groups))
         lines.append({"stage": "final", **own, "seed": 1, "loss": loss, "groups": groups, "curve": curve})
+        slower = {"seed": 1, "rate": 2.5e-4, "loss": loss + 1, "groups": even, "curve": curve}
+        lines.append({"stage": "final", **own, **slower})  # a rate that lost, and so is not compared
         lines.append(
             {"stage": "smallest", **own, "seed": 7, "loss": loss, "groups": groups, "checks": {"novel": groups}}
         )
         if recipe == "ce":
-            lines.append({**lines[-2], "stage": "equal-time", "tokens": 4000, "loss": 4.3, "groups": [4.3] * 40})
-        speed = 100.0 if recipe == "kl" else 200.0
+            lines.append(
+                {**lines[-3], "stage": "equal-time", "seed": 1, "tokens": 4000, "loss": 4.3, "groups": [4.3] * 40}
+            )
+        speed = 100.0 if recipe == default else 200.0
         lines.append({"stage": "time", "size": "fifth", "recipe": recipe, "cached": False, "tokens_per_second": speed})
     gap, error = report.paired(
-        report.of(lines, stage="final", recipe="kl"), report.of(lines, stage="final", recipe="ce")
+        report.of(lines, stage="final", recipe=default), report.of(lines, stage="final", recipe="ce")
     )
     assert gap == pytest.approx(0.5025)
     assert error == pytest.approx(np.std([0.5] * 39 + [0.6], ddof=1) / math.sqrt(40))
@@ -102,11 +108,18 @@ def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     text = (tmp_path / "report.md").read_text()
     assert "| kl-t2 | not measured | not measured | not measured |  | - |" in text
     assert "| ce | **5.000** | 5.000 | not measured |  | +0.500 +- 0.000 |" in text
-    assert "| ce | 0.0005 | 4.5025 | 90.2 | +0.5025 +- 0.0025 | 200 | - |" in text
-    assert "kl is below the end of ce after 1,000 tokens: at most 1.00 of its time." in text
-    assert "In kl's time ce sees 4,000 tokens and comes to 4.3000: +0.3000 +- 0.0000 above kl." in text
+    assert "| ce | 0.0005 | 0.00025: 5.502 | 4.5025 | 4.503 | 90.2 | +0.5025 +- 0.0025 | 200 | - |" in text
+    assert f"{default} is below the end of ce after 1,000 tokens: at most 1.00 of its time." in text
+    assert f"In {default}'s time ce sees 4,000 tokens and comes to 4.3000: +0.3000 +- 0.0000 above {default}." in text
     assert "| ce | 4.5025 | 4.5025 (+0.5025 +- 0.0025) |" in text
     assert len(list((tmp_path / "images").glob("recipes-*.png"))) == 3
+
+
+def test_the_plan_names_the_default_recipe() -> None:
+    (stage,) = PLAN["recipes"][PLAN["default"]]["stages"]
+    wanted, ours = PLAN["base"] | stage, read_recipe("default")
+    assert wanted.items() <= ours.items()
+    assert not any(value for name, value in ours.items() if name.endswith("_weight") and name not in wanted)
 
 
 def test_a_recipe_holds_nothing_that_distill_does_not_know() -> None:

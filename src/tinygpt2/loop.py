@@ -153,12 +153,17 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
 
 
 def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
-    """Tell DeepSpeed, where it runs, what it would ask a data loader for."""
-    if accelerator.state.deepspeed_plugin is not None:
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": config.micro_batch_size,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        }
+    """Tell DeepSpeed, where it runs, what it would ask a data loader for, and what its file may have otherwise."""
+    if accelerator.state.deepspeed_plugin is None:
+        return
+    options = accelerator.state.deepspeed_plugin.deepspeed_config
+    options |= {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.grad_clip,
+    }
+    if options["zero_optimization"]["stage"] == 3:
+        options["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # whatever their type
 
 
 def _bound(job: Job, accelerator: Accelerator) -> float | None:

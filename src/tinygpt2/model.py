@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.files import atomic_contents, sha256_of, write_text
@@ -67,6 +68,7 @@ def load_model(
             )
     if hollow:
         return _check_shapes(random_model(config, 0, hollow=True), directory, role), directory
+    unset_hf_deepspeed_config()  # in a run with ZeRO-3 a process would get nothing but its shard
     try:
         model, info = GPT2LMHeadModel.from_pretrained(
             str(directory),

@@ -177,10 +177,6 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
             "FSDP needs fsdp_auto_wrap_policy: NO_WRAP and fsdp_cpu_ram_efficient_loading: false",
             "examples/accelerate-fsdp.yaml has both",
         )
-    if deepspeed is not None and deepspeed.deepspeed_config["zero_optimization"]["stage"] == 3:
-        raise ConfigError(
-            "DeepSpeed's ZeRO stage 3 splits the matrices that the objectives need whole", "take stage 2, or FSDP"
-        )
     if (fsdp is not None or deepspeed is not None) and config.optimizer == "muon":
         raise ConfigError(
             "Muon needs whole matrices, FSDP and DeepSpeed split them", "add --optimizer adamw, or take DDP"

@@ -236,11 +236,11 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult | Compiled:
     if accelerator.is_main_process:
         write_text(out / RUN_FILE, config.to_yaml())
     _begin_tracking(accelerator, config)
-    tokenizer = job.data.tokenizer()
+    tokenizer, parameters = job.data.tokenizer(), count_parameters(job.model)  # ZeRO-3 leaves shards
     try:
         state, wrapped = run_loop(job, accelerator, module)
         weights = accelerator.get_state_dict(wrapped)
-        result = _result(job, state)
+        result = _result(job, state, parameters)
         if accelerator.is_main_process:
             own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
             save_model(job.model, out, tokenizer, _card(job, result), own, config.to_yaml())
@@ -311,7 +311,7 @@ def _begin_tracking(accelerator: Accelerator, config: TrainOptions) -> None:
     )
 
 
-def _result(job: Job, state: RunState) -> TrainResult:
+def _result(job: Job, state: RunState, parameters: int) -> TrainResult:
     return TrainResult(
         model=str(Path(job.config.out).resolve()),
         steps=state.step,
@@ -319,7 +319,7 @@ def _result(job: Job, state: RunState) -> TrainResult:
         seconds=state.seconds,
         loss=state.loss,
         eval=None if state.eval is None else Evaluation(**state.eval),
-        parameters=count_parameters(job.model),
+        parameters=parameters,
         tokens_per_second=state.tokens / state.seconds,
         peak_memory_bytes=peak_memory(),
     )
