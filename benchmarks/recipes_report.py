@@ -122,9 +122,8 @@ def finals(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
         first, seeds = default[0], ", ".join(str(line["seed"]) for line in default)
         yield f"## {size}: {first['parameters']:,} parameters, {first['tokens']:,} tokens, seeds {seeds}"
         yield ""
-        yield (
-            f"| recipe | rate | other rate | loss | by seed | perplexity | above {plan['default']} | tokens/s | cached |"
-        )
+        above = f"above {plan['default']}"
+        yield f"| recipe | rate | other rate | loss | by seed | perplexity | {above} | tokens/s | cached |"
         yield "|---" * 9 + "|"
         for recipe, own in by.items():
             others = [f"{rate:g}: {loss:.3f}" for loss, rate in sorted(tried(lines, plan, size, recipe))[1:]]

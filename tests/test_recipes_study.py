@@ -94,7 +94,7 @@ def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
         speed = 100.0 if recipe == default else 200.0
         lines.append({"stage": "time", "size": "fifth", "recipe": recipe, "cached": False, "tokens_per_second": speed})
     gap, error = report.paired(
-        report.of(lines, stage="final", recipe=default), report.of(lines, stage="final", recipe="ce")
+        *(report.of(lines, stage="final", recipe=recipe, rate=5e-4) for recipe in (default, "ce"))
     )
     assert gap == pytest.approx(0.5025)
     assert error == pytest.approx(np.std([0.5] * 39 + [0.6], ddof=1) / math.sqrt(40))
@@ -108,7 +108,7 @@ def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     text = (tmp_path / "report.md").read_text()
     assert "| kl-t2 | not measured | not measured | not measured |  | - |" in text
     assert "| ce | **5.000** | 5.000 | not measured |  | +0.500 +- 0.000 |" in text
-    assert "| ce | 0.0005 | 0.00025: 5.502 | 4.5025 | 4.503 | 90.2 | +0.5025 +- 0.0025 | 200 | - |" in text
+    assert "| ce | 0.0005 | 0.00025: 5.502 | 4.5025 | 4.502 | 90.2 | +0.5025 +- 0.0025 | 200 | - |" in text
     assert f"{default} is below the end of ce after 1,000 tokens: at most 1.00 of its time." in text
     assert f"In {default}'s time ce sees 4,000 tokens and comes to 4.3000: +0.3000 +- 0.0000 above {default}." in text
     assert "| ce | 4.5025 | 4.5025 (+0.5025 +- 0.0025) |" in text
