@@ -74,6 +74,8 @@ class Study:
     def __init__(self, work: Path, results: Path) -> None:
         self.plan: dict[str, Any] = yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
         self.work, self.results = work, results
+        if "TINYGPT2_TEST_DATA" not in os.environ:
+            raise SystemExit("set TINYGPT2_TEST_DATA to the folder that holds the plan's teacher and texts")
         self.shared = Path(os.environ["TINYGPT2_TEST_DATA"])
         self.teacher = str(self.shared / self.plan["teacher"])
 
@@ -226,9 +228,9 @@ class Study:
         return int(self.plan["final"]["seeds"][0])
 
     def final_rates(self, recipe: str, size: str) -> list[float]:
-        """Return the rates to try at a size: the screening's best, and half of it at a width that was not screened."""
+        """Return the rates to try at a size: the screening's best, and lower ones where the student is wider."""
         rate, _ = self.best_rates()[recipe]
-        return [rate] if size == self.plan["screen"]["size"] else [rate, rate / 2]
+        return [rate] if size == self.plan["screen"]["size"] else [rate, rate / 2, rate / 4]
 
     def final_rate(self, recipe: str, size: str) -> float:
         """Return the best of the rates that were tried at a size."""
@@ -360,11 +362,12 @@ def everything(study: Study) -> Iterator[Run]:
     yield from study.screen(2, recipes)
     yield from study.screen(0, study.chosen())
     study.time()
-    yield from study.final(study.first_seed)
+    for seed in study.plan["final"]["seeds"]:
+        yield from study.final(seed)
+    yield from study.equal_time(study.first_seed)
     yield from study.smallest()
     yield from study.screen(0, recipes)  # if one of these comes to be among the best, the next run of the plan goes on
     for seed in study.plan["final"]["seeds"]:
-        yield from study.final(seed)
         yield from study.equal_time(seed)
 
 

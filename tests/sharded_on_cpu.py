@@ -22,7 +22,8 @@ def on_cpu(state: PartialState) -> None:
 
 def accelerator(**options: Any) -> Accelerator:
     made = Accelerator(**options | {"cpu": False})
-    print("distributed by", made.distributed_type.value, made.num_processes, file=sys.stderr)
+    if made.is_main_process:
+        sys.stderr.write(f"{made.num_processes} processes by {made.distributed_type.value}\n")
     return made
 
 

@@ -9,17 +9,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import GPT2LMHeadModel
 
-from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, pregenerate, pretrain
-from tinygpt2.checkpoint import damage, finished
+from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, checkpoint, distill, pregenerate, pretrain
+from tinygpt2.checkpoint import Checkpoints, damage, finished
 from tinygpt2.dataset import load_packed
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.metrics import read_metrics
+from tinygpt2.runstate import RunState
 from tinygpt2.step import Evaluation
 
 from .conftest import sentences
@@ -261,3 +266,30 @@ def test_evaluation_on_a_text_of_ones_own(teacher: Path, data: Path, tmp_path: P
     text.write_text("short")
     with pytest.raises(DataError, match="shorter than one block"):
         pretrain(options(teacher, data, tmp_path / "k", eval_data=str(text)))
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_shard_that_cannot_be_written_is_missing_for_all(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs: list[str | None] = [None]
+
+    def save_state(path: str, safe_serialization: bool) -> None:
+        (Path(path) / "shard").write_text("whole")
+        if not path.endswith("-1"):
+            theirs[0] = "the disk is full" if where == "elsewhere" else None
+            if where == "here":
+                raise CheckpointException("write", {0: (OSError("the disk is full"), StackSummary())})
+
+    monkeypatch.setattr(checkpoint, "gather_object", lambda mine: [*mine, theirs[0]])
+    accelerator = SimpleNamespace(
+        is_main_process=True, num_processes=2, distributed_type=DistributedType.FSDP, scaler=None, save_state=save_state
+    )
+    checkpoints = Checkpoints(tmp_path, accelerator, None, None, 1, "stop")
+    state = RunState(4, "data")
+    for state.step in (1, 2):
+        checkpoints.save(state)
+    with pytest.raises(ModelError, match="the disk is full"):
+        checkpoints.settle()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-1"]
+    assert damage(tmp_path / "checkpoints" / "step-1") is None

@@ -24,14 +24,14 @@ from .conftest import sentences
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def close(one: Path, two: Path) -> None:
+def close(one: Path, two: Path, far: float = 1e-5) -> None:
     """Compare the losses and evaluations of two runs, step by step."""
     left, right = read_metrics(one), read_metrics(two)
     assert len(left) == len(right) > 2
     for a, b in zip(left, right, strict=True):
         for key in a.keys() - {"tokens_per_second", "grad_norm"}:
-            assert b[key] == pytest.approx(a[key], rel=1e-5), (key, a["step"])
-    assert right[-1]["eval/loss"] == pytest.approx(left[-1]["eval/loss"], rel=1e-6)
+            assert b[key] == pytest.approx(a[key], rel=far), (key, a["step"])
+    assert right[-1]["eval/loss"] == pytest.approx(left[-1]["eval/loss"], rel=far / 10)
 
 
 def test_two_processes_distil_as_one(teacher: Path, data: Path, tmp_path: Path) -> None:
@@ -137,8 +137,11 @@ def test_two_processes_killed_stopped_and_resumed(teacher: Path, data: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("launch", ["fsdp", "deepspeed", "deepspeed --zero_stage 3"])
-def test_sharded_processes_distil_as_one(launch: str, teacher: Path, data: Path, tmp_path: Path) -> None:
+def test_sharded_processes_distil_as_one(
+    launch: str, precision: str, teacher: Path, data: Path, tmp_path: Path
+) -> None:
     """By the example files themselves: the losses of one process, and the same weights when resumed."""
     by, *options = launch.split()
     if by == "deepspeed":
@@ -148,6 +151,7 @@ def test_sharded_processes_distil_as_one(launch: str, teacher: Path, data: Path,
     base = {
         "teacher": str(teacher), "student": str(shape), "data": str(data), "recipe": "tinygpt2", "ce_weight": 0.5,
         "optimizer": "adamw", "max_steps": 5, "log_every": 1, "eval_every": 3, "save_every": 2, "keep": 3,
+        "precision": precision,
     }  # fmt: skip
     one = distill(DistillConfig(**base, out=str(tmp_path / "1"), micro_batch_size=8))
     two = DistillConfig(**base, out=str(tmp_path / "2"), micro_batch_size=2, gradient_accumulation_steps=2)
@@ -156,17 +160,17 @@ def test_sharded_processes_distil_as_one(launch: str, teacher: Path, data: Path,
         "--num_processes", "2", *options, str(Path(__file__).with_name("sharded_on_cpu.py")), "distill",
     ]  # fmt: skip
     weights: list[bytes] = []
-    for resumed in (False, True):
+    for resumed in (False, True)[: 2 if precision == "fp32" else 1]:
         done = subprocess.run(
             [*command, *shlex.split(two.flags()), *(["--resume"] if resumed else [])],
             capture_output=True, text=True, timeout=300,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert done.stderr.count(f"distributed by {by.upper()} 2") == 2
-        close(tmp_path / "1", tmp_path / "2")
+        assert f"2 processes by {by.upper()}" in done.stderr
+        close(tmp_path / "1", tmp_path / "2", 1e-5 if precision == "fp32" else 1e-3)
         assert ("resuming from" in done.stderr) == resumed
         weights.append((tmp_path / "2" / "model.safetensors").read_bytes())
         assert f"| parameters | {one.parameters:,} |" in (tmp_path / "2" / "README.md").read_text()
         shutil.rmtree(tmp_path / "2" / "checkpoints" / "step-5")
-    assert weights[0] == weights[1]
+    assert weights[0] == weights[-1]

@@ -85,6 +85,7 @@ def make_budget(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accele
         with memory_explained(config, job.data.sequence_length):
             candidates.append(_timed(name, layers, job, accelerator, minutes))
         del job  # before the next one is made
+        accelerator.free_memory()
     if not candidates:
         raise ConfigError("a teacher of one layer cannot be cut in depth", "give a --student")
     able = [candidate for candidate in candidates if candidate.steps]
@@ -117,7 +118,6 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
     steps = max(0, int((_KEPT * 60 * minutes - evaluation) / (each + between)))
     steps = min(steps, math.ceil(MOST_PASSES * len(data.train) / sequences))
     tokens, passes = sequences * data.sequence_length, steps * sequences / len(data.train)
-    accelerator.free_memory(module, optimizer)
     return Candidate(name, layers, parameters, tokens / each, steps, steps * tokens, passes, job.peak_rate())
 
 

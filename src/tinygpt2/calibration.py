@@ -34,14 +34,16 @@ _ROUNDS = 16  # in which dimensions go
 
 
 def sample(blocks: Blocks, count: int, device: torch.device) -> Batches:
-    """Return up to `count` blocks, evenly spaced, in batches; padded ones only if there are no others."""
+    """Return up to `count` blocks, evenly spaced, in batches: of padded ones the longest, without padding."""
     lengths = blocks.lengths(range(len(blocks))) if blocks.padded else []
-    whole = [index for index, length in enumerate(lengths) if length == max(lengths)] or range(len(blocks))
+    longest = max(lengths, default=None)
+    whole = [index for index, length in enumerate(lengths) if length == longest] or range(len(blocks))
     chosen = [
         whole[place] for place in np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int))
     ]
     size = max(1, _TOKENS // blocks.batch(chosen[:1]).input_ids.shape[1])
-    return [blocks.batch(chosen[i : i + size]).input_ids.to(device) for i in range(0, len(chosen), size)]
+    batches = (blocks.batch(chosen[i : i + size]).input_ids for i in range(0, len(chosen), size))
+    return [ids[:, :longest].to(device) for ids in batches]
 
 
 @torch.no_grad()

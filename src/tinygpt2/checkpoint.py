@@ -88,12 +88,8 @@ class Checkpoints:
                 temporary.mkdir(parents=True)
         except OSError as error:
             self._failure = f"{temporary}: {error.strerror or error}"
-        if self._sharded and self._everywhere(self._failure) is None:
-            try:
-                self._accelerator.save_state(str(temporary), safe_serialization=True)
-            except OSError as error:
-                self._failure = f"{temporary}: {error.strerror or error}"
-            self._accelerator.wait_for_everyone()
+        if self._sharded:
+            self._save_shards(temporary)
         elif self._accelerator.is_main_process:
             parts = self._parts()
         if self._accelerator.is_main_process and self._failure is None:
@@ -103,6 +99,17 @@ class Checkpoints:
             self._writer.start()
             if not beside:
                 self._writer.join()
+
+    def _save_shards(self, temporary: Path) -> None:
+        """Let Accelerate write, in all processes: a shard that one of them cannot write is missing for all."""
+        if self._any(self._failure) is None:
+            try:
+                self._accelerator.save_state(str(temporary), safe_serialization=True)
+            except _anything() as error:
+                self._failure = f"{temporary}: {_reason(error)}"
+            self._failure = self._any(self._failure)
+        if self._failure is not None and self._accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def settle(self) -> None:
         """Wait for the checkpoint that is being written; all processes learn whether it could be.
@@ -122,8 +129,7 @@ class Checkpoints:
         """Wait for what is being written; return what any process could not write."""
         self.close()
         mine, self._failure = self._failure, None
-        all_ = gather_object([mine]) if self._accelerator.num_processes > 1 else [mine]
-        return next((failure for failure in all_ if failure), None)
+        return self._any(mine)
 
     def _report(self, failure: str | None) -> None:
         if failure and self._on_error == "stop":
@@ -180,6 +186,11 @@ class Checkpoints:
             say(f"warning: the best weights, {path}, cannot be had: {problem}; keeping the last ones")
         return problem is None
 
+    def _any(self, failure: str | None) -> str | None:
+        """Return a failure of any process, alike in all."""
+        all_ = gather_object([failure]) if self._accelerator.num_processes > 1 else [failure]
+        return next((one for one in all_ if one), None)
+
     def _everywhere(self, value: Any) -> Any:
         """Return the main process's value in every process."""
         return broadcast_object_list([value])[0] if self._accelerator.num_processes > 1 else value
@@ -221,8 +232,7 @@ class Checkpoints:
             flush_to_disk(self._root)
         except Exception as error:  # full disks make the libraries raise errors of their own
             shutil.rmtree(temporary, ignore_errors=True)
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            self._failure = f"{final}: {' '.join(reason.split())}"
+            self._failure = f"{final}: {_reason(error)}"
             return
         if state["best"] and state["best"]["step"] == state["step"]:
             self._best = final
@@ -255,10 +265,8 @@ class Checkpoints:
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
             if self._accelerator.scaler is not None and state.scaler is not None:
                 self._accelerator.scaler.load_state_dict(state.scaler)
-        except Exception as error:  # whatever another model's file makes the libraries raise
-            raise ModelError(
-                f"cannot resume from {path}: {' '.join(str(error).split())[:300]}", "give another --out"
-            ) from error
+        except _anything() as error:  # whatever another model's file makes the libraries raise
+            raise ModelError(f"cannot resume from {path}: {_reason(error)[:300]}", "give another --out") from error
 
 
 def finished(root: Path) -> list[Path]:
@@ -287,6 +295,17 @@ def damage(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{STATE} cannot be read: {error}"
     return None
+
+
+def _anything() -> tuple[type[BaseException], ...]:
+    """Return what libraries raise where a file cannot be written or read: torch's own is no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    return Exception, CheckpointException
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def _digest(run: dict[str, Any], files: dict[str, str]) -> str:

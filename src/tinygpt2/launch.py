@@ -57,12 +57,17 @@ def command_line() -> None:
 
 
 def check_number(asked: int | None) -> None:
-    """Check that as many processes run as an option asks for.
+    """Check that as many processes run as an option asks for, and that each can have a GPU where there are any.
 
     Raises:
-        ConfigError: another launcher started another number.
+        ConfigError: another launcher started another number, or there are fewer GPUs.
     """
+    import torch
+
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    devices = torch.cuda.device_count()
+    if not launched() and devices and (asked or 1) > devices:
+        raise ConfigError(f"--num-processes {asked}, but there are {devices} GPUs: each process takes one")
     if launched() and asked not in (None, 1, world):
         raise ConfigError(
             f"--num-processes {asked}, but {world} processes were launched", "leave it out under another launcher"

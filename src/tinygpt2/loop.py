@@ -109,6 +109,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
             indices = order[state.step * sequences : (state.step + 1) * sequences]
             parts = gradients(accelerator, wrapped, data.train, indices, config.micro_batch_size)
             norm = float(accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf) or 0)
+            norm = math.inf if norm < 0 else norm  # DeepSpeed's word for it
             terms, stopping = _agree(accelerator, parts, bool(stop))
             if may_step(accelerator, state, terms, norm, indices, config):
                 optimizer.step()

@@ -104,6 +104,7 @@ def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> 
             reader = Reader(name, model.config, model_tokenizer(directory))
             row, done[name, task.name] = _measure(scorer, reader, task, sheets[name, task.name], config, parameters)
             rows.append(row)
+        del model, scorer  # before the next one is there
     paired = []
     for task in tasks:
         for a, b in combinations(names, 2):

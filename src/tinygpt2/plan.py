@@ -155,11 +155,12 @@ def _fits(job: Job, accelerator: Accelerator, module: Step, size: int) -> bool:
     moments: list[torch.Tensor] = []
     blocks = [index % len(job.data.train) for index in range(size)]
     try:
-        module.to(accelerator.device)
+        module.to(accelerator.device).train()
         moments = [torch.empty_like(parameter) for parameter in module.parameters() for _ in range(2)]
-        with accelerator.autocast():
-            loss, _ = module(*job.data.train.batch(blocks).to(accelerator.device))
-        loss.backward()
+        for _ in range(2):  # the second time with all gradients there
+            with accelerator.autocast():
+                loss, _ = module(*job.data.train.batch(blocks).to(accelerator.device))
+            loss.backward()
         return True
     except torch.OutOfMemoryError:
         return False

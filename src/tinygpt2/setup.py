@@ -162,6 +162,8 @@ def _accelerator(config: TrainOptions, weights: Weights) -> Accelerator:
     )
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # whatever a launcher's file says
     _check_sharding(accelerator, config)
+    if (fsdp := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        fsdp.mixed_precision_policy = None  # it would round losses and sums of gradients: the step autocasts instead
     return accelerator
 
 
@@ -172,12 +174,17 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
         ConfigError: Accelerate's configuration asks for it.
     """
     fsdp, deepspeed = getattr(accelerator.state, "fsdp_plugin", None), accelerator.state.deepspeed_plugin
-    if fsdp is not None and (fsdp.auto_wrap_policy is not None or fsdp.cpu_ram_efficient_loading):
+    if fsdp is None and deepspeed is None:
+        return
+    whole = fsdp is None or (fsdp.fsdp_version == 2 and fsdp.auto_wrap_policy is None)
+    if not whole or (fsdp is not None and fsdp.cpu_ram_efficient_loading):
         raise ConfigError(
-            "FSDP needs fsdp_auto_wrap_policy: NO_WRAP and fsdp_cpu_ram_efficient_loading: false",
-            "examples/accelerate-fsdp.yaml has both",
+            "FSDP needs fsdp_version: 2, fsdp_auto_wrap_policy: NO_WRAP and fsdp_cpu_ram_efficient_loading: false",
+            "examples/accelerate-fsdp.yaml has them",
         )
-    if (fsdp is not None or deepspeed is not None) and config.optimizer == "muon":
+    if config.optimizer == "muon":
         raise ConfigError(
             "Muon needs whole matrices, FSDP and DeepSpeed split them", "add --optimizer adamw, or take DDP"
         )
+    if config.passing and not config.validate_only:
+        raise ConfigError("FSDP and DeepSpeed are for runs: this one only tries steps", "take DDP, or one process")

@@ -82,7 +82,8 @@ class Step(nn.Module):
         if not self.training:
             with torch.autocast(input_ids.device.type, enabled=False):
                 every = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
-                losses, _ = target_losses(self.student, self.student.lm_head.weight, input_ids, every)
+                head = head_operand(self.student.lm_head.weight)  # in 16 bits under DeepSpeed
+                losses, _ = target_losses(self.student, head, input_ids, every)
                 return losses.view(every.shape), {}
         wanted = self.objectives
         student = self._capture(
@@ -148,7 +149,8 @@ def gradients(
         rows = indices[turn * size : (turn + 1) * size]
         batch = blocks.batch(rows).to(accelerator.device)
         with accelerator.accumulate(module):  # divides by their number, and waits with the other processes' gradients
-            loss, terms = module(*batch, share, rows)
+            with accelerator.autocast():  # which Accelerate itself sees to, but not where it shards
+                loss, terms = module(*batch, share, rows)
             accelerator.backward(loss)
         for name, term in {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()}}.items():
             means[name] = means.get(name, 0) + term.detach().float() / len(turns)

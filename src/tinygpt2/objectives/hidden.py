@@ -19,7 +19,8 @@ def hidden_loss(
         student: mapped to the teacher's width.
         teacher: as it is.
         scale: `variance` divides by the teacher state's variance over all its entries: a pre-LN residual
-            stream grows with depth, and deep states would drown the rest.
+            stream grows with depth, and deep states would drown the rest. Its entries are those of the
+            micro-batch, so another split of the same global batch divides by slightly other numbers.
     Source: TinyBERT, arXiv:1909.10351, eq. 8; scaling: TinyGPT2's README, "Objective scaling".
     """
     mapped, target = student.to(wide(student)), teacher.to(wide(student))
