@@ -217,20 +217,22 @@ class Study:
 
     def final(self, seed: int) -> Iterator[Run]:
         """Yield the chosen recipes at all sizes: the first seed chooses the rate at each size, the others keep it."""
+        tokens = self.plan["final"]["tokens"]
         for size, recipe in itertools.product(self.plan["sizes"], self.chosen()):
-            rates = self.final_rates(recipe, size) if seed == self.first_seed else [self.final_rate(recipe, size)]
-            for rate in rates:
-                yield Run("final", size, recipe, rate, self.plan["final"]["tokens"], seed)
+            if seed != self.first_seed:
+                yield Run("final", size, recipe, self.final_rate(recipe, size), tokens, seed)
+                continue
+            rate, _ = self.best_rates()[recipe]
+            yield Run("final", size, recipe, rate, tokens, seed)
+            # a width that was not screened wants another rate: halved until that helps no more
+            while size != self.plan["screen"]["size"] and self.final_rate(recipe, size) == rate:
+                rate /= 2
+                yield Run("final", size, recipe, rate, tokens, seed)
 
     @property
     def first_seed(self) -> int:
         """The seed of the finals that rates are chosen with."""
         return int(self.plan["final"]["seeds"][0])
-
-    def final_rates(self, recipe: str, size: str) -> list[float]:
-        """Return the rates to try at a size: the screening's best, and lower ones where the student is wider."""
-        rate, _ = self.best_rates()[recipe]
-        return [rate] if size == self.plan["screen"]["size"] else [rate, rate / 2, rate / 4]
 
     def final_rate(self, recipe: str, size: str) -> float:
         """Return the best of the rates that were tried at a size."""

@@ -66,6 +66,25 @@ def test_a_second_stage_goes_on_where_the_first_one_stopped(data: Path) -> None:
         assert np.array_equal(rest.train.row(place), packed.train.row(row))
 
 
+def test_a_wider_student_gets_lower_rates_until_they_help_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINYGPT2_TEST_DATA", str(tmp_path))
+    plan = study.Study(tmp_path, tmp_path / "results.jsonl")
+    losses = {4e-3: 3.0, 2e-3: 2.0, 1e-3: 2.5}
+    plan.write({"stage": "screen", "recipe": "kl", "rate": 4e-3, "loss": 3.0})
+    first, second = plan.plan["final"]["seeds"]
+    found = []
+    for seed in (first, second):
+        for run in plan.final(seed):
+            found.append((run.seed, run.size, run.rate))
+            plan.write({**study.asdict(run), "loss": losses[run.rate]})
+    assert found == [
+        (first, "half", 4e-3), (first, "half", 2e-3), (first, "half", 1e-3), (first, "fifth", 4e-3),
+        (second, "half", 2e-3), (second, "fifth", 4e-3),
+    ]  # fmt: skip
+
+
 def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two recipes whose losses differ by 0.5 in every group but one, where it is 0.6; the others never ran."""
     even = [4.0] * 40
