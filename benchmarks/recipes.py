@@ -225,7 +225,7 @@ class Study:
             rate, _ = self.best_rates()[recipe]
             yield Run("final", size, recipe, rate, tokens, seed)
             # a width that was not screened wants another rate: halved until that helps no more
-            while size != self.plan["screen"]["size"] and self.final_rate(recipe, size) == rate:
+            while size != self.plan["screen"]["size"] and self.final_rate(recipe, size) <= rate:
                 rate /= 2
                 yield Run("final", size, recipe, rate, tokens, seed)
 
