@@ -252,6 +252,14 @@ class Study:
             tokens = round(self.plan["final"]["tokens"] * ratio)
             yield Run("equal-time", size, recipe, self.final_rate(recipe, size), tokens, seed)
 
+    def rule(self, seed: int) -> Iterator[Run]:
+        """Yield the default recipe at the rate that `distill` takes by itself."""
+        asked = DistillConfig(teacher="teacher", student="student", data="data", out="out")
+        for size in self.plan["sizes"]:
+            width = json.loads((self.work / size / "config.json").read_text())["n_embd"]
+            rate = asked.peak_rate(width)
+            yield Run("rule", size, self.plan["default"], rate, self.plan["final"]["tokens"], seed)
+
     def smallest(self) -> Iterator[Run]:
         """Yield the runs of the smallest row."""
         plan, best = self.plan["smallest"], self.best_rates()
@@ -366,6 +374,7 @@ def everything(study: Study) -> Iterator[Run]:
     study.time()
     for seed in study.plan["final"]["seeds"]:
         yield from study.final(seed)
+    yield from study.rule(study.first_seed)
     yield from study.equal_time(study.first_seed)
     yield from study.smallest()
     yield from study.screen(0, recipes)  # if one of these comes to be among the best, the next run of the plan goes on

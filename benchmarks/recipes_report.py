@@ -137,8 +137,20 @@ def finals(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
             ]  # fmt: skip
             yield f"| {' | '.join(cells)} |"
         yield ""
+        yield from by_rule(lines, size, default)
         yield from equal_time(lines, plan, size, default)
         yield from reached(by, plan["default"], speed)
+
+
+def by_rule(lines: list[Line], size: str, default: list[Line]) -> Iterator[str]:
+    """Say what the default recipe comes to at the rate that `distill` takes by itself, as last measured."""
+    for line in of(lines, stage="rule", size=size)[-1:]:
+        gap, error = paired(default, [line])
+        yield (
+            f"At {line['rate']:.3g}, the rate that `distill` takes by itself, {line['recipe']} comes to "
+            f"{line['loss']:.4f}: {gap:+.4f} +- {error:.4f}."
+        )
+        yield ""
 
 
 def equal_time(lines: list[Line], plan: dict[str, Any], size: str, default: list[Line]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Muon beside AdamW: each of GPT-2's matrices as torch's own Muon would treat it, alone and as (out, in)."""
+"""Muon beside AdamW: each of GPT-2's matrices as torch's own Muon would treat it, alone and as (out, in). And clipping."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.config import TrainOptions
 from tinygpt2.errors import ConfigError
 from tinygpt2.model import load_model
-from tinygpt2.optim import BETAS, Together, make_optimizer
+from tinygpt2.optim import BETAS, Together, clip_gradients, make_optimizer
 from tinygpt2.setup import _check_sharding
 
 RATE, DECAY = 1e-2, 0.1
@@ -102,12 +104,41 @@ def test_what_is_frozen_is_left_alone(teacher: Path, frozen: str) -> None:
 
 
 @pytest.mark.parametrize("plugin", ["fsdp_plugin", "deepspeed_plugin"])
-def test_muon_is_refused_where_matrices_are_split(plugin: str) -> None:
+def test_what_sharding_does_not_serve_is_refused(plugin: str) -> None:
     plugins = {
-        "fsdp_plugin": SimpleNamespace(auto_wrap_policy=None, cpu_ram_efficient_loading=False),
+        "fsdp_plugin": SimpleNamespace(fsdp_version=2, auto_wrap_policy=None, cpu_ram_efficient_loading=False),
         "deepspeed_plugin": SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}}),
     }
     state = SimpleNamespace(**{"fsdp_plugin": None, "deepspeed_plugin": None, plugin: plugins[plugin]})
     _check_sharding(SimpleNamespace(state=state), options("adamw"))
     with pytest.raises(ConfigError, match="Muon needs whole matrices"):
         _check_sharding(SimpleNamespace(state=state), options())
+    with pytest.raises(ConfigError, match="only tries steps"):
+        _check_sharding(SimpleNamespace(state=state), options("adamw").model_copy(update={"compile_only": True}))
+    plugins["fsdp_plugin"].fsdp_version = 1
+    if plugin == "fsdp_plugin":
+        with pytest.raises(ConfigError, match="fsdp_version: 2"):
+            _check_sharding(SimpleNamespace(state=state), options("adamw"))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
+def test_gradients_above_the_limit_are_scaled_down_to_it(limit: float) -> None:
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2,))]
+    for parameter in parameters[:2]:  # the last one was frozen
+        parameter.grad = torch.randn_like(parameter)
+    before = torch.cat([parameter.grad.flatten() for parameter in parameters[:2]])
+    norm = clip_gradients(Accelerator(cpu=True), parameters, limit)
+    assert norm == pytest.approx(before.norm().item(), rel=1e-6)
+    after = torch.cat([parameter.grad.flatten() for parameter in parameters[:2]])
+    scale = min(1.0, limit / norm) if limit else 1.0
+    torch.testing.assert_close(after, before * scale, rtol=1e-5, atol=0)
+    assert parameters[2].grad is None
+
+
+@pytest.mark.parametrize(("said", "norm"), [(2.5, 2.5), (None, 0.0), (-1.0, float("inf"))])
+def test_the_norm_is_deepspeeds_where_it_clips(said: float | None, norm: float) -> None:
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, clip_grad_norm_=lambda parameters, limit: said
+    )
+    assert clip_gradients(accelerator, [], 1.0) == norm

@@ -23,7 +23,7 @@ from tinygpt2.meter import Meter
 from tinygpt2.metrics import MetricsLog
 from tinygpt2.model import count_parameters
 from tinygpt2.objectives import Weights
-from tinygpt2.optim import learning_rate, make_optimizer
+from tinygpt2.optim import clip_gradients, learning_rate, make_optimizer
 from tinygpt2.progress import say, track
 from tinygpt2.runstate import RunState
 from tinygpt2.step import Step, evaluate, gradients, seed_step
@@ -108,12 +108,12 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
             seed_step(config.seed, state.step, accelerator.process_index)
             indices = order[state.step * sequences : (state.step + 1) * sequences]
             parts = gradients(accelerator, wrapped, data.train, indices, config.micro_batch_size)
-            norm = float(accelerator.clip_grad_norm_(parameters, config.grad_clip or math.inf) or 0)
-            norm = math.inf if norm < 0 else norm  # DeepSpeed's word for it
+            norm = clip_gradients(accelerator, parameters, config.grad_clip)
             terms, stopping = _agree(accelerator, parts, bool(stop))
             if may_step(accelerator, state, terms, norm, indices, config):
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad = None
             state.step += 1
             state.tokens = state.step * step_tokens
             state.loss = terms["loss"] if math.isfinite(terms["loss"]) else None

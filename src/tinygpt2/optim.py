@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
@@ -92,6 +94,19 @@ class Together(torch.optim.Optimizer):
         for member in self._members:
             member.step()
         return loss
+
+
+def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], limit: float) -> float:
+    """Scale gradients whose norm is above `limit` down to it (0: leave them); return the norm that they had."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine clips; what is not finite it calls -1
+        norm = float(accelerator.clip_grad_norm_(parameters, limit) or 0)
+        return norm if norm >= 0 else math.inf
+    accelerator.unscale_gradients()
+    total = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = float(total)
+    if limit and norm > limit:  # only then: scaling by 1 takes longer than the norm
+        nn.utils.clip_grads_with_norm_(parameters, limit, total)
+    return norm
 
 
 def learning_rate(step: int, total: int, options: TrainOptions, peak: float) -> float:
