@@ -216,16 +216,18 @@ class Study:
         return [*winners, *(name for name in self.plan["baselines"] if name in best)]
 
     def final(self, seed: int) -> Iterator[Run]:
-        """Yield the chosen recipes at all sizes: the first seed chooses the rate at each size, the others keep it."""
+        """Yield the chosen recipes at all sizes: the first seed chooses the rate, the others tell close ones apart."""
         tokens = self.plan["final"]["tokens"]
         for size, recipe in itertools.product(self.plan["sizes"], self.chosen()):
             if seed != self.first_seed:
-                yield Run("final", size, recipe, self.final_rate(recipe, size), tokens, seed)
+                loss, rate = self.tried(recipe, size)
+                if loss <= self.tried(self.plan["default"], size)[0] + self.plan["final"]["close"]:
+                    yield Run("final", size, recipe, rate, tokens, seed)
                 continue
             rate, _ = self.best_rates()[recipe]
             yield Run("final", size, recipe, rate, tokens, seed)
             # a width that was not screened wants another rate: halved until that helps no more
-            while size != self.plan["screen"]["size"] and self.final_rate(recipe, size) <= rate:
+            while size != self.plan["screen"]["size"] and self.tried(recipe, size)[1] <= rate:
                 rate /= 2
                 yield Run("final", size, recipe, rate, tokens, seed)
 
@@ -234,13 +236,12 @@ class Study:
         """The seed of the finals that rates are chosen with."""
         return int(self.plan["final"]["seeds"][0])
 
-    def final_rate(self, recipe: str, size: str) -> float:
-        """Return the best of the rates that were tried at a size."""
-        tried = [
+    def tried(self, recipe: str, size: str) -> tuple[float, float]:
+        """Return the least loss and its rate, of those that the first seed tried at a size."""
+        return min(
             (line["loss"], line["rate"]) for line in self.lines("final")
             if (line["recipe"], line["size"], line["seed"]) == (recipe, size, self.first_seed)
-        ]  # fmt: skip
-        return float(min(tried)[1])
+        )  # fmt: skip
 
     def equal_time(self, seed: int) -> Iterator[Run]:
         """Yield cross-entropy with as many tokens as fit in the time that the default recipe takes."""
@@ -250,7 +251,7 @@ class Study:
                       if line["size"] == size}  # fmt: skip
             ratio = speeds[recipe, False] / speeds[self.plan["default"], False]
             tokens = round(self.plan["final"]["tokens"] * ratio)
-            yield Run("equal-time", size, recipe, self.final_rate(recipe, size), tokens, seed)
+            yield Run("equal-time", size, recipe, self.tried(recipe, size)[1], tokens, seed)
 
     def rule(self, seed: int) -> Iterator[Run]:
         """Yield the default recipe at the rate that `distill` takes by itself."""

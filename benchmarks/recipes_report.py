@@ -91,13 +91,11 @@ def speeds(lines: list[Line], size: str) -> dict[tuple[str, bool], float]:
 
 
 def ranked(lines: list[Line], plan: dict[str, Any], size: str) -> dict[str, list[Line]]:
-    """Return a size's finals by recipe, the best first: each at its best rate, with the seeds that all of them have."""
+    """Return a size's finals by recipe, the best first: each at its best rate, a line for each seed."""
     found: dict[str, list[Line]] = {}
     for line in of(lines, stage="final", size=size):
         if line["rate"] == min(tried(lines, plan, size, line["recipe"]))[1]:
             found.setdefault(line["recipe"], []).append(line)
-    seeds = set.intersection(*({one["seed"] for one in own} for own in found.values())) if found else set()
-    found = {recipe: [one for one in own if one["seed"] in seeds] for recipe, own in found.items()}
     return dict(sorted(found.items(), key=lambda item: mean_loss(item[1])))
 
 

@@ -66,22 +66,27 @@ def test_a_second_stage_goes_on_where_the_first_one_stopped(data: Path) -> None:
         assert np.array_equal(rest.train.row(place), packed.train.row(row))
 
 
-def test_a_wider_student_gets_lower_rates_until_they_help_no_more(
+def test_a_wider_student_gets_lower_rates_and_close_recipes_other_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TINYGPT2_TEST_DATA", str(tmp_path))
     plan = study.Study(tmp_path, tmp_path / "results.jsonl")
-    losses = {4e-3: 3.0, 2e-3: 2.0, 1e-3: 2.5}
-    plan.write({"stage": "screen", "recipe": "kl", "rate": 4e-3, "loss": 3.0})
+    losses = {4e-3: 3.0, 2e-3: 2.0, 1e-3: 2.5, 8e-3: 3.5, 1.6e-2: 4.0}
+    plan.plan["recipes"] = {PLAN["default"]: {}, "far": {}}
+    plan.write({"stage": "screen", "recipe": PLAN["default"], "rate": 4e-3, "loss": 3.0})
+    plan.write({"stage": "screen", "recipe": "far", "rate": 8e-3, "loss": 3.1})
     first, second = plan.plan["final"]["seeds"]
     found = []
     for seed in (first, second):
         for run in plan.final(seed):
-            found.append((run.seed, run.size, run.rate))
-            plan.write({**study.asdict(run), "loss": losses[run.rate]})
+            found.append((run.seed, run.size, run.recipe, run.rate))
+            plan.write({**study.asdict(run), "loss": losses[run.rate] + (run.recipe == "far")})
+    default = PLAN["default"]
     assert found == [
-        (first, "half", 4e-3), (first, "half", 2e-3), (first, "half", 1e-3), (first, "fifth", 4e-3),
-        (second, "half", 2e-3), (second, "fifth", 4e-3),
+        *((first, "half", default, rate) for rate in (4e-3, 2e-3, 1e-3)),
+        *((first, "half", "far", rate) for rate in (8e-3, 4e-3, 2e-3, 1e-3)),
+        (first, "fifth", default, 4e-3), (first, "fifth", "far", 8e-3),
+        (second, "half", default, 2e-3), (second, "fifth", default, 4e-3),
     ]  # fmt: skip
 
 

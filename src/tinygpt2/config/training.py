@@ -23,7 +23,7 @@ OnSaveError = Literal["stop", "continue"]
 Optimizer = Literal["adamw", "muon"]
 TRACKERS = ("tensorboard", "wandb")
 DEFAULT_RATE = 5e-4
-RATE_TIMES_WIDTH: dict[Optimizer, float] = {"adamw": 0.2, "muon": 0.5}
+RATE_TIMES_WIDTH: dict[Optimizer, float] = {"adamw": 0.2, "muon": 0.3}
 MOST_PASSES = 4
 
 
@@ -237,8 +237,8 @@ class DistillConfig(TrainOptions):
     def peak_rate(self, width: int) -> float:
         """Return the peak learning rate: the one given, or one over the student's width, within bounds.
 
-        It was measured for both optimizers at a width of 128 (docs/recipes.md); one over the width is how the best rate
-        falls with it (Yang et al. 2022, arXiv:2203.03466, table 3).
+        It lies between what was best for both optimizers at widths of 128 and 256 (docs/recipes.md); one over the width
+        is how the best rate falls with it (Yang et al. 2022, arXiv:2203.03466, table 3).
         """
         return self.learning_rate or min(max(RATE_TIMES_WIDTH[self.optimizer] / width, 1e-4), 4e-3)
 
