@@ -105,7 +105,7 @@ class Checkpoints:
         if self._any(self._failure) is None:
             try:
                 self._accelerator.save_state(str(temporary), safe_serialization=True)
-            except _anything() as error:
+            except _library_errors() as error:
                 self._failure = f"{temporary}: {_reason(error)}"
             self._failure = self._any(self._failure)
         if self._failure is not None and self._accelerator.is_main_process:
@@ -265,7 +265,7 @@ class Checkpoints:
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
             if self._accelerator.scaler is not None and state.scaler is not None:
                 self._accelerator.scaler.load_state_dict(state.scaler)
-        except _anything() as error:  # whatever another model's file makes the libraries raise
+        except _library_errors() as error:  # whatever another model's file makes the libraries raise
             raise ModelError(f"cannot resume from {path}: {_reason(error)[:300]}", "give another --out") from error
 
 
@@ -297,7 +297,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def _anything() -> tuple[type[BaseException], ...]:
+def _library_errors() -> tuple[type[BaseException], ...]:
     """Return what libraries raise where a file cannot be written or read: torch's own is no Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 

@@ -163,7 +163,7 @@ def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.grad_clip,
     }
-    if options["zero_optimization"]["stage"] == 3:
+    if options.get("zero_optimization", {}).get("stage") == 3:
         options["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # whatever their type
 
 
