@@ -22,6 +22,7 @@ import yaml
 HERE = Path(__file__).parent / "recipes"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 PLAIN = "kl"  # what single changes are compared with
+SHOWN = 0.9  # nats per token above the best end: what is further away would press the others together
 Line = dict[str, Any]
 
 
@@ -203,26 +204,30 @@ def draw(lines: list[Line], plan: dict[str, Any]) -> None:
     sizes = [size for size in plan["sizes"] if of(lines, stage="final", size=size)]
     if not sizes:
         return
+    recipes = sorted({name for size in sizes for name in ranked(lines, plan, size)})
+    colors = {recipe: f"C{number}" for number, recipe in enumerate(recipes)}
     for name, what in (("tokens", "tokens"), ("seconds", "seconds on 2 cores")):
-        figure = Figure(figsize=(5.5 * len(sizes), 4), layout="constrained")
+        figure = Figure(figsize=(5.5 * len(sizes) + 1, 4), layout="constrained")
         for axes, size in zip(np.atleast_1d(figure.subplots(1, len(sizes))), sizes, strict=True):
             speed = speeds(lines, size)
             for recipe, own in ranked(lines, plan, size).items():
                 curve = np.array(own[0]["curve"])
                 across = curve[:, 0] / (speed[recipe, False] if name == "seconds" else 1)
-                axes.plot(across, curve[:, 1], marker=".", label=recipe)
+                axes.plot(across, curve[:, 1], marker=".", label=recipe, color=colors[recipe])
+            ends = [own[0]["curve"][-1][1] for own in ranked(lines, plan, size).values()]
             axes.set(title=f"student: {size}", xlabel=what, ylabel="held-out loss (nats per token)")
+            axes.set_ylim(min(ends) - 0.05, min(ends) + SHOWN)
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         figure.savefig(IMAGES / f"recipes-{name}.png", dpi=110)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for recipe in dict.fromkeys(name for size in sizes for name in ranked(lines, plan, size)):
+    for recipe in recipes:
         points = sorted(
             (own[0]["parameters"], math.exp(mean_loss(own)))
             for size in sizes for name, own in ranked(lines, plan, size).items() if name == recipe
         )  # fmt: skip
-        axes.plot(*zip(*points, strict=True), marker="o", label=recipe)
+        axes.plot(*zip(*points, strict=True), marker="o", label=recipe, color=colors[recipe])
     axes.set(xlabel="student's parameters", ylabel="held-out perplexity", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
