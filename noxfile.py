@@ -20,6 +20,9 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
 CONSTRAINTS = ("-c", "constraints.txt")
+# One thread for each of a few processes: small models gain nothing by more threads.
+PYTEST = ("-m", "pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -62,7 +65,7 @@ def docs(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """The whole test suite."""
-    session.run(shared(session), "-m", "pytest", *session.posargs, external=True)
+    session.run(shared(session), *PYTEST, *session.posargs, external=True, env=ONE_THREAD)
 
 
 @nox.session(reuse_venv=False)
@@ -102,4 +105,4 @@ def minimums(session: nox.Session) -> None:
     session.install("-q", "--no-deps", "-e", ".")
     # An old dependency may warn of what newer ones have mended: here only failures count.
     ignore = ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]
-    session.run("python", "-m", "pytest", "-m", "not slow", *ignore)
+    session.run("python", *PYTEST, "-m", "not slow", *ignore, env=ONE_THREAD)

@@ -127,7 +127,7 @@ def test_two_processes_killed_stopped_and_resumed(teacher: Path, data: Path, tmp
         assert time.monotonic() - started < 60
         if harm == "kill one":
             assert process.returncode == 1
-            assert "was killed by SIGKILL; the others were stopped" in errors
+            assert "was killed by SIGKILL; the others were stopped" in errors, errors
         else:
             assert process.returncode == 130
             assert "hint: add --resume" in errors

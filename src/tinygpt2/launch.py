@@ -140,13 +140,12 @@ def _wait(started: list[SpawnProcess], receivers: list[Any], asked: list[int]) -
     """Wait for all processes; return what the first reports, or raise the first failure, which none outlives long."""
     reports: dict[int, Any] = {}
     failures: list[BaseException] = []
-    deadline = math.inf
+    deadline, ending = math.inf, False
     waiting: dict[Any, int] = {receiver: number for number, receiver in enumerate(receivers)}
     waiting |= {process.sentinel: number for number, process in enumerate(started)}
     while waiting:
         ready: list[Any] = connection.wait(list(waiting), max(0.0, min(1.0, deadline - time.monotonic())))
-        # a death before what it did to the others
-        for source in sorted(ready, key=lambda item: not isinstance(item, int)):
+        for source in ready:
             number = waiting.pop(source)
             process = started[number]
             if isinstance(source, int):
@@ -154,7 +153,9 @@ def _wait(started: list[SpawnProcess], receivers: list[Any], asked: list[int]) -
                 if process.exitcode == -signal.SIGTERM and asked:
                     failures.append(InterruptedRunError("interrupted before the first step"))
                 elif process.exitcode and process.exitcode < 0 and number not in reports:
-                    failures.append(_killed(number, len(started), -process.exitcode))
+                    # nobody does SIGKILL to himself: what the others say came of it, even where they say it first
+                    place = 0 if process.exitcode == -signal.SIGKILL and not ending else len(failures)
+                    failures.insert(place, _killed(number, len(started), -process.exitcode))
             else:
                 try:
                     reports[number] = source.recv()
@@ -167,7 +168,8 @@ def _wait(started: list[SpawnProcess], receivers: list[Any], asked: list[int]) -
                     failures.append(reports[number])
         if (failures or len(reports) == len(started)) and deadline == math.inf:
             deadline = time.monotonic() + _PATIENCE
-        if time.monotonic() >= deadline:
+        ending = time.monotonic() >= deadline
+        if ending:
             for process in started:
                 process.kill()
     if failures:
