@@ -13,10 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, TruncateStudentConfig, distill, finetune, pretrain
 from tinygpt2.errors import ConfigError
+from tinygpt2.launch import check_number
 from tinygpt2.metrics import read_metrics
 
 from .conftest import sentences
@@ -95,6 +97,14 @@ def test_another_launchers_number_counts(
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="--num-processes 2, but 4 processes were launched"):
         pretrain(PretrainConfig(model=str(teacher), data=str(data), out=str(tmp_path / "m"), num_processes=2))
+
+
+def test_processes_are_no_more_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="--num-processes 3, but there are 2 GPUs"):
+        check_number(3)
+    check_number(2)
+    check_number(None)
 
 
 @pytest.mark.slow
