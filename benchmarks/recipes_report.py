@@ -204,17 +204,18 @@ def draw(lines: list[Line], plan: dict[str, Any]) -> None:
     sizes = [size for size in plan["sizes"] if of(lines, stage="final", size=size)]
     if not sizes:
         return
-    recipes = sorted({name for size in sizes for name in ranked(lines, plan, size)})
+    by = {size: ranked(lines, plan, size) for size in sizes}
+    recipes = sorted({name for found in by.values() for name in found})
     colors = {recipe: f"C{number}" for number, recipe in enumerate(recipes)}
     for name, what in (("tokens", "tokens"), ("seconds", "seconds on 2 cores")):
         figure = Figure(figsize=(5.5 * len(sizes) + 1, 4), layout="constrained")
         for axes, size in zip(np.atleast_1d(figure.subplots(1, len(sizes))), sizes, strict=True):
             speed = speeds(lines, size)
-            for recipe, own in ranked(lines, plan, size).items():
+            for recipe, own in by[size].items():
                 curve = np.array(own[0]["curve"])
                 across = curve[:, 0] / (speed[recipe, False] if name == "seconds" else 1)
                 axes.plot(across, curve[:, 1], marker=".", label=recipe, color=colors[recipe])
-            ends = [own[0]["curve"][-1][1] for own in ranked(lines, plan, size).values()]
+            ends = [own[0]["curve"][-1][1] for own in by[size].values()]
             axes.set(title=f"student: {size}", xlabel=what, ylabel="held-out loss (nats per token)")
             axes.set_ylim(min(ends) - 0.05, min(ends) + SHOWN)
             axes.grid(alpha=0.3)
@@ -224,8 +225,8 @@ def draw(lines: list[Line], plan: dict[str, Any]) -> None:
     axes = figure.subplots()
     for recipe in recipes:
         points = sorted(
-            (own[0]["parameters"], math.exp(mean_loss(own)))
-            for size in sizes for name, own in ranked(lines, plan, size).items() if name == recipe
+            (found[recipe][0]["parameters"], math.exp(mean_loss(found[recipe])))
+            for found in by.values() if recipe in found
         )  # fmt: skip
         axes.plot(*zip(*points, strict=True), marker="o", label=recipe, color=colors[recipe])
     axes.set(xlabel="student's parameters", ylabel="held-out perplexity", yscale="log")

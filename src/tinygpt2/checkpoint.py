@@ -87,7 +87,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         except OSError as error:
-            self._failure = f"{temporary}: {error.strerror or error}"
+            self._failure = f"{temporary}: {_reason(error)}"
         if self._sharded:
             self._save_shards(temporary)
         elif self._accelerator.is_main_process:
@@ -148,7 +148,7 @@ class Checkpoints:
         try:
             yield
         except OSError as error:
-            self._failure = f"{what}: {error.strerror or error}"
+            self._failure = f"{what}: {_reason(error)}"
 
     def resume(self, state: RunState) -> RunState:
         """Restore the newest whole checkpoint; return its state, or `state` where there is none.
