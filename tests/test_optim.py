@@ -122,18 +122,27 @@ def test_what_sharding_does_not_serve_is_refused(plugin: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
-def test_gradients_above_the_limit_are_scaled_down_to_it(limit: float) -> None:
-    torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2,))]
-    for parameter in parameters[:2]:  # the last one was frozen
-        parameter.grad = torch.randn_like(parameter)
-    before = torch.cat([parameter.grad.flatten() for parameter in parameters[:2]])
-    norm = clip_gradients(Accelerator(cpu=True), parameters, limit)
-    assert norm == pytest.approx(before.norm().item(), rel=1e-6)
-    after = torch.cat([parameter.grad.flatten() for parameter in parameters[:2]])
-    scale = min(1.0, limit / norm) if limit else 1.0
-    torch.testing.assert_close(after, before * scale, rtol=1e-5, atol=0)
-    assert parameters[2].grad is None
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_gradients_above_the_limit_are_scaled_down_to_it(teacher: Path, kind: str, limit: float) -> None:
+    models = [load_model(str(teacher))[0] for _ in range(2)]
+    ours, reference = (make_optimizer(model, options(kind)) for model in models)
+    for seed, share in enumerate((1.0, 1e-3, 2.0)):  # a small gradient between two that are scaled by 0.5
+        models[0].transformer.wpe.weight.requires_grad_(seed != 1)  # frozen: no gradient
+        descend(models[0], seed)
+        for left, right in zip(*(model.parameters() for model in models), strict=True):
+            right.grad = None if left.grad is None else left.grad.mul_(share).clone()
+        gradients = [p.grad for p in models[1].parameters() if p.grad is not None]
+        expected = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+        norm = clip_gradients(Accelerator(cpu=True), ours, list(models[0].parameters()), limit)
+        assert norm == pytest.approx(expected, rel=1e-5)
+        assert (ours.grad_scale is not None) == (0 < limit < expected)  # type: ignore[attr-defined]
+        for gradient in gradients:
+            gradient.mul_(min(1.0, limit / expected) if limit else 1.0)
+        for optimizer in (ours, reference):
+            optimizer.step()
+            optimizer.zero_grad()
+    # the moments: Muon's updates are made in bfloat16
+    torch.testing.assert_close(ours.state_dict()["state"], reference.state_dict()["state"], rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize(("said", "norm"), [(2.5, 2.5), (None, 0.0), (-1.0, float("inf"))])
@@ -141,4 +150,4 @@ def test_the_norm_is_deepspeeds_where_it_clips(said: float | None, norm: float) 
     accelerator = SimpleNamespace(
         distributed_type=DistributedType.DEEPSPEED, clip_grad_norm_=lambda parameters, limit: said
     )
-    assert clip_gradients(accelerator, [], 1.0) == norm
+    assert clip_gradients(accelerator, None, [], 1.0) == norm

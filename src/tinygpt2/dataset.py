@@ -88,10 +88,12 @@ class Blocks:
         """Return blocks as int64 tokens, one row per index."""
         rows = [self._read(int(index)) for index in indices]
         ids = torch.from_numpy(np.stack([ids for ids, _ in rows]).astype(np.int64))
-        lengths = torch.tensor([length for _, length in rows])
-        padding = torch.arange(self.sequence_length) >= lengths[:, None]
-        # whatever stands in the padding, a model looks it up
-        return Batch(ids.masked_fill_(padding, 0), lengths) if padding.any() else Batch(ids, None)
+        lengths = [length for _, length in rows]
+        if min(lengths) == self.sequence_length:
+            return Batch(ids, None)
+        for row, length in zip(ids, lengths, strict=True):
+            row[length:] = 0  # whatever stands in the padding, a model looks it up
+        return Batch(ids, torch.tensor(lengths))
 
 
 class Shuffle:

@@ -23,7 +23,7 @@ from tinygpt2.meter import Meter
 from tinygpt2.metrics import MetricsLog
 from tinygpt2.model import count_parameters
 from tinygpt2.objectives import Weights
-from tinygpt2.optim import clip_gradients, learning_rate, make_optimizer
+from tinygpt2.optim import clip_gradients, learning_rate, make_optimizer, unwrapped
 from tinygpt2.progress import say, track
 from tinygpt2.runstate import RunState
 from tinygpt2.step import Step, evaluate, gradients, seed_step
@@ -88,6 +88,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     peak = job.peak_rate()
     _tell_deepspeed(accelerator, config)
     wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
+    optimizer = unwrapped(accelerator, optimizer)
     parameters = list(wrapped.parameters())
     order = Shuffle(len(data.train), config.seed)
     checkpoints = Checkpoints(out, accelerator, wrapped, optimizer, config.keep, config.on_save_error)
@@ -108,7 +109,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
             seed_step(config.seed, state.step, accelerator.process_index)
             indices = order[state.step * sequences : (state.step + 1) * sequences]
             parts = gradients(accelerator, wrapped, data.train, indices, config.micro_batch_size)
-            norm = clip_gradients(accelerator, parameters, config.grad_clip)
+            norm = clip_gradients(accelerator, optimizer, parameters, config.grad_clip)
             terms, stopping = _agree(accelerator, parts, bool(stop))
             if may_step(accelerator, state, terms, norm, indices, config):
                 optimizer.step()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
@@ -55,11 +56,15 @@ class LayerMuon(torch.optim.Muon):
     def __init__(self, matrices: list[nn.Parameter], rate: float, decay: float, parts: int) -> None:
         super().__init__(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         self._parts = parts
+        self.grad_scale: Tensor | None = None  # as AdamW's
 
     def _init_group(self, group: Any, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> bool:
         """Give the update views of the parts, of parameters, gradients and momentum alike."""
         whole: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         super()._init_group(group, *whole)
+        if self.grad_scale is not None:
+            for gradient in whole[1]:
+                gradient.div_(self.grad_scale)
         for found, wanted in zip(whole, (params, grads, buffers), strict=True):
             wanted += [part.T for matrix in found for part in matrix.chunk(self._parts, dim=1)]
         return False
@@ -70,6 +75,7 @@ class Together(torch.optim.Optimizer):
 
     def __init__(self, members: list[torch.optim.Optimizer]) -> None:
         self._members = members
+        self.grad_scale: Tensor | None = None  # what the gradients of the next step are divided by
         super().__init__([group for member in members for group in member.param_groups], {})
         self._share()
 
@@ -92,20 +98,31 @@ class Together(torch.optim.Optimizer):
         """Let each member take its step."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for member in self._members:
+            member.grad_scale = self.grad_scale  # type: ignore[attr-defined]
             member.step()
         return loss
 
 
-def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale gradients whose norm is above `limit` down to it (0: leave them); return the norm that they had."""
+def unwrapped(accelerator: Accelerator, optimizer: Any) -> Any:
+    """Return the optimizer that Accelerate wrapped, where its wrapper has nothing to do but cost time.
+
+    It serves loss scaling; DeepSpeed's is another one. Each of its steps looks for optional packages on the disk.
+    """
+    return optimizer.optimizer if type(optimizer) is AcceleratedOptimizer and accelerator.scaler is None else optimizer
+
+
+def clip_gradients(accelerator: Accelerator, optimizer: Any, parameters: list[nn.Parameter], limit: float) -> float:
+    """Return the gradients' norm; have the optimizer's next step scale them down to `limit` (0: never) if it is above.
+
+    The scaling is part of the fused step, by the attribute that torch's loss scaler uses: no pass of its own.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine clips; what is not finite it calls -1
         norm = float(accelerator.clip_grad_norm_(parameters, limit) or 0)
         return norm if norm >= 0 else math.inf
     accelerator.unscale_gradients()
-    total = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    norm = float(total)
-    if limit and norm > limit:  # only then: scaling by 1 takes longer than the norm
-        nn.utils.clip_grads_with_norm_(parameters, limit, total)
+    norm = float(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
+    scale = torch.full((), norm / limit, device=accelerator.device) if limit and norm > limit else None
+    getattr(optimizer, "optimizer", optimizer).grad_scale = scale
     return norm
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int
@@ -119,7 +119,7 @@ class Step(nn.Module):
 
 def seed_step(seed: int, step: int, process: int) -> None:
     """Make the random numbers of a step, dropout's, a function of seed, step and process: nothing to save."""
-    number = int(np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)[0] >> 1)
+    number = int.from_bytes(hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=7).digest())
     # torch.manual_seed would ask for every kind of device there might be, which takes a millisecond
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_available():
@@ -144,7 +144,8 @@ def gradients(
     share = None
     if blocks.padded:  # a mean over the global batch, whatever padding falls into which micro-batch
         share = Counts.of(blocks.lengths(indices)).over(count)
-    means: dict[str, Tensor] = {}
+    names: list[str] = []
+    means = torch.zeros((), device=accelerator.device)
     for turn in turns:
         rows = indices[turn * size : (turn + 1) * size]
         batch = blocks.batch(rows).to(accelerator.device)
@@ -152,9 +153,9 @@ def gradients(
             with accelerator.autocast():  # which Accelerate itself sees to, but not where it shards
                 loss, terms = module(*batch, share, rows)
             accelerator.backward(loss)
-        for name, term in {"loss": loss, **{f"loss/{name}": term for name, term in terms.items()}}.items():
-            means[name] = means.get(name, 0) + term.detach().float() / len(turns)
-    return means
+        names = ["loss", *(f"loss/{name}" for name in terms)]
+        means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(turns)
+    return dict(zip(names, means, strict=True))
 
 
 def step_seconds(
