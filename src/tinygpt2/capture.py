@@ -109,7 +109,7 @@ def _attend_by_rows(
 ) -> Float[Tensor, "B H T K"]:
     """Causal attention without dropout, a block of query rows at a time.
 
-    For bfloat16 on a CPU this takes about three quarters of the time of torch's own kernel.
+    For bfloat16 on a CPU this takes about two thirds of the time of torch's own kernel.
     """
     shape, length = query.shape, query.shape[2]
     query, key, value = (x.flatten(0, 1) for x in (query * scale, key, value))  # (B H, T, K)
@@ -117,7 +117,8 @@ def _attend_by_rows(
     future = query.new_full((ROWS, ROWS), -math.inf).triu(1)
     for start in range(0, length, ROWS):
         stop = min(start + ROWS, length)
-        scores = torch.bmm(query[:, start:stop], key[:, :stop].mT)  # (B H, rows, keys)
+        # contiguous, and only then transposed: oneDNN would copy a transposed slice element by element
+        scores = torch.bmm(query[:, start:stop], key[:, :stop].contiguous().mT)  # (B H, rows, keys)
         scores[:, :, start:] += future[: stop - start, : stop - start]
         mixed[:, start:stop] = torch.bmm(scores.softmax(-1), value[:, :stop])
     return mixed.view(shape)

@@ -93,7 +93,8 @@ class _AttentionLoss(torch.autograd.Function):
         shrink = 1 / length if q.dtype == torch.float16 else 1.0
         for start in range(0, length, ROWS):
             stop = min(start + ROWS, length)
-            difference = torch.bmm(left[:, start:stop], right[:, :stop].mT)  # (B H, rows, keys)
+            # contiguous, then transposed: as in capture.py
+            difference = torch.bmm(left[:, start:stop], right[:, :stop].contiguous().mT)  # (B H, rows, keys)
             difference[:, :, start:].tril_()
             total += difference.to(total.dtype).square().sum()
             if any(ctx.needs_input_grad):
@@ -126,7 +127,7 @@ class _RelationLoss(torch.autograd.Function):
             stop = min(start + ROWS, length)
             future = torch.ones(stop - start, stop, dtype=torch.bool, device=student.device).triu(start + 1)
             relations = (
-                (x[:, start:stop] @ x[:, :stop].mT)
+                (x[:, start:stop] @ x[:, :stop].contiguous().mT)
                 .to(total.dtype)
                 .mul_(x.shape[-1] ** -0.5)
                 .masked_fill_(future, MASKED)
