@@ -4,9 +4,9 @@
 
 `quickstart` pretrains the teacher of tinygpt2's quickstart; `distill_step` distils the models of distill_step.py.
 Both run the command's own function on a dataset of random words, with its defaults for logging and saving. The overhead
-is what is left of the loop's time, as a share of it: batches, learning rate, random seeds, the gradient's norm and
-clipping (also given by itself), checks, metrics.jsonl, progress. The wait for the last checkpoint, once in a run, is
-given in seconds; evaluation is left out.
+is what is left of the loop's time, as a share of it: batches, learning rate, random seeds, the gradient's norm (also
+given by itself), checks, metrics.jsonl, progress. Clipping is part of the optimizer step. The wait for the last
+checkpoint, once in a run, is given in seconds; evaluation is left out.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def measured(spent: dict[str, float]) -> Iterator[None]:
     loop.evaluate = timed(spent, "evaluation", before[3])
     loop.Checkpoints.settle = timed(spent, "last checkpoint", before[4])  # type: ignore[method-assign]
     loop.Checkpoints.save = timed(spent, "saving", before[5])  # type: ignore[method-assign]
-    loop.clip_gradients = timed(spent, "clipping", before[6])
+    loop.clip_gradients = timed(spent, "norm", before[6])
     try:
         yield
     finally:

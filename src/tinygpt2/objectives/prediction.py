@@ -188,7 +188,7 @@ class _ChunkedLoss(torch.autograd.Function):
         device, count = hidden.device.type, len(hidden)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        head_grad: Tensor | None = None
+        head_grad = torch.zeros_like(head, dtype=wide(head)) if needs_head else None
         matrix = head_operand(head)
         states, taught = hidden.to(matrix.dtype), None
         if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
@@ -205,9 +205,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 values += _differentiate(logits, soft, targets[part], objective, means[1] * count)
                 if hidden_grad is not None:
                     hidden_grad[part] = logits @ matrix
-                if needs_head and head_grad is None:
-                    head_grad = (logits.mT @ states[part]).to(wide(head))
-                elif head_grad is not None and head_grad.dtype == logits.dtype:
+                if head_grad is not None and head_grad.dtype == logits.dtype:
                     head_grad.addmm_(logits.mT, states[part])
                 elif head_grad is not None:
                     head_grad += logits.mT @ states[part]
