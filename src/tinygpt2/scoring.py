@@ -174,7 +174,7 @@ def target_losses(
     targets = input_ids[:, 1:][wanted]
     vocabulary, device = len(head), head.device.type
     # a quarter of what training takes: as fast without a backward pass
-    chunk, rows = max(1, default_chunk(vocabulary, head.dtype, device) // 4), rows_at_once(vocabulary, device)
+    chunk, rows = max(1, default_chunk(vocabulary, device) // 4), rows_at_once(vocabulary, device)
     losses = torch.empty(len(targets), dtype=wide(head), device=head.device)
     hits = None if ruled_out is None else torch.empty(len(targets), 2, dtype=torch.bool, device=head.device)
     for start in range(0, len(targets), chunk):

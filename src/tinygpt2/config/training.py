@@ -74,7 +74,7 @@ class TrainOptions(ModelOptions):
         False, "Keep each layer's input only and run layers again for the gradients: less memory, more time.", panel=RUN
     )
     logit_chunk: int | None = option(
-        None, "Tokens whose logits are held at a time.", panel=RUN, ge=1, shown="128 MiB of them, 512 on a GPU"
+        None, "Tokens whose logits are held at a time.", panel=RUN, ge=1, shown="2**25 logits, 2**28 on a GPU"
     )
     seed: int = option(42, "Seed of initial weights, data order and dropout.", panel=OPTIMISATION, ge=0, le=MAX_SEED)
     eval_every: int | None = option(None, "Steps between evaluations.", panel=RUN, ge=1, shown="only at the end")

@@ -148,10 +148,9 @@ def prediction_loss(
     return total, terms
 
 
-def default_chunk(vocabulary: int, dtype: torch.dtype, device: str) -> int:
-    """Return how many tokens' logits to hold at a time: 128 MiB of them on a CPU, 512 MiB on a GPU."""
-    budget = 2**27 if device == "cpu" else 2**29
-    return max(64, budget // (vocabulary * dtype.itemsize))
+def default_chunk(vocabulary: int, device: str) -> int:
+    """Return how many tokens' logits to hold at a time: 2**25 of them on a CPU, 2**28 on a GPU."""
+    return max(64, (2**25 if device == "cpu" else 2**28) // vocabulary)
 
 
 def rows_at_once(vocabulary: int, device: str) -> int:
@@ -195,7 +194,7 @@ class _ChunkedLoss(torch.autograd.Function):
             taught = (teacher_hidden.to(teacher_head.dtype), teacher_head)
         means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum()]).clamp(min=1).to(wide(hidden))
         values = torch.zeros_like(means)
-        turns = max(1, math.ceil(count / (objective.chunk or default_chunk(len(head), matrix.dtype, device))))
+        turns = max(1, math.ceil(count / (objective.chunk or default_chunk(len(head), device))))
         chunk = max(1, math.ceil(count / turns))  # equal chunks: a small last one would be slow
         with torch.autocast(device, enabled=False):
             for start in range(0, count, chunk):
