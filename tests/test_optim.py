@@ -11,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.config import TrainOptions
@@ -143,6 +145,31 @@ def test_gradients_above_the_limit_are_scaled_down_to_it(teacher: Path, kind: st
             optimizer.zero_grad()
     # the moments: Muon's updates are made in bfloat16
     torch.testing.assert_close(ours.state_dict()["state"], reference.state_dict()["state"], rtol=1e-3, atol=1e-9)
+
+
+def scaled_in_shards(rank: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    sharded = nn.Linear(6, 4)
+    whole = copy.deepcopy(sharded)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    ours, reference = (torch.optim.AdamW(module.parameters(), fused=True) for module in (sharded, whole))
+    for size in (1.0, 1e-3, 3.0):
+        for module in (sharded, whole):
+            module(torch.full((3, 6), size)).square().sum().backward()
+        norm = clip_gradients(Accelerator(cpu=True), ours, list(sharded.parameters()), 0.5)
+        assert norm == pytest.approx(nn.utils.clip_grad_norm_(whole.parameters(), 0.5).item(), rel=1e-5)
+        for optimizer in (ours, reference):
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, theirs in zip(ours.state.values(), reference.state.values(), strict=True):
+        torch.testing.assert_close(mine["exp_avg"].full_tensor(), theirs["exp_avg"])
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharded_gradients_are_scaled_like_whole_ones(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(scaled_in_shards, (str(tmp_path / "store"),), nprocs=2)
 
 
 @pytest.mark.parametrize(("said", "norm"), [(2.5, 2.5), (None, 0.0), (-1.0, float("inf"))])
