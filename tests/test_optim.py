@@ -144,7 +144,7 @@ def test_gradients_above_the_limit_are_scaled_down_to_it(teacher: Path, kind: st
             optimizer.step()
             optimizer.zero_grad()
     # the moments: Muon's updates are made in bfloat16
-    torch.testing.assert_close(ours.state_dict()["state"], reference.state_dict()["state"], rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(ours.state_dict()["state"], reference.state_dict()["state"], rtol=1e-5, atol=1e-9)
 
 
 def scaled_in_shards(rank: int, store: str) -> None:

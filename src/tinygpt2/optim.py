@@ -122,7 +122,7 @@ def clip_gradients(accelerator: Accelerator, optimizer: Any, parameters: list[nn
     accelerator.unscale_gradients()
     norm = float(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     scale = torch.full((), norm / limit, device=accelerator.device) if limit and norm > limit else None
-    getattr(optimizer, "optimizer", optimizer).grad_scale = scale
+    getattr(optimizer, "optimizer", optimizer).grad_scale = scale  # where losses are scaled, it is still wrapped
     return norm
 
 
