@@ -41,7 +41,7 @@ def models(options: argparse.Namespace, ours: bool) -> tuple[Any, Any]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from tinygpt2.model import random_model
+    from tinygpt2.models.loading import random_model
 
     made = []
     for seed, shape in ((1, STUDENT), (2, TEACHER)):
@@ -63,10 +63,10 @@ def training_step(options: argparse.Namespace, ours: bool, bf16: bool) -> Any:
     import torch
     from naive import NaiveStep
 
-    from tinygpt2.config import PretrainConfig
-    from tinygpt2.objectives import Weights
-    from tinygpt2.optim import make_optimizer
-    from tinygpt2.step import Step
+    from tinygpt2.config.training import PretrainConfig
+    from tinygpt2.objectives.combined import Weights
+    from tinygpt2.training.optimizers import make_optimizer
+    from tinygpt2.training.step import Step
 
     run = PretrainConfig(data="", out="", shape="gpt2", learning_rate=2.5e-4)
     student, teacher = models(options, ours)
@@ -168,7 +168,7 @@ def bare_products(options: argparse.Namespace, bf16: bool) -> Any:
 
 def work(options: argparse.Namespace) -> None:
     """Take a step for every line on stdin; answer with a line of JSON."""
-    from tinygpt2.machine import fast_products, keep_memory
+    from tinygpt2.runtime.cpu import fast_products, keep_memory
 
     if options.worker.startswith("ours"):
         keep_memory()  # as the command line does

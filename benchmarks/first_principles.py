@@ -16,11 +16,11 @@ import json
 
 import torch
 
-from tinygpt2 import reference
-from tinygpt2.calibration import mean_loss, sample
-from tinygpt2.dataset import load_packed
-from tinygpt2.machine import fast_products
-from tinygpt2.model import load_model
+from tinygpt2.compression.importance import mean_loss, sample
+from tinygpt2.data.dataset import load_packed
+from tinygpt2.models import reference
+from tinygpt2.models.loading import load_model
+from tinygpt2.runtime.cpu import fast_products
 
 
 def stretched(model: reference.GPT2, positions: int) -> reference.GPT2:

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from tinygpt2 import PplConfig, ppl
-from tinygpt2.detokenize import pages
+from tinygpt2.evaluation.detokenize import pages
 
 WIKITEXT = """
 task: wikitext

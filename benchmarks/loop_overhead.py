@@ -26,10 +26,11 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, loop, pregenerate, pretrain
-from tinygpt2.machine import keep_memory
-from tinygpt2.model import random_model, save_model
-from tinygpt2.shapes import make_config
+from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, pregenerate, pretrain
+from tinygpt2.models.configuration import make_config
+from tinygpt2.models.loading import random_model, save_model
+from tinygpt2.runtime.cpu import keep_memory
+from tinygpt2.training import loop
 
 SIZES: dict[str, dict[str, Any]] = {
     "quickstart": {"vocabulary": 2048, "length": 128, "batch": 4, "steps": 300,
@@ -110,7 +111,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     else:
         config = PretrainConfig(model_config=str(shape), **common)
     loop.run_loop, run_loop = timed(spent, "loop", loop.run_loop), loop.run_loop
-    from tinygpt2 import train
+    from tinygpt2.workflows import train
 
     train.run_loop = loop.run_loop
     with measured(spent):

@@ -56,9 +56,9 @@ def ours(options: argparse.Namespace, tokens: list[int]) -> Job:
     import numpy as np
     import torch
 
-    from tinygpt2.model import load_model
-    from tinygpt2.perplexity import _budget
-    from tinygpt2.scoring import Scorer, windows
+    from tinygpt2.evaluation.perplexity import _budget
+    from tinygpt2.evaluation.scoring import Scorer, windows
+    from tinygpt2.models.loading import load_model
 
     scorer = Scorer(touched(load_model(options.folder)[0]), options.precision, torch.device(options.device))
     ids, budget = np.array(tokens), _budget(options.device)
@@ -142,7 +142,7 @@ def bound(options: argparse.Namespace, tokens: list[int]) -> Job:
     """Return the bare products of one window, as often as the text has windows."""
     import torch
 
-    from tinygpt2.scoring import windows
+    from tinygpt2.evaluation.scoring import windows
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     like = {"dtype": dtype, "device": options.device}
@@ -177,7 +177,7 @@ def work(options: argparse.Namespace) -> None:
     """Do the job for every line on stdin; answer with a line of JSON."""
     tuned = nullcontext()
     if options.worker in ("ours", "bound_onednn"):
-        from tinygpt2.machine import fast_products, keep_memory
+        from tinygpt2.runtime.cpu import fast_products, keep_memory
 
         tuned = fast_products()
         keep_memory()
@@ -212,9 +212,9 @@ def prepare(folder: Path, data: Path, count: int) -> None:
     """Write the model, its tokenizer and the text's tokens."""
     from transformers import GPT2Config
 
-    from tinygpt2.model import random_model, save_model
-    from tinygpt2.tasks import load_tasks
-    from tinygpt2.tokenizer import load_tokenizer
+    from tinygpt2.data.tokenizer import load_tokenizer
+    from tinygpt2.evaluation.tasks import load_tasks
+    from tinygpt2.models.loading import random_model, save_model
 
     tokenizer = load_tokenizer(str(data / "tokenizers" / "gpt2"))
     save_model(random_model(GPT2Config(**SHAPE), 1), folder, tokenizer, "# random\n")

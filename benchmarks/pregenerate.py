@@ -36,7 +36,7 @@ VARIANTS = ("engine", "ours_2", "ours_1", "batched", "tinygpt2")
 
 
 def documents(options: argparse.Namespace) -> list[str]:
-    from tinygpt2.corpus import Corpus, whole
+    from tinygpt2.data.corpus.sources import Corpus, whole
 
     return [piece.text for piece in whole(Corpus(options.source).pieces())]
 
@@ -47,7 +47,7 @@ def ours(options: argparse.Namespace, workers: int) -> float:
     from transformers import GPT2TokenizerFast  # noqa: F401
 
     from tinygpt2 import PregenerateConfig, pregenerate
-    from tinygpt2.machine import keep_memory
+    from tinygpt2.runtime.cpu import keep_memory
 
     keep_memory()  # as the command line does
     config = PregenerateConfig(
@@ -62,8 +62,8 @@ def ours(options: argparse.Namespace, workers: int) -> float:
 def engine(options: argparse.Namespace) -> float:
     import tiktoken
 
-    from tinygpt2.encoder import parsed, reproduce
-    from tinygpt2.tokenizer import END_OF_TEXT, GPT2_PATTERN, load_tokenizer
+    from tinygpt2.data.encoding import parsed, reproduce
+    from tinygpt2.data.tokenizer import END_OF_TEXT, GPT2_PATTERN, load_tokenizer
 
     ranks = reproduce(parsed(load_tokenizer(options.tokenizer).backend_tokenizer.to_str()))
     assert ranks, "tiktoken does not reproduce this tokenizer"
@@ -78,7 +78,7 @@ def engine(options: argparse.Namespace) -> float:
 
 
 def tokenizer_of(options: argparse.Namespace) -> Any:
-    from tinygpt2.tokenizer import load_tokenizer
+    from tinygpt2.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
     tokenizer.model_max_length = 10**9  # as run_clm.py does: long inputs are grouped afterwards
@@ -124,7 +124,7 @@ def tinygpt2(options: argparse.Namespace) -> float:
 
 def reader(options: argparse.Namespace) -> float:
     """Return tokens per second."""
-    from tinygpt2.dataset import Shuffle, load_packed
+    from tinygpt2.data.dataset import Shuffle, load_packed
 
     blocks = load_packed(str(Path(options.out) / "ours")).train
     order, batches = Shuffle(len(blocks), SEED), 2000

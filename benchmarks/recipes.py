@@ -32,23 +32,16 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from tinygpt2 import (
-    DistillConfig,
-    PregenerateConfig,
-    TruncateStudentConfig,
-    distill,
-    pregenerate,
-    truncate_student,
-)
-from tinygpt2.dataset import Blocks, Packed, Shuffle, load_packed
-from tinygpt2.machine import fast_products
-from tinygpt2.model import load_model
-from tinygpt2.objectives import Weights
-from tinygpt2.optim import make_optimizer
-from tinygpt2.parts import MapPart
-from tinygpt2.scoring import target_losses
-from tinygpt2.step import Step, step_seconds
-from tinygpt2.taught import TeacherCache
+from tinygpt2 import DistillConfig, PregenerateConfig, TruncateStudentConfig, distill, pregenerate, truncate_student
+from tinygpt2.data.block_readers import MapPart
+from tinygpt2.data.dataset import Blocks, Packed, Shuffle, load_packed
+from tinygpt2.evaluation.scoring import target_losses
+from tinygpt2.models.loading import load_model
+from tinygpt2.objectives.combined import Weights
+from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.training.optimizers import make_optimizer
+from tinygpt2.training.step import Step, step_seconds
+from tinygpt2.training.teacher_cache import TeacherCache
 
 HERE = Path(__file__).parent / "recipes"
 CLOSE = 0.01  # nats per token: recipes so near to each other may change places on another machine

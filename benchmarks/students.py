@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from tinygpt2 import TruncateStudentConfig
-from tinygpt2.calibration import (
+from tinygpt2.compression.importance import (
     active_dimensions,
     depth_importance,
     important_dimensions,
@@ -26,11 +26,11 @@ from tinygpt2.calibration import (
     sample,
     width_importance,
 )
-from tinygpt2.dataset import load_packed
-from tinygpt2.machine import fast_products
-from tinygpt2.model import load_model
-from tinygpt2.refit import refit
-from tinygpt2.truncate import Kept, _top, choose_layers, cut, sizes_of
+from tinygpt2.compression.least_squares import refit
+from tinygpt2.compression.truncate import Kept, _top, choose_layers, cut, sizes_of
+from tinygpt2.data.dataset import load_packed
+from tinygpt2.models.loading import load_model
+from tinygpt2.runtime.cpu import fast_products
 
 STRATEGIES = ("first", "middle", "last", "alternate", "uniform", "distilgpt2")
 

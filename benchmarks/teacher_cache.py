@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tinygpt2 import DistillConfig, distill
-from tinygpt2.dataset import load_packed
+from tinygpt2.data.dataset import load_packed
 
 
 def main() -> None:

@@ -11,7 +11,12 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked under the tests.
-CHECKED = ["tinygpt2.objectives", "tinygpt2.capture", "tinygpt2.scoring", "tinygpt2.conventions"]
+CHECKED = [
+    "tinygpt2.objectives",
+    "tinygpt2.models.activations",
+    "tinygpt2.evaluation.scoring",
+    "tinygpt2.evaluation.conventions",
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
@@ -22,8 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from tinygpt2 import PregenerateConfig, TrainTokenizerConfig, pregenerate, train_tokenizer  # noqa: E402
 from tinygpt2.cli import app  # noqa: E402
-from tinygpt2.model import save_model  # noqa: E402
-from tinygpt2.tokenizer import load_tokenizer  # noqa: E402
+from tinygpt2.data.tokenizer import load_tokenizer  # noqa: E402
+from tinygpt2.models.loading import save_model  # noqa: E402
 
 WORDS = [
     "the",

@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
-from tinygpt2 import setup
 from tinygpt2.cli.app import main
+from tinygpt2.training import preparation as setup
 
 
 def on_cpu(state: PartialState) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
-from tinygpt2.config import PretrainConfig
-from tinygpt2.model import random_model
-from tinygpt2.objectives import Weights
-from tinygpt2.optim import make_optimizer
-from tinygpt2.step import Step
+from tinygpt2.config.training import PretrainConfig
+from tinygpt2.models.loading import random_model
+from tinygpt2.objectives.combined import Weights
+from tinygpt2.training.optimizers import make_optimizer
+from tinygpt2.training.step import Step
 
 spec = importlib.util.spec_from_file_location("naive", Path(__file__).parent.parent / "benchmarks" / "naive.py")
 assert spec is not None

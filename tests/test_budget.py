@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from transformers import GPT2Config
 
 from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, distill, truncate_student
-from tinygpt2.budget import Budget, cuts
-from tinygpt2.dataset import Blocks, load_packed
+from tinygpt2.data.dataset import Blocks, load_packed
 from tinygpt2.errors import ConfigError
-from tinygpt2.model import load_model
-from tinygpt2.objectives import Weights
-from tinygpt2.optim import make_optimizer
-from tinygpt2.step import Step, step_seconds
+from tinygpt2.models.loading import load_model
+from tinygpt2.objectives.combined import Weights
+from tinygpt2.training.optimizers import make_optimizer
+from tinygpt2.training.step import Step, step_seconds
+from tinygpt2.workflows.budget import Budget, cuts
 
 from .conftest import Outcome, make_model
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinygpt2.capture import capture
-from tinygpt2.config import DistillConfig, PretrainConfig
-from tinygpt2.model import load_model, random_model, set_dropout
-from tinygpt2.objectives import Weights
-from tinygpt2.step import Step
+from tinygpt2.config.training import DistillConfig, PretrainConfig
+from tinygpt2.models.activations import capture
+from tinygpt2.models.loading import load_model, random_model, set_dropout
+from tinygpt2.objectives.combined import Weights
+from tinygpt2.training.step import Step
 
 T, V = 150, 60  # more than one block of query rows, and no multiple of it
 

@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import GPT2LMHeadModel
 
-from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, checkpoint, distill, pregenerate, pretrain
-from tinygpt2.checkpoint import Checkpoints, damage, finished
-from tinygpt2.dataset import load_packed
+from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, pregenerate, pretrain
+from tinygpt2.data.dataset import load_packed
 from tinygpt2.errors import ConfigError, DataError, ModelError
-from tinygpt2.metrics import read_metrics
-from tinygpt2.runstate import RunState
-from tinygpt2.step import Evaluation
+from tinygpt2.training import checkpoint
+from tinygpt2.training.checkpoint import Checkpoints, damage, finished
+from tinygpt2.training.metrics import read_metrics
+from tinygpt2.training.state import RunState
+from tinygpt2.training.step import Evaluation
 
 from .conftest import sentences
 from .test_train import same, weights
@@ -84,7 +85,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
     assert damage(newest) is None
     harm(newest)
     said: list[str] = []
-    monkeypatch.setattr("tinygpt2.checkpoint.say", said.append)
+    monkeypatch.setattr("tinygpt2.training.checkpoint.say", said.append)
     pretrain(options(teacher, data, out, resume=True))
     warning, resumed = said
     assert f"{newest}: {message}" in warning
@@ -107,7 +108,7 @@ def test_the_newest_and_the_best_are_kept(
 ) -> None:
     out = tmp_path / "m"
     losses = iter([3.0, 2.0, 1.0, 2.5, 1.5, 1.25, 4.0, 5.0])
-    monkeypatch.setattr("tinygpt2.loop.evaluate", lambda *_: Evaluation(next(losses), 0.0))
+    monkeypatch.setattr("tinygpt2.training.loop.evaluate", lambda *_: Evaluation(next(losses), 0.0))
     result = pretrain(options(teacher, data, out, keep=2, eval_every=1))
     assert [path.name for path in finished(out / "checkpoints")] == ["step-3", "step-6", "step-8"]
     assert result.eval.loss == 5.0
@@ -120,7 +121,7 @@ def test_a_damaged_newer_checkpoint_takes_no_place(whole: Path, teacher: Path, d
     shutil.copytree(whole, out)
     truncate(out / "checkpoints" / "step-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinygpt2.loop.seed_step", lambda seed, step, _: killed() if step == 7 else None)
+        patch.setattr("tinygpt2.training.loop.seed_step", lambda seed, step, _: killed() if step == 7 else None)
         with pytest.raises(OSError, match="killed"):
             pretrain(options(teacher, data, out, resume=True, keep=1, save_every=1))
     assert [path.name for path in finished(out / "checkpoints")] == ["step-7", "step-8"]
@@ -135,7 +136,7 @@ def killed() -> None:
 def test_the_best_that_could_not_be_written_is_not_trusted(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinygpt2 import checkpoint
+    from tinygpt2.training import checkpoint
 
     def fails_at_three(tensors: dict, file: Path) -> None:
         if "step-3" in str(file):
@@ -144,7 +145,7 @@ def test_the_best_that_could_not_be_written_is_not_trusted(
 
     save = checkpoint.save_file
     losses = iter([3.0, 2.0, 1.0, 2.5, 1.5, 1.25, 4.0, 5.0])
-    monkeypatch.setattr("tinygpt2.loop.evaluate", lambda *_: Evaluation(next(losses), 0.0))
+    monkeypatch.setattr("tinygpt2.training.loop.evaluate", lambda *_: Evaluation(next(losses), 0.0))
     monkeypatch.setattr(checkpoint, "save_file", fails_at_three)
     said: list[str] = []
     monkeypatch.setattr(checkpoint, "say", said.append)
@@ -236,7 +237,7 @@ def test_a_full_disk(teacher: Path, data: Path, tmp_path: Path, way: str) -> Non
 def test_a_failed_checkpoint_leaves_the_one_before(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinygpt2 import checkpoint
+    from tinygpt2.training import checkpoint
 
     calls = []
 

@@ -384,9 +384,9 @@ def test_a_missing_tokenizer_is_a_note(cli: Callable, bad: Path) -> None:
 
 
 def test_a_defect_is_one_line_unless_debugging(cli: Callable, monkeypatch: pytest.MonkeyPatch, teacher: Path) -> None:
-    import tinygpt2.verification
+    import tinygpt2.workflows.verification
 
-    monkeypatch.setattr(tinygpt2.verification, "_check_files", lambda path: 1 / 0)
+    monkeypatch.setattr(tinygpt2.workflows.verification, "_check_files", lambda path: 1 / 0)
     outcome = cli("verify", teacher)
     assert outcome.code == 1
     assert "a defect of tinygpt2: ZeroDivisionError" in outcome.err

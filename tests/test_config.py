@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tinygpt2.config import (
-    DistillConfig,
-    GenerateConfig,
-    PplConfig,
-    PregenerateConfig,
-    PretrainConfig,
-    TruncateStudentConfig,
-    read_recipe,
-)
+from tinygpt2.config.data import PregenerateConfig
+from tinygpt2.config.models import GenerateConfig, PplConfig, TruncateStudentConfig
+from tinygpt2.config.training import DistillConfig, PretrainConfig, read_recipe
+from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError
-from tinygpt2.shapes import preset_names, read_shape
-from tinygpt2.tokenizer import load_tokenizer
+from tinygpt2.models.configuration import preset_names, read_shape
 
 PRETRAIN = {"data": "d", "out": "o", "model": "m"}
 
@@ -113,7 +107,11 @@ def test_every_shipped_recipe_resolves_and_names_every_objective(recipe: str) ->
 
 
 def test_no_recipe_file_is_left_untested() -> None:
-    shipped = {Path(item.name).stem for item in files("tinygpt2.recipes").iterdir() if item.name.endswith(".yaml")}
+    shipped = {
+        Path(item.name).stem
+        for item in files("tinygpt2.config").joinpath("recipes").iterdir()
+        if item.name.endswith(".yaml")
+    }
     assert shipped == {"default", "tinygpt2", "distilgpt2", "truncation"}
 
 
@@ -134,7 +132,7 @@ def test_every_shipped_shape_resolves(name: str, tokenizer_dir: Path) -> None:
 
 
 def test_presets_have_their_published_sizes(shared_data: Path) -> None:
-    from tinygpt2.model import count_parameters, random_model
+    from tinygpt2.models.loading import count_parameters, random_model
 
     tokenizer = load_tokenizer(str(shared_data / "tokenizers" / "gpt2"))
     published = {"gpt2": 124_439_808, "distilgpt2": 81_912_576}

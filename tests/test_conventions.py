@@ -12,12 +12,12 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from tinygpt2 import PplConfig, ppl
-from tinygpt2.comparison import PplRow
+from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, DataError
-from tinygpt2.model import save_model
-from tinygpt2.stopwords import STOP_WORDS
-from tinygpt2.tasks import SPECS, load_tasks
-from tinygpt2.tokenizer import load_tokenizer
+from tinygpt2.evaluation.results import PplRow
+from tinygpt2.evaluation.stopwords import STOP_WORDS
+from tinygpt2.evaluation.tasks import SPECS, load_tasks
+from tinygpt2.models.loading import save_model
 
 from .conftest import sentences
 
@@ -283,7 +283,7 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         "afmck/text8": [{"text": "a b"}],
         "cam-cst/cbt": [sentence],
     }
-    monkeypatch.setattr("tinygpt2.tasks.dataset_rows", lambda name, *rest, **more: answers[name])
+    monkeypatch.setattr("tinygpt2.evaluation.tasks.dataset_rows", lambda name, *rest, **more: answers[name])
     names = ["wikitext", "ptb", "lambada", "cbt-cn", "text8"]
     wiki, ptb, lambada, questions, text8 = load_tasks(names, None)
     assert text8.text == "a b"

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tinygpt2 import corpus as corpus_module
-from tinygpt2 import formats
-from tinygpt2.corpus import Corpus, whole
+from tinygpt2.data.corpus import readers as formats
+from tinygpt2.data.corpus import sources as corpus_module
+from tinygpt2.data.corpus.python_docs import python_docs
+from tinygpt2.data.corpus.sources import Corpus, whole
 from tinygpt2.errors import DataError, UnreadableError
-from tinygpt2.pydocs import python_docs
 
 
 def documents(sources: list[str], document: str | None = None, text_column: str = "text", **rest: object) -> list[str]:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tinygpt2 import PregenerateConfig, PretrainConfig, from_map_style, pregenerate, pretrain
-from tinygpt2.dataset import Shuffle, check_dataset, load_packed
+from tinygpt2.data.dataset import Shuffle, check_dataset, load_packed
+from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import DataError
-from tinygpt2.tokenizer import load_tokenizer
 
 
 def test_batches_are_the_stored_blocks(data: Path) -> None:

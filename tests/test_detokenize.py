@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygpt2.detokenize import detokenize, detokenize_cbt, detokenize_page, pages, retokenize
+from tinygpt2.evaluation.detokenize import detokenize, detokenize_cbt, detokenize_page, pages, retokenize
 
 WIKITEXT = [
     (" = = Early life = = ", "== Early life =="),

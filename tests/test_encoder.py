@@ -17,9 +17,9 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer
 
-from tinygpt2.encoder import Encoder, encode, in_order, merge_ends, reproduce
-from tinygpt2.formats import LEAST_PART, Reading, read_stream
-from tinygpt2.tokenizer import load_tokenizer
+from tinygpt2.data.corpus.readers import LEAST_PART, Reading, read_stream
+from tinygpt2.data.encoding import Encoder, encode, in_order, merge_ends, reproduce
+from tinygpt2.data.tokenizer import load_tokenizer
 
 TEXTS = [
     "the cat sat",

@@ -15,14 +15,16 @@ import torch
 import yaml
 from transformers import GPT2Config
 
-from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, distill, finetune, loop, plan, pretrain
-from tinygpt2.config import TrainOptions
-from tinygpt2.dataset import Shuffle, load_packed
+from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, distill, finetune, pretrain
+from tinygpt2.config.training import TrainOptions
+from tinygpt2.data.dataset import Shuffle, load_packed
 from tinygpt2.errors import ConfigError, DivergedError, ModelError
-from tinygpt2.estimate import layer_operations, saved_bytes, step_operations
-from tinygpt2.metrics import read_metrics
-from tinygpt2.model import load_model
-from tinygpt2.objectives import Weights
+from tinygpt2.models.loading import load_model
+from tinygpt2.objectives.combined import Weights
+from tinygpt2.planning import dry_run as plan
+from tinygpt2.planning.memory_estimate import layer_operations, saved_bytes, step_operations
+from tinygpt2.training import loop
+from tinygpt2.training.metrics import read_metrics
 
 from .conftest import sentences
 from .test_checkpoint import options

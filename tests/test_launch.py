@@ -18,8 +18,8 @@ import yaml
 
 from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, TruncateStudentConfig, distill, finetune, pretrain
 from tinygpt2.errors import ConfigError
-from tinygpt2.launch import check_number
-from tinygpt2.metrics import read_metrics
+from tinygpt2.runtime.launch import check_number
+from tinygpt2.training.metrics import read_metrics
 
 from .conftest import sentences
 

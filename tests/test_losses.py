@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tests.references import naive_divergence, naive_prediction, naive_relation, naive_scores
 from tinygpt2.errors import ConfigError
 from tinygpt2.objectives import attention as attention_module
-from tinygpt2.objectives import prediction as prediction_module
+from tinygpt2.objectives import logits as prediction_module
 from tinygpt2.objectives.attention import attention_loss, relation_loss
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
-from tinygpt2.objectives.maps import layer_pairs, state_pairs
-from tinygpt2.objectives.prediction import LOSSES, PredictionObjective, cross_entropy, head_operand, prediction_loss
+from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
+from tinygpt2.objectives.logits import LOSSES, PredictionObjective, cross_entropy, head_operand, prediction_loss
 
 V = 50
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tinygpt2.machine import fast_products
+from tinygpt2.runtime.cpu import fast_products
 
 
 def test_fast_products_are_float32_products() -> None:

@@ -12,10 +12,10 @@ import yaml
 from transformers import GPT2LMHeadModel
 
 from tinygpt2 import VerifyConfig, verify
+from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, ModelError
-from tinygpt2.model import freeze, load_model, random_model, set_dropout
-from tinygpt2.shapes import read_shape
-from tinygpt2.tokenizer import load_tokenizer
+from tinygpt2.models.configuration import read_shape
+from tinygpt2.models.loading import freeze, load_model, random_model, set_dropout
 
 
 def ids(count: int = 2, length: int = 32) -> torch.Tensor:

@@ -12,13 +12,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.references import naive_relation
-from tinygpt2.capture import by_head, capture
-from tinygpt2.config import DistillConfig, PretrainConfig
+from tinygpt2.config.training import DistillConfig, PretrainConfig
 from tinygpt2.errors import ConfigError
-from tinygpt2.objectives import Objectives, Weights
-from tinygpt2.objectives.maps import layer_pairs
-from tinygpt2.objectives.prediction import LOSSES
-from tinygpt2.step import Step
+from tinygpt2.models.activations import by_head, capture
+from tinygpt2.objectives.combined import Objectives, Weights
+from tinygpt2.objectives.layer_maps import layer_pairs
+from tinygpt2.objectives.logits import LOSSES
+from tinygpt2.training.step import Step
 
 B, T, V = 2, 21, 50
 RUN = PretrainConfig(data="", out="", shape="gpt2")

@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.config import TrainOptions
+from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import ConfigError
-from tinygpt2.model import load_model
-from tinygpt2.optim import BETAS, Together, clip_gradients, make_optimizer
-from tinygpt2.setup import _check_sharding
+from tinygpt2.models.loading import load_model
+from tinygpt2.training.optimizers import BETAS, Together, clip_gradients, make_optimizer
+from tinygpt2.training.preparation import _check_sharding
 
 RATE, DECAY = 1e-2, 0.1
 

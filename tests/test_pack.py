@@ -20,15 +20,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_tokenizer import legacy_layout
-from tinygpt2 import PregenerateConfig, blocks, pregenerate, spill
-from tinygpt2 import corpus as corpus_module
-from tinygpt2 import pack as pack_module
-from tinygpt2.blocks import SplitWriter
-from tinygpt2.dataset import check_dataset, load_packed
-from tinygpt2.encoder import encode
+from tinygpt2 import PregenerateConfig, pregenerate
+from tinygpt2.data import block_writers as blocks
+from tinygpt2.data import external_sort as spill
+from tinygpt2.data import pregenerate as pack_module
+from tinygpt2.data.block_writers import SplitWriter
+from tinygpt2.data.corpus import sources as corpus_module
+from tinygpt2.data.dataset import check_dataset, load_packed
+from tinygpt2.data.encoding import encode
+from tinygpt2.data.pregenerate import PregenerateResult
+from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, DataError, UnreadableError
-from tinygpt2.pack import PregenerateResult
-from tinygpt2.tokenizer import load_tokenizer
 
 
 @settings(max_examples=60, deadline=None)

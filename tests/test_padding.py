@@ -11,10 +11,10 @@ import torch
 
 from tests.test_objectives import RUN, T, V, gpt2
 from tinygpt2 import PregenerateConfig, distill, pregenerate
-from tinygpt2.config import DistillConfig
-from tinygpt2.dataset import load_packed
-from tinygpt2.objectives import Counts, Weights
-from tinygpt2.step import Step, evaluate
+from tinygpt2.config.training import DistillConfig
+from tinygpt2.data.dataset import load_packed
+from tinygpt2.objectives.combined import Counts, Weights
+from tinygpt2.training.step import Step, evaluate
 
 LENGTHS = [T, 9, 1, 14]
 EVERY = Weights(1.0, 0.7, 1.3, 0.5, 0.4, 0.6, loss="jsd", temperature=2.0)
@@ -121,8 +121,8 @@ def test_distilling_on_padded_blocks(teacher: Path, corpus: Path, tokenizer_dir:
 def test_evaluation_leaves_padding_out(stored_padded: tuple[list[list[int]], list[int]]) -> None:
     from accelerate import Accelerator
 
-    from tinygpt2.dataset import Blocks
-    from tinygpt2.parts import MapPart
+    from tinygpt2.data.block_readers import MapPart
+    from tinygpt2.data.dataset import Blocks
 
     rows, lengths = stored_padded
     model = gpt2(2, 16, 4, seed=2)

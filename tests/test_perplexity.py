@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygpt2 import PplConfig, PregenerateConfig, ppl, pregenerate
-from tinygpt2.dataset import load_packed
+from tinygpt2.data.dataset import load_packed
+from tinygpt2.data.encoding import encode
+from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, DataError, ModelError
-from tinygpt2.model import load_model
-from tinygpt2.scoring import Scorer, Scores, Window, _batches, windows
-from tinygpt2.tokenizer import encode, load_tokenizer
+from tinygpt2.evaluation.scoring import Scorer, Scores, Window, _batches, windows
+from tinygpt2.models.loading import load_model
 
 from .conftest import make_model, sentences
 

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tinygpt2 import QuickstartConfig
 from tinygpt2.errors import ConfigError
-from tinygpt2.metrics import read_metrics
-from tinygpt2.pipeline import Scale, quickstart
+from tinygpt2.training.metrics import read_metrics
+from tinygpt2.workflows.quickstart import Scale, quickstart
 
 MODELS = ("teacher", "student", "baseline-truncated", "baseline-random")
 

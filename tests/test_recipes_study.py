@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
-from tinygpt2.config import DistillConfig
-from tinygpt2.config.training import read_recipe
-from tinygpt2.dataset import Shuffle, load_packed
+from tinygpt2.config.training import DistillConfig, read_recipe
+from tinygpt2.data.dataset import Shuffle, load_packed
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinygpt2 import reference
+from tinygpt2.models import reference
 
 SHAPES = [
     {},

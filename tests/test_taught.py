@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, truncate_student
-from tinygpt2.capture import capture
-from tinygpt2.dataset import load_packed
+from tinygpt2.data.dataset import load_packed
 from tinygpt2.errors import ConfigError
-from tinygpt2.metrics import read_metrics
-from tinygpt2.model import load_model
-from tinygpt2.taught import TeacherCache, cache_name
+from tinygpt2.models.activations import capture
+from tinygpt2.models.loading import load_model
+from tinygpt2.training.metrics import read_metrics
+from tinygpt2.training.teacher_cache import TeacherCache, cache_name
 
 from .conftest import make_model
 

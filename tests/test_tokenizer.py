@@ -10,9 +10,9 @@ import tiktoken
 from transformers import AutoTokenizer
 
 from tinygpt2 import TrainTokenizerConfig, train_tokenizer
-from tinygpt2.encoder import Encoder, encode, parsed, reproduce
+from tinygpt2.data.encoding import Encoder, encode, parsed, reproduce
+from tinygpt2.data.tokenizer import GPT2_PATTERN, convert_tiktoken, fingerprint, load_tokenizer
 from tinygpt2.errors import ConfigError, DataError, ModelError
-from tinygpt2.tokenizer import GPT2_PATTERN, convert_tiktoken, fingerprint, load_tokenizer
 
 TEXTS = ["the cat sat", "", " 你好 🙂\n\n", "naïve <|endoftext|> x", "a" * 300]
 

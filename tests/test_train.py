@@ -29,13 +29,13 @@ from tinygpt2 import (
     pretrain,
     truncate_student,
 )
-from tinygpt2.config import TrainOptions
-from tinygpt2.dataset import Shuffle, load_packed
+from tinygpt2.config.training import TrainOptions
+from tinygpt2.data.dataset import Shuffle, load_packed
 from tinygpt2.errors import ConfigError, DataError, DivergedError, ModelError
-from tinygpt2.loop import total_steps
-from tinygpt2.metrics import read_metrics
-from tinygpt2.model import load_model
-from tinygpt2.optim import learning_rate, make_optimizer
+from tinygpt2.models.loading import load_model
+from tinygpt2.training.loop import total_steps
+from tinygpt2.training.metrics import read_metrics
+from tinygpt2.training.optimizers import learning_rate, make_optimizer
 
 from .conftest import make_model, sentences
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tinygpt2 import PretrainConfig, TruncateStudentConfig, VerifyConfig, pretrain, truncate_student, verify
-from tinygpt2.calibration import (
+from tinygpt2.compression.importance import (
     _first_order,
     active_dimensions,
     block_influence,
@@ -23,11 +23,11 @@ from tinygpt2.calibration import (
     sample,
     width_importance,
 )
-from tinygpt2.dataset import load_packed
+from tinygpt2.compression.least_squares import refit
+from tinygpt2.compression.truncate import Kept, choose_layers, cut
+from tinygpt2.data.dataset import load_packed
 from tinygpt2.errors import ConfigError, DataError
-from tinygpt2.model import load_model
-from tinygpt2.refit import refit
-from tinygpt2.truncate import Kept, choose_layers, cut
+from tinygpt2.models.loading import load_model
 
 from .conftest import make_model
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tinygpt2 import TruncateStudentConfig, VerifyConfig, truncate_student, verify
 from tinygpt2.errors import DataError
-from tinygpt2.verification import VerifyResult
+from tinygpt2.workflows.verification import VerifyResult
 
 from .conftest import make_model
 

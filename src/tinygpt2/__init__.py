@@ -11,56 +11,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinygpt2.config import (
-        DistillConfig,
-        FinetuneConfig,
+    from tinygpt2.compression.truncate import truncate_student
+    from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
+    from tinygpt2.config.models import (
         GenerateConfig,
         PplConfig,
-        PregenerateConfig,
         PresetsConfig,
-        PretrainConfig,
         QuickstartConfig,
-        TrainTokenizerConfig,
         TruncateStudentConfig,
         VerifyConfig,
     )
-    from tinygpt2.dataset import from_map_style
-    from tinygpt2.errors import (
-        ConfigError,
-        DataError,
-        DivergedError,
-        InterruptedRunError,
-        ModelError,
-        TinyGPT2Error,
-    )
-    from tinygpt2.generation import generate
-    from tinygpt2.pack import pregenerate
-    from tinygpt2.perplexity import ppl
-    from tinygpt2.pipeline import quickstart
-    from tinygpt2.shapes import presets
-    from tinygpt2.tokenizer import train_tokenizer
-    from tinygpt2.train import distill, finetune, pretrain
-    from tinygpt2.truncate import truncate_student
-    from tinygpt2.verification import verify
+    from tinygpt2.config.training import DistillConfig, FinetuneConfig, PretrainConfig
+    from tinygpt2.data.dataset import from_map_style
+    from tinygpt2.data.pregenerate import pregenerate
+    from tinygpt2.data.tokenizer import train_tokenizer
+    from tinygpt2.decoding.generation import generate
+    from tinygpt2.errors import ConfigError, DataError, DivergedError, InterruptedRunError, ModelError, TinyGPT2Error
+    from tinygpt2.evaluation.perplexity import ppl
+    from tinygpt2.models.configuration import presets
+    from tinygpt2.workflows.quickstart import quickstart
+    from tinygpt2.workflows.train import distill, finetune, pretrain
+    from tinygpt2.workflows.verification import verify
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "dataset": ["from_map_style"],
+    "data.dataset": ["from_map_style"],
     "config": [
         "DistillConfig", "FinetuneConfig", "GenerateConfig", "PplConfig", "PregenerateConfig", "PresetsConfig",
         "PretrainConfig", "QuickstartConfig", "TrainTokenizerConfig", "TruncateStudentConfig", "VerifyConfig",
     ],
     "errors": ["ConfigError", "DataError", "DivergedError", "InterruptedRunError", "ModelError", "TinyGPT2Error"],
-    "generation": ["generate"],
-    "pack": ["pregenerate"],
-    "perplexity": ["ppl"],
-    "pipeline": ["quickstart"],
-    "shapes": ["presets"],
-    "tokenizer": ["train_tokenizer"],
-    "train": ["distill", "finetune", "pretrain"],
-    "truncate": ["truncate_student"],
-    "verification": ["verify"],
+    "decoding.generation": ["generate"],
+    "data.pregenerate": ["pregenerate"],
+    "evaluation.perplexity": ["ppl"],
+    "workflows.quickstart": ["quickstart"],
+    "models.configuration": ["presets"],
+    "data.tokenizer": ["train_tokenizer"],
+    "workflows.train": ["distill", "finetune", "pretrain"],
+    "compression.truncate": ["truncate_student"],
+    "workflows.verification": ["verify"],
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -13,10 +13,10 @@ import typer
 
 from tinygpt2 import config as c
 from tinygpt2.cli.options import Run, add_command, print_version
-from tinygpt2.cli.output import ppl_as_text, print_error
+from tinygpt2.cli.render import ppl_as_text, print_error
+from tinygpt2.config.base import Config
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error
-from tinygpt2.launch import command_line, rank
-from tinygpt2.schema import Config
+from tinygpt2.runtime.launch import command_line, rank
 
 app = typer.Typer(
     name="tinygpt2",
@@ -50,7 +50,7 @@ def _library(name: str) -> Run:
 
 def _generate(config: Any, as_json: bool) -> Any:
     command_line()
-    from tinygpt2.cli.talk import speak
+    from tinygpt2.cli.interactive import speak
 
     return speak(config, as_json=as_json)
 
@@ -66,7 +66,7 @@ def _ppl(config: Any, as_json: bool) -> Any:
 
 
 def _presets(config: Any, as_json: bool) -> Any:
-    from tinygpt2.shapes import presets  # at once: it needs no library
+    from tinygpt2.models.configuration import presets
 
     return presets(config)
 

@@ -14,13 +14,13 @@ from typing import Annotated, Any, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from tinygpt2.cli.output import print_result
-from tinygpt2.config import read_recipe
+from tinygpt2.cli.render import print_result
+from tinygpt2.config.base import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
 from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
+from tinygpt2.config.training import read_recipe
 from tinygpt2.errors import ConfigError
-from tinygpt2.launch import rank
-from tinygpt2.schema import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
+from tinygpt2.runtime.launch import rank
 
 Run = Callable[[Any, bool], Any]
 """Called with the configuration and whether JSON was asked for; returns a result, or None if it was shown."""

@@ -5,13 +5,7 @@ Order of precedence, weakest first: the default below, the recipe (distill), `--
 
 from __future__ import annotations
 
-from tinygpt2.config.common import (
-    DECODING,
-    DEFAULT_SEQUENCE_LENGTH,
-    MAX_SEED,
-    ModelOptions,
-    Precision,
-)
+from tinygpt2.config.common import DECODING, DEFAULT_SEQUENCE_LENGTH, MAX_SEED, ModelOptions, Precision
 from tinygpt2.config.data import (
     EncodingErrors,
     Format,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tinygpt2.schema import Config, option
+from tinygpt2.config.base import Config, option
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+from tinygpt2.config.base import Config, option
 from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH, MAX_SEED, RUN, TEXT
-from tinygpt2.schema import Config, option
 
 EncodingErrors = Literal["strict", "replace", "skip"]
 Format = Literal["arrow", "hdf5", "jsonl"]

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from tinygpt2.config.base import Config, flag_name, option
 from tinygpt2.config.common import DECODING, MAX_SEED, ModelOptions, Precision
-from tinygpt2.schema import Config, flag_name, option
 
 Strategy = Literal["uniform", "alternate", "distilgpt2", "first", "middle", "last", "importance"]
 Position = Literal["first", "interpolate"]

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from tinygpt2.config.base import extra, flag_name, option, read_yaml
 from tinygpt2.config.common import LENGTH, MAX_SEED, OBJECTIVES, OPTIMISATION, RUN, TEXT, ModelOptions, Precision
 from tinygpt2.config.data import PackOptions
 from tinygpt2.errors import ConfigError
-from tinygpt2.schema import extra, flag_name, option, read_yaml
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
 PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
@@ -317,7 +317,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     """
     shipped = {
         Path(item.name).stem: Path(str(item))
-        for item in files("tinygpt2.recipes").iterdir()
+        for item in files("tinygpt2.config").joinpath("recipes").iterdir()
         if item.name.endswith(".yaml")
     }
     path = shipped.get(name, Path(name))

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tinygpt2.capture import ROWS
-from tinygpt2.objectives.prediction import forward_kl, wide
+from tinygpt2.models.activations import ROWS
+from tinygpt2.objectives.logits import forward_kl, wide
 
 MASKED = -1e30  # as good as minus infinity for a softmax; differences of it stay finite
 

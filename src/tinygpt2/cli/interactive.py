@@ -1,0 +1,132 @@
+"""Generation on a terminal: texts as they are made, and a prompt that keeps its history and takes settings."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from transformers import TextStreamer
+
+from tinygpt2.cli.render import print_error
+from tinygpt2.config.base import extra, flag_name
+from tinygpt2.config.common import DECODING
+from tinygpt2.config.models import GenerateConfig
+from tinygpt2.decoding.generation import GenerateResult, Generation, Speaker, continue_prompt, generate, load_speaker
+from tinygpt2.errors import ConfigError
+from tinygpt2.utils.progress import say
+
+_HELP = "/NAME VALUE changes a setting, /NAME takes it back to its default, // begins a prompt with a slash"
+
+
+def speak(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
+    """Run `generate`; return None where the texts were already shown while they were made."""
+    if config.interactive:
+        return _converse(config, as_json=as_json)
+    live = not as_json and sys.stdout.isatty() and _can_stream(config)
+    if not live:
+        return generate(config)
+    generate(config, _announce)
+    return None
+
+
+def _can_stream(config: GenerateConfig) -> bool:
+    return config.num_beams == 1 and config.num_samples == 1
+
+
+def _announce(speaker: Speaker, prompt: str) -> TextStreamer:
+    """Head a text with its model and prompt, and show its tokens as they come."""
+    console = Console(highlight=False)
+    console.rule(escape(speaker.name), align="left")
+    console.print(prompt, markup=False, style="bold", end="", soft_wrap=True)
+    return TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
+    """Ask for prompts until end of input and answer each with every model; a line after a slash changes settings."""
+    speakers = [load_speaker(name, allow_pickle=config.allow_pickle) for name in config.model]
+    console = Console(highlight=False)
+    texts: list[Generation] = []
+    with _history():
+        turn = -1
+        for line in _lines():
+            if line.startswith("/") and not line.startswith("//"):
+                try:
+                    config = _changed(config, line)
+                    turn = -1 if re.match(r"/\s*seed\b", line) else turn
+                except ConfigError as error:
+                    print_error(error, as_json=False)
+                continue
+            prompt, turn = line.removeprefix("/"), turn + 1
+            # Another seed for each turn: the same prompt asked again gives another sample.
+            settings = config.model_copy(update={"seed": config.seed + turn})
+            for speaker in speakers:
+                live = not as_json and _can_stream(config)
+                try:
+                    added = list(
+                        continue_prompt(speaker, prompt, settings, _announce(speaker, prompt) if live else None)
+                    )
+                except ConfigError as error:  # a prompt that is too long ends no conversation
+                    print_error(error, as_json=False)
+                    continue
+                texts += added
+                for text in added if not live and not as_json else []:
+                    console.print(text.prompt, markup=False, style="bold", end="", soft_wrap=True)
+                    console.print(text.text, markup=False, soft_wrap=True)
+    return GenerateResult(texts) if as_json else None
+
+
+def _changed(config: GenerateConfig, line: str) -> GenerateConfig:
+    """Apply a line such as `/temperature 0.7` to the settings, and show them.
+
+    Raises:
+        ConfigError: there is no such setting, or not of that value.
+    """
+    fields = {key: field for key, field in config.options().items() if extra(field, "panel") == DECODING}
+    names = {flag_name(key)[2:]: key for key in fields}
+    name, _, value = line[1:].strip().partition(" ")
+    if name in names:
+        asked = {names[name]: value.strip() or fields[names[name]].default}
+        config = GenerateConfig(**config.model_dump(by_alias=True) | asked)
+    elif name:
+        raise ConfigError(f"no setting /{name}", f"there are /{', /'.join(names)}; / alone shows them")
+    values = [f"{name} {getattr(config, key)}" for name, key in names.items() if getattr(config, key) is not None]
+    say(", ".join(values) if name else f"{', '.join(values)}\n{_HELP}")
+    return config
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            if sys.stdin.isatty() and not sys.stdout.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)  # stdout is data
+            prompt = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
+        except EOFError:
+            return
+        if prompt.strip():
+            yield prompt
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """Keep the prompts typed on a terminal from one session to the next."""
+    try:
+        import readline
+    except ImportError:  # a Python built without it: no history
+        yield
+        return
+    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tinygpt2" / "history"
+    if path.is_file():
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        if sys.stdin.isatty():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.set_history_length(1000)
+            readline.write_history_file(path)

@@ -1,0 +1,215 @@
+"""Results on standard output, for people or as one JSON object; errors on standard error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from tinygpt2.errors import TinyGPT2Error
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+PIPED_WIDTH = 400  # a table that goes to a file or a pipe is not folded
+
+
+def print_result(result: Any, *, as_json: bool) -> None:
+    """Print what a command returned, a dataclass."""
+    if as_json:
+        sys.stdout.write(json.dumps(to_json(result), ensure_ascii=False, allow_nan=False) + "\n")
+    else:
+        from rich.console import Console
+
+        render = RENDER.get(type(result).__name__, _render_fields)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+        render(result, console)
+    sys.stdout.flush()
+
+
+def print_error(error: TinyGPT2Error, *, as_json: bool) -> None:
+    """Print an expected failure: what, where, and what helps."""
+    if as_json:
+        body = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+        sys.stdout.write(json.dumps({"error": body}, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+    else:
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"error: {error.message}", markup=False, style="red" if error.exit_code != 130 else "yellow")
+        if error.hint:
+            console.print(f"hint: {error.hint}", markup=False)
+
+
+def to_json(value: Any) -> Any:
+    """Turn a result into JSON's types; numbers that are not finite become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in _fields(value)}
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _fields(result: Any) -> list[dataclasses.Field[Any]]:
+    """Return a result's fields, without those that were not asked for: None by default, and still so."""
+    every = dataclasses.fields(result)
+    return [field for field in every if field.default is not None or getattr(result, field.name) is not None]
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _render_fields(result: Any, console: Console) -> None:
+    for field in _fields(result):
+        value = getattr(result, field.name)
+        if dataclasses.is_dataclass(value):
+            value = ", ".join(f"{part.name} {_number(getattr(value, part.name))}" for part in dataclasses.fields(value))
+        elif isinstance(value, dict):
+            value = ", ".join(f"{key} {_number(item)}" for key, item in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        name = field.name.removesuffix("_bytes").replace("_", " ")
+        if field.name.endswith("_bytes"):
+            value = f"{value / 1e9:.2f} GB"
+        console.print(f"{name:<28} {value if isinstance(value, str) else _number(value)}", markup=False)
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_number(value)) for value in row))
+    return table
+
+
+def _render_ppl(result: Any, console: Console) -> None:
+    from tinygpt2.evaluation import results as comparison
+
+    console.print(_table(*comparison.table(result.results)))
+    for line in comparison.remarks(result):
+        console.print(line, markup=False)
+
+
+def ppl_as_text(result: Any, *, as_csv: bool) -> str:
+    """Return the figures of `ppl` as CSV, or its table and what belongs to it in Markdown."""
+    from tinygpt2.evaluation import results as comparison
+
+    if as_csv:
+        return comparison.as_csv(result.results)
+    headings, cells = comparison.table(result.results)
+    text = comparison.as_markdown(headings, [[_number(value) for value in row] for row in cells])
+    return text + "".join(f"\n{line}\n" for line in comparison.remarks(result))
+
+
+def _render_tasks(result: Any, console: Console) -> None:
+    for task in result.tasks:
+        console.print(task.name, style="bold", markup=False)
+        for field in dataclasses.fields(task)[1:]:
+            console.print(f"  {field.name.replace('_', ' '):<15} {getattr(task, field.name)}", markup=False)
+
+
+def _render_generate(result: Any, console: Console) -> None:
+    from rich.markup import escape
+
+    for text in result.results:
+        console.rule(escape(f"{text.model}  ({text.tokens} tokens, {text.seconds:.1f} s)"), align="left")
+        console.print(text.prompt, markup=False, style="bold", end="", soft_wrap=True)
+        console.print(text.text, markup=False, soft_wrap=True)
+
+
+def _render_cut(result: Any, console: Console) -> None:
+    _render_fields(dataclasses.replace(result, importance=None), console)
+    if (found := result.importance) is None:
+        return
+    console.print(f"\nby how much the loss of {found.loss:.4f} nats per token rises without a block:", markup=False)
+    blocks = range(len(found.influence))
+    rows = [
+        [f"round {number}, {one.removed} removed", *(one.costs.get(block) for block in blocks)]
+        for number, one in enumerate(found.rounds, 1)
+    ]
+    console.print(_table(["loss without block", *map(str, blocks)], [*rows, ["block influence", *found.influence]]))
+
+
+def _render_presets(result: Any, console: Console) -> None:
+    headings = ["name", "parameters", "layers", "heads", "width", "positions"]
+    rows = [[p.name, p.parameters, p.n_layer, p.n_head, p.n_embd, p.n_positions] for p in result.presets]
+    console.print(_table(headings, rows))
+    for preset in result.presets:
+        console.print(f"{preset.name}: {preset.source}", markup=False)
+
+
+def _render_verify(result: Any, console: Console) -> None:
+    console.print(f"{result.path}: {result.kind}, {'ok' if result.ok else 'faulty'}", markup=False)
+    for line in [*result.problems, *(f"note: {note}" for note in result.notes)]:
+        console.print(f"- {line}", markup=False)
+    if (found := result.reference) is not None:
+        text = "the same greedy text" if found.same_greedy_text else "another greedy text"
+        console.print(
+            f"beside the reference: logits within {found.logits:.2g} (largest {found.largest_logit:.3g}), "
+            f"hidden states within {found.states:.2g} (largest {found.largest_state:.3g}), "
+            f"{text} over {found.greedy_tokens} tokens",
+            markup=False,
+        )
+    if result.copies is not None:
+        for line in _copied_blocks(result.copies) if result.copies else ["no tensor is exactly one of the teacher's"]:
+            console.print(line, markup=False)
+
+
+def _copied_blocks(copies: dict[str, str]) -> Iterator[str]:
+    """Say for each part of a student of which part of the teacher its exact copies are."""
+    parts: dict[str, list[str]] = {}
+    for name, origin in copies.items():
+        here, there = (re.sub(r"transformer\.h\.(\d+)\..*", r"block \1", key) for key in (name, origin))
+        parts.setdefault(here, []).append(there)
+    for here, origins in parts.items():
+        for there in dict.fromkeys(origins):
+            count = f" ({origins.count(there)} tensors)" if here.startswith("block") else ""
+            yield f"{here} is the teacher's {there}{count}"
+
+
+def _render_budget(result: Any, console: Console) -> None:
+    headings = ["student", "parameters", "tokens/s", "steps", "tokens", "passes", "tokens per parameter", "rate"]
+    rows = [
+        [one.student, one.parameters, one.tokens_per_second, one.steps, one.tokens, one.passes,
+         one.tokens / one.parameters, one.learning_rate]
+        for one in result.candidates
+    ]  # fmt: skip
+    console.print(_table(headings, rows))
+    console.print(f"\nwithin {result.minutes:g} minutes: {result.chosen}", markup=False)
+    for command in result.commands:
+        console.print(command, markup=False, soft_wrap=True)
+
+
+def _render_quickstart(result: Any, console: Console) -> None:
+    console.print(result.summary, markup=False)
+
+
+RENDER: dict[str, Callable[[Any, Console], None]] = {
+    "PplResult": _render_ppl,
+    "TaskList": _render_tasks,
+    "TruncateStudentResult": _render_cut,
+    "PresetList": _render_presets,
+    "GenerateResult": _render_generate,
+    "VerifyResult": _render_verify,
+    "QuickstartResult": _render_quickstart,
+    "Budget": _render_budget,
+}

@@ -1,0 +1,1 @@
+"""Cutting a student out of a teacher."""

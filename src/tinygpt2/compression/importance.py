@@ -1,0 +1,296 @@
+"""What calibration texts say of a model's parts: which blocks, heads, inner units and dimensions matter.
+
+Everything is measured on blocks of a pregenerated dataset's training split, so that its test split stays unseen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import GPT2LMHeadModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.pytorch_utils import Conv1D
+
+from tinygpt2.data.dataset import Blocks
+from tinygpt2.evaluation.scoring import target_losses
+from tinygpt2.models.activations import by_head, capture
+from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_loss
+from tinygpt2.utils.progress import track
+
+Batches = list[Int[Tensor, "B T"]]
+_TOKENS = 2048  # in a forward pass
+_ROUNDS = 16  # in which dimensions go
+
+
+def sample(blocks: Blocks, count: int, device: torch.device) -> Batches:
+    """Return up to `count` blocks, evenly spaced, in batches: of padded ones the longest, without padding."""
+    lengths = blocks.lengths(range(len(blocks))) if blocks.padded else []
+    longest = max(lengths, default=None)
+    whole = [index for index, length in enumerate(lengths) if length == longest] or range(len(blocks))
+    chosen = [
+        whole[place] for place in np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int))
+    ]
+    size = max(1, _TOKENS // blocks.batch(chosen[:1]).input_ids.shape[1])
+    batches = (blocks.batch(chosen[i : i + size]).input_ids for i in range(0, len(chosen), size))
+    return [ids[:, :longest].to(device) for ids in batches]
+
+
+@torch.no_grad()
+def mean_loss(model: GPT2LMHeadModel, batches: Batches) -> float:
+    """Return the cross-entropy in nats per token of every token but the first of a block."""
+    total, count = 0.0, 0
+    for ids in batches:
+        losses, _ = target_losses(model, model.lm_head.weight, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+        total, count = total + float(losses.double().sum()), count + losses.numel()
+    return total / count
+
+
+@contextmanager
+def only(model: GPT2LMHeadModel, layers: Sequence[int]) -> Iterator[None]:
+    """Let a model run with some of its blocks alone, which stay its own."""
+    every = model.transformer.h
+    model.transformer.h = nn.ModuleList([every[layer] for layer in layers])
+    try:
+        yield
+    finally:
+        model.transformer.h = every
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One round of greedy removal.
+
+    Attributes:
+        costs: by block that is still there, by how many nats per token the loss rises without it.
+        removed: the block that costs least.
+    """
+
+    costs: dict[int, float]
+    removed: int
+
+
+@dataclass(frozen=True)
+class DepthImportance:
+    """How much each block matters.
+
+    Attributes:
+        loss: of the whole model, in nats per token.
+        influence: block influence, the mean over tokens of 1 - cos(a block's input, its output).
+        rounds: of greedy removal, measured anew after each.
+        kept: the blocks that are left.
+    """
+
+    loss: float
+    influence: list[float]
+    rounds: list[Removal]
+    kept: list[int]
+
+
+def depth_importance(model: GPT2LMHeadModel, batches: Batches, keep: int) -> DepthImportance:
+    """Remove the block whose loss costs least, again and again, until `keep` are left.
+
+    Source: block influence: ShortGPT, Men et al. 2024, arXiv:2403.03853, section 2.2.
+    """
+    present = list(range(model.config.n_layer))
+    whole = current = mean_loss(model, batches)
+    rounds = []
+    trials = sum(range(keep + 1, len(present) + 1))
+    with track("loss without each block", trials) as progress:
+        while len(present) > keep:
+            losses = {}
+            for block in present:
+                with only(model, [other for other in present if other != block]):
+                    losses[block] = mean_loss(model, batches)
+                progress.advance()
+            removed = min(losses, key=lambda block: losses[block])
+            rounds.append(Removal({block: loss - current for block, loss in losses.items()}, removed))
+            present.remove(removed)
+            current = losses[removed]
+    return DepthImportance(whole, block_influence(model, batches), rounds, present)
+
+
+@torch.no_grad()
+def block_influence(model: GPT2LMHeadModel, batches: Batches) -> list[float]:
+    """Return for each block the mean over tokens of 1 - cos(input, output)."""
+    sums, tokens = torch.zeros(model.config.n_layer, dtype=torch.float64), 0
+    for ids in batches:
+        entries: list[Tensor] = []
+        _tap(
+            model,
+            ids,
+            {block.ln_1: entries.append for block in model.transformer.h} | {model.transformer.ln_f: entries.append},
+        )
+        for layer, (before, after) in enumerate(pairwise(entries)):
+            sums[layer] += float((1 - F.cosine_similarity(before, after, dim=-1)).double().sum())
+        tokens += ids.numel()
+    return [float(value) for value in sums / tokens]
+
+
+@dataclass(frozen=True)
+class WidthImportance:
+    """How much heads and inner units matter, by layer; larger is more.
+
+    Attributes:
+        heads: mean norm of what a head adds to the residual stream.
+        inner: mean absolute activation.
+    """
+
+    heads: list[Float[Tensor, " H"]]
+    inner: list[Float[Tensor, " F"]]
+
+
+@torch.no_grad()
+def width_importance(model: GPT2LMHeadModel, batches: Batches) -> WidthImportance:
+    """Measure which heads and inner units are active.
+
+    Source: Minitron, Muralidharan et al. 2024, arXiv:2407.14679, section 2.2.
+    """
+    blocks, config = model.transformer.h, model.config
+    device = model.lm_head.weight.device
+    heads = [torch.zeros(config.n_head, device=device) for _ in blocks]
+    inner = [torch.zeros(block.mlp.c_fc.weight.shape[1], device=device) for block in blocks]
+    # the norm of m_h W_h is that of m_h under W_h W_h^T, which is K x K
+    outputs = [block.attn.c_proj.weight.view(config.n_head, -1, config.n_embd) for block in blocks]
+    gram = [output @ output.mT for output in outputs]  # (H, K, K)
+
+    def see_head(mixed: Float[Tensor, "B T D"], layer: int) -> None:
+        part = by_head(mixed, config.n_head)  # (B, H, T, K)
+        squares = ((part @ gram[layer]) * part).sum(-1)
+        heads[layer] += squares.clamp_min(0).sqrt().sum((0, 2))
+
+    def see_units(x: Float[Tensor, "B T F"], layer: int) -> None:
+        inner[layer] += x.abs().sum((0, 1))
+
+    taps: dict[nn.Module, Callable[[Tensor], object]] = {}
+    for layer, block in enumerate(blocks):
+        taps[block.attn.c_proj] = partial(see_head, layer=layer)
+        taps[block.mlp.c_proj] = partial(see_units, layer=layer)
+    for ids in batches:
+        _tap(model, ids, taps)
+    return WidthImportance(heads, inner)
+
+
+@torch.no_grad()
+def active_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) -> Int[Tensor, " Ds"]:
+    """Return the residual stream's dimensions with the largest mean absolute values after the layer norms, rising.
+
+    They hold most of what a layer norm sees, which is what counts where the projections are fitted again.
+
+    Source: as `width_importance`.
+    """
+    scores = torch.zeros(model.config.n_embd, device=model.lm_head.weight.device)
+    blocks = model.transformer.h
+
+    def see(x: Float[Tensor, "B T D"]) -> None:
+        scores.add_(x.abs().sum((0, 1)))
+
+    for ids in batches:
+        last = _tap(model, ids, {reader: see for block in blocks for reader in _readers(block)})
+        see(last)  # which the head reads
+    return scores.topk(keep).indices.sort().values.cpu()
+
+
+def _readers(block: GPT2Block) -> tuple[nn.Module, nn.Module]:
+    """Return what reads a block's layer norms."""
+    return block.attn.c_attn, block.mlp.c_fc
+
+
+def important_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) -> Int[Tensor, " Ds"]:
+    """Return the residual stream's dimensions that the loss misses most, rising.
+
+    A dimension's score is the first-order estimate of how the loss changes where all layer norms' outputs lose it:
+    minus the sum over tokens of activation times gradient. The lowest go, in several rounds, and the others are
+    measured again. Without a fit of the projections this loses less than `active_dimensions`: see docs/students.md.
+
+    Source: Molchanov et al. 2019, arXiv:1906.10771, section 3.1, on activations.
+    """
+    total = model.config.n_embd
+    kept, narrow = torch.arange(total), model
+    with track("residual dimensions", _ROUNDS) as progress:
+        for number in range(1, _ROUNDS + 1):
+            scores = _first_order(narrow, batches)
+            size = total - (total - keep) * number // _ROUNDS
+            kept = kept[scores.topk(size).indices.sort().values.cpu()]
+            if number < _ROUNDS:
+                narrow = _narrowed(model, kept)
+            progress.advance()
+    return kept
+
+
+def _first_order(model: GPT2LMHeadModel, batches: Batches) -> Float[Tensor, " D"]:
+    transformer, head = model.transformer, model.lm_head.weight.detach()
+    norms = [norm for block in transformer.h for norm in (block.ln_1, block.ln_2)] + [transformer.ln_f]
+    scores = torch.zeros(head.shape[1], device=head.device)
+    for ids in batches:
+        seen: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(output.detach().requires_grad_() if not seen else output)
+            return seen[-1]
+
+        with ExitStack() as hooks, torch.enable_grad():
+            for norm in norms:
+                hooks.enter_context(_removed(norm.register_forward_hook(keep)))
+            last = capture(model, ids, states=[len(transformer.h)]).states[len(transformer.h)]
+            targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten()
+            loss, _ = prediction_loss(last.flatten(0, 1), head, targets, None, PredictionObjective(0.0, 1.0))
+            for output, gradient in zip(seen, torch.autograd.grad(loss, seen), strict=True):
+                scores -= len(ids) * (output.detach() * gradient).sum((0, 1))  # the loss is a mean over the batch
+    return scores
+
+
+@torch.no_grad()
+def _narrowed(model: GPT2LMHeadModel, dims: Int[Tensor, " Ds"]) -> GPT2LMHeadModel:
+    """Return a copy of a model with some of its residual dimensions, heads and inner units as they are."""
+    narrow, dims = copy.deepcopy(model), dims.to(model.lm_head.weight.device)
+    transformer = narrow.transformer
+    tied = narrow.lm_head.weight is transformer.wte.weight
+    rows: list[Any] = [reader for block in transformer.h for reader in _readers(block)]
+    for module in narrow.modules():
+        if module in rows:
+            module.weight = nn.Parameter(module.weight[dims])
+        elif isinstance(module, nn.LayerNorm):
+            module.weight, module.bias = nn.Parameter(module.weight[dims]), nn.Parameter(module.bias[dims])
+            module.normalized_shape = (len(dims),)
+        elif isinstance(module, Conv1D):  # the projections back
+            module.weight, module.bias = nn.Parameter(module.weight[:, dims]), nn.Parameter(module.bias[dims])
+            module.nf = len(dims)
+        elif isinstance(module, nn.Embedding | nn.Linear):
+            module.weight = nn.Parameter(module.weight[:, dims])
+    if tied:
+        narrow.lm_head.weight = transformer.wte.weight
+    return narrow
+
+
+def _tap(
+    model: GPT2LMHeadModel, ids: Int[Tensor, "B T"], inputs: dict[nn.Module, Callable[[Tensor], object]]
+) -> Float[Tensor, "B T D"]:
+    """Run the transformer once, show what goes into some of its modules, and return the last state."""
+    with ExitStack() as hooks:
+        for module, see in inputs.items():
+            hooks.enter_context(_removed(module.register_forward_pre_hook(lambda _, x, see=see: _shown(see, x[0]))))
+        layers = len(model.transformer.h)
+        return capture(model, ids, states=[layers]).states[layers]
+
+
+def _shown(see: Callable[[Tensor], object], x: Tensor) -> None:
+    see(x)  # and return nothing, which a hook would put in the place of the input
+
+
+@contextmanager
+def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

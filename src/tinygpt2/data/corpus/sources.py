@@ -1,0 +1,304 @@
+"""Where text comes from: sources in, documents out, one at a time.
+
+A source is a file, a directory, a pattern such as `'texts/*.txt'`, `-` (standard input), `python-docs`, a data
+set saved by `datasets`, or a data set on the Hub (`wikitext:wikitext-103-raw-v1@validation`). What a file holds
+is `formats`' business. To add a source, give `_units` another branch.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from tinygpt2.config.data import EncodingErrors, TextOptions
+from tinygpt2.data.corpus.python_docs import python_docs
+from tinygpt2.data.corpus.readers import PACKED, Part, Reading, check_column, hidden, not_utf8, read_stream, rows_of
+from tinygpt2.errors import DataError, UnreadableError
+from tinygpt2.utils.hub import stream_dataset
+
+PYTHON_DOCS = "python-docs"
+Rows = Callable[[Reading], Iterator[Part]]
+
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?(@(?P<split>\w+))?")
+_HINT = "a SOURCE is a file, a directory, a pattern in quotes, - (stdin), python-docs or a data set on the Hub"
+
+
+class Piece(NamedTuple):
+    """A document, or the next part of a long one; `last` marks its end. `number` counts documents from 0."""
+
+    number: int
+    text: str
+    last: bool
+
+
+@dataclass
+class Corpus:
+    """What `documents` reads, and how.
+
+    Attributes:
+        sources: see the module.
+        document: what a document is in a text file: `file`, `line`, `blank-line` or `separator:REGEX`.
+        text_column: the field or column that holds the text of a row.
+        errors: what to do with bytes that are not UTF-8 (and halves of surrogate pairs in JSON): stop, put
+            U+FFFD in their place, or leave the document out.
+        split: which split of a data set to read, of those named the first that is there.
+        encoding_errors: documents in which there were such bytes, so far.
+    """
+
+    sources: list[str]
+    document: str | None = None
+    text_column: str = "text"
+    errors: EncodingErrors = "strict"
+    split: tuple[str, ...] = ("train",)
+    encoding_errors: int = field(default=0, init=False)
+
+    @classmethod
+    def of(cls, sources: list[str], options: TextOptions, split: tuple[str, ...] = ("train",)) -> Corpus:
+        """Read sources as a command's options say."""
+        return cls(sources, options.document, options.text_column, options.encoding_errors, split)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the documents of all sources, in order; blank ones are passed over.
+
+        Raises:
+            DataError: a source is missing, is not UTF-8 (file and byte are named), is damaged, or a row is broken
+                or lacks the field (file and row are named).
+        """
+        how = Reading(self.document or "file", self.text_column, self.errors != "strict")
+        number = 0
+        for unit in self.units:
+            for parts in _by_document(unit.rows(how)):
+                for text, last in self._sound(parts):
+                    yield Piece(number, text, last)
+                    number += last
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """What the sources consist of, in order."""
+        return [unit for source in self.sources for unit in _units(source, self.split)]
+
+    def size_hint(self) -> int | None:
+        """Return about how many bytes the sources are, for a progress bar; None if nobody can know."""
+        sizes = [unit.size for unit in self.units]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def _sound(self, parts: Iterator[Part]) -> Iterator[Part]:
+        """Deal with a document's unreadable bytes, and leave it out if it is blank."""
+        if self.errors == "skip":  # known only at its end
+            whole = list(parts)
+            if any(_broken(text) for text, _ in whole):
+                self.encoding_errors += 1
+                return
+            parts = iter(whole)
+        counted = False
+        leading: list[Part] | None = []  # parts so far, all of them blank
+        for text, last in parts:
+            if self.errors == "replace" and _broken(text):
+                self.encoding_errors += not counted
+                counted = True
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            if leading is None:
+                yield text, last
+                continue
+            leading.append((text, last))
+            if text.strip():
+                yield from leading
+                leading = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing to read: a file, a stream, a data set.
+
+    Attributes:
+        size: of its text in bytes, None if nobody can know.
+        rows: reads it.
+        mark: changes when its content does, as far as can be told without reading it.
+    """
+
+    name: str
+    size: int | None
+    rows: Rows
+    mark: str = ""
+
+
+def whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Put the parts of long documents together."""
+    held: list[str] = []
+    for piece in pieces:
+        held.append(piece.text)
+        if piece.last:
+            yield Piece(piece.number, "".join(held), True)
+            held = []
+
+
+def _by_document(parts: Iterator[Part]) -> Iterator[Iterator[Part]]:
+    """Group parts by document; a group must be used up before the next is asked for."""
+
+    def group(first: Part) -> Iterator[Part]:
+        part = first
+        yield part
+        while not part[1]:
+            part = next(parts)
+            yield part
+
+    for first in parts:
+        rest = group(first)
+        yield rest
+        for _ in rest:
+            pass
+
+
+def _broken(text: str) -> bool:
+    """Say whether a text holds halves of surrogate pairs, which stand for what could not be read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _units(source: str, split: tuple[str, ...]) -> Iterator[Unit]:
+    path = Path(source)
+    if source == PYTHON_DOCS:
+        texts = python_docs()
+        yield Unit(
+            source, sum(len(text.encode()) for text in texts), lambda how: ((text, True) for text in texts), sys.version
+        )
+    elif source == "-":
+        yield Unit(source, None, lambda how: read_stream(sys.stdin.buffer, "standard input", how))
+    elif (saved := re.sub(r"@\w+$", "", source)) and _is_saved(Path(saved)):
+        yield _saved(Path(saved), (source[len(saved) + 1 :],) if saved != source else split)
+    elif path.is_dir():
+        inside = (file for file in sorted(path.rglob("*")) if file.is_file())
+        yield from (_file(file) for file in inside if not hidden(file.relative_to(path)))
+    elif path.exists():
+        yield _file(path)
+    elif any(sign in source for sign in "*?["):
+        yield from _matching(source)
+    elif found := _on_the_hub(path, source):
+        yield from _streamed(source, found, split)
+    else:
+        raise DataError(f"no such file or directory: {source}", _HINT)
+
+
+def _matching(pattern: str) -> Iterator[Unit]:
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    files = [Path(name) for name in sorted(found) if Path(name).is_file()]
+    if not files:
+        raise DataError(f"no file matches {pattern}", _HINT)
+    yield from map(_file, files)
+
+
+def _file(path: Path) -> Unit:
+    def read(how: Reading) -> Iterator[Part]:
+        with open_file(path) as stream:
+            yield from read_stream(stream, str(path), how)
+
+    status = path.stat()
+    size = None if path.suffix.lower() in (*PACKED, ".parquet") else status.st_size
+    return Unit(str(path), size, read, f"{status.st_size} {status.st_mtime_ns}")
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file for reading.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UnreadableError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a whole UTF-8 file, line ends as they are.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8 (the byte offset is named).
+    """
+    with open_file(path) as stream:
+        try:
+            return stream.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(str(path), error) from error
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved(path: Path, split: tuple[str, ...]) -> Unit:
+    """Read a data set that `datasets` saved to disk."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever a broken file makes the library raise
+        raise DataError(f"cannot open the data set {path}: {' '.join(str(error).split())}") from error
+    if isinstance(found, datasets.DatasetDict):
+        found = found[_choose(list(found), split, str(path))]
+
+    def read(how: Reading) -> Iterator[Part]:
+        check_column(found.features.arrow_schema, str(path), how)
+        tables = found.with_format("arrow").iter(256)
+        yield from rows_of(chain.from_iterable(table.to_batches() for table in tables), str(path), how)
+
+    return Unit(str(path), found.data.nbytes, read, found._fingerprint)
+
+
+def _on_the_hub(path: Path, source: str) -> re.Match[str] | None:
+    """Tell a data set's name from a path that is not there."""
+    looks_local = path.suffix.lower() in {".txt", ".gz", ".xz", ".zst", ".bz2", ".tar", ".json", ".jsonl", ".csv"}
+    return None if looks_local else _HUB_NAME.fullmatch(source)
+
+
+def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Iterator[Unit]:
+    """Read a data set from the Hub as it comes, each of its files a unit."""
+    wanted = (name["split"],) if name["split"] else split
+    splits, revision = stream_dataset(name["name"], name["configuration"])
+    found = splits[_choose(list(splits), wanted, source)]
+
+    def rows(index: int) -> Rows:
+        def read(how: Reading) -> Iterator[Part]:
+            for number, row in enumerate(_reading(found.shard(found.num_shards, index), source)):
+                text = row.get(how.text_column)
+                if how.text_column not in row or not isinstance(text, str | None):
+                    raise DataError(
+                        f"{source}: row {number} of part {index}: no text in field {how.text_column!r} "
+                        f"(found: {', '.join(row)})",
+                        "name it with --text-column",
+                    )
+                yield text or "", True
+
+        return read
+
+    for index in range(found.num_shards):
+        yield Unit(f"{source} ({index + 1} of {found.num_shards})", None, rows(index), revision)
+
+
+def _reading(rows: Iterable[Any], source: str) -> Iterator[Any]:
+    try:
+        yield from rows
+    except Exception as error:  # whatever the network makes the library raise
+        raise UnreadableError(
+            f"reading {source} failed: {' '.join(str(error).split())[:200]}", "add --resume to go on"
+        ) from error
+
+
+def _choose(there: list[Any], wanted: Iterable[str], source: str) -> str:
+    for name in wanted:
+        if name in there:
+            return name
+    raise DataError(
+        f"{source} has no split {' or '.join(wanted)} (it has: {', '.join(map(str, there))})",
+        "name one after an @, such as NAME@train",
+    )

@@ -1,0 +1,333 @@
+"""Packed blocks to batches: memory-mapped, seeded, and restartable at any step in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tinygpt2.data.block_readers import ArrowPart, Hdf5Part, JsonPart, MapPart, Part, real_tokens
+from tinygpt2.data.block_writers import content_of
+from tinygpt2.data.pregenerate import MANIFEST
+from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
+from tinygpt2.errors import DataError
+from tinygpt2.utils.files import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Batch(NamedTuple):
+    """Blocks as tokens (B, T); `lengths` (B) are the real tokens of each, padding after them; None: all are."""
+
+    input_ids: Int[Tensor, "B T"]
+    lengths: Int[Tensor, " B"] | None
+
+    def to(self, device: Any) -> Batch:
+        """Move it."""
+        return Batch(self.input_ids.to(device), None if self.lengths is None else self.lengths.to(device))
+
+
+class Blocks:
+    """One split's blocks, read where they lie.
+
+    Args:
+        parts: in order.
+        length: tokens of a block.
+    """
+
+    def __init__(self, parts: Sequence[Part], length: int) -> None:
+        self._parts = [part for part in parts if len(part)]
+        self._ends = np.cumsum([len(part) for part in self._parts])
+        self.sequence_length = length
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._parts else 0
+
+    @property
+    def parts(self) -> list[Part]:
+        """What it is made of."""
+        return self._parts
+
+    @property
+    def padded(self) -> bool:
+        """Whether any block may be padded."""
+        return any(part.padded for part in self._parts)
+
+    def _read(self, index: int) -> tuple[_Array, int]:
+        """Return a block as stored and how many of its tokens are real.
+
+        Raises:
+            DataError: there is padding before the end.
+        """
+        at = int(np.searchsorted(self._ends, index, side="right"))
+        first = index - (int(self._ends[at - 1]) if at else 0)
+        ids, mask = self._parts[at].read(first, first + 1)
+        return ids[0], self.sequence_length if mask is None else real_tokens(mask, index)[0]
+
+    def row(self, index: int) -> _Array:
+        """Return the real tokens of a block, as stored."""
+        ids, length = self._read(index)
+        return ids[:length]
+
+    def lengths(self, indices: Sequence[int]) -> list[int]:
+        """Return how many tokens of each block are real."""
+        return [self._read(index)[1] for index in indices] if self.padded else [self.sequence_length] * len(indices)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return blocks as int64 tokens, one row per index."""
+        rows = [self._read(int(index)) for index in indices]
+        ids = torch.from_numpy(np.stack([ids for ids, _ in rows]).astype(np.int64))
+        lengths = [length for _, length in rows]
+        if min(lengths) == self.sequence_length:
+            return Batch(ids, None)
+        for row, length in zip(ids, lengths, strict=True):
+            row[length:] = 0  # whatever stands in the padding, a model looks it up
+        return Batch(ids, torch.tensor(lengths))
+
+
+class Shuffle:
+    """The endless order of training blocks: a seeded permutation for each epoch, one after another.
+
+    Position p of the order is known without walking there, so a run restarts at any step at once, and the
+    sequence of global batches does not depend on the number of processes.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, span: slice) -> list[int]:
+        return [self._at(position) for position in range(span.start, span.stop)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self._count)
+        if epoch != self._epoch:
+            self._epoch, self._order = (
+                epoch,
+                np.random.default_rng((self._seed, epoch)).permutation(self._count),
+            )
+        return int(self._order[offset])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A data set of blocks: its two splits, what is known of it, and its tokenizer or the directory of that."""
+
+    name: str
+    train: Blocks
+    test: Blocks
+    manifest: dict[str, Any]
+    made_with: Any
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a block."""
+        return self.train.sequence_length
+
+    @property
+    def content(self) -> str:
+        """Fingerprint of all blocks: equal for the same blocks, whatever the directory is called."""
+        return str(self.manifest["content"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the tokenizer's vocabulary."""
+        return int(self.manifest["vocab_size"])
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer that made the data set."""
+        found: Tokenizer = load_tokenizer(str(self.made_with)) if isinstance(self.made_with, Path) else self.made_with
+        return found
+
+
+def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "data of one's own") -> Packed:
+    """Wrap map-style datasets, for `pretrain`, `distill` and `finetune` as functions.
+
+    Args:
+        train, test: hold items with `input_ids`, all of one length, and perhaps `input_mask` (1 on padding, which
+            may only be at the end); `test` may be empty.
+        tokenizer: what made them.
+        name: for messages and the model card.
+
+    Raises:
+        DataError: `train` is empty.
+    """
+    if not len(train):
+        raise DataError(f"{name}: the training split is empty")
+    length = len(train[0]["input_ids"])
+    manifest = {
+        "sources": [name],
+        "sequence_length": length,
+        "stride": length,
+        "vocab_size": len(tokenizer),
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "content": f"{len(train)} and {len(test)} blocks of {length}",
+    }
+    splits = [Blocks([MapPart(items, length)], length) for items in (train, test)]
+    return Packed(name, splits[0], splits[1], manifest, tokenizer)
+
+
+def is_packed(path: Path) -> bool:
+    """Say whether a directory is a pregenerated dataset, or holds parts of one."""
+    return (path / MANIFEST).is_file() or (path / "dataset_dict.json").is_file() or bool(_parts(path))
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(file.parent for file in path.glob(f"*/{MANIFEST}")) if not (path / MANIFEST).is_file() else []
+
+
+def load_packed(name: str) -> Packed:
+    """Open a pregenerated dataset, or a folder that holds all parts of one.
+
+    Raises:
+        DataError: there is none at that path, or a part of it is missing or broken.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        raise DataError(
+            f"no such dataset: {path}", "make one with: tinygpt2 pregenerate SOURCE --tokenizer T --out DIR"
+        )
+    folders = _parts(path) or [path]
+    if not (folders[0] / MANIFEST).is_file():
+        raise DataError(
+            f"{path} is no pregenerated dataset: it has no {MANIFEST}", "make one with tinygpt2 pregenerate"
+        )
+    try:
+        manifests = [read_json(folder / MANIFEST) for folder in folders]
+        manifest = manifests[0] if folders == [path] else _joined(folders, manifests)
+        written = json.dumps([own["splits"] for own in manifests], sort_keys=True)
+        manifest = {**manifest, "content": hashlib.sha256(written.encode()).hexdigest()}
+        train, test = (
+            [part for folder, own in zip(folders, manifests, strict=True) for part in _open(folder, split, own)]
+            for split in ("train", "test")
+        )
+        length = int(manifest["sequence_length"])
+        return Packed(str(path), Blocks(train, length), Blocks(test, length), manifest, folders[0] / "tokenizer")
+    except DataError:
+        raise
+    except Exception as error:  # whatever a broken file makes the library raise
+        raise DataError(
+            f"cannot open the dataset {path}: {' '.join(str(error).split())}", f"see tinygpt2 verify {path}"
+        ) from error
+
+
+def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[Part]:
+    length, kind = int(manifest["sequence_length"]), manifest["format"]
+    padded = manifest["splits"][split]["padding_tokens"] > 0
+    if kind == "hdf5":
+        return [Hdf5Part(folder / file["name"], length, padded) for file in manifest["splits"][split]["files"]]
+    if kind == "jsonl":
+        return [JsonPart(folder / f"{split}_dataset.json", length, padded)]
+    import datasets
+
+    found = datasets.load_from_disk(str(folder / split))
+    stored = found.features["input_ids"].length
+    if stored != length:
+        raise DataError(f"{folder}: {split}: blocks of {stored} tokens, {MANIFEST} says {length}")
+    return [ArrowPart(chunk, length) for chunk in found.data.column("input_ids").chunks]
+
+
+def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what is common to the parts of one data set.
+
+    Raises:
+        DataError: one is missing, there twice, or of another data set.
+    """
+    own = ("shard", "splits", "encoding_errors")
+    first, folder = manifests[0], folders[0].parent
+    for other, manifest in zip(folders[1:], manifests[1:], strict=True):
+        differ = [key for key in first if key not in own and manifest.get(key) != first[key]]
+        if differ or manifest["shard"][1] != first["shard"][1]:
+            raise DataError(
+                f"{folders[0]} and {other} are no parts of one data set: {', '.join(differ) or 'shard'} differ",
+                "a folder of parts holds those of one pregenerate --shard I/N, and nothing else",
+            )
+    there, count = sorted(manifest["shard"][0] for manifest in manifests), first["shard"][1]
+    if there != list(range(1, count + 1)):
+        raise DataError(f"{folder} holds parts {', '.join(map(str, there))} of {count}", "each is needed, once")
+    return {**{key: value for key, value in first.items() if key not in own}, "parts": count}
+
+
+def check_dataset(path: Path) -> Iterator[str]:
+    """Yield one message per fault of a pregenerated dataset or a folder of its parts."""
+    folders = _parts(path)
+    if folders:
+        try:
+            load_packed(str(path))
+        except DataError as error:
+            yield str(error)
+    for folder in folders or [path]:
+        prefix = f"{folder.name}: " if folders else ""
+        yield from (prefix + problem for problem in _check_folder(folder))
+
+
+def _check_folder(path: Path) -> Iterator[str]:
+    """Check lengths, counts, range of tokens, padding, tokenizer and content."""
+    try:
+        packed = load_packed(str(path))
+        tokenizer = packed.tokenizer()
+    except Exception as error:
+        yield str(error)
+        return
+    if fingerprint(tokenizer) != packed.manifest.get("tokenizer_fingerprint"):
+        yield f"tokenizer/ is not the one that made the dataset: its fingerprint differs from {MANIFEST}'s"
+    for name, blocks in (("train", packed.train), ("test", packed.test)):
+        counts = packed.manifest.get("splits", {}).get(name, {})
+        if len(blocks) != counts.get("sequences"):
+            yield f"{name}: {len(blocks)} sequences, {MANIFEST} says {counts.get('sequences')}"
+            continue
+        if packed.manifest["format"] == "jsonl":
+            yield from _check_metrics(path, name, len(blocks), packed.sequence_length)
+        try:
+            yield from _check_blocks(blocks, name, counts["files"], len(tokenizer))
+        except Exception as error:
+            yield f"{name}: {' '.join(str(error).split())}"
+
+
+def _check_metrics(path: Path, split: str, sequences: int, length: int) -> Iterator[str]:
+    try:
+        found = read_json(path / f"{split}_metrics.json")
+    except (OSError, ValueError) as error:
+        yield f"{split}_metrics.json: {error}"
+        return
+    for key, expected in (("num_examples", sequences), ("max_seq_len", length)):
+        if found.get(key) != expected:
+            yield f"{split}_metrics.json: {key} is {found.get(key)}, not {expected}"
+
+
+def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocabulary: int) -> Iterator[str]:
+    """Read every block, some at a time, and compare each file's tokens with its SHA-256."""
+    waiting, sha, left, number = list(files), hashlib.sha256(), 0, 0
+    if sum(file["sequences"] for file in files) != len(blocks):
+        yield f"{split}: {len(blocks)} sequences, {MANIFEST} lists files with {sum(f['sequences'] for f in files)}"
+        return
+    step = max(1, (1 << 20) // blocks.sequence_length)
+    for part in blocks.parts:
+        start = 0
+        while start < len(part):
+            while not left:
+                current = waiting.pop(0)
+                sha, left = hashlib.sha256(), current["sequences"]
+            ids, mask = part.read(start, min(start + step, start + left, len(part)))
+            outside = (ids < 0) | (ids >= vocabulary)
+            if outside.any():
+                row = number + int(outside.any(-1).argmax())
+                yield f"{split}: sequence {row} holds a token outside the vocabulary of {vocabulary}"
+                return
+            if mask is not None:
+                real_tokens(mask, number)
+            sha.update(content_of(ids))
+            start, left, number = start + len(ids), left - len(ids), number + len(ids)
+            if not left and sha.hexdigest() != current["sha256"]:
+                yield f"{current['name']}: its tokens are not those that were written (SHA-256 differs)"

@@ -1,0 +1,259 @@
+"""Tokenised documents on disk, sorted: what lets a corpus of any size be shuffled, split and continued.
+
+Documents are gathered into runs of bounded size; a run is written in the order of its documents' keys, and is
+finished when its index is there. Reading merges the runs, a bounded number of tokens at a time (external merge
+sort: Knuth, The Art of Computer Programming, volume 3, section 5.4).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinygpt2.data.corpus.readers import LEAST_PART
+from tinygpt2.data.encoding import Tokens
+from tinygpt2.utils.files import atomic_path, read_json
+
+RUN_TOKENS, RUN_ENTRIES = 1 << 23, 1 << 20  # what a run holds at most, but for its last document
+GROUP_TOKENS = 1 << 22  # read at a time
+_BINS = 1 << 16
+_LAST = 2**64 - 1  # the largest key
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+_INDEX = np.dtype(
+    [
+        ("key", "<u8"),  # the order in the result
+        ("document", "<u8"),  # its number in the corpus
+        ("hash", "<u8"),  # of its content and the seed
+        ("start", "<u8"),  # of the tokens in the run's file
+        ("tokens", "<u4"),
+        ("bytes", "<u4"),
+        ("first", "?"),  # the document's first piece
+        ("own", "?"),  # tokenised here, not in another part of the data set
+    ]
+)
+
+
+def content_hash(text: str, seed: int) -> int:
+    """Return 64 bits of a document's first part and the seed."""
+    head = text[:LEAST_PART].encode()
+    return int.from_bytes(hashlib.blake2b(head, digest_size=8, key=seed.to_bytes(8, "big")).digest(), "big")
+
+
+def shuffled_keys(documents: _Array, seed: int) -> _Array:
+    """Return 64 seeded bits for each document number: sorted by them, documents are shuffled.
+
+    Source: SplitMix64 (Steele, Lea and Flood 2014), which maps numbers to numbers one to one.
+    """
+    offset = int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "big"), digest_size=8).digest(), "big")
+    with np.errstate(over="ignore"):
+        z = (documents.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(offset)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+@dataclass
+class Progress:
+    """How far reading has come: what `--resume` goes on from.
+
+    Attributes:
+        pieces: read from the sources.
+        documents, bytes, tokens: in the runs of this part.
+        encoding_errors: documents with unreadable bytes.
+        done: whether the sources are at their end.
+    """
+
+    pieces: int = 0
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    encoding_errors: int = 0
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pieces in corpus order: their index entries (key and start unset) and their tokens, one after another."""
+
+    entries: _Array
+    tokens: Tokens
+
+    @classmethod
+    def of(cls, rows: list[tuple[int, int, int, int, bool, bool]], tokens: list[Tokens]) -> Batch:
+        """Build from rows of (document, hash, tokens, bytes, first, own)."""
+        entries = np.zeros(len(rows), _INDEX)
+        names = ("document", "hash", "tokens", "bytes", "first", "own")
+        for name, column in zip(names, zip(*rows, strict=True), strict=True):
+            entries[name] = column
+        return cls(entries, np.concatenate(tokens))
+
+
+@dataclass
+class Spill:
+    """Runs of tokenised documents in a directory.
+
+    Args:
+        folder: made if it is not there; finished runs in it are taken over.
+        dtype: of the tokens.
+        seed: None keeps the corpus' order, a number shuffles the documents by it.
+    """
+
+    folder: Path
+    dtype: np.dtype[Any]
+    seed: int | None
+    progress: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._batches: list[Batch] = []
+        self._held = [0, 0]
+        self._runs = len(list(self.folder.glob("run-*.json")))
+        self.progress = Progress(**read_json(self._file(self._runs - 1, "json"))) if self._runs else Progress()
+
+    def _file(self, run: int, ending: str) -> Path:
+        return self.folder / f"run-{run:06d}.{ending}"
+
+    def add(self, batch: Batch) -> None:
+        """Take in the next pieces; write a run when enough are held."""
+        own = batch.entries[batch.entries["own"]]
+        self.progress.pieces += len(batch.entries)
+        self.progress.documents += int(own["first"].sum())
+        self.progress.bytes += int(own["bytes"].sum())
+        self.progress.tokens += len(batch.tokens)
+        self._batches.append(batch)
+        self._held[0] += len(batch.tokens)
+        self._held[1] += len(batch.entries)
+        if self._held[0] >= RUN_TOKENS or self._held[1] >= RUN_ENTRIES:
+            self._flush()
+
+    def finish(self, encoding_errors: int) -> None:
+        """Write the last run: the sources are at their end."""
+        self.progress.done, self.progress.encoding_errors = True, encoding_errors
+        self._flush()
+
+    def _flush(self) -> None:
+        """Write what is held as a run; it counts once its progress file is there."""
+        entries = np.concatenate([batch.entries for batch in self._batches] or [np.empty(0, _INDEX)])
+        tokens = np.concatenate([batch.tokens for batch in self._batches] or [np.empty(0, self.dtype)])
+        self._batches, self._held = [], [0, 0]
+        starts = _starts(entries["tokens"])
+        numbers = entries["document"]
+        entries["key"] = numbers if self.seed is None else shuffled_keys(numbers, self.seed)
+        order = np.lexsort((numbers, entries["key"]))  # stable: a long document's pieces keep their order
+        entries = entries[order]
+        entries["start"] = _starts(entries["tokens"])
+        with self._file(self._runs, "tokens").open("wb") as file:
+            for chosen in _groups(entries["tokens"]):
+                file.write(_take(tokens, starts[order[chosen]], entries["tokens"][chosen]).tobytes())
+        np.save(self._file(self._runs, "npy"), entries)
+        with atomic_path(self._file(self._runs, "json")) as temporary:
+            temporary.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+        self._runs += 1
+
+    def threshold(self, fraction: float) -> int | None:
+        """Return the largest content hash to hold out, so that repeated documents are on one side.
+
+        Of all documents, those of other parts included, a `fraction` has such a hash or a smaller one. None where
+        that is less than half a document, or would leave none to train on.
+        """
+        histogram, total, highest = np.zeros(_BINS, np.int64), 0, 0
+        for hashes in self._hashes():
+            histogram += np.bincount((hashes >> np.uint64(48)).astype(np.int64), minlength=_BINS)
+            total += len(hashes)
+            highest = max(highest, int(hashes.max(initial=0)))
+        count = round(fraction * total)
+        if not count:
+            return None
+        before = np.cumsum(histogram)
+        bin_ = int(np.searchsorted(before, count))
+        near = np.concatenate([h[(h >> np.uint64(48)) == np.uint64(bin_)] for h in self._hashes()])
+        rank = count - (int(before[bin_ - 1]) if bin_ else 0)
+        last = int(np.sort(near)[rank - 1])
+        return None if last == highest else last
+
+    def _hashes(self) -> Iterator[_Array]:
+        for run in range(self._runs):
+            entries = self._entries(run)
+            yield entries["hash"][entries["first"]]
+
+    def _entries(self, run: int) -> _Array:
+        entries: _Array = np.load(self._file(run, "npy"), mmap_mode="r")
+        return entries
+
+    def groups(self, *, shuffled: bool = True) -> Iterator[tuple[_Array, Tokens]]:
+        """Yield this part's pieces: index entries, and their tokens one after another.
+
+        Args:
+            shuffled: in the order of their keys, else in the corpus' own; that holds the whole index in memory,
+                and is for few documents.
+        """
+        borders = self._borders(shuffled)
+        for slice_ in range(borders.shape[1] - 1):
+            found = []
+            for run in range(self._runs):
+                entries = self._entries(run)[borders[run, slice_] : borders[run, slice_ + 1]]
+                own = entries[entries["own"]]
+                found.append((own, np.full(len(own), run)))
+            entries, runs = (np.concatenate(column) for column in zip(*found, strict=True))
+            numbers = entries["document"]
+            order = np.lexsort((numbers, entries["key"]) if shuffled else (numbers,))
+            entries, runs = entries[order], runs[order]
+            for chosen in _groups(entries["tokens"]):
+                yield entries[chosen], self._gather(entries[chosen], runs[chosen])
+
+    def _borders(self, shuffled: bool) -> _Array:
+        """Return where ranges of keys that hold about as many entries as one run begin and end in each run."""
+        sizes = [len(self._entries(run)) for run in range(self._runs)]
+        count = max(1, -(-sum(sizes) // RUN_ENTRIES)) if shuffled else 1
+        last = _LAST
+        if self.seed is None:
+            last = max((int(self._entries(run)["key"].max(initial=0)) for run in range(self._runs)), default=0) + 1
+        edges = np.array([last * index // count for index in range(1, count)], np.uint64)
+        inner = [np.searchsorted(np.ascontiguousarray(self._entries(run)["key"]), edges) for run in range(self._runs)]
+        return np.array([[0, *inside, size] for inside, size in zip(inner, sizes, strict=True)], np.int64)
+
+    def _gather(self, entries: _Array, runs: _Array) -> Tokens:
+        """Read pieces' tokens: what a group takes from one run lies close together there."""
+        parts, starts, held = [], np.empty(len(entries), np.int64), 0
+        for run in np.unique(runs):
+            here = runs == run
+            mine = entries[here]
+            first, last = int(mine["start"].min()), int((mine["start"] + mine["tokens"]).max())
+            offset = first * self.dtype.itemsize
+            parts.append(np.fromfile(self._file(int(run), "tokens"), self.dtype, last - first, offset=offset))
+            starts[here] = mine["start"].astype(np.int64) - first + held
+            held += last - first
+        together = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return _take(together, starts, entries["tokens"])
+
+
+def _starts(sizes: _Array) -> _Array:
+    """Return where each of some things lies that follow one another."""
+    return np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64))) if len(sizes) else np.empty(0, np.int64)
+
+
+def _take(tokens: Tokens, starts: _Array, sizes: _Array) -> Tokens:
+    """Return spans of tokens, one after another."""
+    ends = starts + sizes
+    if (starts[1:] == ends[:-1]).all():
+        return tokens[int(starts[0]) : int(ends[-1])]
+    spans = zip(starts.tolist(), ends.tolist(), strict=True)
+    return np.concatenate([tokens[start:end] for start, end in spans])
+
+
+def _groups(sizes: _Array) -> Iterator[slice]:
+    """Yield slices of entries of about `GROUP_TOKENS` each."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    start = 0
+    while start < len(sizes):
+        base = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, base + GROUP_TOKENS, side="right")))
+        yield slice(start, stop)
+        start = stop

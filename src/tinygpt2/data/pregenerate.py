@@ -1,0 +1,310 @@
+"""Documents to packed blocks on disk: `pregenerate`.
+
+One pass tokenises and spills the tokens in sorted runs, so that memory does not grow with the corpus and an
+interrupted run continues; a second pass merges the runs and writes each split's blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinygpt2.config.data import PregenerateConfig
+from tinygpt2.data.block_writers import SplitWriter
+from tinygpt2.data.corpus.sources import Corpus, Piece, whole
+from tinygpt2.data.encoding import Encoder, Tokens, in_order
+from tinygpt2.data.external_sort import Batch, Spill, content_hash
+from tinygpt2.data.staging import discard, require_same, workplace, workplace_of
+from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
+from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.utils.files import read_json, require_free, write_json
+from tinygpt2.utils.progress import say, track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+MANIFEST = "pregenerate.json"
+_BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 19  # tokenised at a time by one worker
+
+
+@dataclass(frozen=True)
+class PregenerateResult:
+    """What `pregenerate` made. `encoding_errors` counts documents of the whole corpus with bytes that are not UTF-8."""
+
+    documents: int
+    bytes: int
+    tokens: int
+    sequences: dict[str, int]
+    encoding_errors: int
+    seconds: float
+
+
+def pregenerate(config: PregenerateConfig) -> PregenerateResult:
+    """Tokenise, split, shuffle and pack a corpus.
+
+    Train and test are split by document: the documents whose seeded content hashes are smallest are held
+    out, in the proportion asked for, so that a repeated document is never on both sides. Where that share
+    is less than half a document, the last part of the tokens is held out instead, cut at a block border.
+
+    Raises:
+        ConfigError: the output directory is not empty, the tokenizer has no end-of-text token, or `resume`
+            meets another run's work.
+        DataError: a source cannot be read, there is less text than one block, or the disk is full.
+        ModelError: the tokenizer cannot be had.
+    """
+    started = time.perf_counter()
+    out = Path(config.out).resolve()
+    if os.path.ismount(out):
+        raise ConfigError(f"--out {out} is a mount point, which cannot be put in place whole", "name a folder in it")
+    replaced = workplace_of(out) / "replaced"
+    if replaced.exists() and not out.exists():  # an earlier run was killed between its two renames
+        replaced.replace(out)
+    complete = (out / MANIFEST).is_file()
+    if config.overwrite and out.is_dir() and any(out.iterdir()) and not complete:
+        raise ConfigError(f"--out {out} holds no {MANIFEST}", "--overwrite replaces pregenerated datasets only")
+    if not config.overwrite and not (config.resume and complete):
+        require_free(out, "give another --out, --overwrite to replace it, or --resume to continue a run")
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.append_eos and tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")
+    corpus = Corpus.of(config.source, config)
+    kinds = ("validation", "test")
+    held_out = Corpus.of(config.test_source, config, kinds) if config.test_source else None
+    plan = _plan(config, tokenizer, corpus, held_out)
+    if config.resume and complete and not config.overwrite:
+        manifest = read_json(out / MANIFEST)
+        require_same({key: plan[key] for key in plan if key != "read"}, manifest, out)
+        say(f"{out} is complete")
+        discard(workplace_of(out))
+        return _result(manifest, time.perf_counter() - started)
+    with workplace(out, plan, resume=config.resume) as work:
+        encoder = Encoder(tokenizer)
+        eos = tokenizer.eos_token_id if config.append_eos else None
+        read = _spill(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None)
+        kept = _spill(held_out, encoder, eos, config, work / "test", None) if held_out else None
+        result = work / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        del plan["read"]  # names and times of files: the result is of their content alone
+        manifest = {**plan, **_write(result, read, kept, config, encoder.dtype)}
+        tokenizer.save_pretrained(str(result / "tokenizer"))
+        write_json(result / MANIFEST, manifest)
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.replace(replaced)
+        result.replace(out)
+    return _result(manifest, time.perf_counter() - started)
+
+
+def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
+    splits = manifest["splits"]
+    if splits["test"]["sequences"] == 0 and (manifest["test_fraction"] or manifest["test_sources"]):
+        say(
+            f"warning: the held-out text fills no block of {manifest['sequence_length']} tokens: "
+            "the test split is empty"
+        )
+    return PregenerateResult(
+        **{key: sum(split[key] for split in splits.values()) for key in ("documents", "bytes", "tokens")},
+        sequences={name: split["sequences"] for name, split in splits.items()},
+        encoding_errors=manifest["encoding_errors"],
+        seconds=seconds,
+    )
+
+
+def _plan(config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
+    """Return all that decides the result, as JSON has it."""
+    units = [unit for part in (corpus, held_out) if part for unit in part.units]
+    return {
+        "version": 2,
+        "format": config.format,
+        "sources": config.source,
+        "test_sources": config.test_source,
+        "document": config.document,
+        "text_column": config.text_column,
+        "on_encoding_errors": config.encoding_errors,
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "vocab_size": len(tokenizer),
+        "sequence_length": config.sequence_length,
+        "stride": config.stride or config.sequence_length,
+        "append_eos": config.append_eos,
+        "eos_token_id": tokenizer.eos_token_id,
+        "shuffle": config.shuffle,
+        "seed": config.seed,
+        "test_fraction": config.test_fraction,
+        "shard": list(config.shard_numbers),
+        "read": hashlib.sha256(json.dumps([(unit.name, unit.mark) for unit in units]).encode()).hexdigest(),
+    }
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A piece to encode. `hash` is of its document's beginning, `own` says whether it belongs to this part."""
+
+    piece: Piece
+    hash: int
+    first: bool
+    own: bool
+
+
+def _items(pieces: Iterable[Piece], config: PregenerateConfig) -> Iterator[_Item]:
+    shard, shards = config.shard_numbers
+    first, found = True, 0
+    for piece in pieces:
+        found = content_hash(piece.text, config.seed) if first else found
+        yield _Item(piece, found, first, piece.number % shards == shard - 1)
+        first = piece.last
+
+
+def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    """Group items so that a batch is worth a thread's while and small beside the memory."""
+    batch: list[_Item] = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += len(item.piece.text)
+        if len(batch) >= _BATCH_PIECES or held >= _BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[_Item], encoder: Encoder, eos: Tokens) -> Batch:
+    encoded = iter(encoder([item.piece.text for item in batch if item.own]))
+    rows, parts = [], [eos[:0]]
+    for item in batch:
+        ids = next(encoded) if item.own else eos[:0]
+        end = eos if item.own and item.piece.last else eos[:0]
+        size = len(item.piece.text.encode()) if item.own else 0
+        rows.append((item.piece.number, item.hash, len(ids) + len(end), size, item.first, item.own))
+        parts += [ids, end]
+    return Batch.of(rows, parts)
+
+
+def _spill(
+    corpus: Corpus, encoder: Encoder, eos: int | None, config: PregenerateConfig, folder: Path, seed: int | None
+) -> Spill:
+    """Tokenise what is not tokenised yet.
+
+    Raises:
+        DataError: a source cannot be read, or there is no text.
+    """
+    spill = Spill(folder, encoder.dtype, seed)
+    end = np.array([] if eos is None else [eos], encoder.dtype)
+    shards = config.shard_numbers[1]
+    if not spill.progress.done:
+        pieces = corpus.pieces() if encoder.reproduced else whole(corpus.pieces())
+        items = islice(_items(pieces, config), spill.progress.pieces, None)
+        workers = config.num_workers or os.cpu_count() or 1
+        encode = partial(_encode, encoder=encoder, eos=end)
+        size = corpus.size_hint()
+        with track("tokenise", size and size // shards) as task:
+            task.advance(spill.progress.bytes)
+            for batch in in_order(encode, _batches(items), workers):
+                spill.add(batch)
+                task.advance(int(batch.entries["bytes"].sum()))
+            spill.finish(corpus.encoding_errors)
+    if not spill.progress.pieces:
+        raise DataError(f"no text in {', '.join(corpus.sources)}", "every document is empty or blank")
+    return spill
+
+
+def _write(
+    out: Path, read: Spill, kept: Spill | None, config: PregenerateConfig, dtype: np.dtype[Any]
+) -> dict[str, Any]:
+    """Choose what is held out and write both splits; return what the manifest says of them.
+
+    Raises:
+        DataError: the training text is shorter than one block.
+    """
+    length, fraction = config.sequence_length, 0.0 if kept else config.test_fraction
+    last, total, shards = read.threshold(fraction), read.progress.tokens, config.shard_numbers[1]
+    if not read.progress.documents:
+        raise DataError(f"--shard {config.shard} holds no document", f"there are fewer documents than {shards} parts")
+    if last is None and fraction and shards > 1:
+        raise DataError(
+            f"--test-fraction {fraction} of so few documents is none: one run would hold out the end of the text, "
+            "which its parts cannot",
+            "give --test-fraction 0, --test-source, or leave --shard out",
+        )
+    how = "source" if kept else "position" if last is None else "document"
+    cut = _border(total, length, fraction) if last is None else None
+    shape = (length, config.stride or length, dtype, config.format)
+    with SplitWriter(out, "train", *shape) as train, SplitWriter(out, "test", *shape) as test:
+        sizes = _divide(read, kept, last, cut, train, test)
+    if cut is not None and not kept:
+        sizes[1, 1] = sizes[0, 1] * (total - cut) // total
+        sizes[0, 1] -= sizes[1, 1]
+    if train.tokens < length:
+        raise DataError(
+            f"the text is {total} tokens, {train.tokens} of them for training: shorter than one block of {length}",
+            "give more text or a smaller --sequence-length",
+        )
+    splits = {
+        name: {
+            "documents": int(size[0]),
+            "bytes": int(size[1]),
+            "tokens": writer.tokens,
+            "sequences": writer.sequences,
+            "dropped_tokens": writer.dropped,
+            "padding_tokens": writer.padding,
+            "files": [asdict(file) for file in writer.files],
+        }
+        for (name, writer), size in zip({"train": train, "test": test}.items(), sizes, strict=True)
+    }
+    errors = read.progress.encoding_errors + (kept.progress.encoding_errors if kept else 0)
+    return {"split": how, "encoding_errors": errors, "splits": splits}
+
+
+def _divide(
+    read: Spill, kept: Spill | None, last: int | None, cut: int | None, train: SplitWriter, test: SplitWriter
+) -> np.ndarray[Any, Any]:
+    """Send each token to its split; return documents and bytes of train and test, as rows.
+
+    Args:
+        read: the corpus; documents whose hash is at most `last` are held out, or what lies behind position `cut`.
+        kept: held-out text of its own.
+    """
+    sizes, total = np.zeros((2, 2), np.int64), read.progress.tokens
+    with track("pack", total) as task:
+        # what is cut by position is the last part of the text as it stands
+        for entries, tokens in read.groups(shuffled=not (cut is not None and cut < total)):
+            if cut is not None:
+                head = max(0, cut - train.tokens)
+                train.add(tokens[:head])
+                test.add(tokens[head:])
+                sizes[0] += _sizes(entries)
+            else:
+                held = entries["hash"] <= last
+                of_held = np.repeat(held, entries["tokens"])
+                train.add(tokens[~of_held])
+                test.add(tokens[of_held])
+                sizes += _sizes(entries[~held]), _sizes(entries[held])
+            task.advance(len(tokens))
+        for entries, tokens in kept.groups() if kept else ():
+            test.add(tokens)
+            sizes[1] += _sizes(entries)
+    return sizes
+
+
+def _sizes(entries: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Return the documents and the bytes of some index entries."""
+    return int(entries["first"].sum()), int(entries["bytes"].sum(dtype=np.int64))
+
+
+def _border(total: int, length: int, fraction: float) -> int:
+    """Return where the training tokens end, at a block border: one block at least is held out, if any is asked for."""
+    blocks = total // length
+    held_out = min(max(1, round(fraction * blocks)), blocks - 1) if fraction and blocks else 0
+    return (blocks - held_out) * length if held_out else total

@@ -1,0 +1,76 @@
+"""Unfinished work beside its result: what an interrupted `pregenerate` leaves for `--resume`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tinygpt2.errors import ConfigError, DataError, UnreadableError
+from tinygpt2.utils.files import read_json, write_json
+from tinygpt2.utils.progress import say
+
+_PLAN = "plan.json"
+
+
+def workplace_of(out: Path) -> Path:
+    """Return where a dataset is made before it is put in place."""
+    return out.parent / f".{out.name}.unfinished"
+
+
+@contextmanager
+def workplace(out: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[Path]:
+    """Yield the directory of unfinished work: an earlier run's to continue, else an empty one.
+
+    It goes when the result is in place, or when the data are at fault; what is finished is kept otherwise.
+
+    Args:
+        out: where the result will be put.
+        plan: all that decides the result; a run is continued only under the same.
+        resume: continue, rather than start over.
+    """
+    work = workplace_of(out)
+    if resume and (work / _PLAN).is_file():
+        require_same(plan, read_json(work / _PLAN), work)
+        say(f"continuing the interrupted run in {work}")
+    else:
+        if work.exists():
+            say(f"starting over: {work} held an interrupted run")
+            discard(work)
+        work.mkdir(parents=True)
+        write_json(work / _PLAN, plan)
+    try:
+        yield work
+    except UnreadableError:
+        raise
+    except (DataError, ConfigError):
+        discard(work)
+        raise
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {work}: {error.strerror or error}", "make room, then add --resume to go on"
+        ) from error
+    discard(work)
+
+
+def discard(work: Path) -> None:
+    """Remove unfinished work."""
+    (work / _PLAN).unlink(missing_ok=True)  # first: what is left of a half removed one is continued by nobody
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def require_same(plan: dict[str, Any], before: dict[str, Any], where: Path) -> None:
+    """Check that a run to continue is the same.
+
+    Raises:
+        ConfigError: something that decides the result differs (it is named).
+    """
+    changed = sorted(key for key in plan if plan[key] != before.get(key))
+    if changed:
+        words = ", ".join("the sources' files" if key == "read" else key for key in changed)
+        raise ConfigError(
+            f"--resume: {words} differ from the run in {where}",
+            "leave --resume out to start over, or name another --out",
+        )

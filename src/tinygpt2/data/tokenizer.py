@@ -1,0 +1,240 @@
+"""Tokenizers: load any, train one for any language, tell one from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinygpt2.config.data import TrainTokenizerConfig
+from tinygpt2.data.corpus.sources import Corpus
+from tinygpt2.data.encoding import LETTERS, encode, merge_ends, parsed
+from tinygpt2.errors import DataError, ModelError
+from tinygpt2.utils.files import atomic_contents, require_free
+from tinygpt2.utils.hub import local_directory
+from tinygpt2.utils.progress import track
+
+if TYPE_CHECKING:
+    import tiktoken
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's pre-tokeniser as tiktoken writes it
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_PASSAGE, _BORDER = 2000, re.compile(r"\S(?=\s)")
+_REPORT = 1 << 24  # bytes of held-out text that the report is measured on, at most
+_PROBE = "Hello, world! It's 2 o'clock;\n\tnaïve café, 你好, 🙂  <|endoftext|> ok."
+
+
+@dataclass(frozen=True)
+class TrainTokenizerResult:
+    """What `train_tokenizer` did.
+
+    `bytes_per_token` is measured on the `test_bytes` of held-out text; both say nothing where none is held out.
+    """
+
+    tokenizer: str
+    vocab_size: int
+    documents: int
+    bytes: int
+    test_bytes: int
+    bytes_per_token: float | None
+    encoding_errors: int
+    seconds: float
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Say whether a directory holds a tokenizer's files."""
+    return (directory / "tokenizer.json").is_file() or all(
+        (directory / f).is_file() for f in ("vocab.json", "merges.txt")
+    )
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Load a tokenizer from a directory (vocab.json and merges.txt are enough), the Hub or tiktoken.
+
+    Raises:
+        ModelError: there is none, or what there is loses text: an empty vocabulary can never pass.
+    """
+    if name.startswith("tiktoken:"):
+        return _from_tiktoken(name.removeprefix("tiktoken:"))
+    directory = local_directory(name, "tokenizer")
+    if not has_tokenizer(directory):
+        raise ModelError(f"no tokenizer in {directory}: neither tokenizer.json nor vocab.json with merges.txt")
+    try:
+        tokenizer = _read(directory)
+        ids = tokenizer(_PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        kept = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    except Exception as error:  # whatever a broken file makes the library raise
+        raise ModelError(f"cannot load the tokenizer in {directory}: {' '.join(str(error).split())}") from error
+    byte_level = type(tokenizer.backend_tokenizer.decoder).__name__ == "ByteLevel"
+    if not kept.strip() or (byte_level and kept.strip() != _PROBE):
+        raise ModelError(f"the tokenizer in {directory} ({len(tokenizer)} tokens) loses text", "check its files")
+    return tokenizer
+
+
+def _from_tiktoken(name: str) -> Tokenizer:
+    """Put one of tiktoken's vocabularies into the Hugging Face layout.
+
+    Raises:
+        ModelError: there is none of that name, or its files can neither be found nor fetched.
+    """
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except ValueError as error:
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise ModelError(f"no tiktoken vocabulary {name!r}: {error}", f"known are {known}") from error
+    except Exception as error:  # whatever the network makes the library raise
+        raise ModelError(
+            f"tiktoken's files for {name!r} cannot be had: {' '.join(str(error).split())[:160]}",
+            "put them into the folder that TIKTOKEN_CACHE_DIR names, or check the network",
+        ) from error
+    return convert_tiktoken(encoding)
+
+
+def convert_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
+    """Make the same tokenizer of a tiktoken encoding; unused ids become special tokens nothing encodes to."""
+    from tokenizers import Regex, decoders, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    ranks = encoding._mergeable_ranks
+    spelled = {token: token.decode("latin-1").translate(LETTERS) for token in ranks}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        ends = merge_ends(token, rank, ranks)
+        if len(ends) == 2:  # a token that no merge makes is found only where it is a word by itself
+            merges.append((spelled[token[: ends[0]]], spelled[token[ends[0] :]]))
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
+    unused = set(range(encoding.n_vocab)) - {*vocabulary.values(), *encoding._special_tokens.values()}
+    special = {**encoding._special_tokens, **{f"<|unused_{index}|>": index for index in sorted(unused)}}
+    whole = len(merges) + 256 == len(ranks)
+    backend = Backend(BPE({**vocabulary, **special}, merges, ignore_merges=not whole))
+    if encoding._pat_str == GPT2_PATTERN:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        # the same pattern where $ would match at the end of a line, and {n,m}+ is not possessive
+        pattern = Regex(encoding._pat_str.replace("$", r"\z").replace("}+", "}"))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def _read(directory: Path) -> Tokenizer:
+    # AutoTokenizer refuses a folder of vocab.json and merges.txt alone; GPT-2's own class reads it.
+    if (directory / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer as Kind
+    else:
+        from transformers import GPT2TokenizerFast as Kind  # and does not load torch
+    tokenizer: Tokenizer = Kind.from_pretrained(str(directory))
+    return tokenizer
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a SHA-256 over all that decides an encoding: vocabulary, merges, normaliser, pre-tokeniser.
+
+    Equal for the same tokenizer in any layout (tokenizer.json, or vocab.json with merges.txt).
+    """
+    backend = parsed(tokenizer.backend_tokenizer.to_str())
+    merges = backend["model"].get("merges")
+    parts = {
+        "vocab": sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]),
+        "merges": merges and [m if isinstance(m, str) else " ".join(m) for m in merges],
+        "normalizer": backend["normalizer"],
+        "pre_tokenizer": backend["pre_tokenizer"],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
+    """Train a byte-level BPE on any language and save it in the Hugging Face layout.
+
+    Raises:
+        ConfigError: the output directory is not empty.
+        DataError: no text, or too little for the size asked for.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+    from transformers import GPT2TokenizerFast
+
+    started = time.perf_counter()
+    out = Path(config.out)
+    require_free(out, "give another --out")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = Corpus.of(config.source, config)
+    share = _HeldOut(config.test_fraction)
+    with track("train tokenizer", corpus.size_hint()) as task:
+        backend.train_from_iterator(share.rest(corpus, task.advance), trainer=trainer)
+    if not share.documents:
+        raise DataError(f"no text in {', '.join(config.source)}")
+    if backend.get_vocab_size() < config.vocab_size:
+        raise DataError(
+            f"the text yields {backend.get_vocab_size()} tokens, fewer than --vocab-size {config.vocab_size}",
+            f"give more text, or --vocab-size {backend.get_vocab_size()}",
+        )
+    tokenizer = GPT2TokenizerFast(
+        tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
+    )
+    tokens = sum(map(len, encode(tokenizer, share.texts)))
+    size = sum(len(text.encode()) for text in share.texts)
+    with atomic_contents(out) as temporary:
+        tokenizer.save_pretrained(str(temporary))
+    return TrainTokenizerResult(
+        tokenizer=str(out.resolve()),
+        vocab_size=len(tokenizer),
+        documents=share.documents,
+        bytes=share.bytes,
+        test_bytes=size,
+        bytes_per_token=size / tokens if tokens else None,
+        encoding_errors=corpus.encoding_errors,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _HeldOut:
+    """A corpus in passages of about a page, some of which are kept from training, chosen by their content."""
+
+    def __init__(self, fraction: float) -> None:
+        self._limit = int(fraction * 2**32)
+        self.documents = self.bytes = self._kept = 0
+        self.texts: list[str] = []
+
+    def rest(self, corpus: Corpus, advance: Callable[[int], None]) -> Iterator[str]:
+        """Yield the passages to train on."""
+        for piece in corpus.pieces():
+            self.documents += piece.last
+            start = 0
+            while start < len(piece.text):
+                # cut where the pre-tokeniser cuts too
+                end = _BORDER.search(piece.text, start + _PASSAGE)
+                passage = piece.text[start : end.end() if end else None]
+                start += len(passage)
+                raw = passage.encode()
+                self.bytes += len(raw)
+                advance(len(raw))
+                if zlib.crc32(raw) >= self._limit:
+                    yield passage
+                elif self._kept < _REPORT:
+                    self._kept += len(raw)
+                    self.texts.append(passage)

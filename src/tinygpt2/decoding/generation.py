@@ -1,0 +1,178 @@
+"""Text from one or several models, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, GPT2LMHeadModel, TextStreamer
+
+from tinygpt2.config.models import GenerateConfig
+from tinygpt2.data.corpus.sources import read_text
+from tinygpt2.data.encoding import encode
+from tinygpt2.errors import ConfigError, ModelError
+from tinygpt2.models.loading import default_device, load_model, model_tokenizer
+from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.utils.files import absolute
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+DEFAULT_NEW_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One text: `text` is what the model added to the prompt, `tokens` how many tokens that is."""
+
+    model: str
+    prompt: str
+    text: str
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Every model's texts for every prompt, prompt by prompt."""
+
+    results: list[Generation]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model with its tokenizer."""
+
+    name: str
+    model: GPT2LMHeadModel
+    tokenizer: Tokenizer
+
+
+Watch = Callable[[Speaker, str], TextStreamer | None]
+"""Called with model and prompt before a text begins; may return a streamer that receives its tokens."""
+
+
+def load_speaker(name: str, *, allow_pickle: bool = False) -> Speaker:
+    """Load a model and its tokenizer.
+
+    Raises:
+        ModelError: either cannot be had, or they do not fit each other.
+    """
+    model, directory = load_model(name, allow_pickle=allow_pickle)
+    tokenizer = model_tokenizer(directory)
+    if tokenizer is None:
+        raise ModelError(f"{directory} has no tokenizer", "copy the tokenizer's files beside the weights")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ModelError(
+            f"{directory}: {len(tokenizer)} tokens in its tokenizer, {model.config.vocab_size} in the model"
+        )
+    model.generation_config = GenerationConfig()  # the directory's own would fill what the options leave open
+    return Speaker(name, model.to(default_device()), tokenizer)
+
+
+def continue_prompt(
+    speaker: Speaker, prompt: str, config: GenerateConfig, streamer: Any = None
+) -> Iterator[Generation]:
+    """Yield `config.num_samples` continuations; the same seed gives the same texts.
+
+    Raises:
+        ConfigError: prompt and new tokens are more than the model's positions.
+    """
+    model, tokenizer = speaker.model, speaker.tokenizer
+    ids = encode(tokenizer, [prompt])[0] or _start(model, tokenizer)
+    room = model.config.n_positions - len(ids)
+    count = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
+    if room < 1 or count > room:
+        raise ConfigError(
+            f"{speaker.name} has {model.config.n_positions} positions: "
+            f"{len(ids)} prompt tokens leave no room for {max(count, 1)} more",
+            "shorten the prompt" if room < 1 else f"use --max-new-tokens {room} or fewer",
+        )
+    torch.manual_seed(config.seed)
+    started = time.perf_counter()
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([ids], device=model.device),
+            generation_config=_decoding(config, model, tokenizer, count),
+            streamer=streamer,
+        )
+    seconds = (time.perf_counter() - started) / len(out)
+    for row in out.tolist():
+        added = row[len(ids) :]
+        if tokenizer.eos_token_id in added:
+            added = added[: added.index(tokenizer.eos_token_id)]
+        text = tokenizer.decode(added, clean_up_tokenization_spaces=False)
+        yield Generation(absolute(speaker.name), prompt, text, len(added), seconds)
+
+
+def _start(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> list[int]:
+    """Return what an empty prompt begins with: the token that stands between documents."""
+    start = next(
+        (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id) if i is not None),
+        None,
+    )
+    if start is None:
+        raise ConfigError("an empty prompt needs a tokenizer with a start or end-of-text token", "give --prompt")
+    return [start]
+
+
+def _decoding(config: GenerateConfig, model: GPT2LMHeadModel, tokenizer: Tokenizer, count: int) -> GenerationConfig:
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.samples:
+        # top_k is the library's 50 unless said otherwise: 0 is the whole vocabulary
+        sampling = {
+            "do_sample": True,
+            "temperature": config.temperature or 1.0,
+            "top_k": config.top_k or 0,
+            "top_p": config.top_p or 1.0,
+        }
+    return GenerationConfig(
+        max_new_tokens=count,
+        num_beams=config.num_beams,
+        num_return_sequences=config.num_samples,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        **sampling,
+    )
+
+
+def read_prompts(config: GenerateConfig) -> list[str]:
+    """Return the prompts that were given, an empty one if none.
+
+    Raises:
+        DataError: the prompt file is missing or not UTF-8.
+    """
+    if config.prompt_file is None:
+        return config.prompt or [""]
+    return [read_text(Path(config.prompt_file))]
+
+
+@fast_products()
+def generate(config: GenerateConfig, watch: Watch = lambda speaker, prompt: None) -> GenerateResult:
+    """Continue every prompt with every model.
+
+    Args:
+        config: models, prompts and decoding.
+        watch: told of each text before it begins.
+
+    Raises:
+        ConfigError: a prompt that does not fit, or --interactive, which is the command line's own.
+        DataError: the prompt file cannot be read.
+        ModelError: a model or its tokenizer cannot be had.
+    """
+    if config.interactive:
+        raise ConfigError("--interactive is for the command line")
+    prompts = read_prompts(config)
+    speakers = [load_speaker(name, allow_pickle=config.allow_pickle) for name in config.model]
+    texts = [
+        text
+        for prompt in prompts
+        for speaker in speakers
+        for text in continue_prompt(speaker, prompt, config, watch(speaker, prompt))
+    ]
+    return GenerateResult(texts)

@@ -1,0 +1,1 @@
+"""Perplexity of models on texts."""

@@ -1,0 +1,329 @@
+"""Conventions of perplexity: which tokens are scored, with what before them, and what the loss is spread over.
+
+Every convention makes a `Sheet` of a task: token ids, windows over them, and the units to divide by. `hf` is that of
+transformers' page "Perplexity of fixed-length models"; `gpt2-paper` of Radford et al. 2019, section 3; `lm-eval` of
+lm-evaluation-harness' tasks `wikitext` and `lambada_openai`; `tinygpt2` of the program calc_ppl of TinyGPT2.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Int, Integer
+
+from tinygpt2.config.models import Convention
+from tinygpt2.data.dataset import Packed
+from tinygpt2.data.encoding import encode
+from tinygpt2.data.tokenizer import fingerprint
+from tinygpt2.errors import ConfigError, DataError, ModelError
+from tinygpt2.evaluation.detokenize import detokenize, detokenize_page, pages
+from tinygpt2.evaluation.scoring import Scores, Window, exponential, windows
+from tinygpt2.evaluation.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+_AT_ONCE = 1000  # passages tokenized at a time: lists of numbers take much memory
+
+SAYS: dict[Convention, str] = {
+    "hf": "per token; a token is a target once, when an earlier one stands in its window",
+    "gpt2-paper": "per word, character or byte of the original text; every token is a target, end-of-text before the "
+    "first; detokenized",
+    "lm-eval": "as lm-evaluation-harness: page by page, every token is a target; per word of the page before "
+    "detokenizing",
+    "tinygpt2": "as TinyGPT2's calc_ppl: per token; each window's mean loss over its n - 1 targets counts n times",
+}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The model as its texts see it: name, configuration, tokenizer (None where it has none)."""
+
+    name: str
+    config: Any
+    tokenizer: Tokenizer | None
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the model takes at once."""
+        return int(self.config.n_positions)
+
+    def tokens(self, texts: Sequence[str], task: str) -> list[list[int]]:
+        """Return the token ids of texts.
+
+        Raises:
+            ModelError: there is no tokenizer, or it knows more tokens than the model.
+        """
+        if self.tokenizer is None:
+            raise ModelError(
+                f"model {self.name} has no tokenizer to read {task} with",
+                "copy the tokenizer's files beside the weights",
+            )
+        if len(self.tokenizer) > self.config.vocab_size:
+            raise ModelError(
+                f"model {self.name}: its tokenizer has {len(self.tokenizer)} tokens, "
+                f"the model only {self.config.vocab_size}",
+                "put the tokenizer that the model was trained with beside its weights",
+            )
+        return encode(self.tokenizer, list(texts))
+
+    @property
+    def prefix(self) -> int:
+        """The token that stands before a text.
+
+        Raises:
+            ModelError: the tokenizer has neither a start nor an end of text.
+        """
+        for token in (getattr(self.tokenizer, "bos_token_id", None), getattr(self.tokenizer, "eos_token_id", None)):
+            if token is not None:
+                return int(token)
+        raise ModelError(f"model {self.name}: its tokenizer has no token for the end of text, which has to stand first")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What is to be scored, and over what the loss is spread.
+
+    Attributes:
+        tokens: token ids of all texts, one after the other.
+        spans: the windows over them.
+        unit, units: what perplexity is per, and how many there are; for `token` the targets count.
+        words, characters, bytes: of the text.
+        stride: from one window's start to the next; None where every passage is its own window.
+        right: for each question the number of the right one among its `candidates` windows.
+    """
+
+    tokens: Integer[np.ndarray, " N"]
+    spans: list[Window]
+    unit: Literal["token", "word", "character", "byte"]
+    units: int
+    words: int
+    characters: int
+    bytes: int
+    stride: int | None
+    right: Int[np.ndarray, " Q"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    candidates: int = 0
+
+    def same_targets(self, other: Sheet) -> bool:
+        """Say whether losses on both sheets compare window by window."""
+        return self.spans == other.spans and np.array_equal(self.tokens, other.tokens)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a convention reports; see `PplRow`."""
+
+    perplexity: float
+    loss: float
+    bits_per_character: float
+    bits_per_byte: float
+    byte_perplexity: float
+    word_perplexity: float
+    accuracy: float | None
+    accuracy_without_stop_words: float | None
+
+
+def make_sheet(task: Task, reader: Reader, convention: Convention, stride: int | None) -> Sheet:
+    """Lay a task out for a model.
+
+    Args:
+        stride: tokens from one window's start to the next; None takes the window's length.
+
+    Raises:
+        ConfigError: the stride is beyond the window, blocks are longer than the model's positions, or the convention
+            does not know tasks of this kind.
+        DataError: there is nothing to predict, or a dataset is another tokenizer's.
+        ModelError: there is no tokenizer, or it does not fit the model.
+    """
+    if task.questions:
+        if convention in ("lm-eval", "tinygpt2"):
+            raise ConfigError(f"convention {convention} has no {task.name}", "take --convention gpt2-paper or hf")
+        sheet = _choices(task, reader, convention)
+    elif task.passages and convention != "tinygpt2":
+        sheet = _last_words(task, reader, convention)
+    elif task.packed is not None:
+        sheet = _blocks(task.packed, reader, convention, stride)
+    elif convention in ("hf", "tinygpt2"):
+        text = task.joined()
+        (tokens,) = reader.tokens([text], task.name)
+        sheet = _per_token(np.array(tokens), text, reader.positions, stride)
+    else:
+        sheet = _per_unit(task, reader, convention, stride)
+    if not sheet.spans:
+        raise DataError(f"{task.name} is {len(sheet.tokens)} tokens long: there is nothing to predict")
+    return sheet
+
+
+def figures(sheet: Sheet, scores: Scores, convention: Convention) -> Figures:
+    """Return what a convention reports of a sheet's scores.
+
+    Args:
+        scores: of its counted windows, see `counted`.
+    """
+    loss, total = scores.loss, float(scores.sums.sum())
+    headline = loss if sheet.unit == "token" else total / max(sheet.units, 1)
+    if convention == "tinygpt2":  # the flaw: a mean over n - 1 targets is multiplied by n
+        lengths = scores.counts + 1
+        headline = float((scores.sums / scores.counts * lengths).sum() / lengths.sum())
+    size = max(sheet.bytes, 1)
+    return Figures(
+        perplexity=exponential(headline),
+        loss=loss,
+        bits_per_character=total / math.log(2) / max(sheet.characters, 1),
+        bits_per_byte=total / math.log(2) / size,
+        byte_perplexity=exponential(total / size),
+        word_perplexity=exponential(total / max(sheet.words, 1)),
+        accuracy=_share(scores.greedy),
+        accuracy_without_stop_words=_share(scores.filtered) if convention == "gpt2-paper" else None,
+    )
+
+
+def counted(sheet: Sheet, scores: Scores) -> Scores:
+    """Return the scores that count: of a question's candidates the right one, and whether it scored best."""
+    if not len(sheet.right):
+        return scores
+    sums, counts = (x.reshape(-1, sheet.candidates) for x in (scores.sums, scores.counts))
+    rows = np.arange(len(sheet.right))
+    return Scores(sums[rows, sheet.right], counts[rows, sheet.right], sums.argmin(1) == sheet.right)
+
+
+def _share(hits: Any) -> float | None:
+    return None if hits is None else float(hits.mean())
+
+
+def _per_token(tokens: Integer[np.ndarray, " N"], text: str, window: int, stride: int | None) -> Sheet:
+    step = _stride(stride, window)
+    spans = list(windows(len(tokens), window, step))
+    return Sheet(tokens, spans, "token", 0, len(text.split()), len(text), len(text.encode()), step)
+
+
+def _per_unit(task: Task, reader: Reader, convention: Convention, stride: int | None) -> Sheet:
+    """Score every token of every document, the first after the end of text; windows share at least one token."""
+    text, style = task.text, task.spec.style
+    if convention == "lm-eval":
+        originals = pages(text) if style == "wikitext" else [text]
+        texts = [detokenize_page(page) for page in originals] if style == "wikitext" else originals
+        words = units = sum(len(re.split(r"\s+", page)) for page in originals)
+        characters, size = (sum(map(len, pages)) for pages in (originals, [page.encode() for page in originals]))
+        unit: Any = "word"
+    else:
+        texts = [detokenize(text, style) if style else text]
+        words = len(text.split()) + (text.count("\n") if task.spec.lines else 0)
+        characters, size, unit = len(text), len(text.encode()), task.spec.unit
+        units = {"word": words, "character": characters, "byte": size}[unit]
+    step = _stride(stride, reader.positions)
+    documents = [[reader.prefix, *tokens] for tokens in reader.tokens(texts, task.name)]
+    spans, offset = [], 0
+    for document in documents:
+        for span in windows(len(document), reader.positions + 1, step, full=True):
+            spans.append(Window(span.start + offset, span.stop + offset, span.first))
+        offset += len(document)
+    tokens = np.concatenate([np.array(document) for document in documents])
+    return Sheet(tokens, spans, unit, units, words, characters, size, step)
+
+
+def _last_words(task: Task, reader: Reader, convention: Convention) -> Sheet:
+    """Score the last word of every passage, after all that stands before it."""
+    cut = [passage.rsplit(" ", 1) for passage in task.passages]
+    endings = [f" {word}" for _, word in cut]
+    tokens, spans = _continued(reader, [context for context, _ in cut], endings, task.name)
+    whole = "".join(endings)
+    unit: Any = "token" if convention == "hf" else "word"
+    return Sheet(tokens, spans, unit, len(spans), len(spans), len(whole), len(whole.encode()), None)
+
+
+def _choices(task: Task, reader: Reader, convention: Convention) -> Sheet:
+    """Score every candidate of every question with what follows it."""
+    candidates = {len(question.endings) for question in task.questions}
+    if len(candidates) != 1:
+        raise DataError(f"{task.name}: questions with {' and '.join(map(str, sorted(candidates)))} candidates")
+    contexts = [question.context for question in task.questions for _ in question.endings]
+    tokens, spans = _continued(reader, contexts, [end for q in task.questions for end in q.endings], task.name)
+    right = [question.endings[question.right] for question in task.questions]
+    words, whole = sum(len(ending.split()) for ending in right), "".join(right)
+    unit: Any = "token" if convention == "hf" else "word"
+    numbers = np.array([question.right for question in task.questions])
+    sizes = words, words, len(whole), len(whole.encode())
+    return Sheet(tokens, spans, unit, *sizes, None, numbers, candidates.pop())
+
+
+def _continued(
+    reader: Reader, contexts: list[str], endings: list[str], task: str
+) -> tuple[Integer[np.ndarray, " N"], list[Window]]:
+    """Return the tokens of contexts with their endings, and a window for each, whose targets are the ending's tokens.
+
+    As the harness does it, white space at a context's end belongs to the ending, and both are tokenized together.
+    """
+    parts, spans, offset = [], [], 0
+    for index in range(0, len(contexts), _AT_ONCE):
+        some = contexts[index : index + _AT_ONCE]
+        whole = reader.tokens([a + b for a, b in zip(some, endings[index : index + _AT_ONCE], strict=True)], task)
+        known = reader.tokens([context.rstrip() for context in some], task)
+        for tokens, before in zip(whole, known, strict=True):
+            start = max(0, len(tokens) - reader.positions - 1)
+            spans.append(Window(offset + start, offset + len(tokens), max(1, len(before) - start)))
+            offset += len(tokens)
+            parts.append(np.array(tokens, np.int32))
+    return np.concatenate(parts), spans
+
+
+def _blocks(packed: Packed, reader: Reader, convention: Convention, stride: int | None) -> Sheet:
+    """Read a dataset's test split as one text, in windows of its block length."""
+    check_fits(packed, reader.config, reader.tokenizer and fingerprint(reader.tokenizer), f"model {reader.name}")
+    blocks = packed.test
+    if not len(blocks):
+        raise DataError(f"the test split of {packed.name} is empty")
+    # Blocks of sliding windows repeat what the one before had: each token counts once.
+    seen = packed.sequence_length - packed.manifest["stride"]
+    if seen and packed.manifest.get("parts", 1) > 1:
+        raise DataError(f"{packed.name}: the blocks of its parts overlap", "measure on one part at a time")
+    tokens = np.concatenate([blocks.row(0), *(blocks.row(index)[seen:] for index in range(1, len(blocks)))])
+    text = packed.tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if convention in ("hf", "tinygpt2"):
+        return _per_token(tokens, text, packed.sequence_length, stride)
+    step, words = _stride(stride, packed.sequence_length), len(text.split())
+    first = Reader(reader.name, reader.config, packed.tokenizer()).prefix
+    tokens = np.concatenate([[first], tokens])
+    spans = list(windows(len(tokens), packed.sequence_length + 1, step, full=True))
+    return Sheet(tokens, spans, "word", words, words, len(text), len(text.encode()), step)
+
+
+def _stride(stride: int | None, window: int) -> int:
+    if (stride or 0) > window:
+        raise ConfigError(
+            f"--stride {stride} is beyond the window of {window} tokens: text between windows would be lost"
+        )
+    return stride or window
+
+
+def check_fits(packed: Packed, model: Any, tokenizer_fingerprint: str | None, who: str) -> None:
+    """Check that a dataset's blocks can go through a model.
+
+    Args:
+        model: the model's configuration.
+        tokenizer_fingerprint: of the model's own tokenizer, if it has one.
+        who: the model, for the message.
+
+    Raises:
+        DataError: the dataset was made with another tokenizer, or its vocabulary is larger.
+        ConfigError: its blocks are longer than the model's positions.
+    """
+    ours = packed.manifest["tokenizer_fingerprint"]
+    if tokenizer_fingerprint not in (None, ours):
+        raise DataError(
+            f"dataset {packed.name} was made with another tokenizer ({ours[:12]}) "
+            f"than {who}'s ({str(tokenizer_fingerprint)[:12]})",
+            "pregenerate the text with the model's own tokenizer",
+        )
+    if packed.vocab_size > model.vocab_size:
+        raise DataError(f"dataset {packed.name} has a vocabulary of {packed.vocab_size}, {who} of {model.vocab_size}")
+    if packed.sequence_length > model.n_positions:
+        raise ConfigError(
+            f"blocks of {packed.sequence_length} tokens in {packed.name}, but {who} has {model.n_positions} positions",
+            f"pregenerate with --sequence-length {model.n_positions}",
+        )

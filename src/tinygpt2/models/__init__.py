@@ -1,0 +1,1 @@
+"""GPT-2 models: configurations, weights, loading, and running them."""

@@ -1,1 +1,0 @@
-"""Recipes of distillation, one YAML file each."""

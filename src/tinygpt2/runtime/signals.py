@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM as a request: the loop finishes its step, saves and leaves."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from tinygpt2.runtime.launch import launched
+from tinygpt2.utils.progress import say
+
+
+class StopRequest:
+    """Whether a signal has asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __bool__(self) -> bool:
+        return self.requested
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT or SIGTERM into a request while the block runs; a second one acts at once.
+
+    Where a launcher started several processes, Ctrl-C reaches each of them twice: from the terminal and from it.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        request.requested = True
+        if launched():
+            say("stopping: finishing the step and saving")
+            return
+        say("stopping: finishing the step and saving; once more to stop at once")
+        restore()
+
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+    for number in earlier:
+        signal.signal(number, ask)
+    try:
+        yield request
+    finally:
+        restore()

@@ -1,0 +1,85 @@
+"""What may go wrong in a step, said with the numbers that help: not finite, not enough memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from tinygpt2.config.training import TrainOptions
+from tinygpt2.errors import ConfigError, DivergedError
+from tinygpt2.runtime.cpu import available_memory
+from tinygpt2.training.state import RunState
+from tinygpt2.training.throughput import memory_in_use
+from tinygpt2.utils.progress import say
+
+_SHOWN = 32  # block numbers in a message
+
+
+def may_step(
+    accelerator: Accelerator,
+    state: RunState,
+    terms: dict[str, float],
+    norm: float,
+    indices: list[int],
+    config: TrainOptions,
+) -> bool:
+    """Say whether the optimizer may take this step; count in `state` the step that it may not.
+
+    Args:
+        terms: loss and parts, the means over the global batch.
+        norm: of the gradient.
+        indices: of the batch's blocks.
+
+    Raises:
+        DivergedError: loss or gradient is not finite, and no more such steps may be skipped.
+    """
+    # fp16's loss scaler meets infinite gradients by design, until there is nothing left to scale
+    scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
+    if math.isfinite(terms["loss"]) and (scaling or math.isfinite(norm)):
+        return True
+    if accelerator.scaler is not None:  # the norm has unscaled the gradients; the optimizer would have closed that
+        accelerator.scaler.update()
+    state.skipped += 1
+    parts = ", ".join(f"{name} {term:g}" for name, term in terms.items())
+    shown = ", ".join(map(str, indices[:_SHOWN])) + (f" and {len(indices) - _SHOWN} more" if indices[_SHOWN:] else "")
+    what = f"step {state.step + 1} is not finite: {parts}, gradient norm {norm:g}; training blocks {shown}"
+    if state.skipped <= config.skip_non_finite:
+        say(f"warning: {what}: skipped ({state.skipped} of --skip-non-finite {config.skip_non_finite})")
+        return False
+    raise DivergedError(
+        what,
+        "lower --learning-rate, lengthen --warmup-ratio or lower --grad-clip; a bad batch now and then passes by with "
+        "--skip-non-finite N. Checkpoints saved so far are intact",
+    )
+
+
+@contextmanager
+def memory_explained(config: TrainOptions, length: int) -> Iterator[None]:
+    """Turn a lack of memory into an error that says what to lower.
+
+    Raises:
+        ConfigError: there was not enough memory for a step.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        if on_gpu:
+            free, total = torch.cuda.mem_get_info()
+            there = f"{(total - free) / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB were in use"
+        else:
+            free, own = available_memory(), memory_in_use()
+            there = f"the process held {own / 1e9:.1f} GB, {free / 1e9:.1f} GB were free"
+        lower = [f"--micro-batch-size (with more --gradient-accumulation-steps; now {config.micro_batch_size})"]
+        lower += [] if config.gradient_checkpointing else ["or add --gradient-checkpointing"]
+        lower += [] if config.precision != "fp32" else ["or --precision bf16"]
+        raise ConfigError(
+            f"out of memory in a step of {config.micro_batch_size} x {length} tokens: {there}",
+            f"lower {', '.join(lower)}; --auto-batch-size finds what fits",
+        ) from error

@@ -1,0 +1,191 @@
+"""What a run needs before its first step: a free directory, an accelerator, texts packed once for all processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from transformers import GPT2Config
+
+from tinygpt2.config.data import PackOptions, PregenerateConfig
+from tinygpt2.config.training import TrainOptions, changed_mathematics
+from tinygpt2.data.corpus.sources import Corpus
+from tinygpt2.data.dataset import Blocks, Packed, is_packed, load_packed
+from tinygpt2.data.pregenerate import pregenerate
+from tinygpt2.data.staging import workplace_of
+from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.evaluation.conventions import check_fits
+from tinygpt2.evaluation.tasks import load_tasks
+from tinygpt2.objectives.combined import Weights
+from tinygpt2.utils.files import require_free
+
+RUN_FILE = "config.yaml"
+PACKED = ("data", "eval-data")  # what a run may pack for itself, in its directory
+_TRIED = 1 << 26  # bytes of text that --validate-only packs, to count it
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a run takes place: its processes, and the directory for texts that it packs."""
+
+    accelerator: Accelerator
+    place: Path
+
+    def packed(
+        self, name: str, source: str, tokenizer: str, length: int, config: TrainOptions, how: PackOptions
+    ) -> str:
+        """Pack a text into blocks, once: the main process does it, the others wait. Return the data set's path.
+
+        Args:
+            name: of the directory.
+            source: the text.
+            tokenizer, length: of the blocks.
+            config: of the run, for its seed and whether it continues.
+            how: the text becomes documents, and which are held out.
+        """
+        out = self.place / name
+        mine = self.accelerator.is_main_process or config.passing  # into a directory of its own
+        if mine and not ((config.resume or config.passing) and is_packed(out)):
+            if config.validate_only and (Corpus.of([source], how).size_hint() or 0) > _TRIED:
+                raise ConfigError(
+                    f"--validate-only counts the tokens of texts of up to {_TRIED >> 20} MiB: {source} is larger",
+                    "make a dataset of it first, with tinygpt2 pregenerate",
+                )
+            options = {key: getattr(how, key) for key in PackOptions.model_fields}
+            pregenerate(
+                PregenerateConfig(
+                    source=[source], tokenizer=tokenizer, out=str(out), sequence_length=length, seed=config.seed,
+                    resume=config.resume, **options,
+                )
+            )  # fmt: skip
+        # not by a barrier, which gives up after minutes
+        while not is_packed(out):
+            time.sleep(0.2)
+        return str(out)
+
+    def evaluated(self, data: Packed, model: GPT2Config, config: TrainOptions) -> Blocks:
+        """Return the blocks to evaluate on: the dataset's own test split, or those of --eval-data.
+
+        Raises:
+            DataError, ConfigError: there are none, or they do not fit the model.
+        """
+        if config.eval_data is None:
+            if not len(data.test) and (config.eval_every or config.early_stopping_patience):
+                raise DataError(
+                    f"the test split of {data.name} is empty: there is nothing to evaluate on", "give --eval-data"
+                )
+            return data.test
+        if is_packed(Path(config.eval_data)):
+            packed = load_packed(config.eval_data)
+            check_fits(packed, model, data.manifest["tokenizer_fingerprint"], f"dataset {data.name}")
+            if not len(packed.test):
+                raise DataError(f"the test split of {config.eval_data} is empty", "give the held-out text itself")
+            return packed.test
+        with tempfile.TemporaryDirectory() as scratch:
+            data.tokenizer().save_pretrained(scratch)
+            whole = PackOptions(test_fraction=0, shuffle=False)
+            return load_packed(
+                self.packed("eval-data", config.eval_data, scratch, data.sequence_length, config, whole)
+            ).train
+
+
+@contextmanager
+def begin(config: TrainOptions, weights: Weights) -> Iterator[Setup]:
+    """Check the start and make the accelerator, before anything is loaded.
+
+    Raises:
+        ConfigError: it would overwrite, continue another run, or asks for what the machine cannot do.
+    """
+    accelerator = _accelerator(config, weights)
+    if accelerator.is_main_process:
+        _check_start(config)
+    accelerator.wait_for_everyone()  # nobody writes before that
+    if not config.passing:
+        yield Setup(accelerator, Path(config.out))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Setup(accelerator, Path(scratch))
+
+
+def _check_start(config: TrainOptions) -> None:
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if (config.compile or config.compile_only) and shutil.which(compiler) is None:
+        raise ConfigError(
+            f"--compile needs a C++ compiler: {compiler} was not found", "install it, or set CXX to another"
+        )
+    load_tasks(config.eval_task, config.task_data)  # what is missing is said before anything is loaded
+    out = Path(config.out)
+    run = out / RUN_FILE
+    left = [path for path in out.glob(".*.tmp") if path.is_dir()] if config.resume else []  # by a killed process
+    # a text may be packed before the run begins
+    begun = run.is_file() or any(is_packed(out / name) or workplace_of(out / name).is_dir() for name in PACKED)
+    if left and (begun or len(left) == len(list(out.iterdir()))):
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+    if not (config.resume and begun):
+        require_free(out, "give another --out, or --resume to continue a run")
+    elif run.is_file():
+        earlier = yaml.safe_load(run.read_text(encoding="utf-8"))
+        if not isinstance(earlier, dict) or set(earlier) != set(config.options()):
+            raise ConfigError(f"--resume: {run} is not of a run of this command", "give another --out")
+        changed = changed_mathematics(config, earlier)
+        if changed:
+            raise ConfigError(
+                f"--resume: {', '.join(changed)} differ from the run in {out}",
+                f"its options are in {run}; or give another --out",
+            )
+
+
+def _accelerator(config: TrainOptions, weights: Weights) -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process may train twice, in another precision
+    # objectives that never reach the logits may leave the top of the student without gradients
+    whole = bool(weights.ce or weights.prediction)
+    accelerator = Accelerator(
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        log_with=list(config.report_to) or None,
+        project_dir=config.out,
+    )
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # whatever a launcher's file says
+    _check_sharding(accelerator, config)
+    if (fsdp := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        fsdp.mixed_precision_policy = None  # it would round losses and sums of gradients: the step autocasts instead
+    return accelerator
+
+
+def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
+    """Refuse what would not show objectives and Muon whole matrices, or the teacher to every process.
+
+    Raises:
+        ConfigError: Accelerate's configuration asks for it.
+    """
+    fsdp, deepspeed = getattr(accelerator.state, "fsdp_plugin", None), accelerator.state.deepspeed_plugin
+    if fsdp is None and deepspeed is None:
+        return
+    whole = fsdp is None or (fsdp.fsdp_version == 2 and fsdp.auto_wrap_policy is None)
+    if not whole or (fsdp is not None and fsdp.cpu_ram_efficient_loading):
+        raise ConfigError(
+            "FSDP needs fsdp_version: 2, fsdp_auto_wrap_policy: NO_WRAP and fsdp_cpu_ram_efficient_loading: false",
+            "examples/accelerate-fsdp.yaml has them",
+        )
+    if config.optimizer == "muon":
+        raise ConfigError(
+            "Muon needs whole matrices, FSDP and DeepSpeed split them", "add --optimizer adamw, or take DDP"
+        )
+    if config.passing and not config.validate_only:
+        raise ConfigError("FSDP and DeepSpeed are for runs: this one only tries steps", "take DDP, or one process")

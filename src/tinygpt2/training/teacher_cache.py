@@ -1,0 +1,126 @@
+"""A teacher's last hidden states on disk, for several students or epochs: computed once, read back memory-mapped.
+
+The states are kept in bfloat16; the logits are made from them again, chunk by chunk, at a fraction of their size.
+A state has passed through bfloat16 whether it was read or has just been computed, so a run that finds its states and
+one that makes them learn the same, if they are made by the same products: with another micro-batch, device or with
+--compile a few roundings differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tinygpt2.config.common import Precision
+from tinygpt2.data.dataset import Packed
+from tinygpt2.errors import ConfigError
+from tinygpt2.utils.files import write_json
+
+_FIGURES = (  # beyond the weights
+    "n_head", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+)  # fmt: skip
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class TeacherCache:
+    """The last hidden states of one teacher on one data set's training blocks.
+
+    A file holds the states of all blocks, one after another, another a CRC-32 for each block, 0 where it was not
+    computed yet. A block whose bytes and checksum differ, after a crash or on a bad disk, is computed again; so
+    processes may share a cache while they fill it.
+
+    Args:
+        root: directory of all caches; this one gets a directory of its own, named after what it depends on.
+        teacher, data, precision: the name comes from the weights and their type, the blocks' content, and the
+            arithmetic of the products.
+
+    Raises:
+        ConfigError: it cannot be made there: no space, or no right to write.
+    """
+
+    def __init__(self, root: Path, teacher: GPT2LMHeadModel, data: Packed, precision: Precision) -> None:
+        self._shape = (len(data.train), data.sequence_length, teacher.config.n_embd)
+        self.path = root / cache_name(teacher, data, precision)
+        size = cache_bytes(teacher.config, data)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _reserve(self.path / "states.bin", size)
+            _reserve(self.path / "checksums.bin", 4 * len(data.train))
+            about = {"sequences": self._shape[0], "length": self._shape[1], "width": self._shape[2]}
+            write_json(self.path / "about.json", {**about, "dtype": "bfloat16", "data": data.content})
+        except OSError as error:
+            raise ConfigError(
+                f"--teacher-cache {root}: {size / 1e9:.1f} GB cannot be reserved there: {error.strerror or error}",
+                "free some space, give another directory, or leave the option out",
+            ) from error
+        self._states: _Array = np.memmap(self.path / "states.bin", np.int16, "r+", shape=self._shape)
+        self._checksums: _Array = np.memmap(self.path / "checksums.bin", np.uint32, "r+", shape=self._shape[:1])
+
+    @property
+    def filled(self) -> float:
+        """The share of the blocks that were computed."""
+        return float((self._checksums != 0).mean())
+
+    def states(
+        self, rows: Sequence[int], input_ids: Int[Tensor, "B T"], compute: Callable[[Tensor], Float[Tensor, "B T D"]]
+    ) -> Float[Tensor, "B T D"]:
+        """Return the states of some blocks in bfloat16, computed and kept where they were not there.
+
+        Args:
+            rows: the blocks' numbers.
+            input_ids: their tokens.
+            compute: runs the teacher.
+        """
+        kept = [self._states[row] for row in rows]
+        lost = [i for i, row in enumerate(rows) if _checksum(kept[i]) != self._checksums[row]]
+        if lost:
+            made = compute(input_ids[lost]).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
+            for i, block in zip(lost, made, strict=True):
+                self._states[rows[i]] = kept[i] = block
+                self._checksums[rows[i]] = _checksum(block)
+        return torch.from_numpy(np.stack(kept)).view(torch.bfloat16).to(input_ids.device)
+
+
+def cache_bytes(teacher: GPT2Config, data: Packed) -> int:
+    """Return the size of all states."""
+    return 2 * len(data.train) * data.sequence_length * int(teacher.n_embd)
+
+
+def cache_name(teacher: GPT2LMHeadModel, data: Packed, precision: Precision) -> str:
+    """Return a name that is the same for the same teacher, in the same arithmetic, on the same blocks."""
+    digest = hashlib.sha256(f"{data.content} {precision}".encode())
+    digest.update(repr([getattr(teacher.config, key) for key in _FIGURES]).encode())
+    for name, tensor in teacher.transformer.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]
+
+
+def _checksum(block: _Array) -> int:
+    return zlib.crc32(np.ascontiguousarray(block).data) or 1  # 0 says that there is none
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of this size, whole on the disk: a write into a map would kill the process on a full one."""
+    if path.is_file() and path.stat().st_size == size:
+        return
+    try:
+        with path.open("ab") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                for start in range(0, size, 1 << 20):
+                    file.write(bytes(min(1 << 20, size - start)))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Commands that train or open several things in a row."""

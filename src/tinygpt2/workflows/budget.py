@@ -1,0 +1,145 @@
+"""`distill --plan`: which student, and how many steps, fit into a time, found by timing a few steps of each."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import GPT2Config
+
+from tinygpt2.config.training import MOST_PASSES, DistillConfig
+from tinygpt2.errors import ConfigError
+from tinygpt2.models.loading import count_parameters, freeze, set_dropout
+from tinygpt2.training.failures import memory_explained
+from tinygpt2.training.loop import Job
+from tinygpt2.training.optimizers import make_optimizer
+from tinygpt2.training.step import Step, step_seconds
+from tinygpt2.utils.progress import say
+
+DEFAULT_MINUTES = 60.0
+_TIMED = 3  # steps, after one that warms up
+_KEPT = 0.9  # of the time, for steps and evaluations: the rest goes on start, checkpoints and the machine's moods
+_DEPTHS = (3 / 4, 1 / 2, 1 / 3, 1 / 6)  # of the teacher's layers
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A student, and what fits into the time.
+
+    Attributes:
+        student: the cut, or the one that was given.
+        num_layers: of a cut; None for a student that was given.
+        tokens_per_second: of training steps.
+        passes: over the data.
+    """
+
+    student: str
+    num_layers: int | None
+    parameters: int
+    tokens_per_second: float
+    steps: int
+    tokens: int
+    passes: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What fits into the time: every student that was timed, the one to take, and the commands that make it."""
+
+    minutes: float
+    candidates: list[Candidate]
+    chosen: str
+    commands: list[str]
+
+
+def cuts(teacher: GPT2Config) -> list[int]:
+    """Return the depths that are worth a try, deepest first."""
+    depths = {max(1, round(share * teacher.n_layer)) for share in _DEPTHS}
+    return sorted((depth for depth in depths if depth < teacher.n_layer), reverse=True)
+
+
+def make_budget(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerator, config: DistillConfig) -> Budget:
+    """Time each student's steps, and take the largest that sees at least as many tokens as it has parameters.
+
+    A student that was cut starts from what the teacher knows, and a larger one is ahead from the first step. That it
+    sees one token for each parameter keeps it from staying as it was cut: a rule of thumb. If none sees so much, the
+    smallest one is taken. More than four passes over the data are not planned (see `DistillConfig.passes`).
+
+    Args:
+        jobs: each with its student's name and the layers that were kept of the teacher's.
+
+    Raises:
+        ConfigError: not even one step of any fits.
+    """
+    minutes = config.budget_minutes or DEFAULT_MINUTES
+    candidates = []
+    for name, layers, job in jobs:
+        with memory_explained(config, job.data.sequence_length):
+            candidates.append(_timed(name, layers, job, accelerator, minutes))
+        del job  # before the next one is made
+        accelerator.free_memory()
+    if not candidates:
+        raise ConfigError("a teacher of one layer cannot be cut in depth", "give a --student")
+    able = [candidate for candidate in candidates if candidate.steps]
+    if not able:
+        raise ConfigError(
+            f"not one step fits into {minutes:g} minutes", "raise --budget-minutes, or lower --micro-batch-size"
+        )
+    seeing = [candidate for candidate in able if candidate.tokens >= candidate.parameters]
+    chosen = max(seeing, key=lambda one: one.parameters) if seeing else min(able, key=lambda one: one.parameters)
+    return Budget(minutes, candidates, chosen.student, _commands(config, chosen))
+
+
+def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, minutes: float) -> Candidate:
+    """Take a few steps as the loop would, and count what fits."""
+    config, data, parameters = job.config, job.data, count_parameters(job.model)
+    say(f"timing {name}")
+    freeze(job.model, config.freeze)
+    set_dropout(job.model, config.dropout)
+    if job.teacher is not None:
+        job.teacher.to(accelerator.device)
+    step = Step(job.model, job.teacher, job.weights, config)
+    module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
+    module.train()
+    sequences = job.sequences(accelerator.num_processes)
+    size, count = config.micro_batch_size, _TIMED + 1
+    _, *seconds = step_seconds(accelerator, module, optimizer, data.train, sequences, size, count)
+    each = statistics.median(seconds)
+    evaluation = _evaluation(job, accelerator, module)
+    between = evaluation / config.eval_every if config.eval_every else 0.0
+    steps = max(0, int((_KEPT * 60 * minutes - evaluation) / (each + between)))
+    steps = min(steps, math.ceil(MOST_PASSES * len(data.train) / sequences))
+    tokens, passes = sequences * data.sequence_length, steps * sequences / len(data.train)
+    return Candidate(name, layers, parameters, tokens / each, steps, steps * tokens, passes, job.peak_rate())
+
+
+def _evaluation(job: Job, accelerator: Accelerator, module: torch.nn.Module) -> float:
+    """Return the seconds of an evaluation, from those of its first batch."""
+    count = len(job.evaluated)
+    size = min(job.config.micro_batch_size, count)
+    if not count:
+        return 0.0
+    module.eval()
+    batch = job.evaluated.batch(range(size)).to(accelerator.device)
+    started = time.perf_counter()
+    with torch.no_grad():
+        module(batch.input_ids)[0].sum().item()
+    return (time.perf_counter() - started) * count / size
+
+
+def _commands(config: DistillConfig, chosen: Candidate) -> list[str]:
+    student, commands = config.student, []
+    if chosen.num_layers is not None:
+        student = f"{Path(config.out)}-start"
+        words = ["--teacher", str(config.teacher), "--num-layers", str(chosen.num_layers), "--out", student]
+        commands.append(f"tinygpt2 truncate-student {shlex.join([*words, '--refit', '--data', config.data])}")
+    changed = {"student": student, "plan": False, "budget_minutes": None, "max_steps": chosen.steps}
+    return [*commands, f"tinygpt2 distill {config.model_copy(update=changed).flags()}"]

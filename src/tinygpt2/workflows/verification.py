@@ -1,0 +1,264 @@
+"""`verify`: whether a dataset or model is what it should be.
+
+A model is run under `transformers` and under this package's own GPT-2 (reference.py), which share no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.config.models import VerifyConfig
+from tinygpt2.data.dataset import check_dataset, is_packed
+from tinygpt2.errors import DataError, ModelError
+from tinygpt2.models import reference
+from tinygpt2.models.loading import SUMS, load_model, model_tokenizer
+from tinygpt2.utils.files import sha256_of
+
+TOLERANCE = 1e-4  # of the largest logit or state: float32 in another order
+_PROMPT, _TOKENS = 16, 32  # of the greedy text, where the positions allow it
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two implementations are apart on one model, in float32.
+
+    Attributes:
+        logits, states: the largest absolute difference.
+        largest_logit, largest_state: the largest absolute value, to compare it with.
+        greedy_tokens: how many tokens of greedy text were made, and `same_greedy_text` whether they are the same.
+    """
+
+    logits: float
+    largest_logit: float
+    states: float
+    largest_state: float
+    greedy_tokens: int
+    same_greedy_text: bool
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was found: `problems` are faults, `notes` are not.
+
+    Attributes:
+        reference: how a model agrees with the GPT-2 of `tinygpt2.reference`; None for a dataset.
+        copies: with a teacher, for each of the student's tensors that is one of the teacher's the name of that.
+    """
+
+    path: str
+    kind: Literal["dataset", "model"]
+    ok: bool
+    problems: list[str]
+    notes: list[str] = field(default_factory=list)
+    reference: Agreement | None = None
+    copies: dict[str, str] | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line exits with: 0, or the code of a faulty dataset or model."""
+        faulty = DataError.exit_code if self.kind == "dataset" else ModelError.exit_code
+        return 0 if self.ok else faulty
+
+
+def verify(config: VerifyConfig) -> VerifyResult:
+    """Check a pregenerated dataset or a model directory and list every fault found.
+
+    Raises:
+        DataError: there is neither at that path.
+        ModelError: the teacher cannot be loaded.
+    """
+    path = Path(config.path)
+    if not path.is_dir():
+        raise DataError(f"no such directory: {path}", "verify takes a pregenerated dataset or a model directory")
+    # a model first: what was fine-tuned on a text holds a dataset too
+    if not any((path / name).is_file() for name in ("config.json", "model.safetensors", "pytorch_model.bin")):
+        if not is_packed(path):
+            raise DataError(f"{path} is neither a pregenerated dataset nor a model directory")
+        if config.teacher is not None:
+            raise DataError(f"{path} is a dataset: --teacher goes with a student")
+        problems = list(check_dataset(path))
+        return VerifyResult(str(path.resolve()), "dataset", not problems, problems)
+    problems, notes = list(_check_files(path)), []
+    if not (path / SUMS).is_file():
+        notes.append(f"no {SUMS} beside the weights: whether they are those that were saved cannot be seen")
+    try:
+        model, _ = load_model(str(path), allow_pickle=config.allow_pickle)
+    except ModelError as error:
+        return VerifyResult(str(path.resolve()), "model", False, [*problems, str(error)], notes)
+    for problem, is_fault in _check_loaded(path, model):
+        (problems if is_fault else notes).append(problem)
+    agreement = None
+    if all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        try:
+            agreement = compare(model, reference.load(path))
+        except ValueError as error:
+            notes.append(f"not compared with the reference: {error}")
+        else:
+            problems += _disagreements(agreement)
+    copies = None
+    if config.teacher is not None:
+        teacher, _ = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle)
+        copies = copied(model, teacher)
+        problems += _misplaced(copies)
+    return VerifyResult(str(path.resolve()), "model", not problems, problems, notes, agreement, copies)
+
+
+def _check_files(directory: Path) -> Iterator[str]:
+    """Compare the weights with the checksums that were written with them."""
+    sums = directory / SUMS
+    for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []:
+        expected, _, name = line.partition("  ")
+        if not (directory / name).is_file():
+            yield f"{name} is missing, which {SUMS} names"
+        elif sha256_of(directory / name) != expected:
+            yield f"{name} is not the file that was saved: its SHA-256 is not that of {SUMS}"
+
+
+def _check_loaded(directory: Path, model: GPT2LMHeadModel) -> Iterator[tuple[str, bool]]:
+    """Yield what is odd about weights, configuration and tokenizer, and whether it is a fault."""
+    config = model.config
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            yield f"{name} holds numbers that are not finite", True
+    head, embeddings = (_stored(directory, name) for name in ("lm_head.weight", "transformer.wte.weight"))
+    if head is not None and embeddings is not None:
+        same = head.shape == embeddings.shape and bool(torch.equal(head, embeddings))
+        if config.tie_word_embeddings and not same:
+            yield "lm_head.weight is not the embeddings, to which config.json ties it", True
+        if not config.tie_word_embeddings and same:
+            yield "lm_head.weight equals the embeddings, but config.json does not tie them", False
+    yield from ((problem, True) for problem in _check_ends(directory, config))
+    try:
+        tokenizer = model_tokenizer(directory)
+    except ModelError as error:
+        yield str(error), True
+        return
+    if tokenizer is None:
+        yield "no tokenizer beside the weights", False
+    else:
+        have, want = len(tokenizer), config.vocab_size
+        padded = have < want and want % 64 == 0 and want - have < 128
+        if padded:
+            yield f"the vocabulary of {want} is the tokenizer's {have}, rounded up", False
+        elif have != want:
+            yield f"the tokenizer has {have} tokens, the model {want}", True
+
+
+def _check_ends(directory: Path, config: Any) -> Iterator[str]:
+    """Compare the tokens that begin and end a text with the vocabulary, in both configurations."""
+    found = {"config.json": {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id")}}
+    file = directory / "generation_config.json"
+    if file.is_file():
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            found[file.name] = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        except (ValueError, AttributeError) as error:
+            yield f"{file.name}: {error}"
+    for name, ends in found.items():
+        for key, token in ends.items():
+            for one in token if isinstance(token, list) else [token]:
+                if one is not None and not 0 <= one < config.vocab_size:
+                    yield f"{name}: {key} {one} is beyond the vocabulary of {config.vocab_size}"
+
+
+def _stored(directory: Path, name: str) -> Tensor | None:
+    """Read one tensor from the weights' files, under its name with or without `transformer.`."""
+    for file in sorted(directory.glob("model*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for key in (name, name.removeprefix("transformer.")):
+                if key in weights.keys():  # noqa: SIM118 - it is no dictionary
+                    tensor: Tensor = weights.get_tensor(key)
+                    return tensor
+    return None
+
+
+@torch.no_grad()
+def compare(model: GPT2LMHeadModel, other: reference.GPT2) -> Agreement:
+    """Run a model under both implementations, on fixed random tokens, and let both continue the first of them.
+
+    The library's own forward pass is used, GPT-2's tanh GELU as torch's one kernel.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    length = min(config.n_positions, 256)
+    ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
+    theirs, ours = model(ids, output_hidden_states=True), other(ids)
+    prompt = ids[:1, : max(1, min(_PROMPT, config.n_positions // 2))]
+    count = min(_TOKENS, config.n_positions - prompt.shape[1])
+    text = prompt
+    for _ in range(count):
+        text = torch.cat([text, model(text).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    pairs = list(zip(theirs.hidden_states, ours.states, strict=True))
+    return Agreement(
+        logits=float((theirs.logits - ours.logits).abs().max()),
+        largest_logit=float(ours.logits.abs().max()),
+        states=max(float((a - b).abs().max()) for a, b in pairs),
+        largest_state=max(float(b.abs().max()) for _, b in pairs),
+        greedy_tokens=count,
+        same_greedy_text=bool(torch.equal(text, other.greedy(prompt, count))),
+    )
+
+
+def _disagreements(found: Agreement) -> Iterator[str]:
+    for name, gap, largest in (
+        ("logits", found.logits, found.largest_logit),
+        ("hidden states", found.states, found.largest_state),
+    ):
+        if not gap <= TOLERANCE * largest:  # nor if either is not a number
+            yield f"the {name} differ from the reference's by {gap:.3g}, with {largest:.3g} the largest"
+
+
+def copied(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel) -> dict[str, str]:
+    """Return for each of a student's tensors that is exactly one of a teacher's the name of that.
+
+    Of several equal ones the same part of the model is preferred, in the block that most of the student's block is of.
+    """
+    known: dict[bytes, list[str]] = {}
+    for name, tensor in teacher.named_parameters(remove_duplicate=False):  # a tied head under both its names
+        known.setdefault(_content(tensor), []).append(name)
+    origins = {name: known.get(_content(tensor), []) for name, tensor in student.named_parameters()}
+    home: dict[str, str] = {}  # the teacher's block that most tensors of a student's block are of
+    for block in {_block(name) for name in origins} - {""}:
+        votes = [_block(origin) for name in origins if _block(name) == block for origin in origins[name]]
+        if votes:
+            home[block] = max(sorted(set(votes)), key=votes.count)
+    best = {}
+    for name, candidates in origins.items():
+        expected = home.get(_block(name), "") + name.removeprefix(_block(name))
+        if candidates:
+            best[name] = expected if expected in candidates else candidates[0]
+    return best
+
+
+def _misplaced(copies: dict[str, str]) -> Iterator[str]:
+    """Yield copies that lie where they do not belong: in another block than their neighbours, or another part."""
+    blocks: dict[str, list[str]] = {}
+    for name, origin in copies.items():
+        blocks.setdefault(_block(name), []).append(_block(origin))
+    home = {block: max(sorted(set(origins)), key=origins.count) for block, origins in blocks.items()} | {"": ""}
+    for name, origin in copies.items():
+        if (home[_block(name)] or not _block(name)) and origin != home[_block(name)] + name.removeprefix(_block(name)):
+            yield f"{name} is the teacher's {origin}: it does not belong there"
+    order = [int(where.split(".")[2]) for block, where in home.items() if block and where]
+    if order != sorted(order):
+        yield f"the blocks are the teacher's {', '.join(map(str, order))}: not in its order"
+
+
+def _block(name: str) -> str:
+    """Return the part of a tensor's name that says which block it is in, such as `transformer.h.3`, or nothing."""
+    parts = name.split(".")
+    return ".".join(parts[:3]) if parts[:2] == ["transformer", "h"] else ""
+
+
+def _content(tensor: Tensor) -> bytes:
+    return hashlib.sha256(str(tuple(tensor.shape)).encode() + tensor.detach().numpy().tobytes()).digest()
