@@ -93,7 +93,7 @@ def deepspeed(session: nox.Session) -> None:
     """DeepSpeed's ways of sharding, which need a C++ compiler: by hand only."""
     session.install("-q", *CONSTRAINTS, "-e", ".", "ninja", *group("test"))
     session.install("-q", *CONSTRAINTS, "--no-build-isolation", "setuptools", "wheel", "deepspeed")
-    session.run("python", "-m", "pytest", "tests/test_launch.py", "-k", "sharded")
+    session.run("python", "-m", "pytest", "tests/runtime/test_launch.py", "-k", "sharded")
 
 
 @nox.session

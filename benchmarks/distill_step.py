@@ -64,7 +64,7 @@ def training_step(options: argparse.Namespace, ours: bool, bf16: bool) -> Any:
     from naive import NaiveStep
 
     from tinygpt2.config.training import PretrainConfig
-    from tinygpt2.objectives.combined import Weights
+    from tinygpt2.objectives.combined import LossWeights
     from tinygpt2.training.optimizers import make_optimizer
     from tinygpt2.training.step import Step
 
@@ -76,7 +76,7 @@ def training_step(options: argparse.Namespace, ours: bool, bf16: bool) -> Any:
         if bf16:
             teacher.to(torch.bfloat16)
         teacher.requires_grad_(False)
-        module: Any = Step(student, teacher, Weights(1.0, 1.0, 1.0, 0.0, loss="soft_ce"), run)
+        module: Any = Step(student, teacher, LossWeights(1.0, 1.0, 1.0, 0.0, loss="soft_ce"), run)
         module.objectives.projection = projection
     else:
         module = NaiveStep(student, teacher, projection)

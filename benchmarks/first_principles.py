@@ -16,8 +16,8 @@ import json
 
 import torch
 
-from tinygpt2.compression.importance import mean_loss, sample
-from tinygpt2.data.dataset import load_packed
+from tinygpt2.compression.calibration import calibration_batches, mean_loss
+from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.models import reference
 from tinygpt2.models.loading import load_model
 from tinygpt2.runtime.cpu import fast_products
@@ -94,8 +94,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32, help="blocks of the test split")
     parser.add_argument("--json", action="store_true", help="on one line")
     options = parser.parse_args()
-    blocks = load_packed(options.data).test
-    batches = sample(blocks, options.sequences, torch.device("cpu"))
+    blocks = load_packed_dataset(options.data).test
+    batches = calibration_batches(blocks, options.sequences, torch.device("cpu"))
     length = options.positions or blocks.sequence_length
     count = options.sequences * blocks.sequence_length // length * length // blocks.sequence_length
     texts = blocks.batch(range(count)).input_ids.view(-1, length) if options.positions else torch.cat(batches)

@@ -27,8 +27,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, pregenerate, pretrain
-from tinygpt2.models.configuration import make_config
-from tinygpt2.models.loading import random_model, save_model
+from tinygpt2.models.configuration import make_model_config
+from tinygpt2.models.loading import random_model
+from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import keep_memory
 from tinygpt2.training import loop
 
@@ -103,7 +104,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     common = {"data": data, "out": str(folder / name), "max_steps": size["steps"], "micro_batch_size": size["batch"]}
     spent: dict[str, float] = {}
     if "teacher" in size:
-        teacher = make_config(
+        teacher = make_model_config(
             {**size["teacher"], "n_positions": size["length"], "vocab_size": size["vocabulary"]}, name
         )
         save_model(random_model(teacher, 0), folder / "teacher", tokenizer, "")

@@ -214,7 +214,8 @@ def prepare(folder: Path, data: Path, count: int) -> None:
 
     from tinygpt2.data.tokenizer import load_tokenizer
     from tinygpt2.evaluation.tasks import load_tasks
-    from tinygpt2.models.loading import random_model, save_model
+    from tinygpt2.models.loading import random_model
+    from tinygpt2.models.saving import save_model
 
     tokenizer = load_tokenizer(str(data / "tokenizers" / "gpt2"))
     save_model(random_model(GPT2Config(**SHAPE), 1), folder, tokenizer, "# random\n")

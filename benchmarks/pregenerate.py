@@ -124,9 +124,9 @@ def tinygpt2(options: argparse.Namespace) -> float:
 
 def reader(options: argparse.Namespace) -> float:
     """Return tokens per second."""
-    from tinygpt2.data.dataset import Shuffle, load_packed
+    from tinygpt2.data.dataset import Shuffle, load_packed_dataset
 
-    blocks = load_packed(str(Path(options.out) / "ours")).train
+    blocks = load_packed_dataset(str(Path(options.out) / "ours")).train
     order, batches = Shuffle(len(blocks), SEED), 2000
     started = time.perf_counter()
     for batch in range(batches):

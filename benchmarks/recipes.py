@@ -34,12 +34,13 @@ from accelerate import Accelerator
 
 from tinygpt2 import DistillConfig, PregenerateConfig, TruncateStudentConfig, distill, pregenerate, truncate_student
 from tinygpt2.data.block_readers import MapPart
-from tinygpt2.data.dataset import Blocks, Packed, Shuffle, load_packed
-from tinygpt2.evaluation.scoring import target_losses
+from tinygpt2.data.dataset import Blocks, PackedDataset, Shuffle, load_packed_dataset
+from tinygpt2.models.lm_head import target_losses
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import Weights
+from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.training.optimizers import make_optimizer
+from tinygpt2.training.schedule import peak_learning_rate
 from tinygpt2.training.step import Step, step_seconds
 from tinygpt2.training.teacher_cache import TeacherCache
 
@@ -170,7 +171,7 @@ class Study:
         print(f"{datetime.datetime.now():%H:%M:%S} {known}", flush=True)
         out = self.work / "runs" / self.results.stem / "-".join(map(str, known.values()))
         shutil.rmtree(out, ignore_errors=True)  # what was interrupted begins again
-        data, curve, begun, done, seconds = load_packed(str(self.work / "data")), [], 0, 0, 0.0
+        data, curve, begun, done, seconds = load_packed_dataset(str(self.work / "data")), [], 0, 0, 0.0
         for _, config in self.configurations(run, out):
             result: Any = distill(config, later(data, run.seed, begun) if begun else None)
             rows = [json.loads(row) for row in (Path(config.out) / "metrics.jsonl").read_text().splitlines()]
@@ -181,7 +182,9 @@ class Study:
         line = {**known, "loss": float(np.mean(losses)), "groups": grouped(losses), "curve": curve}
         if run.stage == "smallest":
             line["checks"] = {
-                path.name.removeprefix("check-"): grouped(block_losses(config.out, load_packed(str(path)).train, 150))
+                path.name.removeprefix("check-"): grouped(
+                    block_losses(config.out, load_packed_dataset(str(path)).train, 150)
+                )
                 for path in sorted(self.work.glob("check-*"))
             }
         self.write({**line, "seconds": round(seconds, 1), "parameters": result.parameters})
@@ -251,7 +254,7 @@ class Study:
         asked = DistillConfig(teacher="teacher", student="student", data="data", out="out")
         for size in self.plan["sizes"]:
             width = json.loads((self.work / size / "config.json").read_text())["n_embd"]
-            rate = asked.peak_rate(width)
+            rate = peak_learning_rate(asked, width)
             yield Run("rule", size, self.plan["default"], rate, self.plan["final"]["tokens"], seed)
 
     def smallest(self) -> Iterator[Run]:
@@ -284,7 +287,7 @@ class Study:
     def racers(self, size: str, recipe: str, cached: bool) -> Iterator[tuple[float, Any]]:
         """Yield for each stage its share and a function that takes some steps and returns the seconds of each."""
         run = Run("time", size, recipe, 1e-4, 256_000, 42)
-        data = load_packed(str(self.work / "data"))
+        data = load_packed_dataset(str(self.work / "data"))
         stages = self.configurations(run, self.work / "unused", cached=cached)
         if cached and not any(config.teacher_cache for _, config in stages):
             return
@@ -295,7 +298,7 @@ class Study:
             if config.teacher_cache and teacher is not None:
                 cache = TeacherCache(Path(config.teacher_cache), teacher, data, config.precision)
             accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-            step = Step(student, teacher, Weights.of(config), config, cache)
+            step = Step(student, teacher, LossWeights.of(config), config, cache)
             module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
             module.train()
 
@@ -304,7 +307,7 @@ class Study:
             yield share, race
 
 
-def later(data: Packed, seed: int, begun: int) -> Packed:
+def later(data: PackedDataset, seed: int, begun: int) -> PackedDataset:
     """Return the data such that a run with this seed sees what one would see after its first `begun` blocks."""
     count = len(data.train)
     wanted = Shuffle(count, seed)[begun:count]

@@ -18,17 +18,12 @@ from collections.abc import Callable
 import torch
 
 from tinygpt2 import TruncateStudentConfig
-from tinygpt2.compression.importance import (
-    active_dimensions,
-    depth_importance,
-    important_dimensions,
-    mean_loss,
-    sample,
-    width_importance,
-)
+from tinygpt2.compression.calibration import calibration_batches, mean_loss
+from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, sizes_of
+from tinygpt2.compression.importance import active_dimensions, depth_importance, important_dimensions, width_importance
 from tinygpt2.compression.least_squares import refit
-from tinygpt2.compression.truncate import Kept, _top, choose_layers, cut, sizes_of
-from tinygpt2.data.dataset import load_packed
+from tinygpt2.compression.truncate import _top
+from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.models.loading import load_model
 from tinygpt2.runtime.cpu import fast_products
 
@@ -54,9 +49,9 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
     teacher, _ = load_model(options.teacher)
-    data, shape, device = load_packed(options.data), teacher.config, torch.device("cpu")
-    batches = sample(data.train, options.calibration_sequences, device)
-    held_out = sample(data.test, options.sequences, device)
+    data, shape, device = load_packed_dataset(options.data), teacher.config, torch.device("cpu")
+    batches = calibration_batches(data.train, options.calibration_sequences, device)
+    held_out = calibration_batches(data.test, options.sequences, device)
     layers = options.num_layers or shape.n_layer // 2
     asked = TruncateStudentConfig(
         teacher="", out="", data="", n_embd=options.n_embd or shape.n_embd // 2, num_layers=layers
@@ -65,19 +60,19 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     head_width = shape.n_embd // shape.n_head
     positions = (shape.n_positions, "first")
 
-    def losses(kept: Kept) -> dict[str, float]:
-        student = cut(teacher, kept)
+    def losses(kept: KeptParts) -> dict[str, float]:
+        student = cut_model(teacher, kept)
         before = mean_loss(student, held_out)
         refit(student, teacher, kept.layers, kept.dimensions, batches)
         return {"cut": before, "refit": mean_loss(student, held_out)}
 
-    def whole(layers: list[int]) -> Kept:
+    def whole(layers: list[int]) -> KeptParts:
         sizes = (shape.n_embd, shape.n_head, shape.n_inner or 4 * shape.n_embd)
         dims, all_heads, units = (torch.arange(size) for size in sizes)
-        return Kept(layers, dims, [all_heads] * len(layers), [units] * len(layers), positions)
+        return KeptParts(layers, dims, [all_heads] * len(layers), [units] * len(layers), positions)
 
-    def narrow(layers: list[int], choose: Callable[[str, int, int], torch.Tensor]) -> Kept:
-        return Kept(
+    def narrow(layers: list[int], choose: Callable[[str, int, int], torch.Tensor]) -> KeptParts:
+        return KeptParts(
             layers, choose("dimensions", -1, width), [choose("heads", layer, heads) for layer in layers],
             [choose("inner", layer, inner) for layer in layers], positions,
         )  # fmt: skip

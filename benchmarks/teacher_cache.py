@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tinygpt2 import DistillConfig, distill
-from tinygpt2.data.dataset import load_packed
+from tinygpt2.data.dataset import load_packed_dataset
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
         rows.append({"epochs": epochs, "seconds": plain, "seconds_with_cache": cached, "speedup": plain / cached})
     again = seconds(options, place / "again", 1, place / "cache-4")
     size = sum(file.stat().st_size for file in (place / "cache-4").rglob("*") if file.is_file())
-    data = load_packed(options.data)
+    data = load_packed_dataset(options.data)
     return {
         "epochs": rows, "reused": {"seconds": again, "speedup": rows[0]["seconds"] / again},
         "cache_bytes": size, "tokens": len(data.train) * data.sequence_length, "precision": options.precision,

@@ -13,7 +13,7 @@ from transformers import GPT2Config
 
 from tinygpt2.config.training import PretrainConfig
 from tinygpt2.models.loading import random_model
-from tinygpt2.objectives.combined import Weights
+from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.step import Step
 
@@ -30,7 +30,7 @@ def test_fifty_steps_of_the_naive_way_and_of_ours_give_one_loss_curve() -> None:
     teacher = random_model(GPT2Config(n_layer=4, n_embd=48, **shape), 1).eval().requires_grad_(False)
     student = random_model(GPT2Config(n_layer=2, n_embd=24, **shape), 2)
     run = PretrainConfig(data="", out="", shape="gpt2", learning_rate=2e-3)
-    ours = Step(student, teacher, Weights(1.0, 1.0, 1.0, 0.0, loss="soft_ce"), run)
+    ours = Step(student, teacher, LossWeights(1.0, 1.0, 1.0, 0.0, loss="soft_ce"), run)
     assert isinstance(ours.objectives.projection, nn.Linear)
     plain = naive.NaiveStep(copy.deepcopy(student), teacher, copy.deepcopy(ours.objectives.projection))
     generator, curves = torch.Generator().manual_seed(3), {}

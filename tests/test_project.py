@@ -134,7 +134,7 @@ def test_the_readmes_short_commands_run(
     """The README's own-text recipe, step by step, on a text of a few kilobytes."""
     import shutil
 
-    from .conftest import sentences
+    from tests.conftest import sentences
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-texts").mkdir()

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
-from tinygpt2.config.training import DistillConfig, read_recipe
-from tinygpt2.data.dataset import Shuffle, load_packed
+from tinygpt2.config.distillation import DistillConfig, read_recipe
+from tinygpt2.data.dataset import Shuffle, load_packed_dataset
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -57,7 +57,7 @@ def test_every_recipe_of_the_plan_resolves(
 
 
 def test_a_second_stage_goes_on_where_the_first_one_stopped(data: Path) -> None:
-    packed, seed = load_packed(str(data)), 5
+    packed, seed = load_packed_dataset(str(data)), 5
     count = len(packed.train)
     rest = study.later(packed, seed, 7)
     order = Shuffle(len(rest.train), seed)[0 : len(rest.train)]

@@ -1,8 +1,8 @@
-"""Make GPT-2 small: cut a student out of a teacher, distil it, measure honestly how good it is.
+"""Make GPT-2 small: cut a student out of a teacher, distil it, and measure how good it is.
 
-Every command of the command line is one function here, with one configuration:
-`tinygpt2.distill(tinygpt2.DistillConfig(...))` does what `tinygpt2 distill ...` does and returns a typed
-result. Names load on first use, so that importing the package costs nothing.
+Every command of the command line is a function here, with one configuration and one result:
+`tinygpt2.distill(tinygpt2.DistillConfig(...))` does what `tinygpt2 distill ...` does and returns a `TrainResult`.
+Names are imported when they are first used, so that `import tinygpt2` costs nothing. docs/api.md lists them all.
 """
 
 from __future__ import annotations
@@ -11,76 +11,123 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinygpt2.compression.truncate import truncate_student
+    from tinygpt2.compression.importance import DepthImportance, RemovalRound
+    from tinygpt2.compression.truncate import CutPerplexity, TruncateStudentResult, truncate_student
+    from tinygpt2.config.compression import TruncateStudentConfig
     from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
-    from tinygpt2.config.models import (
-        GenerateConfig,
-        PplConfig,
-        PresetsConfig,
-        QuickstartConfig,
-        TruncateStudentConfig,
-        VerifyConfig,
-    )
-    from tinygpt2.config.training import DistillConfig, FinetuneConfig, PretrainConfig
-    from tinygpt2.data.dataset import from_map_style
-    from tinygpt2.data.pregenerate import pregenerate
-    from tinygpt2.data.tokenizer import train_tokenizer
-    from tinygpt2.decoding.generation import generate
+    from tinygpt2.config.decoding import GenerateConfig
+    from tinygpt2.config.distillation import DistillConfig
+    from tinygpt2.config.evaluation import PplConfig
+    from tinygpt2.config.models import PresetsConfig
+    from tinygpt2.config.training import FinetuneConfig, PretrainConfig
+    from tinygpt2.config.workflows import QuickstartConfig, VerifyConfig
+    from tinygpt2.data.dataset import PackedDataset, from_map_style
+    from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
+    from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
+    from tinygpt2.decoding.generation import GenerateResult, Generation, generate
     from tinygpt2.errors import ConfigError, DataError, DivergedError, InterruptedRunError, ModelError, TinyGPT2Error
     from tinygpt2.evaluation.perplexity import ppl
-    from tinygpt2.models.configuration import presets
-    from tinygpt2.workflows.quickstart import quickstart
-    from tinygpt2.workflows.train import distill, finetune, pretrain
-    from tinygpt2.workflows.verification import verify
+    from tinygpt2.evaluation.results import Paired, PplResult, PplRow
+    from tinygpt2.evaluation.tasks import TaskInfo, TaskList
+    from tinygpt2.models import reference
+    from tinygpt2.models.configuration import Preset, PresetList, presets
+    from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
+    from tinygpt2.training.step import Evaluation
+    from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
+    from tinygpt2.workflows.quickstart import ModelSummary, QuickstartResult, QuickstartSizes, quickstart
+    from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
+    from tinygpt2.workflows.verification import Agreement, VerifyResult, verify
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "data.dataset": ["from_map_style"],
-    "config": [
-        "DistillConfig", "FinetuneConfig", "GenerateConfig", "PplConfig", "PregenerateConfig", "PresetsConfig",
-        "PretrainConfig", "QuickstartConfig", "TrainTokenizerConfig", "TruncateStudentConfig", "VerifyConfig",
-    ],
+    "compression.importance": ["DepthImportance", "RemovalRound"],
+    "compression.truncate": ["CutPerplexity", "TruncateStudentResult", "truncate_student"],
+    "config.compression": ["TruncateStudentConfig"],
+    "config.data": ["PregenerateConfig", "TrainTokenizerConfig"],
+    "config.decoding": ["GenerateConfig"],
+    "config.distillation": ["DistillConfig"],
+    "config.evaluation": ["PplConfig"],
+    "config.models": ["PresetsConfig"],
+    "config.training": ["FinetuneConfig", "PretrainConfig"],
+    "config.workflows": ["QuickstartConfig", "VerifyConfig"],
+    "data.dataset": ["PackedDataset", "from_map_style"],
+    "data.pregenerate": ["PregenerateResult", "pregenerate"],
+    "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
+    "decoding.generation": ["GenerateResult", "Generation", "generate"],
     "errors": ["ConfigError", "DataError", "DivergedError", "InterruptedRunError", "ModelError", "TinyGPT2Error"],
-    "decoding.generation": ["generate"],
-    "data.pregenerate": ["pregenerate"],
     "evaluation.perplexity": ["ppl"],
-    "workflows.quickstart": ["quickstart"],
-    "models.configuration": ["presets"],
-    "data.tokenizer": ["train_tokenizer"],
-    "workflows.train": ["distill", "finetune", "pretrain"],
-    "compression.truncate": ["truncate_student"],
-    "workflows.verification": ["verify"],
-}  # fmt: skip
+    "evaluation.results": ["Paired", "PplResult", "PplRow"],
+    "evaluation.tasks": ["TaskInfo", "TaskList"],
+    "models": ["reference"],
+    "models.configuration": ["Preset", "PresetList", "presets"],
+    "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
+    "training.step": ["Evaluation"],
+    "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
+    "workflows.quickstart": ["ModelSummary", "QuickstartResult", "QuickstartSizes", "quickstart"],
+    "workflows.train": ["TrainResult", "distill", "finetune", "pretrain"],
+    "workflows.verification": ["Agreement", "VerifyResult", "verify"],
+}
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Agreement",
+    "BudgetPlan",
+    "Candidate",
+    "CompiledStep",
     "ConfigError",
+    "CutPerplexity",
     "DataError",
+    "DepthImportance",
     "DistillConfig",
     "DivergedError",
+    "Evaluation",
     "FinetuneConfig",
     "GenerateConfig",
+    "GenerateResult",
+    "Generation",
     "InterruptedRunError",
     "ModelError",
+    "ModelSummary",
+    "PackedDataset",
+    "Paired",
     "PplConfig",
+    "PplResult",
+    "PplRow",
     "PregenerateConfig",
+    "PregenerateResult",
+    "Preset",
+    "PresetList",
     "PresetsConfig",
     "PretrainConfig",
     "QuickstartConfig",
+    "QuickstartResult",
+    "QuickstartSizes",
+    "RemovalRound",
+    "RunPlan",
+    "TaskInfo",
+    "TaskList",
     "TinyGPT2Error",
+    "TrainResult",
     "TrainTokenizerConfig",
+    "TrainTokenizerResult",
     "TruncateStudentConfig",
+    "TruncateStudentResult",
     "VerifyConfig",
+    "VerifyResult",
+    "compile_step",
     "distill",
     "finetune",
     "from_map_style",
     "generate",
+    "plan_budget",
+    "plan_run",
     "ppl",
     "pregenerate",
     "presets",
     "pretrain",
     "quickstart",
+    "reference",
     "train_tokenizer",
     "truncate_student",
     "verify",
@@ -90,7 +137,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULE:
         raise AttributeError(f"module 'tinygpt2' has no attribute {name!r}")
-    value = getattr(import_module(f"tinygpt2.{_MODULE[name]}"), name)
+    home = import_module(f"tinygpt2.{_MODULE[name]}")
+    value = getattr(home, name) if hasattr(home, name) else import_module(f"{home.__name__}.{name}")
     globals()[name] = value
     return value
 

@@ -7,6 +7,11 @@ else that escapes is a defect of ours and exits 1.
 from __future__ import annotations
 
 
+def one_line(error: object, limit: int | None = None) -> str:
+    """Return a message, which may span several lines, as one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 class TinyGPT2Error(Exception):
     """An expected failure.
 
@@ -58,3 +63,11 @@ class InterruptedRunError(TinyGPT2Error):
     """The run was stopped by a signal after its state was saved."""
 
     exit_code = 130
+
+
+def internal_error(error: BaseException, where: str = "") -> TinyGPT2Error:
+    """Return the message for an error that nobody expected: a bug to report."""
+    return TinyGPT2Error(
+        f"{where}internal error: {type(error).__name__}: {one_line(error, 500)}",
+        "this is a bug in tinygpt2: please run the command again with TINYGPT2_DEBUG=1 and report the traceback",
+    )

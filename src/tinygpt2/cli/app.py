@@ -1,4 +1,4 @@
-"""The one Typer app. Nothing here imports torch: help and version answer at once."""
+"""The one Typer app: every command, its help and its exit codes. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import sys
 import time
 import traceback
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from tinygpt2 import config as c
 from tinygpt2.cli.options import Run, add_command, print_version
-from tinygpt2.cli.render import ppl_as_text, print_error
+from tinygpt2.cli.render import as_csv, as_markdown, print_error
+from tinygpt2.cli.session import start_session
 from tinygpt2.config.base import Config
-from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error
-from tinygpt2.runtime.launch import command_line, rank
+from tinygpt2.config.compression import TruncateStudentConfig
+from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
+from tinygpt2.config.decoding import GenerateConfig
+from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.config.evaluation import PplConfig
+from tinygpt2.config.models import PresetsConfig
+from tinygpt2.config.training import FinetuneConfig, PretrainConfig
+from tinygpt2.config.workflows import QuickstartConfig, VerifyConfig
+from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error
+from tinygpt2.runtime.processes import rank
 
 app = typer.Typer(
     name="tinygpt2",
-    help="Make GPT-2 small: cut a student out of a teacher, distil it, and measure honestly how good it is.",
+    help="Make GPT-2 small: cut a student out of a teacher, distil it, and measure how good it is.",
     epilog="First time here? Run: tinygpt2 quickstart",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,36 +40,47 @@ app = typer.Typer(
 def _main(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version and stop.", callback=print_version, is_eager=True),
+        typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True),
     ] = False,
 ) -> None:
     pass
 
 
-def _library(name: str) -> Run:
-    """Return what runs the command of that name: the library's function, loaded when it is called."""
+def _public(function: str) -> Run:
+    """Return what runs a command: the public function, loaded when it is called."""
 
     def run(config: Any, as_json: bool) -> Any:
-        command_line()
-        return getattr(import_module("tinygpt2"), name.replace("-", "_"))(config)
+        start_session()
+        return getattr(import_module("tinygpt2"), function)(config)
+
+    return run
+
+
+def _training(function: str) -> Run:
+    """Return what runs a training command: the public function, or what a flag asks for in its place."""
+
+    def run(config: Any, as_json: bool) -> Any:
+        flags = {"validate_only": "plan_run", "compile_only": "compile_step", "plan": "plan_budget"}
+        name = next((other for flag, other in flags.items() if getattr(config, flag, False)), function)
+        return _public(name)(config, as_json)
 
     return run
 
 
 def _generate(config: Any, as_json: bool) -> Any:
-    command_line()
-    from tinygpt2.cli.interactive import speak
+    start_session()
+    from tinygpt2.cli.interactive import generate_on_terminal
 
-    return speak(config, as_json=as_json)
+    return generate_on_terminal(config, as_json=as_json)
 
 
 def _ppl(config: Any, as_json: bool) -> Any:
     if as_json and (config.csv or config.markdown):
-        raise ConfigError("--json contradicts --csv and --markdown: give one")
-    result = _library("ppl")(config, as_json)
+        raise ConfigError("--json cannot be combined with --csv or --markdown: give one of them")
+    result = _public("ppl")(config, as_json)
     if rank() or not (config.csv or config.markdown):
         return result
-    typer.echo(ppl_as_text(result, as_csv=config.csv), nl=False)
+    typer.echo(as_csv(result) if config.csv else as_markdown(result), nl=False)
     return None
 
 
@@ -71,94 +90,114 @@ def _presets(config: Any, as_json: bool) -> Any:
     return presets(config)
 
 
-_TURN = 3.0  # seconds
+class Command(NamedTuple):
+    """A command: its name, options, help and examples, and what runs it."""
 
-COMMANDS: list[tuple[str, type[Config], str, list[str]]] = [
-    (
+    name: str
+    config: type[Config]
+    about: str
+    examples: list[str]
+    run: Run
+
+
+COMMANDS = [
+    Command(
         "quickstart",
-        c.QuickstartConfig,
-        "The whole pipeline in a few minutes, on text that needs no download: teacher, student, baselines, table.",
+        QuickstartConfig,
+        "Run the whole pipeline in a few minutes, without downloads: teacher, student, baselines, report.",
         ["quickstart", "quickstart --out my-first-student"],
+        _public("quickstart"),
     ),
-    (
+    Command(
         "train-tokenizer",
-        c.TrainTokenizerConfig,
+        TrainTokenizerConfig,
         "Train a byte-level BPE tokenizer, for any language.",
         ["train-tokenizer novels/ --vocab-size 8192 --out tokenizer"],
+        _public("train_tokenizer"),
     ),
-    (
+    Command(
         "pregenerate",
-        c.PregenerateConfig,
-        "Turn a corpus into packed token blocks, split into train and test by document.",
+        PregenerateConfig,
+        "Tokenize a corpus and pack it into blocks, with a training and a test split.",
         ["pregenerate novels/ pages.jsonl --tokenizer tokenizer --sequence-length 512 --out data"],
+        _public("pregenerate"),
     ),
-    (
+    Command(
         "pretrain",
-        c.PretrainConfig,
-        "Train a language model from random weights (--model-config) or given ones (--model).",
+        PretrainConfig,
+        "Train a language model from random weights (--model-config) or existing ones (--model).",
         [
             "pretrain --model-config distilgpt2 --data data --out model",
             "pretrain --model cut --data data --out model",
         ],
+        _training("pretrain"),
     ),
-    (
+    Command(
         "truncate-student",
-        c.TruncateStudentConfig,
-        "Cut a student's starting weights from a teacher's layers.",
+        TruncateStudentConfig,
+        "Cut a student out of a teacher: fewer layers, a smaller hidden size, fewer heads or positions.",
         ["truncate-student --teacher gpt2 --num-layers 6 --out cut"],
+        _public("truncate_student"),
     ),
-    (
+    Command(
         "distill",
-        c.DistillConfig,
-        "Teach a student what its teacher computes.",
+        DistillConfig,
+        "Distil a teacher into a student.",
         [
             "distill --teacher gpt2 --student cut --data data --out student",
             "distill --plan --budget-minutes 60 --teacher gpt2 --data data --out student",
             "distill --recipe tinygpt2 --teacher gpt2 --student tinygpt2-4l-312 --data data --out student",
         ],
+        _training("distill"),
     ),
-    (
+    Command(
         "finetune",
-        c.FinetuneConfig,
+        FinetuneConfig,
         "Fine-tune any GPT-2 on a text or a pregenerated dataset.",
         ["finetune --model student --data mine.txt --out mine"],
+        _training("finetune"),
     ),
-    (
+    Command(
         "ppl",
-        c.PplConfig,
-        "Zero-shot perplexity of one or several models, in one table.",
+        PplConfig,
+        "Measure the zero-shot perplexity of one or several models.",
         [
             "ppl --model student --task mine.txt",
             "ppl --model gpt2 --model student --task wikitext --task-data wiki.test.raw --plot comparison.png",
             "ppl --list-tasks",
         ],
+        _ppl,
     ),
-    (
+    Command(
         "presets",
-        c.PresetsConfig,
-        "The shapes that --model-config and --student know by name.",
+        PresetsConfig,
+        "List the built-in model configurations.",
         ["presets"],
+        _presets,
     ),
-    (
+    Command(
         "generate",
-        c.GenerateConfig,
-        "Text from one or several models side by side; greedy unless sampling or beams are asked for.",
+        GenerateConfig,
+        "Generate text with one or several models, side by side. Greedy unless you choose sampling or beams.",
         [
             "generate --model teacher --model student --prompt 'Once upon a time' --top-p 0.9",
             "generate --model student --interactive",
         ],
+        _generate,
     ),
-    (
+    Command(
         "verify",
-        c.VerifyConfig,
-        "Check a pregenerated dataset or a model directory, and say what is wrong.",
+        VerifyConfig,
+        "Check a pregenerated dataset or a model directory, and list what is wrong.",
         ["verify data", "verify student"],
+        _public("verify"),
     ),
 ]
 
-for _name, _config, _about, _examples in COMMANDS:
-    _command = {"generate": _generate, "ppl": _ppl, "presets": _presets}.get(_name, _library(_name))
-    add_command(app, _name, _config, _command, _about, _examples)
+for _command in COMMANDS:
+    add_command(app, *_command)
+
+_TURN = 3.0  # seconds
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -184,16 +223,13 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
         if debug:
             traceback.print_exc()
     except Exception as error:
-        failure = TinyGPT2Error(
-            f"a defect of tinygpt2: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
-            "run again with TINYGPT2_DEBUG=1 to see where, and report it",
-        )
+        failure = internal_error(error)
         if debug:
             traceback.print_exc()
     else:
         return 0
     if rank():
-        time.sleep(_TURN)  # most often the first process says the same, and then its launcher ends this one
+        time.sleep(_TURN)  # process 0 usually reports the same error, and then its launcher ends this process
         failure = TinyGPT2Error(f"process {rank()}: {failure.message}", failure.hint)
     print_error(failure, as_json=as_json and not rank())
     return failure.exit_code

@@ -16,15 +16,22 @@ from transformers import TextStreamer
 from tinygpt2.cli.render import print_error
 from tinygpt2.config.base import extra, flag_name
 from tinygpt2.config.common import DECODING
-from tinygpt2.config.models import GenerateConfig
-from tinygpt2.decoding.generation import GenerateResult, Generation, Speaker, continue_prompt, generate, load_speaker
+from tinygpt2.config.decoding import GenerateConfig
+from tinygpt2.decoding.generation import (
+    GenerateResult,
+    Generation,
+    LoadedModel,
+    continue_prompt,
+    generate,
+    load_with_tokenizer,
+)
 from tinygpt2.errors import ConfigError
 from tinygpt2.utils.progress import say
 
 _HELP = "/NAME VALUE changes a setting, /NAME takes it back to its default, // begins a prompt with a slash"
 
 
-def speak(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
+def generate_on_terminal(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
     """Run `generate`; return None where the texts were already shown while they were made."""
     if config.interactive:
         return _converse(config, as_json=as_json)
@@ -39,17 +46,17 @@ def _can_stream(config: GenerateConfig) -> bool:
     return config.num_beams == 1 and config.num_samples == 1
 
 
-def _announce(speaker: Speaker, prompt: str) -> TextStreamer:
+def _announce(loaded: LoadedModel, prompt: str) -> TextStreamer:
     """Head a text with its model and prompt, and show its tokens as they come."""
     console = Console(highlight=False)
-    console.rule(escape(speaker.name), align="left")
+    console.rule(escape(loaded.name), align="left")
     console.print(prompt, markup=False, style="bold", end="", soft_wrap=True)
-    return TextStreamer(speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
     """Ask for prompts until end of input and answer each with every model; a line after a slash changes settings."""
-    speakers = [load_speaker(name, allow_pickle=config.allow_pickle) for name in config.model]
+    models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in config.model]
     console = Console(highlight=False)
     texts: list[Generation] = []
     with _history():
@@ -65,12 +72,10 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
             prompt, turn = line.removeprefix("/"), turn + 1
             # Another seed for each turn: the same prompt asked again gives another sample.
             settings = config.model_copy(update={"seed": config.seed + turn})
-            for speaker in speakers:
+            for loaded in models:
                 live = not as_json and _can_stream(config)
                 try:
-                    added = list(
-                        continue_prompt(speaker, prompt, settings, _announce(speaker, prompt) if live else None)
-                    )
+                    added = list(continue_prompt(loaded, prompt, settings, _announce(loaded, prompt) if live else None))
                 except ConfigError as error:  # a prompt that is too long ends no conversation
                     print_error(error, as_json=False)
                     continue

@@ -1,7 +1,7 @@
-"""From a configuration class to a command: signature, help, defaults, YAML and flags come from its fields.
+"""Make a command from a configuration class: its signature, help, defaults, YAML and flags come from the fields.
 
-Typer sees every option as text; types and bounds are checked once, by the configuration, so that all
-problems, on the command line and in YAML, are reported together.
+Typer sees every option as text. Types and bounds are checked once, by the configuration, so that all problems on the
+command line and in YAML are reported together.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tinygpt2.cli.render import print_result
 from tinygpt2.config.base import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
 from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
-from tinygpt2.config.training import read_recipe
+from tinygpt2.config.distillation import read_recipe
 from tinygpt2.errors import ConfigError
-from tinygpt2.runtime.launch import rank
+from tinygpt2.runtime.processes import rank
 
 Run = Callable[[Any, bool], Any]
-"""Called with the configuration and whether JSON was asked for; returns a result, or None if it was shown."""
+"""Called with the configuration and whether to print JSON; returns the result, or None if it is already printed."""
 
 PANELS = (
     "Options",
@@ -37,13 +37,13 @@ PANELS = (
 
 
 def add_command(
-    app: typer.Typer, name: str, config_type: type[Config], run: Run, about: str, examples: list[str]
+    app: typer.Typer, name: str, config_type: type[Config], about: str, examples: list[str], run: Run
 ) -> None:
-    """Give `app` the command `name`: build its configuration, call `run` with it, print what it returns.
+    """Add a command to `app`: build its configuration, call `run` with it, and print the result.
 
     Args:
-        about: what the command does, one sentence.
-        examples: command lines for its help, without the program's name.
+        about: what the command does, in one sentence.
+        examples: command lines for the help, without the program's name.
     """
 
     def command(**given: Any) -> None:
@@ -68,10 +68,10 @@ def add_command(
 
 
 def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) -> Config:
-    """Lay the flags over the file, and the file over the defaults.
+    """Build a configuration: flags win over the file, the file wins over the defaults.
 
     Raises:
-        ConfigError: every problem at once, with the file's name if it may be at fault.
+        ConfigError: all problems at once, with the file's name if an option of the file may be the cause.
     """
     from_file = read_yaml(Path(file)) if file else {}
     if file and is_cerebras(from_file):
@@ -82,17 +82,19 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
         return config_type(**{**from_file, **given})
     except ConfigError as error:
         if from_file.keys() - given.keys():
-            raise ConfigError(f"{error.message}\n(options come from {file} and the command line)", error.hint) from None
+            raise ConfigError(
+                f"{error.message}\n(the options are from {file} and the command line)", error.hint
+            ) from None
         raise
 
 
 def _translated(config_type: type[Config], values: dict[str, Any], file: str) -> dict[str, Any]:
-    """Read one of Cerebras' parameter files as options, and name what has no counterpart."""
+    """Read a Cerebras parameter file as options, and print which of its keys are ignored."""
     if "model_config" not in config_type.options():
-        raise ConfigError(f"{file} is a parameter file in Cerebras' form, which pretrain alone takes")
+        raise ConfigError(f"{file} is a Cerebras parameter file, which only pretrain reads")
     options, left = options_of(values, file)
     if left:
-        typer.echo(f"{file}: without a counterpart here, and left out: {', '.join(left)}", err=True)
+        typer.echo(f"{file}: these keys have no counterpart and are ignored: {', '.join(left)}", err=True)
     return options
 
 
@@ -100,7 +102,7 @@ def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Pa
     kind = plain_type(field)
     is_list = get_origin(kind) is list
     annotation: Any = bool | None if kind is bool else list[str] | None if is_list else str | None
-    default = "default by the recipe" if key in recipe else _default(field)
+    default = "default from the recipe" if key in recipe else _default(field)
     facts = [part for part in (bounds_label(field), default) if part]
     text = (field.description or "") + (f" [{'; '.join(facts)}]" if facts else "")
     if extra(field, "positional"):
@@ -113,7 +115,7 @@ def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Pa
 
 
 def _default(field: FieldInfo) -> str:
-    """Say what holds when the option is not given."""
+    """Say what applies if the option is not given."""
     shown = extra(field, "shown")
     if field.is_required() and not extra(field, "positional"):
         return "required"
@@ -128,18 +130,18 @@ def _common() -> list[inspect.Parameter]:
         (
             "config",
             str | None,
-            _common_option("--config", "YAML file of options, by their names; flags win over it.", "FILE"),
+            _common_option("--config", "Read options from a YAML file. Command-line options override it.", "FILE"),
         ),
         (
             "print_config",
             bool,
-            _common_option("--print-config", "Print the resolved options as YAML and stop."),
+            _common_option("--print-config", "Print all options with their values as YAML and exit."),
         ),
-        ("json", bool, _common_option("--json", "Print exactly one JSON object on standard output.")),
+        ("json", bool, _common_option("--json", "Print the result as one JSON object.")),
         (
             "version",
             bool,
-            _common_option("--version", "Print the version and stop.", callback=print_version, is_eager=True),
+            _common_option("--version", "Print the version and exit.", callback=print_version, is_eager=True),
         ),
     ]
     defaults = {"config": None}
@@ -159,7 +161,7 @@ def _common_option(name: str, text: str, metavar: str | None = None, **more: Any
 
 
 def print_version(asked: bool) -> None:
-    """Print the version and stop, if asked."""
+    """Print the version and exit, if asked."""
     if asked:
         from tinygpt2 import __version__
 

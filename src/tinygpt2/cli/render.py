@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tinygpt2.config.evaluation import CONVENTION_NOTES
 from tinygpt2.errors import TinyGPT2Error
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from tinygpt2.evaluation.results import PplResult, PplRow
 
 
 PIPED_WIDTH = 400  # a table that goes to a file or a pipe is not folded
@@ -101,23 +106,60 @@ def _table(columns: list[str], rows: list[list[Any]]) -> Any:
     return table
 
 
-def _render_ppl(result: Any, console: Console) -> None:
-    from tinygpt2.evaluation import results as comparison
+PPL_COLUMNS = {
+    "model": "model", "task": "task", "perplexity": "perplexity", "unit": "per", "loss": "loss", "stderr": "stderr",
+    "bits_per_character": "bits/char", "bits_per_byte": "bits/byte", "word_perplexity": "word ppl",
+    "accuracy": "accuracy", "accuracy_without_stop_words": "acc. (no stop words)", "tokens": "targets",
+    "stride": "stride", "tokens_per_second": "tokens/s",
+}  # fmt: skip
+"""Columns of the table that `ppl` prints: attributes of `PplRow` and their headings."""
 
-    console.print(_table(*comparison.table(result.results)))
-    for line in comparison.remarks(result):
+
+def as_csv(result: PplResult) -> str:
+    """Return every figure of `ppl` as CSV, in full precision, under the names that the JSON has."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    keys = [field.name for field in dataclasses.fields(result.results[0])]
+    writer.writerow(keys)
+    writer.writerows([getattr(row, key) for key in keys] for row in result.results)
+    return text.getvalue()
+
+
+def as_markdown(result: PplResult) -> str:
+    """Return the table of `ppl` and the notes below it in Markdown."""
+    headings, rows = _ppl_table(result.results)
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *([_number(cell) for cell in row] for row in rows)]
+    table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+    return table + "".join(f"\n{line}\n" for line in _ppl_notes(result))
+
+
+def _render_ppl(result: PplResult, console: Console) -> None:
+    console.print(_table(*_ppl_table(result.results)))
+    for line in _ppl_notes(result):
         console.print(line, markup=False)
 
 
-def ppl_as_text(result: Any, *, as_csv: bool) -> str:
-    """Return the figures of `ppl` as CSV, or its table and what belongs to it in Markdown."""
-    from tinygpt2.evaluation import results as comparison
+def _ppl_table(rows: Sequence[PplRow]) -> tuple[list[str], list[list[Any]]]:
+    """Return headings and cells, without the columns that no row has a value for."""
+    keys = [key for key in PPL_COLUMNS if any(getattr(row, key) is not None for row in rows)]
+    return [PPL_COLUMNS[key] for key in keys], [[getattr(row, key) for key in keys] for row in rows]
 
-    if as_csv:
-        return comparison.as_csv(result.results)
-    headings, cells = comparison.table(result.results)
-    text = comparison.as_markdown(headings, [[_number(value) for value in row] for row in cells])
-    return text + "".join(f"\n{line}\n" for line in comparison.remarks(result))
+
+def _ppl_notes(result: PplResult) -> list[str]:
+    """Return the lines below the table: the convention, the texts, and the differences of every pair of models."""
+    convention = result.results[0].convention
+    lines = [f"convention {convention}: {CONVENTION_NOTES[convention]}"]
+    for row in {row.task: row for row in result.results}.values():
+        lines.append(
+            f"{row.task}: {row.words:,} words, {row.characters:,} characters, {row.bytes:,} bytes, from {row.source}"
+        )
+    for pair in result.paired:
+        if pair.difference is None:
+            lines.append(f"{pair.task}: {pair.a} and {pair.b} predict different tokens, so their losses do not compare")
+        else:
+            error = f" ± {pair.stderr:.4f}" if pair.stderr is not None else ""
+            lines.append(f"{pair.task}: loss of {pair.a} - {pair.b} = {pair.difference:+.4f}{error} nats per token")
+    return lines
 
 
 def _render_tasks(result: Any, console: Console) -> None:
@@ -211,5 +253,5 @@ RENDER: dict[str, Callable[[Any, Console], None]] = {
     "GenerateResult": _render_generate,
     "VerifyResult": _render_verify,
     "QuickstartResult": _render_quickstart,
-    "Budget": _render_budget,
+    "BudgetPlan": _render_budget,
 }

@@ -13,7 +13,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -22,42 +21,16 @@ from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-from tinygpt2.data.dataset import Blocks
-from tinygpt2.evaluation.scoring import target_losses
-from tinygpt2.models.activations import by_head, capture
+from tinygpt2.compression.calibration import Batches, mean_loss
+from tinygpt2.models.activations import by_head, collect_activations
 from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_loss
 from tinygpt2.utils.progress import track
 
-Batches = list[Int[Tensor, "B T"]]
-_TOKENS = 2048  # in a forward pass
 _ROUNDS = 16  # in which dimensions go
 
 
-def sample(blocks: Blocks, count: int, device: torch.device) -> Batches:
-    """Return up to `count` blocks, evenly spaced, in batches: of padded ones the longest, without padding."""
-    lengths = blocks.lengths(range(len(blocks))) if blocks.padded else []
-    longest = max(lengths, default=None)
-    whole = [index for index, length in enumerate(lengths) if length == longest] or range(len(blocks))
-    chosen = [
-        whole[place] for place in np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int))
-    ]
-    size = max(1, _TOKENS // blocks.batch(chosen[:1]).input_ids.shape[1])
-    batches = (blocks.batch(chosen[i : i + size]).input_ids for i in range(0, len(chosen), size))
-    return [ids[:, :longest].to(device) for ids in batches]
-
-
-@torch.no_grad()
-def mean_loss(model: GPT2LMHeadModel, batches: Batches) -> float:
-    """Return the cross-entropy in nats per token of every token but the first of a block."""
-    total, count = 0.0, 0
-    for ids in batches:
-        losses, _ = target_losses(model, model.lm_head.weight, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
-        total, count = total + float(losses.double().sum()), count + losses.numel()
-    return total / count
-
-
 @contextmanager
-def only(model: GPT2LMHeadModel, layers: Sequence[int]) -> Iterator[None]:
+def run_blocks(model: GPT2LMHeadModel, layers: Sequence[int]) -> Iterator[None]:
     """Let a model run with some of its blocks alone, which stay its own."""
     every = model.transformer.h
     model.transformer.h = nn.ModuleList([every[layer] for layer in layers])
@@ -68,7 +41,7 @@ def only(model: GPT2LMHeadModel, layers: Sequence[int]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Removal:
+class RemovalRound:
     """One round of greedy removal.
 
     Attributes:
@@ -93,7 +66,7 @@ class DepthImportance:
 
     loss: float
     influence: list[float]
-    rounds: list[Removal]
+    rounds: list[RemovalRound]
     kept: list[int]
 
 
@@ -110,11 +83,11 @@ def depth_importance(model: GPT2LMHeadModel, batches: Batches, keep: int) -> Dep
         while len(present) > keep:
             losses = {}
             for block in present:
-                with only(model, [other for other in present if other != block]):
+                with run_blocks(model, [other for other in present if other != block]):
                     losses[block] = mean_loss(model, batches)
                 progress.advance()
             removed = min(losses, key=lambda block: losses[block])
-            rounds.append(Removal({block: loss - current for block, loss in losses.items()}, removed))
+            rounds.append(RemovalRound({block: loss - current for block, loss in losses.items()}, removed))
             present.remove(removed)
             current = losses[removed]
     return DepthImportance(whole, block_influence(model, batches), rounds, present)
@@ -242,7 +215,7 @@ def _first_order(model: GPT2LMHeadModel, batches: Batches) -> Float[Tensor, " D"
         with ExitStack() as hooks, torch.enable_grad():
             for norm in norms:
                 hooks.enter_context(_removed(norm.register_forward_hook(keep)))
-            last = capture(model, ids, states=[len(transformer.h)]).states[len(transformer.h)]
+            last = collect_activations(model, ids, states=[len(transformer.h)]).states[len(transformer.h)]
             targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten()
             loss, _ = prediction_loss(last.flatten(0, 1), head, targets, None, PredictionObjective(0.0, 1.0))
             for output, gradient in zip(seen, torch.autograd.grad(loss, seen), strict=True):
@@ -281,7 +254,7 @@ def _tap(
         for module, see in inputs.items():
             hooks.enter_context(_removed(module.register_forward_pre_hook(lambda _, x, see=see: _shown(see, x[0]))))
         layers = len(model.transformer.h)
-        return capture(model, ids, states=[layers]).states[layers]
+        return collect_activations(model, ids, states=[layers]).states[layers]
 
 
 def _shown(see: Callable[[Tensor], object], x: Tensor) -> None:

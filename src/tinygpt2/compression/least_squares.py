@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from tinygpt2.compression.importance import Batches
+from tinygpt2.compression.calibration import Batches
 from tinygpt2.models.activations import mixed_heads
 from tinygpt2.utils.progress import track
 

@@ -1,7 +1,7 @@
-"""What every command's configuration can do: check itself whole, come from YAML and flags, print itself.
+"""The base of every configuration: it validates itself, reads YAML, and prints itself.
 
-A configuration is a pydantic model. Its fields are the options: name, type, default, bounds and help are
-written once, and the command line, the YAML keys and `--print-config` follow from them.
+A configuration is a pydantic model, and each of its fields is an option. An option's name, type, default, bounds and
+help are declared once. The command line, the YAML keys and `--print-config` follow from the declaration.
 """
 
 from __future__ import annotations
@@ -11,50 +11,54 @@ import shlex
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Any, Literal, Self, Union, dataclass_transform, get_args, get_origin
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, one_line
 
 
 def option(
-    default: Any,
     text: str,
     *,
+    default: Any = PydanticUndefined,
     panel: str = "Options",
     positional: bool = False,
     commas: bool = False,
     shown: str | None = None,
-    **rest: Any,
+    alias: str | None = None,
+    **bounds: Any,
 ) -> Any:
     """Declare an option.
 
     Args:
-        default: its value when nobody gives one; `...` makes the option required.
-        text: its help, one sentence.
-        panel: the heading under which help lists it.
-        positional: whether it is given without its name.
-        commas: whether it is text of numbers between commas, which YAML may give as a list or one number.
-        shown: what help shows as the default where the value alone would not tell.
-        rest: pydantic's ge, gt, le, lt and alias.
+        text: its help.
+        default: its value if it is not given; without a default the option is required.
+        panel: the heading that lists it in the help.
+        positional: whether its value is given without its name.
+        commas: whether its value is a text of numbers between commas; YAML may also give a list or one number.
+        shown: the default that the help shows, if the value itself says too little.
+        alias: its name, if the field cannot have the same name.
+        bounds: pydantic's ge, gt, le and lt.
     """
     extra: dict[str, Any] = {"panel": panel, "positional": positional, "commas": commas, "shown": shown}
-    return Field(default, description=text, json_schema_extra=extra, **rest)
+    return Field(default, description=text, json_schema_extra=extra, alias=alias, **bounds)
 
 
 def extra(field: FieldInfo, key: str) -> Any:
-    """Return what `option` was told about a field beyond pydantic's own notions."""
+    """Return `panel`, `positional`, `commas` or `shown` of an option."""
     return field.json_schema_extra.get(key) if isinstance(field.json_schema_extra, dict) else None
 
 
@@ -70,29 +74,23 @@ def plain_type(field: FieldInfo) -> Any:
     return field.annotation
 
 
+@dataclass_transform(kw_only_default=True, field_specifiers=(option,))
 class Config(BaseModel):
     """Base of every command's configuration.
 
     Raises:
-        ConfigError: on construction, naming every problem at once: unknown keys (with the closest known
-            one), wrong types, values out of bounds, missing options, contradictions.
+        ConfigError: a value is invalid. One error names all problems: unknown options (with the closest known name),
+            wrong types, values out of bounds, missing options, contradictions.
     """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, defer_build=True, populate_by_name=True, protected_namespaces=()
     )
 
-    def __init__(self, **values: Any) -> None:
-        values = self.layered(values)
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError("\n".join(self._problems(error, values))) from None
-
     @field_validator("*", mode="before")
     @classmethod
     def _accept_natural_yaml(cls, value: Any, info: ValidationInfo) -> Any:
-        """Take one value where a list is expected, a YAML list where commas are, and no yes/no for a number."""
+        """Accept one value for a list, and a YAML list for numbers between commas; refuse yes and no as numbers."""
         field = cls.model_fields[info.field_name or ""]
         kind = plain_type(field)
         if extra(field, "commas") and isinstance(value, list | int) and not isinstance(value, bool):
@@ -100,7 +98,7 @@ class Config(BaseModel):
         if get_origin(kind) is list and isinstance(value, str):
             return [value]
         if kind in (int, float) and isinstance(value, bool):
-            raise ValueError("a number is expected, not a yes/no")
+            raise ValueError("expected a number, not yes or no")
         return value
 
     @model_validator(mode="after")
@@ -110,18 +108,28 @@ class Config(BaseModel):
             raise ValueError("\n".join(problems))
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Add what lies between defaults and given values, and report all problems as one ConfigError."""
+        values = cls.layered(values)
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(cls._problems(error, values))) from None
+
     @classmethod
     def layered(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Put what lies between the defaults and the given values under the given ones."""
+        """Return the given values, laid over values that win over the defaults (such as a recipe's)."""
         return values
 
     def conflicts(self) -> Iterator[str]:
-        """Yield one message per contradiction between options."""
+        """Yield one message for each contradiction between options."""
         return iter(())
 
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:
-        """Return every option by its key, in the order of declaration."""
+        """Return every option by its name, in the order of declaration."""
         return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     @classmethod
@@ -137,20 +145,19 @@ class Config(BaseModel):
                 yield f"unknown option '{key}'" + (f", did you mean '{close[0]}'?" if close else "")
             elif item["type"] == "missing":
                 name = key.upper() if extra(options[key], "positional") else flag_name(key)
-                yield f"missing {name}: {options[key].description}"
+                yield f"{name} is required: {options[key].description}"
             else:
-                message = item["msg"].removeprefix("Value error, ")
-                yield f"{flag_name(key)} {item['input']}: {message[0].lower()}{message[1:]}"
-        if "" not in bad:  # pydantic looks for contradictions only in a sound whole: look in what is sound
+                yield f"{flag_name(key)} {item['input']}: {_reason(item)}"
+        if "" not in bad:  # pydantic has not looked for contradictions: look for them among the valid values
             blank = {key: "?" for key, field in cls.options().items() if field.is_required()}
-            sound = {key: value for key, value in values.items() if key in options and key not in bad}
+            valid = {key: value for key, value in values.items() if key in options and key not in bad}
             try:
-                cls(**{**blank, **sound})
+                cls(**{**blank, **valid})
             except ConfigError as contradictions:
                 yield contradictions.message
 
     def flags(self) -> str:
-        """Render the options that are not what they would be by themselves, as a command line has them."""
+        """Return the options that differ from their defaults as a command line."""
         recipe = {"recipe": self.recipe} if hasattr(self, "recipe") else {}
         defaults = {key: field.default for key, field in self.options().items()} | self.layered(recipe)
         words: list[str] = []
@@ -166,12 +173,26 @@ class Config(BaseModel):
         return shlex.join(words)
 
     def to_yaml(self) -> str:
-        """Render every option with its resolved value; the text runs the command again through --config."""
+        """Return every option with its value as YAML; `--config` runs the command again from it."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
+def _reason(item: Any) -> str:
+    """Say in a few words what is wrong with one value."""
+    kinds = {"int": "a whole number", "float": "a number", "bool": "yes or no", "list": "a list", "string": "a text"}
+    kind = next((words for name, words in kinds.items() if item["type"].startswith(f"{name}_")), None)
+    if kind is not None:
+        return f"expected {kind}"
+    bounds = {"greater_than_equal": "at least", "greater_than": "more than", "less_than_equal": "at most"}
+    bounds |= {"less_than": "less than"}
+    if item["type"] in bounds:
+        return f"expected {bounds[item['type']]} {next(iter(item['ctx'].values()))}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}"
+
+
 def type_label(field: FieldInfo) -> str:
-    """Return the short type that help shows for an option: INTEGER, NUMBER, TEXT or its choices."""
+    """Return the type that the help shows: INTEGER, NUMBER, TEXT or the choices."""
     kind = plain_type(field)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
@@ -179,7 +200,7 @@ def type_label(field: FieldInfo) -> str:
 
 
 def bounds_label(field: FieldInfo) -> str:
-    """Return the bounds of a number as help shows them, such as `>= 1`, or an empty string."""
+    """Return the bounds that the help shows, such as `>= 1`, or an empty text."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     found = [
         f"{sign} {getattr(item, name)}"
@@ -191,19 +212,19 @@ def bounds_label(field: FieldInfo) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping of options from YAML; keys may be spelled with dashes or underscores.
+    """Read options from a YAML file; their names may have dashes or underscores.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, or does not hold a mapping.
+        ConfigError: the file cannot be read, is not YAML, or does not hold a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold 'option: value' lines, not a {type(values).__name__}")
+        raise ConfigError(f"{path} must hold lines of 'option: value', but holds a {type(values).__name__}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -14,29 +14,29 @@ Format = Literal["arrow", "hdf5", "jsonl"]
 
 
 class SourceOptions(Config):
-    """Where text comes from: shared by the commands that take sources."""
+    """Where text comes from."""
 
     source: list[str] = option(
-        ...,
-        "Files (text, jsonl, json, csv, parquet, arrow, tar; packed or plain), directories, patterns in quotes, "
-        "- (stdin), python-docs, or a data set on the Hub (NAME:CONFIGURATION@SPLIT) or saved to disk.",
+        "Files (text, jsonl, json, csv, parquet, arrow, tar; compressed or not), directories, patterns in quotes, "
+        "- (standard input), python-docs, or a dataset: saved to disk, or on the Hub as NAME:CONFIGURATION@SPLIT.",
         positional=True,
     )
 
 
 class TextOptions(Config):
-    """How texts become documents: shared by every command that reads sources."""
+    """How texts are divided into documents."""
 
     document: str | None = option(
-        None,
-        "What one document is in a text file: file, line, blank-line or separator:REGEX.",
+        "What is one document in a text file: file, line, blank-line or separator:REGEX.",
+        default=None,
         panel=TEXT,
-        shown="file; a row of a table or of JSON is one",
+        shown="file; in JSON and tables, a row",
     )
-    text_column: str = option("text", "Field or column that holds the text of a row.", panel=TEXT)
+    text_column: str = option("Field or column that holds the text of a row.", default="text", panel=TEXT)
     encoding_errors: EncodingErrors = option(
-        "strict",
-        "What to do with what is not UTF-8: stop, put a replacement character, or skip the document.",
+        "What to do with text that is not UTF-8: strict stops with an error, replace inserts U+FFFD, skip leaves the "
+        "document out.",
+        default="strict",
         panel=TEXT,
     )
 
@@ -57,55 +57,82 @@ class TextOptions(Config):
 class TrainTokenizerConfig(TextOptions, SourceOptions):
     """Options of `train-tokenizer`."""
 
-    out: str = option(..., "Directory for the tokenizer.")
-    vocab_size: int = option(50257, "Exact size of the vocabulary, <|endoftext|> included.", ge=257)
+    out: str = option("Directory for the tokenizer.")
+    vocab_size: int = option("Exact size of the vocabulary, <|endoftext|> included.", default=50257, ge=257)
     test_fraction: float = option(
-        0.01, "Share of the text held out, to report bytes per token on.", panel=TEXT, ge=0, lt=1
+        "Share of the text to hold out. The tokenizer's bytes per token are measured on it.",
+        default=0.01,
+        panel=TEXT,
+        ge=0,
+        lt=1,
     )
 
 
 class PackOptions(TextOptions):
-    """How documents become packed blocks."""
+    """How documents become blocks of tokens."""
 
-    test_fraction: float = option(0.05, "Share of the documents held out.", panel=TEXT, ge=0, lt=1)
-    append_eos: bool = option(True, "End every document with the end-of-text token.", panel=TEXT)
-    num_workers: int | None = option(None, "Threads that tokenise.", panel=RUN, ge=1, shown="one per core")
-    shuffle: bool = option(True, "Shuffle the training documents before they are packed.", panel=TEXT)
+    test_fraction: float = option(
+        "Share of the documents to hold out for evaluation.", default=0.05, panel=TEXT, ge=0, lt=1
+    )
+    append_eos: bool = option("End every document with the end-of-text token.", default=True, panel=TEXT)
+    num_workers: int | None = option(
+        "Threads for tokenizing. The result does not depend on it.",
+        default=None,
+        panel=RUN,
+        ge=1,
+        shown="one per core",
+    )
+    shuffle: bool = option("Shuffle the training documents before they are packed.", default=True, panel=TEXT)
 
 
 class PregenerateConfig(PackOptions, SourceOptions):
     """Options of `pregenerate`."""
 
-    sequence_length: int = option(DEFAULT_SEQUENCE_LENGTH, "Tokens in a block.", panel=TEXT, ge=2)
+    sequence_length: int = option("Tokens in a block.", default=DEFAULT_SEQUENCE_LENGTH, panel=TEXT, ge=2)
     tokenizer: str = option(
-        ..., "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base."
+        "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base."
     )
-    out: str = option(..., "Directory for the dataset.")
-    stride: int | None = option(None, "Tokens from one block's start to the next.", ge=1, shown="the sequence length")
+    out: str = option("Directory for the dataset.")
+    stride: int | None = option(
+        "Tokens from the start of one block to the start of the next. Smaller makes the blocks overlap.",
+        default=None,
+        ge=1,
+        shown="the sequence length",
+    )
     test_source: list[str] | None = option(
-        None, "Held-out text of its own, in its own order; --test-fraction is then unused."
+        "Read the held-out text from here, in its own order. --test-fraction then has no effect.", default=None
     )
-    seed: int = option(42, "Seed of the order and of the choice of held-out documents.", ge=0, le=MAX_SEED)
-    format: Format = option("arrow", "What is written: for datasets, for Cerebras' GPT-2, or for TinyGPT2.")
-    shard: str | None = option(None, "Make only part I of N, written I/N, of what one run would make.")
-    overwrite: bool = option(False, "Replace an existing dataset in --out once the new one is complete.")
-    resume: bool = option(False, "Continue an interrupted run, if there is one.")
+    seed: int = option(
+        "Seed for the order of documents and for the choice of held-out ones.", default=42, ge=0, le=MAX_SEED
+    )
+    format: Format = option(
+        "Output format: arrow (Hugging Face datasets), hdf5 (Cerebras) or jsonl (TinyGPT2).", default="arrow"
+    )
+    shard: str | None = option(
+        "Make shard I of N, written I/N. A folder with all N shards is one dataset.", default=None
+    )
+    overwrite: bool = option(
+        "Replace the dataset in --out, if there is one, when the new one is complete.", default=False
+    )
+    resume: bool = option(
+        "Continue an interrupted run, if there is one. The result has the same bytes as one run.", default=False
+    )
 
     @property
     def shard_numbers(self) -> tuple[int, int]:
-        """Which part to make, from 1, and of how many."""
-        part, _, parts = (self.shard or "1/1").partition("/")
-        return int(part), int(parts)
+        """The number of the shard to make, counted from 1, and the number of shards."""
+        number, _, count = (self.shard or "1/1").partition("/")
+        return int(number), int(count)
 
     def conflicts(self) -> Iterator[str]:
-        """Check the stride against the length, and the part."""
+        """Check stride, shard and resume."""
         yield from super().conflicts()
         if self.resume and "-" in [*self.source, *(self.test_source or [])]:
-            yield "--resume cannot go on with standard input, which is not there a second time"
+            yield "--resume cannot be combined with standard input, which cannot be read twice"
         if self.shard is not None and not re.fullmatch(r"\d{1,9}/\d{1,9}", self.shard):
             yield f"--shard {self.shard!r}: expected I/N, such as 1/8"
         elif not 1 <= self.shard_numbers[0] <= self.shard_numbers[1]:
-            yield f"--shard {self.shard}: the first of N parts is 1/N, the last N/N"
+            yield f"--shard {self.shard}: the first of N shards is 1/N, the last N/N"
         length = self.sequence_length
         if self.stride is not None and self.stride > length:
-            yield f"--stride {self.stride} is beyond --sequence-length {length}: tokens between blocks would be lost"
+            yield f"--stride {self.stride} is larger than --sequence-length {length}: tokens would be lost"

@@ -14,7 +14,7 @@ from tinygpt2.errors import DataError
 _Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class Part(Protocol):
+class BlockPart(Protocol):
     """Some blocks of one length."""
 
     padded: bool  # whether any may be

@@ -39,7 +39,7 @@ def content_of(rows: Tokens) -> bytes:
     return rows.astype("<u4").tobytes()
 
 
-class _Format(Protocol):
+class _BlockWriter(Protocol):
     """Writes one file of blocks.
 
     Attributes:
@@ -65,7 +65,7 @@ class _Format(Protocol):
         """Write what belongs beside a split's files."""
 
 
-class _Arrow:
+class _ArrowWriter:
     pads, file_tokens = False, FILE_TOKENS
 
     def __init__(self, split: Path, index: int, length: int, dtype: np.dtype[Any]) -> None:
@@ -115,7 +115,7 @@ def _features(length: int, dtype: np.dtype[Any]) -> Any:
     return datasets.Features({"input_ids": datasets.List(datasets.Value(dtype.name), length=length)})
 
 
-class _Hdf5:
+class _Hdf5Writer:
     pads, file_tokens = True, FILE_TOKENS
 
     def __init__(self, split: Path, index: int, length: int, dtype: np.dtype[Any]) -> None:
@@ -143,7 +143,7 @@ class _Hdf5:
         """Nothing more is needed."""
 
 
-class _JsonLines:
+class _JsonLinesWriter:
     pads, file_tokens = False, sys.maxsize
 
     def __init__(self, split: Path, index: int, length: int, dtype: np.dtype[Any]) -> None:
@@ -165,7 +165,7 @@ class _JsonLines:
         write_json(split.parent / f"{split.name}_metrics.json", {"num_examples": count, "max_seq_len": length})
 
 
-_FORMATS: dict[Format, type[_Format]] = {"arrow": _Arrow, "hdf5": _Hdf5, "jsonl": _JsonLines}
+_WRITERS: dict[Format, type[_BlockWriter]] = {"arrow": _ArrowWriter, "hdf5": _Hdf5Writer, "jsonl": _JsonLinesWriter}
 
 
 class SplitWriter:
@@ -179,10 +179,10 @@ class SplitWriter:
 
     def __init__(self, out: Path, split: str, length: int, stride: int, dtype: np.dtype[Any], kind: Format) -> None:
         self._split, self._length, self._stride, self._dtype = out / split, length, stride, dtype
-        self._format = _FORMATS[kind]
+        self._format = _WRITERS[kind]
         self._pending: list[Tokens] = []
         self._held = 0
-        self._file: _Format | None = None
+        self._file: _BlockWriter | None = None
         self._sha = hashlib.sha256()
         self._rows = 0
         self.files: list[BlockFile] = []
@@ -263,3 +263,6 @@ class SplitWriter:
             if self._file is not None:  # something failed: what is there is of no use
                 with suppress(Exception):
                     self._file.close()
+
+
+MANIFEST = "pregenerate.json"

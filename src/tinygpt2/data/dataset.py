@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tinygpt2.data.block_readers import ArrowPart, Hdf5Part, JsonPart, MapPart, Part, real_tokens
-from tinygpt2.data.block_writers import content_of
-from tinygpt2.data.pregenerate import MANIFEST
+from tinygpt2.data.block_readers import ArrowPart, BlockPart, Hdf5Part, JsonPart, MapPart, real_tokens
+from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
 from tinygpt2.errors import DataError
 from tinygpt2.utils.files import read_json
@@ -46,7 +45,7 @@ class Blocks:
         length: tokens of a block.
     """
 
-    def __init__(self, parts: Sequence[Part], length: int) -> None:
+    def __init__(self, parts: Sequence[BlockPart], length: int) -> None:
         self._parts = [part for part in parts if len(part)]
         self._ends = np.cumsum([len(part) for part in self._parts])
         self.sequence_length = length
@@ -55,7 +54,7 @@ class Blocks:
         return int(self._ends[-1]) if self._parts else 0
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[BlockPart]:
         """What it is made of."""
         return self._parts
 
@@ -121,7 +120,7 @@ class Shuffle:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedDataset:
     """A data set of blocks: its two splits, what is known of it, and its tokenizer or the directory of that."""
 
     name: str
@@ -151,7 +150,7 @@ class Packed:
         return found
 
 
-def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "data of one's own") -> Packed:
+def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "data of one's own") -> PackedDataset:
     """Wrap map-style datasets, for `pretrain`, `distill` and `finetune` as functions.
 
     Args:
@@ -175,10 +174,10 @@ def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "dat
         "content": f"{len(train)} and {len(test)} blocks of {length}",
     }
     splits = [Blocks([MapPart(items, length)], length) for items in (train, test)]
-    return Packed(name, splits[0], splits[1], manifest, tokenizer)
+    return PackedDataset(name, splits[0], splits[1], manifest, tokenizer)
 
 
-def is_packed(path: Path) -> bool:
+def is_packed_dataset(path: Path) -> bool:
     """Say whether a directory is a pregenerated dataset, or holds parts of one."""
     return (path / MANIFEST).is_file() or (path / "dataset_dict.json").is_file() or bool(_parts(path))
 
@@ -187,7 +186,7 @@ def _parts(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.glob(f"*/{MANIFEST}")) if not (path / MANIFEST).is_file() else []
 
 
-def load_packed(name: str) -> Packed:
+def load_packed_dataset(name: str) -> PackedDataset:
     """Open a pregenerated dataset, or a folder that holds all parts of one.
 
     Raises:
@@ -213,7 +212,7 @@ def load_packed(name: str) -> Packed:
             for split in ("train", "test")
         )
         length = int(manifest["sequence_length"])
-        return Packed(str(path), Blocks(train, length), Blocks(test, length), manifest, folders[0] / "tokenizer")
+        return PackedDataset(str(path), Blocks(train, length), Blocks(test, length), manifest, folders[0] / "tokenizer")
     except DataError:
         raise
     except Exception as error:  # whatever a broken file makes the library raise
@@ -222,7 +221,7 @@ def load_packed(name: str) -> Packed:
         ) from error
 
 
-def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[Part]:
+def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[BlockPart]:
     length, kind = int(manifest["sequence_length"]), manifest["format"]
     padded = manifest["splits"][split]["padding_tokens"] > 0
     if kind == "hdf5":
@@ -257,77 +256,3 @@ def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, A
     if there != list(range(1, count + 1)):
         raise DataError(f"{folder} holds parts {', '.join(map(str, there))} of {count}", "each is needed, once")
     return {**{key: value for key, value in first.items() if key not in own}, "parts": count}
-
-
-def check_dataset(path: Path) -> Iterator[str]:
-    """Yield one message per fault of a pregenerated dataset or a folder of its parts."""
-    folders = _parts(path)
-    if folders:
-        try:
-            load_packed(str(path))
-        except DataError as error:
-            yield str(error)
-    for folder in folders or [path]:
-        prefix = f"{folder.name}: " if folders else ""
-        yield from (prefix + problem for problem in _check_folder(folder))
-
-
-def _check_folder(path: Path) -> Iterator[str]:
-    """Check lengths, counts, range of tokens, padding, tokenizer and content."""
-    try:
-        packed = load_packed(str(path))
-        tokenizer = packed.tokenizer()
-    except Exception as error:
-        yield str(error)
-        return
-    if fingerprint(tokenizer) != packed.manifest.get("tokenizer_fingerprint"):
-        yield f"tokenizer/ is not the one that made the dataset: its fingerprint differs from {MANIFEST}'s"
-    for name, blocks in (("train", packed.train), ("test", packed.test)):
-        counts = packed.manifest.get("splits", {}).get(name, {})
-        if len(blocks) != counts.get("sequences"):
-            yield f"{name}: {len(blocks)} sequences, {MANIFEST} says {counts.get('sequences')}"
-            continue
-        if packed.manifest["format"] == "jsonl":
-            yield from _check_metrics(path, name, len(blocks), packed.sequence_length)
-        try:
-            yield from _check_blocks(blocks, name, counts["files"], len(tokenizer))
-        except Exception as error:
-            yield f"{name}: {' '.join(str(error).split())}"
-
-
-def _check_metrics(path: Path, split: str, sequences: int, length: int) -> Iterator[str]:
-    try:
-        found = read_json(path / f"{split}_metrics.json")
-    except (OSError, ValueError) as error:
-        yield f"{split}_metrics.json: {error}"
-        return
-    for key, expected in (("num_examples", sequences), ("max_seq_len", length)):
-        if found.get(key) != expected:
-            yield f"{split}_metrics.json: {key} is {found.get(key)}, not {expected}"
-
-
-def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocabulary: int) -> Iterator[str]:
-    """Read every block, some at a time, and compare each file's tokens with its SHA-256."""
-    waiting, sha, left, number = list(files), hashlib.sha256(), 0, 0
-    if sum(file["sequences"] for file in files) != len(blocks):
-        yield f"{split}: {len(blocks)} sequences, {MANIFEST} lists files with {sum(f['sequences'] for f in files)}"
-        return
-    step = max(1, (1 << 20) // blocks.sequence_length)
-    for part in blocks.parts:
-        start = 0
-        while start < len(part):
-            while not left:
-                current = waiting.pop(0)
-                sha, left = hashlib.sha256(), current["sequences"]
-            ids, mask = part.read(start, min(start + step, start + left, len(part)))
-            outside = (ids < 0) | (ids >= vocabulary)
-            if outside.any():
-                row = number + int(outside.any(-1).argmax())
-                yield f"{split}: sequence {row} holds a token outside the vocabulary of {vocabulary}"
-                return
-            if mask is not None:
-                real_tokens(mask, number)
-            sha.update(content_of(ids))
-            start, left, number = start + len(ids), left - len(ids), number + len(ids)
-            if not left and sha.hexdigest() != current["sha256"]:
-                yield f"{current['name']}: its tokens are not those that were written (SHA-256 differs)"

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygpt2.data.corpus.readers import LEAST_PART
+from tinygpt2.data.corpus.text_splitting import LEAST_PART
 from tinygpt2.data.encoding import Tokens
 from tinygpt2.utils.files import atomic_path, read_json
 
@@ -60,7 +60,7 @@ def shuffled_keys(documents: _Array, seed: int) -> _Array:
 
 
 @dataclass
-class Progress:
+class EncodingProgress:
     """How far reading has come: what `--resume` goes on from.
 
     Attributes:
@@ -79,14 +79,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Batch:
+class EncodedBatch:
     """Pieces in corpus order: their index entries (key and start unset) and their tokens, one after another."""
 
     entries: _Array
     tokens: Tokens
 
     @classmethod
-    def of(cls, rows: list[tuple[int, int, int, int, bool, bool]], tokens: list[Tokens]) -> Batch:
+    def of(cls, rows: list[tuple[int, int, int, int, bool, bool]], tokens: list[Tokens]) -> EncodedBatch:
         """Build from rows of (document, hash, tokens, bytes, first, own)."""
         entries = np.zeros(len(rows), _INDEX)
         names = ("document", "hash", "tokens", "bytes", "first", "own")
@@ -96,7 +96,7 @@ class Batch:
 
 
 @dataclass
-class Spill:
+class ExternalSort:
     """Runs of tokenised documents in a directory.
 
     Args:
@@ -108,19 +108,21 @@ class Spill:
     folder: Path
     dtype: np.dtype[Any]
     seed: int | None
-    progress: Progress = field(init=False)
+    progress: EncodingProgress = field(init=False)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._batches: list[Batch] = []
+        self._batches: list[EncodedBatch] = []
         self._held = [0, 0]
         self._runs = len(list(self.folder.glob("run-*.json")))
-        self.progress = Progress(**read_json(self._file(self._runs - 1, "json"))) if self._runs else Progress()
+        self.progress = (
+            EncodingProgress(**read_json(self._file(self._runs - 1, "json"))) if self._runs else EncodingProgress()
+        )
 
     def _file(self, run: int, ending: str) -> Path:
         return self.folder / f"run-{run:06d}.{ending}"
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: EncodedBatch) -> None:
         """Take in the next pieces; write a run when enough are held."""
         own = batch.entries[batch.entries["own"]]
         self.progress.pieces += len(batch.entries)

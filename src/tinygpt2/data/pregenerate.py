@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygpt2.config.data import PregenerateConfig
-from tinygpt2.data.block_writers import SplitWriter
+from tinygpt2.data.block_writers import MANIFEST, SplitWriter
 from tinygpt2.data.corpus.sources import Corpus, Piece, whole
 from tinygpt2.data.encoding import Encoder, Tokens, in_order
-from tinygpt2.data.external_sort import Batch, Spill, content_hash
-from tinygpt2.data.staging import discard, require_same, workplace, workplace_of
+from tinygpt2.data.external_sort import EncodedBatch, ExternalSort, content_hash
+from tinygpt2.data.staging import discard, require_same, staging_directory, staging_path
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.utils.files import read_json, require_free, write_json
@@ -34,7 +34,6 @@ from tinygpt2.utils.progress import say, track
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-MANIFEST = "pregenerate.json"
 _BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 19  # tokenised at a time by one worker
 
 
@@ -67,7 +66,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     out = Path(config.out).resolve()
     if os.path.ismount(out):
         raise ConfigError(f"--out {out} is a mount point, which cannot be put in place whole", "name a folder in it")
-    replaced = workplace_of(out) / "replaced"
+    replaced = staging_path(out) / "replaced"
     if replaced.exists() and not out.exists():  # an earlier run was killed between its two renames
         replaced.replace(out)
     complete = (out / MANIFEST).is_file()
@@ -86,13 +85,13 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         manifest = read_json(out / MANIFEST)
         require_same({key: plan[key] for key in plan if key != "read"}, manifest, out)
         say(f"{out} is complete")
-        discard(workplace_of(out))
+        discard(staging_path(out))
         return _result(manifest, time.perf_counter() - started)
-    with workplace(out, plan, resume=config.resume) as work:
+    with staging_directory(out, plan, resume=config.resume) as work:
         encoder = Encoder(tokenizer)
         eos = tokenizer.eos_token_id if config.append_eos else None
-        read = _spill(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None)
-        kept = _spill(held_out, encoder, eos, config, work / "test", None) if held_out else None
+        read = _tokenise(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None)
+        kept = _tokenise(held_out, encoder, eos, config, work / "test", None) if held_out else None
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
@@ -124,7 +123,7 @@ def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
 
 def _plan(config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
     """Return all that decides the result, as JSON has it."""
-    units = [unit for part in (corpus, held_out) if part for unit in part.units]
+    units = [unit for part in (corpus, held_out) if part for unit in part.items]
     return {
         "version": 2,
         "format": config.format,
@@ -180,7 +179,7 @@ def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
         yield batch
 
 
-def _encode(batch: list[_Item], encoder: Encoder, eos: Tokens) -> Batch:
+def _encode(batch: list[_Item], encoder: Encoder, eos: Tokens) -> EncodedBatch:
     encoded = iter(encoder([item.piece.text for item in batch if item.own]))
     rows, parts = [], [eos[:0]]
     for item in batch:
@@ -189,39 +188,39 @@ def _encode(batch: list[_Item], encoder: Encoder, eos: Tokens) -> Batch:
         size = len(item.piece.text.encode()) if item.own else 0
         rows.append((item.piece.number, item.hash, len(ids) + len(end), size, item.first, item.own))
         parts += [ids, end]
-    return Batch.of(rows, parts)
+    return EncodedBatch.of(rows, parts)
 
 
-def _spill(
+def _tokenise(
     corpus: Corpus, encoder: Encoder, eos: int | None, config: PregenerateConfig, folder: Path, seed: int | None
-) -> Spill:
+) -> ExternalSort:
     """Tokenise what is not tokenised yet.
 
     Raises:
         DataError: a source cannot be read, or there is no text.
     """
-    spill = Spill(folder, encoder.dtype, seed)
+    sort = ExternalSort(folder, encoder.dtype, seed)
     end = np.array([] if eos is None else [eos], encoder.dtype)
     shards = config.shard_numbers[1]
-    if not spill.progress.done:
+    if not sort.progress.done:
         pieces = corpus.pieces() if encoder.reproduced else whole(corpus.pieces())
-        items = islice(_items(pieces, config), spill.progress.pieces, None)
+        items = islice(_items(pieces, config), sort.progress.pieces, None)
         workers = config.num_workers or os.cpu_count() or 1
         encode = partial(_encode, encoder=encoder, eos=end)
         size = corpus.size_hint()
         with track("tokenise", size and size // shards) as task:
-            task.advance(spill.progress.bytes)
+            task.advance(sort.progress.bytes)
             for batch in in_order(encode, _batches(items), workers):
-                spill.add(batch)
+                sort.add(batch)
                 task.advance(int(batch.entries["bytes"].sum()))
-            spill.finish(corpus.encoding_errors)
-    if not spill.progress.pieces:
+            sort.finish(corpus.encoding_errors)
+    if not sort.progress.pieces:
         raise DataError(f"no text in {', '.join(corpus.sources)}", "every document is empty or blank")
-    return spill
+    return sort
 
 
 def _write(
-    out: Path, read: Spill, kept: Spill | None, config: PregenerateConfig, dtype: np.dtype[Any]
+    out: Path, read: ExternalSort, kept: ExternalSort | None, config: PregenerateConfig, dtype: np.dtype[Any]
 ) -> dict[str, Any]:
     """Choose what is held out and write both splits; return what the manifest says of them.
 
@@ -268,7 +267,12 @@ def _write(
 
 
 def _divide(
-    read: Spill, kept: Spill | None, last: int | None, cut: int | None, train: SplitWriter, test: SplitWriter
+    read: ExternalSort,
+    kept: ExternalSort | None,
+    last: int | None,
+    cut: int | None,
+    train: SplitWriter,
+    test: SplitWriter,
 ) -> np.ndarray[Any, Any]:
     """Send each token to its split; return documents and bytes of train and test, as rows.
 

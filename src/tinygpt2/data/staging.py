@@ -15,13 +15,13 @@ from tinygpt2.utils.progress import say
 _PLAN = "plan.json"
 
 
-def workplace_of(out: Path) -> Path:
+def staging_path(out: Path) -> Path:
     """Return where a dataset is made before it is put in place."""
     return out.parent / f".{out.name}.unfinished"
 
 
 @contextmanager
-def workplace(out: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[Path]:
+def staging_directory(out: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[Path]:
     """Yield the directory of unfinished work: an earlier run's to continue, else an empty one.
 
     It goes when the result is in place, or when the data are at fault; what is finished is kept otherwise.
@@ -31,7 +31,7 @@ def workplace(out: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[Path
         plan: all that decides the result; a run is continued only under the same.
         resume: continue, rather than start over.
     """
-    work = workplace_of(out)
+    work = staging_path(out)
     if resume and (work / _PLAN).is_file():
         require_same(plan, read_json(work / _PLAN), work)
         say(f"continuing the interrupted run in {work}")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, GPT2LMHeadModel, TextStreamer
 
-from tinygpt2.config.models import GenerateConfig
-from tinygpt2.data.corpus.sources import read_text
+from tinygpt2.config.decoding import GenerateConfig
 from tinygpt2.data.encoding import encode
 from tinygpt2.errors import ConfigError, ModelError
-from tinygpt2.models.loading import default_device, load_model, model_tokenizer
+from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.utils.files import absolute
+from tinygpt2.runtime.devices import default_device
+from tinygpt2.utils.files import absolute, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -44,7 +44,7 @@ class GenerateResult:
 
 
 @dataclass(frozen=True)
-class Speaker:
+class LoadedModel:
     """A loaded model with its tokenizer."""
 
     name: str
@@ -52,11 +52,11 @@ class Speaker:
     tokenizer: Tokenizer
 
 
-Watch = Callable[[Speaker, str], TextStreamer | None]
+OnText = Callable[[LoadedModel, str], TextStreamer | None]
 """Called with model and prompt before a text begins; may return a streamer that receives its tokens."""
 
 
-def load_speaker(name: str, *, allow_pickle: bool = False) -> Speaker:
+def load_with_tokenizer(name: str, *, allow_pickle: bool = False) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Raises:
@@ -71,24 +71,24 @@ def load_speaker(name: str, *, allow_pickle: bool = False) -> Speaker:
             f"{directory}: {len(tokenizer)} tokens in its tokenizer, {model.config.vocab_size} in the model"
         )
     model.generation_config = GenerationConfig()  # the directory's own would fill what the options leave open
-    return Speaker(name, model.to(default_device()), tokenizer)
+    return LoadedModel(name, model.to(default_device()), tokenizer)
 
 
 def continue_prompt(
-    speaker: Speaker, prompt: str, config: GenerateConfig, streamer: Any = None
+    loaded: LoadedModel, prompt: str, config: GenerateConfig, streamer: Any = None
 ) -> Iterator[Generation]:
     """Yield `config.num_samples` continuations; the same seed gives the same texts.
 
     Raises:
         ConfigError: prompt and new tokens are more than the model's positions.
     """
-    model, tokenizer = speaker.model, speaker.tokenizer
+    model, tokenizer = loaded.model, loaded.tokenizer
     ids = encode(tokenizer, [prompt])[0] or _start(model, tokenizer)
     room = model.config.n_positions - len(ids)
     count = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
     if room < 1 or count > room:
         raise ConfigError(
-            f"{speaker.name} has {model.config.n_positions} positions: "
+            f"{loaded.name} has {model.config.n_positions} positions: "
             f"{len(ids)} prompt tokens leave no room for {max(count, 1)} more",
             "shorten the prompt" if room < 1 else f"use --max-new-tokens {room} or fewer",
         )
@@ -106,7 +106,7 @@ def continue_prompt(
         if tokenizer.eos_token_id in added:
             added = added[: added.index(tokenizer.eos_token_id)]
         text = tokenizer.decode(added, clean_up_tokenization_spaces=False)
-        yield Generation(absolute(speaker.name), prompt, text, len(added), seconds)
+        yield Generation(absolute(loaded.name), prompt, text, len(added), seconds)
 
 
 def _start(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> list[int]:
@@ -153,7 +153,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 
 @fast_products()
-def generate(config: GenerateConfig, watch: Watch = lambda speaker, prompt: None) -> GenerateResult:
+def generate(config: GenerateConfig, on_text: OnText = lambda loaded, prompt: None) -> GenerateResult:
     """Continue every prompt with every model.
 
     Args:
@@ -168,11 +168,11 @@ def generate(config: GenerateConfig, watch: Watch = lambda speaker, prompt: None
     if config.interactive:
         raise ConfigError("--interactive is for the command line")
     prompts = read_prompts(config)
-    speakers = [load_speaker(name, allow_pickle=config.allow_pickle) for name in config.model]
+    models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in config.model]
     texts = [
         text
         for prompt in prompts
-        for speaker in speakers
-        for text in continue_prompt(speaker, prompt, config, watch(speaker, prompt))
+        for loaded in models
+        for text in continue_prompt(loaded, prompt, config, on_text(loaded, prompt))
     ]
     return GenerateResult(texts)

@@ -16,32 +16,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Int, Integer
 
-from tinygpt2.config.models import Convention
-from tinygpt2.data.dataset import Packed
+from tinygpt2.config.evaluation import Convention
+from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.encoding import encode
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.detokenize import detokenize, detokenize_page, pages
-from tinygpt2.evaluation.scoring import Scores, Window, exponential, windows
+from tinygpt2.evaluation.scoring import Scores, Window, perplexity_of, windows
 from tinygpt2.evaluation.tasks import Task
+from tinygpt2.models.compatibility import check_fits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
 _AT_ONCE = 1000  # passages tokenized at a time: lists of numbers take much memory
 
-SAYS: dict[Convention, str] = {
-    "hf": "per token; a token is a target once, when an earlier one stands in its window",
-    "gpt2-paper": "per word, character or byte of the original text; every token is a target, end-of-text before the "
-    "first; detokenized",
-    "lm-eval": "as lm-evaluation-harness: page by page, every token is a target; per word of the page before "
-    "detokenizing",
-    "tinygpt2": "as TinyGPT2's calc_ppl: per token; each window's mean loss over its n - 1 targets counts n times",
-}
-
 
 @dataclass(frozen=True)
-class Reader:
+class ModelTokenizer:
     """The model as its texts see it: name, configuration, tokenizer (None where it has none)."""
 
     name: str
@@ -86,7 +78,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class TokenizedTask:
     """What is to be scored, and over what the loss is spread.
 
     Attributes:
@@ -109,7 +101,7 @@ class Sheet:
     right: Int[np.ndarray, " Q"] = field(default_factory=lambda: np.zeros(0, np.int64))
     candidates: int = 0
 
-    def same_targets(self, other: Sheet) -> bool:
+    def same_targets(self, other: TokenizedTask) -> bool:
         """Say whether losses on both sheets compare window by window."""
         return self.spans == other.spans and np.array_equal(self.tokens, other.tokens)
 
@@ -128,7 +120,7 @@ class Figures:
     accuracy_without_stop_words: float | None
 
 
-def make_sheet(task: Task, reader: Reader, convention: Convention, stride: int | None) -> Sheet:
+def tokenize_task(task: Task, reader: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
     """Lay a task out for a model.
 
     Args:
@@ -143,66 +135,66 @@ def make_sheet(task: Task, reader: Reader, convention: Convention, stride: int |
     if task.questions:
         if convention in ("lm-eval", "tinygpt2"):
             raise ConfigError(f"convention {convention} has no {task.name}", "take --convention gpt2-paper or hf")
-        sheet = _choices(task, reader, convention)
+        tokenized = _choices(task, reader, convention)
     elif task.passages and convention != "tinygpt2":
-        sheet = _last_words(task, reader, convention)
+        tokenized = _last_words(task, reader, convention)
     elif task.packed is not None:
-        sheet = _blocks(task.packed, reader, convention, stride)
+        tokenized = _blocks(task.packed, reader, convention, stride)
     elif convention in ("hf", "tinygpt2"):
         text = task.joined()
         (tokens,) = reader.tokens([text], task.name)
-        sheet = _per_token(np.array(tokens), text, reader.positions, stride)
+        tokenized = _per_token(np.array(tokens), text, reader.positions, stride)
     else:
-        sheet = _per_unit(task, reader, convention, stride)
-    if not sheet.spans:
-        raise DataError(f"{task.name} is {len(sheet.tokens)} tokens long: there is nothing to predict")
-    return sheet
+        tokenized = _per_unit(task, reader, convention, stride)
+    if not tokenized.spans:
+        raise DataError(f"{task.name} is {len(tokenized.tokens)} tokens long: there is nothing to predict")
+    return tokenized
 
 
-def figures(sheet: Sheet, scores: Scores, convention: Convention) -> Figures:
+def figures(tokenized: TokenizedTask, scores: Scores, convention: Convention) -> Figures:
     """Return what a convention reports of a sheet's scores.
 
     Args:
         scores: of its counted windows, see `counted`.
     """
     loss, total = scores.loss, float(scores.sums.sum())
-    headline = loss if sheet.unit == "token" else total / max(sheet.units, 1)
+    headline = loss if tokenized.unit == "token" else total / max(tokenized.units, 1)
     if convention == "tinygpt2":  # the flaw: a mean over n - 1 targets is multiplied by n
         lengths = scores.counts + 1
         headline = float((scores.sums / scores.counts * lengths).sum() / lengths.sum())
-    size = max(sheet.bytes, 1)
+    size = max(tokenized.bytes, 1)
     return Figures(
-        perplexity=exponential(headline),
+        perplexity=perplexity_of(headline),
         loss=loss,
-        bits_per_character=total / math.log(2) / max(sheet.characters, 1),
+        bits_per_character=total / math.log(2) / max(tokenized.characters, 1),
         bits_per_byte=total / math.log(2) / size,
-        byte_perplexity=exponential(total / size),
-        word_perplexity=exponential(total / max(sheet.words, 1)),
+        byte_perplexity=perplexity_of(total / size),
+        word_perplexity=perplexity_of(total / max(tokenized.words, 1)),
         accuracy=_share(scores.greedy),
         accuracy_without_stop_words=_share(scores.filtered) if convention == "gpt2-paper" else None,
     )
 
 
-def counted(sheet: Sheet, scores: Scores) -> Scores:
+def counted(tokenized: TokenizedTask, scores: Scores) -> Scores:
     """Return the scores that count: of a question's candidates the right one, and whether it scored best."""
-    if not len(sheet.right):
+    if not len(tokenized.right):
         return scores
-    sums, counts = (x.reshape(-1, sheet.candidates) for x in (scores.sums, scores.counts))
-    rows = np.arange(len(sheet.right))
-    return Scores(sums[rows, sheet.right], counts[rows, sheet.right], sums.argmin(1) == sheet.right)
+    sums, counts = (x.reshape(-1, tokenized.candidates) for x in (scores.sums, scores.counts))
+    rows = np.arange(len(tokenized.right))
+    return Scores(sums[rows, tokenized.right], counts[rows, tokenized.right], sums.argmin(1) == tokenized.right)
 
 
 def _share(hits: Any) -> float | None:
     return None if hits is None else float(hits.mean())
 
 
-def _per_token(tokens: Integer[np.ndarray, " N"], text: str, window: int, stride: int | None) -> Sheet:
+def _per_token(tokens: Integer[np.ndarray, " N"], text: str, window: int, stride: int | None) -> TokenizedTask:
     step = _stride(stride, window)
     spans = list(windows(len(tokens), window, step))
-    return Sheet(tokens, spans, "token", 0, len(text.split()), len(text), len(text.encode()), step)
+    return TokenizedTask(tokens, spans, "token", 0, len(text.split()), len(text), len(text.encode()), step)
 
 
-def _per_unit(task: Task, reader: Reader, convention: Convention, stride: int | None) -> Sheet:
+def _per_unit(task: Task, reader: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
     """Score every token of every document, the first after the end of text; windows share at least one token."""
     text, style = task.text, task.spec.style
     if convention == "lm-eval":
@@ -224,20 +216,20 @@ def _per_unit(task: Task, reader: Reader, convention: Convention, stride: int | 
             spans.append(Window(span.start + offset, span.stop + offset, span.first))
         offset += len(document)
     tokens = np.concatenate([np.array(document) for document in documents])
-    return Sheet(tokens, spans, unit, units, words, characters, size, step)
+    return TokenizedTask(tokens, spans, unit, units, words, characters, size, step)
 
 
-def _last_words(task: Task, reader: Reader, convention: Convention) -> Sheet:
+def _last_words(task: Task, reader: ModelTokenizer, convention: Convention) -> TokenizedTask:
     """Score the last word of every passage, after all that stands before it."""
     cut = [passage.rsplit(" ", 1) for passage in task.passages]
     endings = [f" {word}" for _, word in cut]
     tokens, spans = _continued(reader, [context for context, _ in cut], endings, task.name)
     whole = "".join(endings)
     unit: Any = "token" if convention == "hf" else "word"
-    return Sheet(tokens, spans, unit, len(spans), len(spans), len(whole), len(whole.encode()), None)
+    return TokenizedTask(tokens, spans, unit, len(spans), len(spans), len(whole), len(whole.encode()), None)
 
 
-def _choices(task: Task, reader: Reader, convention: Convention) -> Sheet:
+def _choices(task: Task, reader: ModelTokenizer, convention: Convention) -> TokenizedTask:
     """Score every candidate of every question with what follows it."""
     candidates = {len(question.endings) for question in task.questions}
     if len(candidates) != 1:
@@ -249,11 +241,11 @@ def _choices(task: Task, reader: Reader, convention: Convention) -> Sheet:
     unit: Any = "token" if convention == "hf" else "word"
     numbers = np.array([question.right for question in task.questions])
     sizes = words, words, len(whole), len(whole.encode())
-    return Sheet(tokens, spans, unit, *sizes, None, numbers, candidates.pop())
+    return TokenizedTask(tokens, spans, unit, *sizes, None, numbers, candidates.pop())
 
 
 def _continued(
-    reader: Reader, contexts: list[str], endings: list[str], task: str
+    reader: ModelTokenizer, contexts: list[str], endings: list[str], task: str
 ) -> tuple[Integer[np.ndarray, " N"], list[Window]]:
     """Return the tokens of contexts with their endings, and a window for each, whose targets are the ending's tokens.
 
@@ -272,7 +264,7 @@ def _continued(
     return np.concatenate(parts), spans
 
 
-def _blocks(packed: Packed, reader: Reader, convention: Convention, stride: int | None) -> Sheet:
+def _blocks(packed: PackedDataset, reader: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
     """Read a dataset's test split as one text, in windows of its block length."""
     check_fits(packed, reader.config, reader.tokenizer and fingerprint(reader.tokenizer), f"model {reader.name}")
     blocks = packed.test
@@ -287,10 +279,10 @@ def _blocks(packed: Packed, reader: Reader, convention: Convention, stride: int 
     if convention in ("hf", "tinygpt2"):
         return _per_token(tokens, text, packed.sequence_length, stride)
     step, words = _stride(stride, packed.sequence_length), len(text.split())
-    first = Reader(reader.name, reader.config, packed.tokenizer()).prefix
+    first = ModelTokenizer(reader.name, reader.config, packed.tokenizer()).prefix
     tokens = np.concatenate([[first], tokens])
     spans = list(windows(len(tokens), packed.sequence_length + 1, step, full=True))
-    return Sheet(tokens, spans, "word", words, words, len(text), len(text.encode()), step)
+    return TokenizedTask(tokens, spans, "word", words, words, len(text), len(text.encode()), step)
 
 
 def _stride(stride: int | None, window: int) -> int:
@@ -299,31 +291,3 @@ def _stride(stride: int | None, window: int) -> int:
             f"--stride {stride} is beyond the window of {window} tokens: text between windows would be lost"
         )
     return stride or window
-
-
-def check_fits(packed: Packed, model: Any, tokenizer_fingerprint: str | None, who: str) -> None:
-    """Check that a dataset's blocks can go through a model.
-
-    Args:
-        model: the model's configuration.
-        tokenizer_fingerprint: of the model's own tokenizer, if it has one.
-        who: the model, for the message.
-
-    Raises:
-        DataError: the dataset was made with another tokenizer, or its vocabulary is larger.
-        ConfigError: its blocks are longer than the model's positions.
-    """
-    ours = packed.manifest["tokenizer_fingerprint"]
-    if tokenizer_fingerprint not in (None, ours):
-        raise DataError(
-            f"dataset {packed.name} was made with another tokenizer ({ours[:12]}) "
-            f"than {who}'s ({str(tokenizer_fingerprint)[:12]})",
-            "pregenerate the text with the model's own tokenizer",
-        )
-    if packed.vocab_size > model.vocab_size:
-        raise DataError(f"dataset {packed.name} has a vocabulary of {packed.vocab_size}, {who} of {model.vocab_size}")
-    if packed.sequence_length > model.n_positions:
-        raise ConfigError(
-            f"blocks of {packed.sequence_length} tokens in {packed.name}, but {who} has {model.n_positions} positions",
-            f"pregenerate with --sequence-length {model.n_positions}",
-        )

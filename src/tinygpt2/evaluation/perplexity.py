@@ -14,16 +14,19 @@ from accelerate.utils import gather_object
 from jaxtyping import Bool
 from torch import Tensor, distributed
 
-from tinygpt2.config.models import Convention, PplConfig
+from tinygpt2.config.evaluation import Convention, PplConfig
 from tinygpt2.errors import ConfigError, DataError, ModelError, TinyGPT2Error
-from tinygpt2.evaluation.conventions import Reader, Sheet, counted, figures, make_sheet
-from tinygpt2.evaluation.results import Paired, PplResult, PplRow, plot_comparison
+from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, figures, tokenize_task
+from tinygpt2.evaluation.plots import plot_comparison
+from tinygpt2.evaluation.results import Paired, PplResult, PplRow
 from tinygpt2.evaluation.scoring import Scorer, Scores
 from tinygpt2.evaluation.stopwords import STOP_WORDS
 from tinygpt2.evaluation.tasks import Task, TaskList, load_tasks, task_list
-from tinygpt2.models.loading import count_parameters, load_model, model_tokenizer
+from tinygpt2.models.loading import load_model, model_tokenizer
+from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.launch import check_number, launch, launched
+from tinygpt2.runtime.launch import check_number, launch
+from tinygpt2.runtime.processes import launched
 from tinygpt2.utils.files import absolute
 from tinygpt2.utils.progress import say, track
 
@@ -73,88 +76,92 @@ def measure(config: PplConfig) -> PplResult:
     return measured
 
 
-def fitting_sheets(
-    tasks: list[Task], reader: Reader, convention: Convention = "hf", stride: int | None = None
-) -> dict[str, Sheet]:
+def tokenize_fitting_tasks(
+    tasks: list[Task], reader: ModelTokenizer, convention: Convention = "hf", stride: int | None = None
+) -> dict[str, TokenizedTask]:
     """Lay tasks out for a model, as far as its configuration and tokenizer are enough; those of `all` that fit.
 
     Raises:
         ConfigError, DataError, ModelError: see `make_sheet`; a task that was asked for by name does not fit.
     """
-    sheets = {}
+    tokenized_tasks = {}
     for task in tasks:
         try:
-            sheets[task.name] = make_sheet(task, reader, convention, stride)
+            tokenized_tasks[task.name] = tokenize_task(task, reader, convention, stride)
         except TinyGPT2Error as error:
             if not task.optional:
                 raise
             say(f"{task.name} is left out: {error.message}")
-    return sheets
+    return tokenized_tasks
 
 
 def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> PplResult:
     names = list(dict.fromkeys(config.model))
-    tasks, sheets = _lay_out(config, names, tasks)
+    tasks, tokenized_tasks = _tokenize_all(config, names, tasks)
     rows, done = [], {}
     for name in names:
         model, directory = load_model(name, allow_pickle=config.allow_pickle)
         parameters = count_parameters(model)
         scorer = Scorer(model, config.precision, device)
         for task in tasks:
-            reader = Reader(name, model.config, model_tokenizer(directory))
-            row, done[name, task.name] = _measure(scorer, reader, task, sheets[name, task.name], config, parameters)
+            reader = ModelTokenizer(name, model.config, model_tokenizer(directory))
+            row, done[name, task.name] = _measure(
+                scorer, reader, task, tokenized_tasks[name, task.name], config, parameters
+            )
             rows.append(row)
         del model, scorer  # before the next one is there
     paired = []
     for task in tasks:
         for a, b in combinations(names, 2):
             found = (done[a, task.name], done[b, task.name])
-            same = sheets[a, task.name].same_targets(sheets[b, task.name])
+            same = tokenized_tasks[a, task.name].same_targets(tokenized_tasks[b, task.name])
             paired.append(_pair(absolute(a), absolute(b), task.name, *found if same else (None, None)))
     return PplResult(rows, paired)
 
 
-def _lay_out(config: PplConfig, names: list[str], tasks: list[Task]) -> tuple[list[Task], dict[tuple[str, str], Sheet]]:
+def _tokenize_all(
+    config: PplConfig, names: list[str], tasks: list[Task]
+) -> tuple[list[Task], dict[tuple[str, str], TokenizedTask]]:
     """Make every sheet before anything is measured, so that what does not fit costs no time.
 
     Returns:
         The tasks that stay, and a sheet for each model and task. A task that `all` found is left out where it does not
         fit a model or the convention.
     """
-    sheets: dict[tuple[str, str], Sheet] = {}
+    tokenized_tasks: dict[tuple[str, str], TokenizedTask] = {}
     for name in names:
         model, directory = load_model(name, allow_pickle=config.allow_pickle, hollow=True)
-        reader = Reader(name, model.config, model_tokenizer(directory))
-        found = fitting_sheets(tasks, reader, config.convention, config.stride)
-        sheets |= {(name, task): sheet for task, sheet in found.items()}
-    kept = [task for task in tasks if all((name, task.name) in sheets for name in names)]
+        reader = ModelTokenizer(name, model.config, model_tokenizer(directory))
+        found = tokenize_fitting_tasks(tasks, reader, config.convention, config.stride)
+        tokenized_tasks |= {(name, task): tokenized for task, tokenized in found.items()}
+    kept = [task for task in tasks if all((name, task.name) in tokenized_tasks for name in names)]
     if not kept:
         raise DataError("no task is left that fits the models and the convention")
-    if config.stride is not None and all(sheet.stride is None for sheet in sheets.values()):
+    if config.stride is not None and all(tokenized.stride is None for tokenized in tokenized_tasks.values()):
         raise ConfigError("--stride does nothing: every passage of these tasks is a window of its own")
-    return kept, sheets
+    return kept, tokenized_tasks
 
 
 def _measure(
-    scorer: Scorer, reader: Reader, task: Task, sheet: Sheet, config: PplConfig, parameters: int
+    scorer: Scorer, reader: ModelTokenizer, task: Task, tokenized: TokenizedTask, config: PplConfig, parameters: int
 ) -> tuple[PplRow, Scores]:
-    window = max(span.stop - span.start for span in sheet.spans)
+    window = max(span.stop - span.start for span in tokenized.spans)
     budget = config.batch_size * window if config.batch_size else _budget(scorer.head.device.type)
     last_words = bool(task.passages) and config.convention != "tinygpt2"
     ruled_out = _stop_words(reader.tokenizer, len(scorer.head)).to(scorer.head.device) if last_words else None
     started = time.perf_counter()
-    with track(f"{reader.name} on {task.name}", len(sheet.spans)) as progress:
+    with track(f"{reader.name} on {task.name}", len(tokenized.spans)) as progress:
         try:
-            every = scorer(sheet.tokens, sheet.spans, budget, progress.advance, ruled_out)
+            every = scorer(tokenized.tokens, tokenized.spans, budget, progress.advance, ruled_out)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"out of memory on {task.name}", "lower --batch-size, or take --precision bf16"
             ) from error
     seconds = time.perf_counter() - started
-    scores = counted(sheet, every)
+    scores = counted(tokenized, every)
     if math.isnan(scores.loss):
         raise ModelError(f"model {reader.name}: its loss on {task.name} is not a number", "tinygpt2 verify says why")
-    found = figures(sheet, scores, config.convention)
+    found = figures(tokenized, scores, config.convention)
     targets = int(every.counts.sum())
     row = PplRow(
         model=absolute(reader.name),
@@ -169,13 +176,13 @@ def _measure(
         word_perplexity=found.word_perplexity,
         accuracy=found.accuracy,
         accuracy_without_stop_words=found.accuracy_without_stop_words,
-        unit=sheet.unit,
-        units=int(scores.counts.sum()) if sheet.unit == "token" else sheet.units,
+        unit=tokenized.unit,
+        units=int(scores.counts.sum()) if tokenized.unit == "token" else tokenized.units,
         tokens=int(scores.counts.sum()),
-        words=sheet.words,
-        characters=sheet.characters,
-        bytes=sheet.bytes,
-        stride=sheet.stride,
+        words=tokenized.words,
+        characters=tokenized.characters,
+        bytes=tokenized.bytes,
+        stride=tokenized.stride,
         seconds=seconds,
         tokens_per_second=targets / seconds,
         parameters=parameters,

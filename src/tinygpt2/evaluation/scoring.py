@@ -19,10 +19,8 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.config.common import Precision
-from tinygpt2.models.activations import capture
-from tinygpt2.objectives.logits import default_chunk, head_operand, rows_at_once, wide
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from tinygpt2.models.lm_head import head_operand, target_losses
+from tinygpt2.runtime.devices import DTYPES
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Scores:
         return float(np.sqrt(windows / (windows - 1) * (residuals**2).sum()) / self.counts.sum())
 
 
-def exponential(loss: float) -> float:
+def perplexity_of(loss: float) -> float:
     """Return the perplexity of a loss in nats; infinite where a float cannot hold it."""
     return math.inf if loss >= 700 else math.exp(loss)
 
@@ -141,53 +139,13 @@ class Scorer:
             total, targets = total + float(losses.sum()), targets + len(losses)
             windows = min(len(part) * state.num_processes, len(spans) - done)
             done += windows
-            advance(windows, f"perplexity {exponential(total / targets):,.4g}")
+            advance(windows, f"perplexity {perplexity_of(total / targets):,.4g}")
         if state.num_processes > 1:
             found = reduce(torch.from_numpy(found).to(state.device), "sum").cpu().numpy()
         counts = np.array([span.targets for span in spans])
         if ruled_out is None:
             return Scores(found[0], counts)
         return Scores(found[0], counts, found[1] > 0, found[2] > 0)
-
-
-@torch.no_grad()
-def target_losses(
-    model: GPT2LMHeadModel,
-    head: Float[Tensor, "V D"],
-    input_ids: Int[Tensor, "B T"],
-    wanted: Bool[Tensor, "B P"],
-    ruled_out: Bool[Tensor, " V"] | None = None,
-) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
-    """Return the loss in nats of the wanted next tokens, in float32, row by row.
-
-    Args:
-        head: the output matrix, as `head_operand` returns it.
-        input_ids: token ids; the last one of a row is only predicted.
-        wanted: which of the P = T - 1 positions predict a target, N in all.
-        ruled_out: tokens that do not count as predictions in the second column of the hits.
-
-    Returns:
-        The losses; and if `ruled_out` is given, whether each target is the likeliest token.
-    """
-    last = len(model.transformer.h)
-    states = capture(model, input_ids[:, :-1], states=[last]).states[last][wanted]
-    targets = input_ids[:, 1:][wanted]
-    vocabulary, device = len(head), head.device.type
-    # a quarter of what training takes: as fast without a backward pass
-    chunk, rows = max(1, default_chunk(vocabulary, device) // 4), rows_at_once(vocabulary, device)
-    losses = torch.empty(len(targets), dtype=wide(head), device=head.device)
-    hits = None if ruled_out is None else torch.empty(len(targets), 2, dtype=torch.bool, device=head.device)
-    for start in range(0, len(targets), chunk):
-        logits = states[start : start + chunk] @ head.mT
-        for inner in range(0, len(logits), rows):
-            part = slice(start + inner, min(start + inner + rows, start + len(logits)))
-            scores = logits[inner : inner + rows].to(losses.dtype)
-            right = targets[part]
-            losses[part] = scores.logsumexp(-1) - scores.gather(-1, right[:, None])[:, 0]
-            if hits is not None and ruled_out is not None:
-                hits[part, 0] = scores.argmax(-1) == right
-                hits[part, 1] = scores.masked_fill(ruled_out, -math.inf).argmax(-1) == right
-    return losses, hits
 
 
 def _batches(spans: Sequence[Window], budget: int) -> Iterator[list[int]]:

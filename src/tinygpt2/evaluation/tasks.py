@@ -10,21 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tinygpt2.data.corpus.sources import read_text
-from tinygpt2.data.dataset import Packed, is_packed, load_packed
+from tinygpt2.data.dataset import PackedDataset, is_packed_dataset, load_packed_dataset
 from tinygpt2.errors import ConfigError, DataError, TinyGPT2Error
 from tinygpt2.evaluation.detokenize import Style, detokenize_cbt
-from tinygpt2.utils.files import absolute
+from tinygpt2.utils.files import absolute, read_text
 from tinygpt2.utils.hub import dataset_rows
 from tinygpt2.utils.progress import say, track
 
 ALL = "all"
-Unit = Literal["word", "character", "byte"]
+TextUnit = Literal["word", "character", "byte"]
 _WHOLE, _TEST = 100_000_000, 5_000_000  # bytes of enwik8 and text8, and of their last part, which is measured
 
 
 @dataclass(frozen=True)
-class Source:
+class HubSplit:
     """A split of a data set on the Hub.
 
     Attributes:
@@ -41,7 +40,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Spec:
+class TaskSpec:
     """What is known of a kind of text before it is read.
 
     Attributes:
@@ -60,12 +59,12 @@ class Spec:
 
     name: str
     kind: Literal["text", "passages", "choices", "blocks"] = "text"
-    unit: Unit = "word"
+    unit: TextUnit = "word"
     style: Style | None = None
     lines: bool = False
     joined: Literal["rows", "lines"] | None = None
     files: tuple[str, ...] = ()
-    source: Source | None = None
+    source: HubSplit | None = None
     published: str = ""
 
 
@@ -73,50 +72,50 @@ _PAPER = "paper, table 3"
 SPECS = {
     spec.name: spec
     for spec in (
-        Spec(
+        TaskSpec(
             "wikitext", style="wikitext", lines=True, joined="rows", files=("wiki.test.raw",),
-            source=Source("Salesforce/wikitext", "wikitext-2-raw-v1"),
+            source=HubSplit("Salesforce/wikitext", "wikitext-2-raw-v1"),
             published="29.94 (hf; transformers#13761), 37.37 a word (lm-eval; the same)",
         ),
-        Spec(
+        TaskSpec(
             "wikitext-2", style="wikitext", lines=True, joined="rows",
             files=("wikitext-2*/wiki.test.tokens", "wikitext-2*/test.txt"),
-            source=Source("Salesforce/wikitext", "wikitext-2-v1"), published=f"29.41 a word ({_PAPER})",
+            source=HubSplit("Salesforce/wikitext", "wikitext-2-v1"), published=f"29.41 a word ({_PAPER})",
         ),
-        Spec(
+        TaskSpec(
             "wikitext-103", style="wikitext", lines=True, joined="rows",
             files=("wikitext-103*/wiki.test.tokens", "wikitext-103*/test.txt"),
-            source=Source("Salesforce/wikitext", "wikitext-103-v1"), published=f"37.50 a word ({_PAPER})",
+            source=HubSplit("Salesforce/wikitext", "wikitext-103-v1"), published=f"37.50 a word ({_PAPER})",
         ),
-        Spec(
+        TaskSpec(
             "ptb", style="ptb", lines=True, joined="lines",
             files=("ptb.test.txt", "ptb*/test.txt", "ptb.valid.txt", "ptb*/valid.txt"),
-            source=Source("ptb-text-only/ptb_text_only", "penn_treebank", parquet=True),
+            source=HubSplit("ptb-text-only/ptb_text_only", "penn_treebank", parquet=True),
             published=f"65.85 a word ({_PAPER})",
         ),
-        Spec(
+        TaskSpec(
             "lambada", kind="passages", files=("lambada_test.jsonl", "lambada_test*.jsonl", "lambada_test*.txt"),
-            source=Source("EleutherAI/lambada_openai", "default"),
+            source=HubSplit("EleutherAI/lambada_openai", "default"),
             published=f"35.13 a word, accuracy 45.99 % ({_PAPER}); 40.06, 32.56 % (lm-eval#2159)",
         ),
-        Spec(
-            "cbt-cn", kind="choices", files=("cbtest_CN_test_2500ex.txt",), source=Source("cam-cst/cbt", "CN"),
+        TaskSpec(
+            "cbt-cn", kind="choices", files=("cbtest_CN_test_2500ex.txt",), source=HubSplit("cam-cst/cbt", "CN"),
             published=f"accuracy 87.65 % ({_PAPER})",
         ),
-        Spec(
-            "cbt-ne", kind="choices", files=("cbtest_NE_test_2500ex.txt",), source=Source("cam-cst/cbt", "NE"),
+        TaskSpec(
+            "cbt-ne", kind="choices", files=("cbtest_NE_test_2500ex.txt",), source=HubSplit("cam-cst/cbt", "NE"),
             published=f"accuracy 83.4 % ({_PAPER})",
         ),
-        Spec("enwik8", unit="byte", files=("enwik8", "enwik8.txt"), published=f"1.16 bits a byte ({_PAPER})"),
-        Spec(
-            "text8", unit="character", files=("text8", "text8.txt"), source=Source("afmck/text8"),
+        TaskSpec("enwik8", unit="byte", files=("enwik8", "enwik8.txt"), published=f"1.16 bits a byte ({_PAPER})"),
+        TaskSpec(
+            "text8", unit="character", files=("text8", "text8.txt"), source=HubSplit("afmck/text8"),
             published=f"1.17 bits a character ({_PAPER})",
         ),
-        Spec(
+        TaskSpec(
             "1bw", style="news", lines=True, joined="lines", files=("news.en.heldout-00000-of-00050",),
             published=f"75.20 a word ({_PAPER})",
         ),
-        Spec("openwebtext", kind="blocks", files=("openwebtext*",)),
+        TaskSpec("openwebtext", kind="blocks", files=("openwebtext*",)),
     )
 }  # fmt: skip
 
@@ -143,13 +142,13 @@ class Task:
         optional: whether `all` asked for it, and it may be left out where it does not fit.
     """
 
-    spec: Spec
+    spec: TaskSpec
     name: str
     source: str
     text: str = ""
     passages: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
-    packed: Packed | None = None
+    packed: PackedDataset | None = None
     optional: bool = False
 
     def joined(self) -> str:
@@ -163,7 +162,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class TaskLine:
+class TaskInfo:
     """A named task, as `--list-tasks` shows it."""
 
     name: str
@@ -178,14 +177,14 @@ class TaskLine:
 class TaskList:
     """Every named task."""
 
-    tasks: list[TaskLine]
+    tasks: list[TaskInfo]
 
 
 def task_list() -> TaskList:
     """Describe every named task."""
     units = {"passages": "last word", "choices": "one of ten candidates"}
     return TaskList([
-        TaskLine(
+        TaskInfo(
             spec.name, units.get(spec.kind, spec.unit), "cbt" if spec.kind == "choices" else spec.style or "-",
             "a pregenerated dataset" if spec.kind == "blocks" else str(spec.source or "--task-data only"),
             ", ".join(spec.files), spec.published or "-",
@@ -230,7 +229,7 @@ def _every(data: str | None) -> list[Task]:
     return found
 
 
-def _named(spec: Spec, data: str | None) -> Task:
+def _named(spec: TaskSpec, data: str | None) -> Task:
     if data is None:
         if spec.source is None:
             what = "a pregenerated dataset" if spec.kind == "blocks" else spec.files[0]
@@ -239,7 +238,7 @@ def _named(spec: Spec, data: str | None) -> Task:
             return _from_rows(spec, spec.source)
     path = _find(spec, Path(data))
     if spec.kind == "blocks":
-        return Task(spec, spec.name, str(path), packed=load_packed(str(path)))
+        return Task(spec, spec.name, str(path), packed=load_packed_dataset(str(path)))
     if spec.kind == "choices":
         return Task(spec, spec.name, str(path), questions=tuple(_questions(_read(path), path)))
     if spec.kind == "passages":
@@ -249,15 +248,15 @@ def _named(spec: Spec, data: str | None) -> Task:
     return Task(spec, spec.name, str(path), text=_read(path))
 
 
-def _find(spec: Spec, data: Path) -> Path:
+def _find(spec: TaskSpec, data: Path) -> Path:
     """Return a task's file: `data` itself, or what goes by one of its names below it."""
-    if is_packed(data) if spec.kind == "blocks" else data.is_file():
+    if is_packed_dataset(data) if spec.kind == "blocks" else data.is_file():
         return data
     if data.is_dir():
         below = sorted(data.resolve().rglob("*"))
         for name in spec.files:
             for path in below:
-                if path.match(name) and (is_packed(path) if spec.kind == "blocks" else path.is_file()):
+                if path.match(name) and (is_packed_dataset(path) if spec.kind == "blocks" else path.is_file()):
                     return path
     what = "a pregenerated dataset" if spec.kind == "blocks" else "file"
     reason = f"no {what} in {data} is called {' or '.join(spec.files)}" if data.is_dir() else f"{data} is no {what}"
@@ -270,18 +269,18 @@ def _at(name: str) -> Task:
     """Read a path: a text file, or a pregenerated dataset."""
     path = Path(name)
     if path.is_dir():
-        if not is_packed(path):
+        if not is_packed_dataset(path):
             raise DataError(
                 f"{path} is no pregenerated dataset", "give a text file, or make a dataset with tinygpt2 pregenerate"
             )
-        return Task(Spec(name, kind="blocks"), absolute(name), str(path), packed=load_packed(name))
+        return Task(TaskSpec(name, kind="blocks"), absolute(name), str(path), packed=load_packed_dataset(name))
     if not path.exists():
         if path.suffix or len(path.parts) > 1:
             raise DataError(f"no such file: {path}")
         close = difflib.get_close_matches(name, [*SPECS, ALL], n=3)
         meant = f", did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"unknown task {name!r}{meant}", "a path, or a name of tinygpt2 ppl --list-tasks")
-    return Task(Spec(name), absolute(name), str(path), text=_read(path))
+    return Task(TaskSpec(name), absolute(name), str(path), text=_read(path))
 
 
 def _read(path: Path) -> str:
@@ -291,7 +290,7 @@ def _read(path: Path) -> str:
     return text
 
 
-def _from_rows(spec: Spec, source: Source) -> Task:
+def _from_rows(spec: TaskSpec, source: HubSplit) -> Task:
     """Read a task from the Hub; a text is put back as its file has it."""
     try:
         rows = dataset_rows(source.name, source.configuration, source.split, parquet=source.parquet)

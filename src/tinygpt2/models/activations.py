@@ -23,7 +23,7 @@ ROWS = 128  # query rows in a block: large enough for fast products, small again
 
 
 @dataclass
-class Captured:
+class Activations:
     """What one forward pass returned.
 
     Attributes:
@@ -38,14 +38,14 @@ class Captured:
     scale: dict[int, float] = field(default_factory=dict)
 
 
-def capture(
+def collect_activations(
     model: GPT2LMHeadModel,
     input_ids: Int[Tensor, "B T"],
     states: Iterable[int] = (),
     attention: Iterable[int] = (),
     *,
     checkpointing: bool = False,
-) -> Captured:
+) -> Activations:
     """Run the transformer once, as deep as the deepest number asked for.
 
     Args:
@@ -59,7 +59,7 @@ def capture(
     wanted_states, wanted_attention = set(states), set(attention)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     hidden = transformer.drop(transformer.wte(input_ids) + transformer.wpe(positions))
-    found = Captured()
+    found = Activations()
     if 0 in wanted_states:
         found.states[0] = hidden
     for number in range(1, max(wanted_states | wanted_attention, default=0) + 1):

@@ -71,12 +71,12 @@ def preset_names() -> list[str]:
     )
 
 
-def is_shape(name: str) -> bool:
+def is_model_config(name: str) -> bool:
     """Say whether a name means a shape (preset or config file) and not a directory of weights."""
     return not Path(name).is_dir() and (name in preset_names() or Path(name).suffix in (".json", ".yaml", ".yml"))
 
 
-def read_shape(name: str, tokenizer: Tokenizer) -> GPT2Config:
+def read_model_config(name: str, tokenizer: Tokenizer) -> GPT2Config:
     """Read a preset, a config.json, a YAML file or a Cerebras parameter file as GPT-2's configuration.
 
     Start and end of text are the tokenizer's. A preset takes the size of the vocabulary from it too; a file that
@@ -100,7 +100,7 @@ def read_shape(name: str, tokenizer: Tokenizer) -> GPT2Config:
         values = shape_of(values, str(path))
     values.pop("source", None)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = make_config({"vocab_size": len(tokenizer), **values, **ends}, str(path))
+    config = make_model_config({"vocab_size": len(tokenizer), **values, **ends}, str(path))
     if config.vocab_size != len(tokenizer):
         raise ConfigError(
             f"{path}: vocab_size {config.vocab_size}, but the data's tokenizer has {len(tokenizer)} tokens",
@@ -109,7 +109,7 @@ def read_shape(name: str, tokenizer: Tokenizer) -> GPT2Config:
     return config
 
 
-def make_config(values: dict[str, Any], where: str) -> GPT2Config:
+def make_model_config(values: dict[str, Any], where: str) -> GPT2Config:
     """Build GPT-2's configuration and check that it makes sense.
 
     Raises:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinygpt2.data.tokenizer import has_tokenizer, load_tokenizer
-from tinygpt2.errors import ConfigError, ModelError
-from tinygpt2.utils.files import atomic_contents, sha256_of, write_text
+from tinygpt2.errors import ModelError
+from tinygpt2.models.weights import PICKLES
 from tinygpt2.utils.hub import local_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
-
-SUMS = "SHA256SUMS"  # of the weights, as sha256sum writes and checks them
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def random_model(config: GPT2Config, seed: int, *, hollow: bool = False) -> GPT2LMHeadModel:
@@ -128,76 +124,6 @@ def _fast(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     return model
 
 
-def default_device() -> torch.device:
-    """Return the GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def model_tokenizer(directory: Path) -> Tokenizer | None:
     """Load the tokenizer beside a model's weights, if there is one."""
     return load_tokenizer(str(directory)) if has_tokenizer(directory) else None
-
-
-def set_dropout(model: GPT2LMHeadModel, rate: float) -> None:
-    """Use one dropout rate for embeddings, attention and residuals while training; the configuration stays."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = rate
-
-
-def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Exclude the parameters whose names match a pattern (as in a shell) from training.
-
-    Raises:
-        ConfigError: a pattern matches nothing, or all together leave nothing to train.
-    """
-    for pattern in patterns:
-        matched = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
-        if not matched:
-            raise ConfigError(
-                f"--freeze {pattern!r} matches no parameter",
-                "names look like transformer.h.0.attn.c_attn.weight",
-            )
-        for parameter in matched:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError(f"--freeze {', '.join(patterns)} leaves nothing to train")
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Count weights, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def save_model(
-    model: GPT2LMHeadModel,
-    out: Path,
-    tokenizer: Tokenizer | None,
-    card: str,
-    weights: dict[str, Tensor] | None = None,
-    run: str | None = None,
-) -> None:
-    """Write a directory that plain `transformers` opens; each file appears whole.
-
-    Args:
-        card: the model card, README.md.
-        weights: the model's, where it holds only a shard of them itself.
-        run: the resolved configuration, config.yaml.
-
-    Raises:
-        ModelError: the disk is full, or does not let us write.
-    """
-    model.config.n_ctx = model.config.n_positions  # an older name of it, which llama.cpp's conversion reads
-    try:
-        with atomic_contents(out) as temporary:
-            model.save_pretrained(str(temporary), state_dict=weights)
-            sums = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(temporary.glob("*.safetensors"))]
-            write_text(temporary / SUMS, "".join(sums))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(temporary))
-        write_text(out / "README.md", card)
-        if run is not None:
-            write_text(out / "config.yaml", run)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ModelError(f"cannot save the model in {out}: {reason}", "check rights and space") from error

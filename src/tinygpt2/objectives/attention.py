@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tinygpt2.models.activations import ROWS
-from tinygpt2.objectives.logits import forward_kl, wide
+from tinygpt2.models.lm_head import wide
+from tinygpt2.objectives.logits import forward_kl
 
 MASKED = -1e30  # as good as minus infinity for a softmax; differences of it stay finite
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
 
-from tinygpt2.config.training import DistillConfig, HeadMap, HiddenScale, PredictionLoss
+from tinygpt2.config.distillation import DistillConfig, HeadMap, HiddenScale, PredictionLoss
 from tinygpt2.errors import ConfigError
-from tinygpt2.models.activations import Captured, by_head
+from tinygpt2.models.activations import Activations, by_head
 from tinygpt2.objectives.attention import attention_loss, relation_loss
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
@@ -26,7 +26,7 @@ from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_
 
 
 @dataclass(frozen=True)
-class Weights:
+class LossWeights:
     """Weights, by the names of the terms, and choices; the defaults are plain language modelling."""
 
     attention: float = 0.0
@@ -43,7 +43,7 @@ class Weights:
     hidden_map: str = "all"
 
     @classmethod
-    def of(cls, config: DistillConfig) -> Weights:
+    def of(cls, config: DistillConfig) -> LossWeights:
         """Take them from the options of `distill`."""
         return cls(
             attention=config.attention_weight,
@@ -96,7 +96,7 @@ class Objectives(nn.Module):
     """
 
     def __init__(
-        self, weights: Weights, student: GPT2Config, teacher: GPT2Config | None, chunk: int | None = None
+        self, weights: LossWeights, student: GPT2Config, teacher: GPT2Config | None, chunk: int | None = None
     ) -> None:
         super().__init__()
         self.weights, self.chunk, self.heads = weights, chunk, student.n_head
@@ -128,9 +128,9 @@ class Objectives(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
-        student: Captured,
+        student: Activations,
         student_head: Float[Tensor, "V D"],
-        teacher: Captured | None = None,
+        teacher: Activations | None = None,
         teacher_head: Float[Tensor, "V Dt"] | None = None,
         *,
         lengths: Int[Tensor, " B"] | None = None,
@@ -176,7 +176,7 @@ class Objectives(nn.Module):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _compare(
-        self, student: Captured, teacher: Captured, real: Tensor | None, own: Counts, share: Counts
+        self, student: Activations, teacher: Activations, real: Tensor | None, own: Counts, share: Counts
     ) -> dict[str, Tensor]:
         """Return the active terms that compare what the two models captured, unweighted.
 
@@ -222,7 +222,7 @@ def _kept(x: Shaped[Tensor, "B T ..."], real: Bool[Tensor, "B T"] | None) -> Sha
     return x.flatten(0, 1) if real is None else x[real]
 
 
-def _check_shapes(weights: Weights, student: GPT2Config, teacher: GPT2Config) -> None:
+def _check_shapes(weights: LossWeights, student: GPT2Config, teacher: GPT2Config) -> None:
     if weights.attention and student.n_head != teacher.n_head:
         what = f"the student has {student.n_head} heads, the teacher {teacher.n_head}"
         if weights.head_map == "equal":

@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from tinygpt2.config.training import HiddenScale
-from tinygpt2.objectives.logits import wide
+from tinygpt2.config.distillation import HiddenScale
+from tinygpt2.models.lm_head import wide
 
 
 def hidden_loss(

@@ -18,7 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tinygpt2.config.training import PredictionLoss
+from tinygpt2.config.distillation import PredictionLoss
+from tinygpt2.models.lm_head import default_chunk, head_operand, rows_at_once, wide
 
 IGNORED = -100  # a target that is none: the last position of every block
 
@@ -91,11 +92,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return b.mul_(a).sum()
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """Return the type for sums and softmaxes: float32, or float64 where the numbers are."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @dataclass(frozen=True)
 class PredictionObjective:
     """What to compute from logits: weights of 0 cost nothing.
@@ -146,29 +142,6 @@ def prediction_loss(
     if objective.ce_weight:
         terms["ce"] = ce
     return total, terms
-
-
-def default_chunk(vocabulary: int, device: str) -> int:
-    """Return how many tokens' logits to hold at a time: 2**25 of them on a CPU, 2**28 on a GPU."""
-    return max(64, (2**25 if device == "cpu" else 2**28) // vocabulary)
-
-
-def rows_at_once(vocabulary: int, device: str) -> int:
-    """Return how many rows of logits to work on element-wise at a time: 2 MiB of float32 on a CPU, 256 on a GPU."""
-    return max(1, (2**19 if device == "cpu" else 2**26) // vocabulary)
-
-
-def head_operand(head: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
-    """Return the output matrix as its products take it: in autocast's type, and centred if that is a short one.
-
-    GPT-2's logits share a large offset, about -100, which a softmax ignores and bfloat16 would round to
-    halves. Without the matrix' mean row it is gone; neither the losses nor their gradients change by it.
-    """
-    device = head.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-    if dtype.itemsize >= 4:
-        return head.to(dtype)
-    return (head - head.mean(0, dtype=torch.float32)).to(dtype)
 
 
 class _ChunkedLoss(torch.autograd.Function):

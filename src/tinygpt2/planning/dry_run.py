@@ -1,4 +1,4 @@
-"""Before a run: what it will take, the largest micro-batch that fits, and a compiled step."""
+"""What a run will take, before it starts: `plan_run` estimates it, `compile_step` compiles and times one step."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
-from tinygpt2.config.training import DistillConfig
+from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.config.training import TrainOptions
+from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
-from tinygpt2.models.loading import count_parameters
-from tinygpt2.planning.memory_estimate import device_peak, measured_rate, step_memory
-from tinygpt2.runtime.cpu import available_memory
-from tinygpt2.training.loop import Job
+from tinygpt2.models.parameters import count_parameters, set_dropout
+from tinygpt2.planning.batch_size import fit_batch
+from tinygpt2.planning.memory_estimate import step_memory
+from tinygpt2.runtime.devices import device_peak, measured_rate
+from tinygpt2.runtime.memory import available_memory, memory_in_use
+from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.step import Step, step_seconds
 from tinygpt2.training.teacher_cache import cache_bytes
-from tinygpt2.training.throughput import memory_in_use
-from tinygpt2.utils.progress import say
 
-_FILLED = 0.8  # of the memory that is there, at most
 _REACHED = 0.4  # of a device's rate, by a whole step: between what small and large models reach
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run will take, as far as it can be known: memory of a process, disk and seconds are estimates."""
+class RunPlan:
+    """What a run will take. Memory (of one process), disk space and seconds are estimates."""
 
     command: str
     parameters: int
@@ -49,20 +51,37 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What --compile-only did: seconds of the first step, which compiles, and of the next; where the cache is."""
+class CompiledStep:
+    """What `compile_step` measured.
+
+    Attributes:
+        compile_seconds: of the first step, which compiles.
+        step_seconds: of the next step.
+        cache: the directory of the compiled code.
+    """
 
     compile_seconds: float
     step_seconds: float
     cache: str
 
 
-def make_plan(job: Job, accelerator: Accelerator) -> Plan:
-    """Say what a run will take, from shapes alone.
+def plan_run(config: TrainOptions, data: PackedDataset | None = None) -> RunPlan:
+    """Check a run's options and files, and estimate its time, memory and disk space: `--validate-only`.
+
+    Only shapes are loaded, and nothing is written.
+
+    Args:
+        config: of `pretrain`, `distill` or `finetune`.
+        data: replaces the dataset that the configuration names.
 
     Raises:
-        ConfigError: the shapes do not fit an objective, or there is too little space on the disk.
+        ConfigError, DataError, ModelError: an option, a dataset or a model is wrong, or the disk has too little space.
     """
+    with prepared_job(config.model_copy(update={"validate_only": True}), data) as (job, accelerator):
+        return _plan(job, accelerator)
+
+
+def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
     if job.config.auto_batch_size:
         fit_batch(job, accelerator)
     config, data = job.config, job.data
@@ -84,7 +103,7 @@ def make_plan(job: Job, accelerator: Accelerator) -> Plan:
             f"--out {config.out}: the run needs about {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
             "free some space, or lower --keep",
         )
-    return Plan(
+    return RunPlan(
         command=job.command,
         parameters=parameters,
         teacher_parameters=0 if job.teacher is None else count_parameters(job.teacher),
@@ -119,65 +138,23 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
-def fit_batch(job: Job, accelerator: Accelerator, module: Step | None = None) -> None:
-    """Give the job the largest micro-batch that fits, with accumulation that keeps the global batch.
+def compile_step(config: TrainOptions, data: PackedDataset | None = None) -> CompiledStep:
+    """Compile one training step into torch's cache on disk, and time the step after it: `--compile-only`.
 
-    On a GPU by trying from the largest down; on a CPU, where a trial that fails takes the process or a neighbour with
-    it, and without a module by `step_memory`.
-
-    Raises:
-        ConfigError: not even one block fits.
+    Args, Raises:
+        As `plan_run`; also ConfigError if there is no C++ compiler.
     """
-    config, length = job.config, job.data.sequence_length
-    whole = config.micro_batch_size * config.gradient_accumulation_steps
-    sizes = [size for size in range(whole, 0, -1) if whole % size == 0]
-    if accelerator.device.type == "cuda" and module is not None:
-        found = next((size for size in sizes if _fits(job, accelerator, module, size)), 0)
-    else:
-        fixed, each = step_memory(job.model, job.teacher, job.weights, config, length)
-        on_gpu = accelerator.device.type == "cuda"
-        budget = torch.cuda.mem_get_info()[0] if on_gpu else available_memory() / accelerator.num_processes
-        budget *= _FILLED
-        found = next((size for size in sizes if fixed + each * size <= budget), 0)
-    found = int(accelerator.gather(torch.tensor([found], device=accelerator.device)).min())
-    if not found:
-        raise ConfigError(
-            f"not even one block of {length} tokens fits into memory",
-            "add --gradient-checkpointing or --precision bf16, or pregenerate shorter blocks",
-        )
-    job.config = config.model_copy(update={"micro_batch_size": found, "gradient_accumulation_steps": whole // found})
-    accelerator.gradient_accumulation_steps = whole // found
-    say(f"--auto-batch-size: {found} blocks at a time, {whole // found} times a step")
-
-
-def _fits(job: Job, accelerator: Accelerator, module: Step, size: int) -> bool:
-    """Try one micro-batch, with room for what AdamW will hold."""
-    moments: list[torch.Tensor] = []
-    blocks = [index % len(job.data.train) for index in range(size)]
-    try:
-        module.to(accelerator.device).train()
-        moments = [torch.empty_like(parameter) for parameter in module.parameters() for _ in range(2)]
-        for _ in range(2):  # the second time with all gradients there
-            with accelerator.autocast():
-                loss, _ = module(*job.data.train.batch(blocks).to(accelerator.device))
-            loss.backward()
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        del moments
-        module.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-
-
-def compile_step(job: Job, accelerator: Accelerator, module: Step) -> Compiled:
-    """Compile one step's forward and backward passes into torch's cache on disk, and measure a step after that."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    module = accelerator.prepare(module)
-    module.train()
-    size = job.config.micro_batch_size
-    first, second = step_seconds(
-        accelerator, module, None, job.data.train, size * accelerator.num_processes, size, steps=2
-    )
-    return Compiled(first, second, cache_dir())
+    with prepared_job(config.model_copy(update={"compile_only": True}), data) as (job, accelerator):
+        set_dropout(job.model, config.dropout)
+        set_seed(config.seed)
+        if job.teacher is not None:
+            job.teacher.to(accelerator.device)
+        module = accelerator.prepare(Step(job.model, job.teacher, job.weights, job.config))
+        module.train()
+        size = config.micro_batch_size
+        first, second = step_seconds(
+            accelerator, module, None, job.data.train, size * accelerator.num_processes, size, steps=2
+        )
+        return CompiledStep(first, second, cache_dir())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import time
 from typing import Any
 
 import torch
@@ -14,53 +12,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.models.loading import count_parameters, random_model, set_dropout
-from tinygpt2.objectives.combined import Weights
+from tinygpt2.models.loading import random_model
+from tinygpt2.models.parameters import count_parameters, set_dropout
+from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.step import Step
-
-# Dense peaks of the makers' data sheets, in 10^12 operations per second: float32 (TF32 off), bfloat16 or float16
-PEAKS = {
-    "H200": (67, 989), "H100 PCIe": (51, 756), "H100": (67, 989), "GH200": (67, 989), "B200": (75, 2250),
-    "A100": (19.5, 312), "A40": (37.4, 149.7), "A10": (31.2, 125), "L40S": (91.6, 362), "L4": (30.3, 121),
-    "V100": (15.7, 125), "T4": (8.1, 65), "RTX 4090": (82.6, 165.2), "RTX 3090": (35.6, 71),
-}  # fmt: skip
-
-
-def device_peak(device: torch.device, precision: str) -> float | None:
-    """Return a device's peak in operations per second, or None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    found = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
-    return None if found is None else found[precision != "fp32"] * 1e12
-
-
-def layer_operations(shape: GPT2Config, length: int) -> int:
-    """Return one layer's forward operations per token: two per weight, and causal attention."""
-    width: int = shape.n_embd
-    inner: int = shape.n_inner or 4 * width
-    return 2 * (4 * width * width + 2 * width * inner) + 2 * length * width
-
-
-def step_operations(student: GPT2Config, teacher: GPT2Config | None, weights: Weights, length: int) -> int:
-    """Return the operations per token of one training step.
-
-    The student's forward pass counts three times (backward costs twice as much: Kaplan et al. 2020,
-    arXiv:2001.08361, section 2.1), the teacher's once, as deep as it is at all; element-wise work is not counted.
-    """
-    logits = weights.ce or weights.prediction
-    total: int = 3 * student.n_layer * layer_operations(student, length)
-    total += 6 * student.n_embd * student.vocab_size if logits else 0
-    if teacher is not None:
-        total += teacher.n_layer * layer_operations(teacher, length)
-        total += 2 * teacher.n_embd * teacher.vocab_size if weights.prediction else 0
-    if teacher is not None and weights.attention:
-        total += student.n_layer * length * (3 * student.n_embd + teacher.n_embd)
-    return total
 
 
 def saved_bytes(
-    student: GPT2Config, teacher: GPT2Config | None, weights: Weights, config: TrainOptions, size: int, length: int
+    student: GPT2Config, teacher: GPT2Config | None, weights: LossWeights, config: TrainOptions, size: int, length: int
 ) -> int:
     """Return the bytes that a forward pass keeps for its backward pass, parameters left out.
 
@@ -110,7 +69,7 @@ class _Flash(TorchFunctionMode):
 
 
 def step_memory(
-    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None, weights: Weights, config: TrainOptions, length: int
+    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None, weights: LossWeights, config: TrainOptions, length: int
 ) -> tuple[int, int]:
     """Estimate the memory of a run in bytes: what it takes whatever the micro-batch, and per block of one.
 
@@ -124,16 +83,3 @@ def step_memory(
     width = max(student.config.n_embd, taught.n_embd if taught else 0)
     passing = 12 * length * width * (2 if config.precision != "fp32" else 4)
     return fixed, saved_bytes(student.config, taught, weights, config, 1, length) + passing
-
-
-def measured_rate(device: torch.device, precision: str) -> float:
-    """Return the operations per second of a matrix product on this device, measured within a moment."""
-    size = 1024 if device.type == "cpu" else 8192
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best

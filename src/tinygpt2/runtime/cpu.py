@@ -6,9 +6,6 @@ import ctypes
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-import psutil
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -24,19 +21,6 @@ def keep_memory() -> None:
         # older versions refuse more than 32 MiB
         if libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25):
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that this process may still take: of the machine, or of its container if fewer."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such limit on this system
-        pass
-    return max(free, 0)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Each process is told its place as torchrun would tell it, so that everything bel
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import signal
@@ -14,46 +13,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error
-from tinygpt2.runtime.cpu import keep_memory
-from tinygpt2.utils import progress
+from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error
+from tinygpt2.runtime.processes import launched, rank
+from tinygpt2.runtime.signals import raise_interrupt
 
 _PATIENCE = 20.0  # seconds that the others have to notice that a process is gone
-
-
-def launched() -> bool:
-    """Say whether this process is one of several that somebody started together."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def rank() -> int:
-    """Return this process's number among all."""
-    return int(os.environ.get("RANK", "0")) if launched() else 0
-
-
-def command_line() -> None:
-    """Make this process one of the command line's: with progress, without the libraries' own bars and chatter."""
-    import datasets
-    import transformers
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C
-    progress.show()
-    keep_memory()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    datasets.disable_progress_bars()
-    disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    for library in ("transformers", "datasets", "accelerate", "huggingface_hub", "torch"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+_set_up: Callable[[], None] | None = None  # what a started process calls first
 
 
 def check_number(asked: int | None) -> None:
@@ -74,107 +46,137 @@ def check_number(asked: int | None) -> None:
         )
 
 
+def set_up_processes_with(function: Callable[[], None]) -> None:
+    """Have every process that `launch` starts call a module-level function before it does its work."""
+    global _set_up
+    _set_up = function
+
+
 def launch(name: str, processes: int, *arguments: Any) -> Any:
-    """Call a public function of the package in so many processes; return what the first one returns.
+    """Call a public function of the package in several processes; return what process 0 returns.
 
     Raises:
-        TinyGPT2Error: what a process raised; or one was killed, and the others were stopped.
+        TinyGPT2Error: a process raised it, or a process was killed and the others were stopped.
     """
     context = get_context("spawn")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
-    # where torchrun would put it: as many processes as cores are no faster with as many threads each
+    # as torchrun does: with as many processes as cores, more threads make each of them slower
     address["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     started: list[SpawnProcess] = []
     receivers = []
-    with _environment(address), _passed_on(started) as asked:
+    with _environment(address), _forwarded_signals(started) as signals:
         for number in range(processes):
             receiver, sender = context.Pipe(duplex=False)
-            told = {**address, "RANK": str(number), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(processes)}
-            process = context.Process(target=_work, args=(name, arguments, told, progress.shown(), sender))
+            place = {**address, "RANK": str(number), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(processes)}
+            process = context.Process(target=_work, args=(name, arguments, place, _set_up, sender))
             process.start()
             sender.close()
             started.append(process)
             receivers.append(receiver)
-        return _wait(started, receivers, asked)
+        return _Watch(started, receivers, signals).result()
 
 
-def _work(name: str, arguments: tuple[Any, ...], told: dict[str, str], shown: bool, sender: Any) -> None:
-    """Do one process's part, and report what came of it through a pipe."""
-    os.environ.update(told)
+def _work(
+    name: str, arguments: tuple[Any, ...], place: dict[str, str], set_up: Callable[[], None] | None, sender: Any
+) -> None:
+    """Run one process's share of the work, and send its result or its error through a pipe."""
+    os.environ.update(place)
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
-    signal.signal(signal.SIGTERM, _interrupt)
-    if shown:
-        command_line()
+    signal.signal(signal.SIGTERM, raise_interrupt)
+    if set_up is not None:
+        set_up()
     try:
         result = getattr(import_module("tinygpt2"), name)(*arguments)
     except BaseException as error:
         if os.environ.get("TINYGPT2_DEBUG") == "1":
             traceback.print_exc()
         known = isinstance(error, TinyGPT2Error | KeyboardInterrupt) or type(error) in (OSError, FileNotFoundError)
-        sender.send(error if known else _described(error))
-        os._exit(1)  # the libraries' own clearing up would wait for processes that are gone
-    sender.send(result if told["RANK"] == "0" else None)
+        sender.send(error if known else internal_error(error, f"process {rank()}: "))
+        os._exit(1)  # the libraries' own cleanup would wait for processes that are gone
+    sender.send(result if place["RANK"] == "0" else None)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # nothing is left to be done, and libraries' threads may take their time
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    os._exit(0)  # all work is done, and the libraries' threads may take long to end
 
 
 def _end_with(parent: Any) -> None:
-    """End this process when the one that started it is gone: nobody would know of it."""
+    """End this process when the process that started it is gone."""
     connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def _described(error: BaseException) -> TinyGPT2Error:
-    return TinyGPT2Error(
-        f"process {rank()}: {type(error).__name__}: {' '.join(str(error).split())[:500]}",
-        "run again with TINYGPT2_DEBUG=1 to see where, and report it",
-    )
+class _Watch:
+    """Waits until all processes have ended, and kills those that outlive a failure by 20 seconds.
 
+    The first failure in the list is the one that the user sees. Process 1 of 3 runs out of memory:
 
-def _wait(started: list[SpawnProcess], receivers: list[Any], asked: list[int]) -> Any:
-    """Wait for all processes; return what the first reports, or raise the first failure, which none outlives long."""
-    reports: dict[int, Any] = {}
-    failures: list[BaseException] = []
-    deadline, ending = math.inf, False
-    waiting: dict[Any, int] = {receiver: number for number, receiver in enumerate(receivers)}
-    waiting |= {process.sentinel: number for number, process in enumerate(started)}
-    while waiting:
-        ready: list[Any] = connection.wait(list(waiting), max(0.0, min(1.0, deadline - time.monotonic())))
-        for source in ready:
-            number = waiting.pop(source)
-            process = started[number]
-            if isinstance(source, int):
-                process.join()
-                if process.exitcode == -signal.SIGTERM and asked:
-                    failures.append(InterruptedRunError("interrupted before the first step"))
-                elif process.exitcode and process.exitcode < 0 and number not in reports:
-                    # nobody does SIGKILL to himself: what the others say came of it, even where they say it first
-                    place = 0 if process.exitcode == -signal.SIGKILL and not ending else len(failures)
-                    failures.insert(place, _killed(number, len(started), -process.exitcode))
-            else:
-                try:
-                    reports[number] = source.recv()
-                except EOFError:  # it is gone, without a word
-                    process.join()
-                    if (process.exitcode or 0) >= 0:
-                        failures.append(TinyGPT2Error(f"process {number} ended with status {process.exitcode}"))
-                    continue
-                if isinstance(reports[number], BaseException):
-                    failures.append(reports[number])
-        if (failures or len(reports) == len(started)) and deadline == math.inf:
-            deadline = time.monotonic() + _PATIENCE
-        ending = time.monotonic() >= deadline
-        if ending:
-            for process in started:
-                process.kill()
-    if failures:
-        raise failures[0]
-    return reports[0]
+        the system kills process 1  ->  failures [process 1 was killed]; the deadline is in 20 s
+        process 2 loses its peer    ->  failures [process 1 was killed, connection lost]
+        the deadline passes         ->  process 0, which waits for the others, is killed too
+
+    Args:
+        processes: by number.
+        receivers: the pipe from each process, which carries one result or one error.
+        signals: those that this process received so far.
+    """
+
+    def __init__(self, processes: list[SpawnProcess], receivers: list[Any], signals: list[int]) -> None:
+        self._processes, self._signals = processes, signals
+        self._waiting: dict[Any, int] = {receiver: number for number, receiver in enumerate(receivers)}
+        self._waiting |= {process.sentinel: number for number, process in enumerate(processes)}
+        self._reports: dict[int, Any] = {}
+        self._failures: list[BaseException] = []
+        self._deadline = math.inf
+
+    def result(self) -> Any:
+        """Return what process 0 reports, or raise the first failure."""
+        while self._waiting:
+            patience = max(0.0, min(1.0, self._deadline - time.monotonic()))
+            ready: list[Any] = connection.wait(list(self._waiting), patience)
+            for source in ready:
+                number = self._waiting.pop(source)
+                if isinstance(source, int):  # a sentinel: the process has ended
+                    self._ended(number)
+                else:
+                    self._reported(number, source)
+            complete = len(self._reports) == len(self._processes)
+            if (self._failures or complete) and self._deadline == math.inf:
+                self._deadline = time.monotonic() + _PATIENCE
+            if self._overdue:
+                for process in self._processes:
+                    process.kill()
+        if self._failures:
+            raise self._failures[0]
+        return self._reports[0]
+
+    @property
+    def _overdue(self) -> bool:
+        return time.monotonic() >= self._deadline
+
+    def _ended(self, number: int) -> None:
+        process = self._processes[number]
+        process.join()
+        code = process.exitcode or 0
+        if code == -signal.SIGTERM and self._signals:
+            self._failures.append(InterruptedRunError("interrupted before the first step"))
+        elif code < 0 and number not in self._reports:
+            # a process that was killed is the cause of what the others report, even if they report first
+            first = code == -signal.SIGKILL and not self._overdue
+            failure = _killed(number, len(self._processes), -code)
+            self._failures.insert(0 if first else len(self._failures), failure)
+
+    def _reported(self, number: int, receiver: Any) -> None:
+        try:
+            report = receiver.recv()
+        except EOFError:  # the process ended without a report
+            process = self._processes[number]
+            process.join()
+            if (process.exitcode or 0) >= 0:
+                self._failures.append(TinyGPT2Error(f"process {number} ended with status {process.exitcode}"))
+            return
+        self._reports[number] = report
+        if isinstance(report, BaseException):
+            self._failures.append(report)
 
 
 def _killed(number: int, count: int, signal_number: int) -> TinyGPT2Error:
@@ -208,7 +210,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _passed_on(started: list[SpawnProcess]) -> Iterator[list[int]]:
+def _forwarded_signals(started: list[SpawnProcess]) -> Iterator[list[int]]:
     """Pass Ctrl-C and SIGTERM on to the processes, which finish their step and save; a second one kills them.
 
     Yields the signals that came.

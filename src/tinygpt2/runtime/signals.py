@@ -7,8 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-from tinygpt2.runtime.launch import launched
+from tinygpt2.runtime.processes import launched
 from tinygpt2.utils.progress import say
 
 
@@ -36,9 +37,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def ask(number: int, frame: FrameType | None) -> None:
         request.requested = True
         if launched():
-            say("stopping: finishing the step and saving")
+            say("Finishing this step and saving a checkpoint.")
             return
-        say("stopping: finishing the step and saving; once more to stop at once")
+        say("Finishing this step and saving a checkpoint. Press Ctrl-C again to stop immediately.")
         restore()
 
     earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -53,3 +54,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
+
+
+def raise_interrupt(number: int, frame: Any) -> None:
+    """Handle a signal as Ctrl-C."""
+    raise KeyboardInterrupt

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tinygpt2.config.training import OnSaveError
 from tinygpt2.errors import ConfigError, ModelError
-from tinygpt2.runtime.cpu import available_memory
+from tinygpt2.runtime.memory import available_memory
 from tinygpt2.training.metrics import METRICS
 from tinygpt2.training.state import RunState
 from tinygpt2.utils.files import flush_to_disk, read_json, sha256_of, write_json

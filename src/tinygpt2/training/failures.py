@@ -11,9 +11,8 @@ from accelerate import Accelerator
 
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import ConfigError, DivergedError
-from tinygpt2.runtime.cpu import available_memory
+from tinygpt2.runtime.memory import available_memory, memory_in_use
 from tinygpt2.training.state import RunState
-from tinygpt2.training.throughput import memory_in_use
 from tinygpt2.utils.progress import say
 
 _SHOWN = 32  # block numbers in a message

@@ -4,70 +4,28 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import GPT2LMHeadModel
 
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.data.dataset import Blocks, Packed, Shuffle
+from tinygpt2.data.dataset import Shuffle
 from tinygpt2.errors import InterruptedRunError
-from tinygpt2.models.loading import count_parameters
-from tinygpt2.objectives.combined import Weights
-from tinygpt2.planning.memory_estimate import device_peak, step_operations
+from tinygpt2.runtime.devices import device_peak
 from tinygpt2.runtime.signals import stop_on_signals
 from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, memory_explained
+from tinygpt2.training.job import Job
 from tinygpt2.training.metrics import MetricsLog
-from tinygpt2.training.optimizers import clip_gradients, learning_rate, make_optimizer, unwrapped
+from tinygpt2.training.optimizers import clip_gradients, make_optimizer, unwrapped
+from tinygpt2.training.schedule import learning_rate
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Step, evaluate, gradients, seed_step
-from tinygpt2.training.throughput import Meter
+from tinygpt2.training.throughput import ThroughputMeter
 from tinygpt2.utils.progress import say, track
-
-
-@dataclass
-class Job:
-    """What a command hands to the loop; `evaluated` holds the blocks to evaluate on."""
-
-    command: str
-    config: TrainOptions
-    how: str
-    model: GPT2LMHeadModel
-    data: Packed
-    evaluated: Blocks
-    weights: Weights = field(default_factory=Weights)
-    teacher: GPT2LMHeadModel | None = None
-
-    def sequences(self, processes: int) -> int:
-        """Return the blocks in one optimizer step."""
-        return self.config.micro_batch_size * self.config.gradient_accumulation_steps * processes
-
-    def operations(self) -> int:
-        """Return the floating-point operations of a step per token."""
-        teacher = None if self.teacher is None else self.teacher.config
-        return step_operations(self.model.config, teacher, self.weights, self.data.sequence_length)
-
-    def total_steps(self, processes: int) -> int:
-        """Return the optimizer steps of the whole run."""
-        sequences, length = len(self.data.train), self.data.sequence_length
-        return total_steps(self.config, sequences, self.sequences(processes), length, count_parameters(self.model))
-
-    def peak_rate(self) -> float:
-        """Return the peak learning rate."""
-        return self.config.peak_rate(self.model.config.n_embd)
-
-
-def total_steps(config: TrainOptions, sequences: int, global_batch: int, length: int, parameters: int) -> int:
-    """Return the optimizer steps that --max-steps, --max-tokens or --num-epochs ask for, or the sizes suggest."""
-    if config.max_steps is not None:
-        return config.max_steps
-    if config.max_tokens is not None:
-        return max(1, math.ceil(config.max_tokens / (global_batch * length)))
-    return max(1, math.ceil(config.passes(parameters, sequences * length) * sequences / global_batch))
 
 
 def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState, nn.Module]:
@@ -97,7 +55,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
         state = checkpoints.resume(state)
     log = MetricsLog(out, state.step) if accelerator.is_main_process else None
     step_tokens = sequences * data.sequence_length
-    meter = Meter(state, step_tokens, _bound(job, accelerator))
+    meter = ThroughputMeter(state, step_tokens, _bound(job, accelerator))
     wrapped.train()
     explained = memory_explained(config, data.sequence_length)
     with closing(checkpoints), explained, stop_on_signals() as stop, track(out.name, total) as progress:

@@ -8,9 +8,9 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from tinygpt2.utils.files import atomic_path, write_text
+from tinygpt2.utils.files import write_text
+from tinygpt2.utils.plotting import figure_of, save_figure
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 
@@ -83,44 +83,3 @@ def plot_curves(out: Path) -> None:
         axes[1].plot(*zip(*rates, strict=True))
     axes[1].set(xlabel="tokens", ylabel="learning rate")
     save_figure(figure, out / CURVES)
-
-
-def figure_of(columns: int) -> tuple[Any, Any]:
-    """Return an empty picture and its panels, side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4 * columns, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a picture as a PNG, whole or not at all."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-
-
-def model_card(title: str, how: str, figures: Mapping[str, Any], command: str) -> str:
-    """Render a model card: what it is, how it was made, what was measured, how to run it again."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- gpt2
-- tinygpt2
----
-
-# {title}
-
-{how} Plain `transformers` opens it: `GPT2LMHeadModel.from_pretrained(...)`, `AutoTokenizer.from_pretrained(...)`.
-
-| | |
-|---|---|
-{rows}
-
-The command that made it; all its options are in config.yaml, which `tinygpt2 {command.split()[0]} --config` takes:
-
-    tinygpt2 {command}
-"""

@@ -1,4 +1,4 @@
-"""The optimizer and its parameter groups, and the learning rate as a pure function of the step."""
+"""AdamW and Muon, their parameter groups, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
-from tinygpt2.config.training import DEFAULT_RATE, TrainOptions
+from tinygpt2.config.training import TrainOptions
+from tinygpt2.training.schedule import DEFAULT_RATE
 
 BETAS = (0.9, 0.95)  # GPT-3's, arXiv:2005.14165, appendix B: steadier than 0.999 in short runs
-DECAY_SHARE = 0.2  # of the steps after warm-up: wsd's last phase (Hu et al. 2024, arXiv:2404.06395, use 10 %)
 
 
 def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
@@ -40,7 +40,7 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Opti
     own = {m.c_attn.weight for m in module.modules() if isinstance(m, GPT2Attention)}
     split = ([p for p in matrices if p not in own], 1), ([p for p in matrices if p in own], 3)
     muon = [LayerMuon(found, rate, options.weight_decay, parts) for found, parts in split if found]
-    return Together([*muon, *([adamw] if adamw else [])])
+    return CombinedOptimizer([*muon, *([adamw] if adamw else [])])
 
 
 class LayerMuon(torch.optim.Muon):
@@ -70,7 +70,7 @@ class LayerMuon(torch.optim.Muon):
         return False
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimizers, each of its own parameters, as one: one list of groups, one state."""
 
     def __init__(self, members: list[torch.optim.Optimizer]) -> None:
@@ -124,34 +124,3 @@ def clip_gradients(accelerator: Accelerator, optimizer: Any, parameters: list[nn
     scale = torch.full((), norm / limit, device=accelerator.device) if limit and norm > limit else None
     getattr(optimizer, "optimizer", optimizer).grad_scale = scale  # where losses are scaled, it is still wrapped
     return norm
-
-
-def learning_rate(step: int, total: int, options: TrainOptions, peak: float) -> float:
-    """Return the rate of optimizer step `step`, counted from 0, of `total`.
-
-    It rises linearly over the first `warmup_ratio` of the steps. With t the share of the remaining steps
-    that is past: constant 1; linear 1 - t; cosine (1 + cos pi t)/2; exponential exp(-0.693 t), half at the
-    end; plateau is 1 for `plateau_ratio` of all steps, then linear to 0; wsd is 1, then linear to 0 in the
-    last fifth. All are multiplied by the `peak`.
-
-    Source: plateau and exponential: TinyGPT2; wsd: MiniCPM, arXiv:2404.06395, section 4.
-    """
-    warmup = math.ceil(options.warmup_ratio * total)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    past, rest = step - warmup, max(total - warmup, 1)
-    t = past / rest
-    if options.lr_schedule == "constant":
-        factor = 1.0
-    elif options.lr_schedule == "linear":
-        factor = 1 - t
-    elif options.lr_schedule == "cosine":
-        factor = (1 + math.cos(math.pi * t)) / 2
-    elif options.lr_schedule == "exponential":
-        factor = math.exp(-0.693 * t)
-    elif options.lr_schedule == "plateau":
-        plateau = min(options.plateau_ratio * total, rest - 1)
-        factor = min(1.0, (rest - past) / (rest - plateau))
-    else:
-        factor = min(1.0, (1 - t) / DECAY_SHARE)
-    return peak * factor

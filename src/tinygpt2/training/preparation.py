@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -19,16 +20,18 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from transformers import GPT2Config
 
+from tinygpt2.config.base import extra, flag_name
+from tinygpt2.config.common import RUN
 from tinygpt2.config.data import PackOptions, PregenerateConfig
-from tinygpt2.config.training import TrainOptions, changed_mathematics
+from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.corpus.sources import Corpus
-from tinygpt2.data.dataset import Blocks, Packed, is_packed, load_packed
+from tinygpt2.data.dataset import Blocks, PackedDataset, is_packed_dataset, load_packed_dataset
 from tinygpt2.data.pregenerate import pregenerate
-from tinygpt2.data.staging import workplace_of
+from tinygpt2.data.staging import staging_path
 from tinygpt2.errors import ConfigError, DataError
-from tinygpt2.evaluation.conventions import check_fits
 from tinygpt2.evaluation.tasks import load_tasks
-from tinygpt2.objectives.combined import Weights
+from tinygpt2.models.compatibility import check_fits
+from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.utils.files import require_free
 
 RUN_FILE = "config.yaml"
@@ -37,7 +40,7 @@ _TRIED = 1 << 26  # bytes of text that --validate-only packs, to count it
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainingSetup:
     """Where a run takes place: its processes, and the directory for texts that it packs."""
 
     accelerator: Accelerator
@@ -56,8 +59,8 @@ class Setup:
             how: the text becomes documents, and which are held out.
         """
         out = self.place / name
-        mine = self.accelerator.is_main_process or config.passing  # into a directory of its own
-        if mine and not ((config.resume or config.passing) and is_packed(out)):
+        mine = self.accelerator.is_main_process or config.dry_run  # into a directory of its own
+        if mine and not ((config.resume or config.dry_run) and is_packed_dataset(out)):
             if config.validate_only and (Corpus.of([source], how).size_hint() or 0) > _TRIED:
                 raise ConfigError(
                     f"--validate-only counts the tokens of texts of up to {_TRIED >> 20} MiB: {source} is larger",
@@ -71,11 +74,11 @@ class Setup:
                 )
             )  # fmt: skip
         # not by a barrier, which gives up after minutes
-        while not is_packed(out):
+        while not is_packed_dataset(out):
             time.sleep(0.2)
         return str(out)
 
-    def evaluated(self, data: Packed, model: GPT2Config, config: TrainOptions) -> Blocks:
+    def evaluated(self, data: PackedDataset, model: GPT2Config, config: TrainOptions) -> Blocks:
         """Return the blocks to evaluate on: the dataset's own test split, or those of --eval-data.
 
         Raises:
@@ -87,8 +90,8 @@ class Setup:
                     f"the test split of {data.name} is empty: there is nothing to evaluate on", "give --eval-data"
                 )
             return data.test
-        if is_packed(Path(config.eval_data)):
-            packed = load_packed(config.eval_data)
+        if is_packed_dataset(Path(config.eval_data)):
+            packed = load_packed_dataset(config.eval_data)
             check_fits(packed, model, data.manifest["tokenizer_fingerprint"], f"dataset {data.name}")
             if not len(packed.test):
                 raise DataError(f"the test split of {config.eval_data} is empty", "give the held-out text itself")
@@ -96,13 +99,13 @@ class Setup:
         with tempfile.TemporaryDirectory() as scratch:
             data.tokenizer().save_pretrained(scratch)
             whole = PackOptions(test_fraction=0, shuffle=False)
-            return load_packed(
+            return load_packed_dataset(
                 self.packed("eval-data", config.eval_data, scratch, data.sequence_length, config, whole)
             ).train
 
 
 @contextmanager
-def begin(config: TrainOptions, weights: Weights) -> Iterator[Setup]:
+def training_setup(config: TrainOptions, weights: LossWeights) -> Iterator[TrainingSetup]:
     """Check the start and make the accelerator, before anything is loaded.
 
     Raises:
@@ -112,11 +115,11 @@ def begin(config: TrainOptions, weights: Weights) -> Iterator[Setup]:
     if accelerator.is_main_process:
         _check_start(config)
     accelerator.wait_for_everyone()  # nobody writes before that
-    if not config.passing:
-        yield Setup(accelerator, Path(config.out))
+    if not config.dry_run:
+        yield TrainingSetup(accelerator, Path(config.out))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        yield Setup(accelerator, Path(scratch))
+        yield TrainingSetup(accelerator, Path(scratch))
 
 
 def _check_start(config: TrainOptions) -> None:
@@ -132,7 +135,7 @@ def _check_start(config: TrainOptions) -> None:
     run = out / RUN_FILE
     left = [path for path in out.glob(".*.tmp") if path.is_dir()] if config.resume else []  # by a killed process
     # a text may be packed before the run begins
-    begun = run.is_file() or any(is_packed(out / name) or workplace_of(out / name).is_dir() for name in PACKED)
+    begun = run.is_file() or any(is_packed_dataset(out / name) or staging_path(out / name).is_dir() for name in PACKED)
     if left and (begun or len(left) == len(list(out.iterdir()))):
         for path in left:
             shutil.rmtree(path, ignore_errors=True)
@@ -150,7 +153,7 @@ def _check_start(config: TrainOptions) -> None:
             )
 
 
-def _accelerator(config: TrainOptions, weights: Weights) -> Accelerator:
+def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # a process may train twice, in another precision
     # objectives that never reach the logits may leave the top of the student without gradients
     whole = bool(weights.ce or weights.prediction)
@@ -187,5 +190,16 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
         raise ConfigError(
             "Muon needs whole matrices, FSDP and DeepSpeed split them", "add --optimizer adamw, or take DDP"
         )
-    if config.passing and not config.validate_only:
+    if config.dry_run and not config.validate_only:
         raise ConfigError("FSDP and DeepSpeed are for runs: this one only tries steps", "take DDP, or one process")
+
+
+def changed_mathematics(config: TrainOptions, earlier: dict[str, Any]) -> list[str]:
+    """Return the options that differ from an earlier run's and alter what a resumed run computes."""
+    now = config.model_dump(mode="json", by_alias=True)
+    free = {"out", "micro_batch_size", "gradient_accumulation_steps"}  # their product is checked where it is known
+    keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key not in free]
+    changed = [flag_name(key) for key in keys if key in earlier and earlier[key] != now[key]]
+    # wherever it is, states that were kept are rounded
+    cached = [bool(options.get("teacher_cache")) for options in (earlier, now)]
+    return changed + ["--teacher-cache"] * (cached[0] != cached[1])

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Best:
+class BestEvaluation:
     """The evaluation with the lowest loss so far."""
 
     step: int
@@ -39,7 +39,7 @@ class RunState:
     seconds: float = 0.0
     loss: float | None = None
     eval: dict[str, float] | None = None
-    best: Best | None = None
+    best: BestEvaluation | None = None
     worse: int = 0
     skipped: int = 0
     scaler: dict[str, float] | None = None
@@ -47,13 +47,13 @@ class RunState:
     @classmethod
     def of(cls, values: dict[str, Any]) -> RunState:
         """Take what a checkpoint's file holds."""
-        return cls(**{**values, "best": values["best"] and Best(**values["best"])})
+        return cls(**{**values, "best": values["best"] and BestEvaluation(**values["best"])})
 
     def evaluated(self, loss: float, perplexity: float) -> bool:
         """Take note of an evaluation; say whether it is the best so far."""
         self.eval = {"loss": loss, "perplexity": perplexity}
         improved = math.isfinite(loss) and (self.best is None or loss < self.best.loss)
         if improved:
-            self.best = Best(self.step, loss, perplexity)
+            self.best = BestEvaluation(self.step, loss, perplexity)
         self.worse = 0 if improved else self.worse + 1
         return improved

@@ -17,10 +17,10 @@ from transformers import GPT2LMHeadModel
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.errors import ConfigError
-from tinygpt2.evaluation.scoring import exponential, target_losses
-from tinygpt2.models.activations import Captured, capture
-from tinygpt2.objectives.combined import Counts, Objectives, Weights
-from tinygpt2.objectives.logits import head_operand
+from tinygpt2.evaluation.scoring import perplexity_of
+from tinygpt2.models.activations import Activations, collect_activations
+from tinygpt2.models.lm_head import head_operand, target_losses
+from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
 from tinygpt2.training.teacher_cache import TeacherCache
 
 
@@ -48,7 +48,7 @@ class Step(nn.Module):
         self,
         student: GPT2LMHeadModel,
         teacher: GPT2LMHeadModel | None,
-        weights: Weights,
+        weights: LossWeights,
         config: TrainOptions,
         cache: TeacherCache | None = None,
     ) -> None:
@@ -59,7 +59,9 @@ class Step(nn.Module):
         self._teacher = (teacher,)
         self._teacher_head: list[Tensor] = []
         self._cache = cache
-        self._capture = torch.compile(capture) if config.compile or config.compile_only else capture
+        self._capture = (
+            torch.compile(collect_activations) if config.compile or config.compile_only else collect_activations
+        )
         self._checkpointing = config.gradient_checkpointing
 
     def tie_weights(self) -> None:
@@ -107,14 +109,14 @@ class Step(nn.Module):
             raise ConfigError("no objective reaches a parameter that is trained", "name fewer with --freeze")
         return loss, terms
 
-    def _taught(self, teacher: GPT2LMHeadModel, input_ids: Tensor, rows: Sequence[int] | None) -> Captured:
+    def _taught(self, teacher: GPT2LMHeadModel, input_ids: Tensor, rows: Sequence[int] | None) -> Activations:
         """Run the teacher, as deep as anything looks at it, or read what it returned before."""
         wanted = self.objectives
         if self._cache is None or rows is None:
             return self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
         (last,) = wanted.teacher_states
         states = self._cache.states(rows, input_ids, lambda ids: self._capture(teacher, ids, [last]).states[last])
-        return Captured({last: states.to(teacher.dtype)})
+        return Activations({last: states.to(teacher.dtype)})
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
@@ -211,4 +213,4 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
     total, targets = accelerator.reduce(sums, "sum").tolist()
     module.train()
     loss = total / max(targets, 1)
-    return Evaluation(loss, exponential(loss))
+    return Evaluation(loss, perplexity_of(loss))

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.common import Precision
-from tinygpt2.data.dataset import Packed
+from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
 from tinygpt2.utils.files import write_json
 
@@ -48,7 +48,7 @@ class TeacherCache:
         ConfigError: it cannot be made there: no space, or no right to write.
     """
 
-    def __init__(self, root: Path, teacher: GPT2LMHeadModel, data: Packed, precision: Precision) -> None:
+    def __init__(self, root: Path, teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precision) -> None:
         self._shape = (len(data.train), data.sequence_length, teacher.config.n_embd)
         self.path = root / cache_name(teacher, data, precision)
         size = cache_bytes(teacher.config, data)
@@ -91,12 +91,12 @@ class TeacherCache:
         return torch.from_numpy(np.stack(kept)).view(torch.bfloat16).to(input_ids.device)
 
 
-def cache_bytes(teacher: GPT2Config, data: Packed) -> int:
+def cache_bytes(teacher: GPT2Config, data: PackedDataset) -> int:
     """Return the size of all states."""
     return 2 * len(data.train) * data.sequence_length * int(teacher.n_embd)
 
 
-def cache_name(teacher: GPT2LMHeadModel, data: Packed, precision: Precision) -> str:
+def cache_name(teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precision) -> str:
     """Return a name that is the same for the same teacher, in the same arithmetic, on the same blocks."""
     digest = hashlib.sha256(f"{data.content} {precision}".encode())
     digest.update(repr([getattr(teacher.config, key) for key in _FIGURES]).encode())

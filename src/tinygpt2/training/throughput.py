@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
-import torch
+from transformers import GPT2Config
 
+from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.runtime.memory import memory_in_use
 from tinygpt2.training.state import RunState
 
 
-class Meter:
+class ThroughputMeter:
     """Times a run, the time before a resume included.
 
     Args:
@@ -56,16 +55,25 @@ class Meter:
         return " ".join(shown)
 
 
-def memory_in_use() -> int:
-    """Return the bytes that this process holds: of the GPU where there is one."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.memory_reserved())
-    return int(psutil.Process().memory_info().rss)
+def layer_operations(shape: GPT2Config, length: int) -> int:
+    """Return one layer's forward operations per token: two per weight, and causal attention."""
+    width: int = shape.n_embd
+    inner: int = shape.n_inner or 4 * width
+    return 2 * (4 * width * width + 2 * width * inner) + 2 * length * width
 
 
-def peak_memory() -> int:
-    """Return the most bytes that this process has held so far: of the GPU where there is one."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def step_operations(student: GPT2Config, teacher: GPT2Config | None, weights: LossWeights, length: int) -> int:
+    """Return the operations per token of one training step.
+
+    The student's forward pass counts three times (backward costs twice as much: Kaplan et al. 2020,
+    arXiv:2001.08361, section 2.1), the teacher's once, as deep as it is at all; element-wise work is not counted.
+    """
+    logits = weights.ce or weights.prediction
+    total: int = 3 * student.n_layer * layer_operations(student, length)
+    total += 6 * student.n_embd * student.vocab_size if logits else 0
+    if teacher is not None:
+        total += teacher.n_layer * layer_operations(teacher, length)
+        total += 2 * teacher.n_embd * teacher.vocab_size if weights.prediction else 0
+    if teacher is not None and weights.attention:
+        total += student.n_layer * length * (3 * student.n_embd + teacher.n_embd)
+    return total

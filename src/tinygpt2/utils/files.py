@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, DataError, UnreadableError
 
 
 @contextmanager
@@ -96,3 +96,36 @@ def require_free(out: Path, hint: str) -> None:
         raise ConfigError(f"--out {out} is a file", "name a directory")
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is not empty", hint)
+
+
+def not_utf8(name: str, error: UnicodeDecodeError, offset: int = 0) -> DataError:
+    """Return the error that names file and byte."""
+    return DataError(
+        f"{name}: not UTF-8: {error.reason} at byte {offset + error.start}",
+        "convert it, for example with iconv -t UTF-8; a corpus may be read with --encoding-errors replace",
+    )
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file for reading.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UnreadableError(f"cannot read {path}: {error.strerror}") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a whole UTF-8 file, line ends as they are.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8 (the byte offset is named).
+    """
+    with open_file(path) as stream:
+        try:
+            return stream.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise not_utf8(str(path), error) from error

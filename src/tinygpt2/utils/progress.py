@@ -39,7 +39,7 @@ def say(message: str) -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
 
 
-class Task:
+class ProgressStage:
     """One stage of work; `advance` it, and give `note` what a watcher wants to see now."""
 
     def __init__(self, bar: Progress | None, description: str, total: int | None) -> None:
@@ -60,11 +60,11 @@ class Task:
 
 
 @contextmanager
-def track(description: str, total: int | None) -> Iterator[Task]:
+def track(description: str, total: int | None) -> Iterator[ProgressStage]:
     """Show a stage of `total` units of work (None: unknown) while the block runs."""
     if _mode != "live":
         say(description)
-        yield Task(None, description, total)
+        yield ProgressStage(None, description, total)
         return
     from rich.console import Console
     from rich.progress import (
@@ -86,4 +86,4 @@ def track(description: str, total: int | None) -> Iterator[Task]:
         TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
-        yield Task(bar, description, total)
+        yield ProgressStage(bar, description, total)

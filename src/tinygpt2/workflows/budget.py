@@ -14,12 +14,19 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config
 
-from tinygpt2.config.training import MOST_PASSES, DistillConfig
+from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
-from tinygpt2.models.loading import count_parameters, freeze, set_dropout
+from tinygpt2.models.loading import load_model
+from tinygpt2.models.parameters import count_parameters, freeze, set_dropout
+from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.processes import launched
 from tinygpt2.training.failures import memory_explained
-from tinygpt2.training.loop import Job
+from tinygpt2.training.job import Job, distillation_job
 from tinygpt2.training.optimizers import make_optimizer
+from tinygpt2.training.preparation import TrainingSetup, training_setup
+from tinygpt2.training.schedule import MAX_PASSES
 from tinygpt2.training.step import Step, step_seconds
 from tinygpt2.utils.progress import say
 
@@ -51,7 +58,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetPlan:
     """What fits into the time: every student that was timed, the one to take, and the commands that make it."""
 
     minutes: float
@@ -66,19 +73,46 @@ def cuts(teacher: GPT2Config) -> list[int]:
     return sorted((depth for depth in depths if depth < teacher.n_layer), reverse=True)
 
 
-def make_budget(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerator, config: DistillConfig) -> Budget:
-    """Time each student's steps, and take the largest that sees at least as many tokens as it has parameters.
+def plan_budget(config: DistillConfig, data: PackedDataset | None = None) -> BudgetPlan:
+    """Find the student, and the number of steps, that fit into `config.budget_minutes`: `distill --plan`.
 
-    A student that was cut starts from what the teacher knows, and a larger one is ahead from the first step. That it
-    sees one token for each parameter keeps it from staying as it was cut: a rule of thumb. If none sees so much, the
-    smallest one is taken. More than four passes over the data are not planned (see `DistillConfig.passes`).
+    A few steps of each candidate are timed: of `config.student`, or of several cuts of the teacher. The choice is the
+    largest student that sees at least as many tokens as it has parameters. A cut student starts from what the teacher
+    knows, so a larger one leads from the first step; one token for each parameter (a rule of thumb) makes sure that
+    it also learns. If no student sees so many, the smallest is chosen. At most four passes over the data are planned
+    (see `schedule.passes_over_data`).
 
     Args:
-        jobs: each with its student's name and the layers that were kept of the teacher's.
+        config: with `plan=True`, which makes `student` optional.
+        data: replaces the dataset that `config.data` names.
 
     Raises:
-        ConfigError: not even one step of any fits.
+        ConfigError: not even one step fits into the time, or there is more than one process.
+        DataError, ModelError: the dataset or a model is wrong.
     """
+    if launched():
+        raise ConfigError("--plan uses one process", "start it without a launcher")
+    config = config.model_copy(update={"plan": True})
+    with fast_products(), training_setup(config, LossWeights.of(config)) as setup:
+        return _choose(_jobs(config, data, setup), setup.accelerator, config)
+
+
+def _jobs(
+    config: DistillConfig, data: PackedDataset | None, setup: TrainingSetup
+) -> Iterator[tuple[str, int | None, Job]]:
+    """Yield name, number of layers and job of each candidate: the given student, or cuts of the teacher."""
+    if config.student is not None:
+        yield config.student, None, distillation_job(config, data, setup)
+        return
+    teacher, _ = load_model(config.teacher or "", "teacher", allow_pickle=config.allow_pickle, hollow=True)
+    for layers in cuts(teacher.config):
+        shape = GPT2Config.from_dict({**teacher.config.to_dict(), "n_layer": layers})
+        # from random weights: a step takes as long
+        yield f"{layers} of {teacher.config.n_layer} layers", layers, distillation_job(config, data, setup, shape)
+
+
+def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerator, config: DistillConfig) -> BudgetPlan:
+    """Time every candidate, and choose one."""
     minutes = config.budget_minutes or DEFAULT_MINUTES
     candidates = []
     for name, layers, job in jobs:
@@ -95,7 +129,7 @@ def make_budget(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accele
         )
     seeing = [candidate for candidate in able if candidate.tokens >= candidate.parameters]
     chosen = max(seeing, key=lambda one: one.parameters) if seeing else min(able, key=lambda one: one.parameters)
-    return Budget(minutes, candidates, chosen.student, _commands(config, chosen))
+    return BudgetPlan(minutes, candidates, chosen.student, _commands(config, chosen))
 
 
 def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, minutes: float) -> Candidate:
@@ -116,7 +150,7 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
     evaluation = _evaluation(job, accelerator, module)
     between = evaluation / config.eval_every if config.eval_every else 0.0
     steps = max(0, int((_KEPT * 60 * minutes - evaluation) / (each + between)))
-    steps = min(steps, math.ceil(MOST_PASSES * len(data.train) / sequences))
+    steps = min(steps, math.ceil(MAX_PASSES * len(data.train) / sequences))
     tokens, passes = sequences * data.sequence_length, steps * sequences / len(data.train)
     return Candidate(name, layers, parameters, tokens / each, steps, steps * tokens, passes, job.peak_rate())
 

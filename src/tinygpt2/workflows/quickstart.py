@@ -16,12 +16,16 @@ from typing import Any
 import yaml
 
 from tinygpt2.compression.truncate import truncate_student
+from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
-from tinygpt2.config.models import GenerateConfig, PplConfig, QuickstartConfig, TruncateStudentConfig
-from tinygpt2.config.training import DistillConfig, PretrainConfig, read_recipe
+from tinygpt2.config.decoding import GenerateConfig
+from tinygpt2.config.distillation import DistillConfig, read_recipe
+from tinygpt2.config.evaluation import PplConfig
+from tinygpt2.config.training import PretrainConfig
+from tinygpt2.config.workflows import QuickstartConfig
 from tinygpt2.data.corpus.sources import PYTHON_DOCS
 from tinygpt2.data.pregenerate import pregenerate
-from tinygpt2.data.tokenizer import train_tokenizer
+from tinygpt2.data.tokenizer_training import train_tokenizer
 from tinygpt2.decoding.generation import generate
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.evaluation.perplexity import measure
@@ -35,7 +39,7 @@ PROMPT = "The following example shows how to"
 
 
 @dataclass(frozen=True)
-class Scale:
+class QuickstartSizes:
     """Sizes of the run; the defaults fill a few minutes of two cores."""
 
     vocab_size: int = 2048
@@ -81,7 +85,7 @@ class QuickstartResult:
         return Path(self.report).read_text(encoding="utf-8")
 
 
-def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> QuickstartResult:
+def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -> QuickstartResult:
     """Train tokenizer, teacher, student and two baselines, measure them, and write a report.
 
     The student is distilled from the teacher; the baselines have its shape and see the same tokens in the same
@@ -95,7 +99,7 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
     Raises:
         ConfigError: the output directory holds something else, or an earlier run of other sizes or seed.
     """
-    scale = scale or Scale()
+    scale = scale or QuickstartSizes()
     out = Path(config.out).resolve()
     stages = _Stages(out, {"seed": config.seed, **asdict(scale)})
     pupil = _training(config, scale, out, scale.student_tokens)
@@ -109,7 +113,7 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
     teacher_shape = _shape(out / "teacher.yaml", scale, scale.n_layer)
     student_shape = _shape(out / "student.yaml", scale, scale.student_layers)
     stages.run("teacher", lambda: pretrain(PretrainConfig(
-        shape=teacher_shape, out=str(out / "teacher"), **_training(config, scale, out, scale.teacher_tokens),
+        model_config=teacher_shape, out=str(out / "teacher"), **_training(config, scale, out, scale.teacher_tokens),
     )))  # fmt: skip
     stages.run("truncated", lambda: truncate_student(TruncateStudentConfig(
         teacher=str(out / "teacher"), num_layers=scale.student_layers, out=str(out / "truncated"),
@@ -122,7 +126,7 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
         model=str(out / "truncated"), out=str(out / "baseline-truncated"), **pupil,
     )))  # fmt: skip
     stages.run("baseline-random", lambda: pretrain(PretrainConfig(
-        shape=student_shape, out=str(out / "baseline-random"), **pupil,
+        model_config=student_shape, out=str(out / "baseline-random"), **pupil,
     )))  # fmt: skip
     models = ("teacher", "student", "baseline-truncated", "baseline-random")
     figures = stages.run("figures", lambda: _measure(out, models, scale))
@@ -139,14 +143,14 @@ def quickstart(config: QuickstartConfig, scale: Scale | None = None) -> Quicksta
     return result
 
 
-def _shape(file: Path, scale: Scale, layers: int) -> str:
+def _shape(file: Path, scale: QuickstartSizes, layers: int) -> str:
     """Write a model configuration of so many layers; return its path."""
     shape = {"n_layer": layers, "n_head": scale.n_head, "n_embd": scale.n_embd, "n_positions": scale.sequence_length}
     write_text(file, yaml.safe_dump(shape, sort_keys=False))
     return str(file)
 
 
-def _training(config: QuickstartConfig, scale: Scale, out: Path, tokens: int) -> dict[str, Any]:
+def _training(config: QuickstartConfig, scale: QuickstartSizes, out: Path, tokens: int) -> dict[str, Any]:
     """Return the options of a training run: all four share them, so that the comparison is fair."""
     steps = tokens // (scale.batch_size * scale.sequence_length)
     recipe = read_recipe("default")
@@ -204,7 +208,7 @@ class _Stages:
         return stages[name]["result"]
 
 
-def _measure(out: Path, models: tuple[str, ...], scale: Scale) -> dict[str, Any]:
+def _measure(out: Path, models: tuple[str, ...], scale: QuickstartSizes) -> dict[str, Any]:
     """Measure the held-out perplexity, size and greedy speed of each model, and take a sample."""
     paths = [str(out / name) for name in models]
     measured = measure(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size)).results
@@ -226,7 +230,7 @@ def _measure(out: Path, models: tuple[str, ...], scale: Scale) -> dict[str, Any]
     }
 
 
-def _report(out: Path, result: QuickstartResult, scale: Scale) -> str:
+def _report(out: Path, result: QuickstartResult, scale: QuickstartSizes) -> str:
     rows = {
         "teacher": result.teacher,
         "student (distilled)": result.student,

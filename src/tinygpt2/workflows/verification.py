@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.config.models import VerifyConfig
-from tinygpt2.data.dataset import check_dataset, is_packed
+from tinygpt2.config.workflows import VerifyConfig
+from tinygpt2.data.dataset import is_packed_dataset
+from tinygpt2.data.validation import check_dataset
 from tinygpt2.errors import DataError, ModelError
 from tinygpt2.models import reference
-from tinygpt2.models.loading import SUMS, load_model, model_tokenizer
-from tinygpt2.utils.files import sha256_of
+from tinygpt2.models.loading import load_model, model_tokenizer
+from tinygpt2.models.weights import SUMS, check_sums, stored_tensor
 
 TOLERANCE = 1e-4  # of the largest logit or state: float32 in another order
 _PROMPT, _TOKENS = 16, 32  # of the greedy text, where the positions allow it
@@ -82,13 +82,13 @@ def verify(config: VerifyConfig) -> VerifyResult:
         raise DataError(f"no such directory: {path}", "verify takes a pregenerated dataset or a model directory")
     # a model first: what was fine-tuned on a text holds a dataset too
     if not any((path / name).is_file() for name in ("config.json", "model.safetensors", "pytorch_model.bin")):
-        if not is_packed(path):
+        if not is_packed_dataset(path):
             raise DataError(f"{path} is neither a pregenerated dataset nor a model directory")
         if config.teacher is not None:
             raise DataError(f"{path} is a dataset: --teacher goes with a student")
         problems = list(check_dataset(path))
         return VerifyResult(str(path.resolve()), "dataset", not problems, problems)
-    problems, notes = list(_check_files(path)), []
+    problems, notes = list(check_sums(path)), []
     if not (path / SUMS).is_file():
         notes.append(f"no {SUMS} beside the weights: whether they are those that were saved cannot be seen")
     try:
@@ -113,24 +113,13 @@ def verify(config: VerifyConfig) -> VerifyResult:
     return VerifyResult(str(path.resolve()), "model", not problems, problems, notes, agreement, copies)
 
 
-def _check_files(directory: Path) -> Iterator[str]:
-    """Compare the weights with the checksums that were written with them."""
-    sums = directory / SUMS
-    for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []:
-        expected, _, name = line.partition("  ")
-        if not (directory / name).is_file():
-            yield f"{name} is missing, which {SUMS} names"
-        elif sha256_of(directory / name) != expected:
-            yield f"{name} is not the file that was saved: its SHA-256 is not that of {SUMS}"
-
-
 def _check_loaded(directory: Path, model: GPT2LMHeadModel) -> Iterator[tuple[str, bool]]:
     """Yield what is odd about weights, configuration and tokenizer, and whether it is a fault."""
     config = model.config
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             yield f"{name} holds numbers that are not finite", True
-    head, embeddings = (_stored(directory, name) for name in ("lm_head.weight", "transformer.wte.weight"))
+    head, embeddings = (stored_tensor(directory, name) for name in ("lm_head.weight", "transformer.wte.weight"))
     if head is not None and embeddings is not None:
         same = head.shape == embeddings.shape and bool(torch.equal(head, embeddings))
         if config.tie_word_embeddings and not same:
@@ -169,17 +158,6 @@ def _check_ends(directory: Path, config: Any) -> Iterator[str]:
             for one in token if isinstance(token, list) else [token]:
                 if one is not None and not 0 <= one < config.vocab_size:
                     yield f"{name}: {key} {one} is beyond the vocabulary of {config.vocab_size}"
-
-
-def _stored(directory: Path, name: str) -> Tensor | None:
-    """Read one tensor from the weights' files, under its name with or without `transformer.`."""
-    for file in sorted(directory.glob("model*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            for key in (name, name.removeprefix("transformer.")):
-                if key in weights.keys():  # noqa: SIM118 - it is no dictionary
-                    tensor: Tensor = weights.get_tensor(key)
-                    return tensor
-    return None
 
 
 @torch.no_grad()

@@ -21,26 +21,20 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, repeat
 from pathlib import PurePath
 from typing import IO, Any
 
 import pyarrow as pa
 
+from tinygpt2.data.corpus.text_splitting import RULES, TextPart, decoded_chunks, document_parts, split_documents
 from tinygpt2.errors import DataError, UnreadableError
+from tinygpt2.utils.files import not_utf8
 
-CHUNK = 1 << 18  # bytes of text decoded at a time
-LEAST_PART = 1 << 16  # characters that a part of a document has, unless it is the last
-_MARGIN = 1 << 12  # characters at the end of a chunk in which a separator may still be growing
-_RULES = {"line": r"\r?\n", "blank-line": r"\r?\n[ \t\r]*\n\s*"}
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz")
-
-# A document comes as one or several parts of its text; the flag marks the last.
-Part = tuple[str, bool]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How files become documents.
 
     Attributes:
@@ -54,7 +48,7 @@ class Reading:
     lenient: bool = False
 
 
-def read_stream(stream: IO[bytes], name: str, how: Reading) -> Iterator[Part]:
+def read_stream(stream: IO[bytes], name: str, how: ReadOptions) -> Iterator[TextPart]:
     """Yield the documents of an open file, whatever it is packed with.
 
     Args:
@@ -105,7 +99,7 @@ def _unpacker(head: bytes) -> Callable[[IO[bytes]], Any] | None:
     return None
 
 
-def _tar(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
+def _tar(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             archive.members.clear()  # type: ignore[attr-defined]  # the library would remember every one
@@ -118,85 +112,17 @@ def hidden(name: PurePath | str) -> bool:
     return any(part.startswith(".") and part != "." for part in PurePath(name).parts)
 
 
-def decoded(stream: IO[bytes], name: str, *, lenient: bool = False) -> Iterator[str]:
-    """Yield a UTF-8 stream's text, some 256 KiB at a time, line ends as they are.
-
-    Raises:
-        DataError: not UTF-8 (the byte offset is named), unless `lenient`.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if lenient else "strict")
-    offset = 0
-    while True:
-        block = stream.read(CHUNK)
-        waiting = len(decoder.getstate()[0])
-        try:
-            yield decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            raise not_utf8(name, error, offset - waiting) from error
-        offset += len(block)
-        if not block:
-            return
-
-
-def not_utf8(name: str, error: UnicodeDecodeError, offset: int = 0) -> DataError:
-    """Return the error that names file and byte."""
-    return DataError(
-        f"{name}: not UTF-8: {error.reason} at byte {offset + error.start}",
-        "convert it, for example with iconv -t UTF-8; a corpus may be read with --encoding-errors replace",
-    )
-
-
-def _text(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
-    chunks = decoded(stream, name, lenient=how.lenient)
+def _text(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
+    chunks = decoded_chunks(stream, name, lenient=how.lenient)
     if how.document == "file":
-        yield from _in_parts(chunks)
+        yield from document_parts(chunks)
     else:
-        pattern = _RULES.get(how.document) or how.document.removeprefix("separator:")
-        for text in _split(chunks, re.compile(pattern)):
+        pattern = RULES.get(how.document) or how.document.removeprefix("separator:")
+        for text in split_documents(chunks, re.compile(pattern)):
             yield text, True
 
 
-def _in_parts(chunks: Iterator[str]) -> Iterator[Part]:
-    """Cut one long document where GPT-2's pre-tokeniser always cuts: before white space that follows anything else.
-
-    The tokens of the parts, one after another, are then those of the whole.
-    """
-    held = ""
-    for chunk in chunks:
-        held += chunk
-        cut = _last_cut(held)
-        if cut:
-            yield held[:cut], False
-            held = held[cut:]
-    yield held, True
-
-
-def _last_cut(text: str) -> int:
-    """Return the last place to cut; 0 if there is none that leaves enough before it."""
-    end = len(text)
-    while (space := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) >= LEAST_PART:
-        end = len(text[:space].rstrip())  # where its run of white space begins
-        if end >= LEAST_PART and text[end] in " \n":
-            return end
-    return 0
-
-
-def _split(chunks: Iterator[str], pattern: re.Pattern[str]) -> Iterator[str]:
-    held, seen = "", 0  # no separator begins before `seen`
-    for chunk, margin in chain(zip(chunks, repeat(_MARGIN), strict=False), [("", 0)]):
-        held += chunk
-        start, next_ = 0, len(held) - 2 * _MARGIN
-        for match in pattern.finditer(held, seen):
-            if match.end() > len(held) - margin:  # it may go on in the next chunk
-                next_ = min(next_, match.start())
-                break
-            yield held[start : match.start()]
-            start = match.end()
-        held, seen = held[start:], max(0, next_ - start)
-    yield held
-
-
-def _lines(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[str]:
+def _lines(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[str]:
     """Yield lines with their ends, reading as it goes; a byte-order mark is left out."""
     offset = _skip_mark(stream)
     for raw in stream:
@@ -212,7 +138,7 @@ def _skip_mark(stream: io.BufferedReader) -> int:
     return len(stream.read(3)) if stream.peek(3).startswith(codecs.BOM_UTF8) else 0
 
 
-def _json_lines(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
+def _json_lines(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
     for number, line in enumerate(_lines(stream, name, how), start=1):
         if not line.strip():
             continue
@@ -225,7 +151,7 @@ def _json_lines(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[
         yield _field(row, f"{name}:{number}", how), True
 
 
-def _json(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
+def _json(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
     """Read JSON lines, or one array of objects or of texts."""
     _skip_mark(stream)
     if not stream.peek(1 << 12).lstrip().startswith(b"["):
@@ -235,7 +161,7 @@ def _json(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
 
     # What could not be read becomes an escape, which ijson's slow backend turns back and its fast ones refuse.
     backend = ijson.get_backend("python") if how.lenient else ijson
-    text = (chunk.encode("utf-8", "backslashreplace") for chunk in decoded(stream, name, lenient=how.lenient))
+    text = (chunk.encode("utf-8", "backslashreplace") for chunk in decoded_chunks(stream, name, lenient=how.lenient))
     number = 0
     try:
         for number, row in enumerate(backend.items(_Chunks(text), "item", use_float=True), start=1):
@@ -259,7 +185,7 @@ class _Chunks:
         return answer
 
 
-def _csv(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
+def _csv(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
     csv.field_size_limit(2**31 - 1)  # a field holds a whole document
     rows = csv.reader(_lines(stream, name, how), strict=True)
     try:
@@ -275,7 +201,7 @@ def _csv(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
         raise DataError(f"{name}:{rows.line_num}: not valid CSV: {error}") from error
 
 
-def _field(row: Any, where: str, how: Reading, *, bare: bool = False) -> str:
+def _field(row: Any, where: str, how: ReadOptions, *, bare: bool = False) -> str:
     text = row if bare and isinstance(row, str) else row.get(how.text_column) if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise _no_text(where, how, ", ".join(row) if isinstance(row, dict) else type(row).__name__)
@@ -287,11 +213,11 @@ def _field(row: Any, where: str, how: Reading, *, bare: bool = False) -> str:
     return text
 
 
-def _no_text(where: str, how: Reading, found: str) -> DataError:
+def _no_text(where: str, how: ReadOptions, found: str) -> DataError:
     return DataError(f"{where}: no text in field {how.text_column!r} (found: {found})", "name it with --text-column")
 
 
-def _parquet(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
+def _parquet(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
     import pyarrow.parquet as pq
 
     with _seekable(stream) as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as table:
@@ -299,7 +225,7 @@ def _parquet(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Par
         yield from rows_of(table.iter_batches(256, columns=[how.text_column]), name, how)
 
 
-def _arrow(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]:
+def _arrow(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
     """Read Arrow's file format or, as `datasets` writes it, its stream format."""
     with _seekable(stream) as file:
         is_file = file.read(6) == b"ARROW1"
@@ -310,7 +236,7 @@ def _arrow(stream: io.BufferedReader, name: str, how: Reading) -> Iterator[Part]
             yield from rows_of(batches, name, how)
 
 
-def check_column(schema: Any, name: str, how: Reading) -> None:
+def check_column(schema: Any, name: str, how: ReadOptions) -> None:
     """Check that a table has the text column, and that it holds text.
 
     Raises:
@@ -321,7 +247,7 @@ def check_column(schema: Any, name: str, how: Reading) -> None:
         raise _no_text(name, how, ", ".join(f"{field.name}: {field.type}" for field in schema))
 
 
-def rows_of(batches: Iterator[Any], name: str, how: Reading) -> Iterator[Part]:
+def rows_of(batches: Iterator[Any], name: str, how: ReadOptions) -> Iterator[TextPart]:
     """Yield the texts of a table's record batches; a row without a text is an empty document."""
     number = 0
     for batch in batches:
@@ -347,7 +273,7 @@ def _seekable(stream: io.BufferedReader) -> Iterator[IO[bytes]]:
         yield copy
 
 
-_READERS: dict[str, Callable[[io.BufferedReader, str, Reading], Iterator[Part]]] = {
+_READERS: dict[str, Callable[[io.BufferedReader, str, ReadOptions], Iterator[TextPart]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

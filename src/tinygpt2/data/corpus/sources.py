@@ -15,16 +15,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tinygpt2.config.data import EncodingErrors, TextOptions
 from tinygpt2.data.corpus.python_docs import python_docs
-from tinygpt2.data.corpus.readers import PACKED, Part, Reading, check_column, hidden, not_utf8, read_stream, rows_of
+from tinygpt2.data.corpus.readers import PACKED, ReadOptions, check_column, hidden, read_stream, rows_of
+from tinygpt2.data.corpus.text_splitting import TextPart
 from tinygpt2.errors import DataError, UnreadableError
+from tinygpt2.utils.files import open_file
 from tinygpt2.utils.hub import stream_dataset
 
 PYTHON_DOCS = "python-docs"
-Rows = Callable[[Reading], Iterator[Part]]
+Rows = Callable[[ReadOptions], Iterator[TextPart]]
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?(@(?P<split>\w+))?")
 _HINT = "a SOURCE is a file, a directory, a pattern in quotes, - (stdin), python-docs or a data set on the Hub"
@@ -71,25 +73,25 @@ class Corpus:
             DataError: a source is missing, is not UTF-8 (file and byte are named), is damaged, or a row is broken
                 or lacks the field (file and row are named).
         """
-        how = Reading(self.document or "file", self.text_column, self.errors != "strict")
+        how = ReadOptions(self.document or "file", self.text_column, self.errors != "strict")
         number = 0
-        for unit in self.units:
+        for unit in self.items:
             for parts in _by_document(unit.rows(how)):
                 for text, last in self._sound(parts):
                     yield Piece(number, text, last)
                     number += last
 
     @cached_property
-    def units(self) -> list[Unit]:
+    def items(self) -> list[SourceItem]:
         """What the sources consist of, in order."""
-        return [unit for source in self.sources for unit in _units(source, self.split)]
+        return [unit for source in self.sources for unit in _source_items(source, self.split)]
 
     def size_hint(self) -> int | None:
         """Return about how many bytes the sources are, for a progress bar; None if nobody can know."""
-        sizes = [unit.size for unit in self.units]
+        sizes = [unit.size for unit in self.items]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
-    def _sound(self, parts: Iterator[Part]) -> Iterator[Part]:
+    def _sound(self, parts: Iterator[TextPart]) -> Iterator[TextPart]:
         """Deal with a document's unreadable bytes, and leave it out if it is blank."""
         if self.errors == "skip":  # known only at its end
             whole = list(parts)
@@ -98,7 +100,7 @@ class Corpus:
                 return
             parts = iter(whole)
         counted = False
-        leading: list[Part] | None = []  # parts so far, all of them blank
+        leading: list[TextPart] | None = []  # parts so far, all of them blank
         for text, last in parts:
             if self.errors == "replace" and _broken(text):
                 self.encoding_errors += not counted
@@ -114,7 +116,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Unit:
+class SourceItem:
     """One thing to read: a file, a stream, a data set.
 
     Attributes:
@@ -139,10 +141,10 @@ def whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
             held = []
 
 
-def _by_document(parts: Iterator[Part]) -> Iterator[Iterator[Part]]:
+def _by_document(parts: Iterator[TextPart]) -> Iterator[Iterator[TextPart]]:
     """Group parts by document; a group must be used up before the next is asked for."""
 
-    def group(first: Part) -> Iterator[Part]:
+    def group(first: TextPart) -> Iterator[TextPart]:
         part = first
         yield part
         while not part[1]:
@@ -165,15 +167,15 @@ def _broken(text: str) -> bool:
     return False
 
 
-def _units(source: str, split: tuple[str, ...]) -> Iterator[Unit]:
+def _source_items(source: str, split: tuple[str, ...]) -> Iterator[SourceItem]:
     path = Path(source)
     if source == PYTHON_DOCS:
         texts = python_docs()
-        yield Unit(
+        yield SourceItem(
             source, sum(len(text.encode()) for text in texts), lambda how: ((text, True) for text in texts), sys.version
         )
     elif source == "-":
-        yield Unit(source, None, lambda how: read_stream(sys.stdin.buffer, "standard input", how))
+        yield SourceItem(source, None, lambda how: read_stream(sys.stdin.buffer, "standard input", how))
     elif (saved := re.sub(r"@\w+$", "", source)) and _is_saved(Path(saved)):
         yield _saved(Path(saved), (source[len(saved) + 1 :],) if saved != source else split)
     elif path.is_dir():
@@ -189,7 +191,7 @@ def _units(source: str, split: tuple[str, ...]) -> Iterator[Unit]:
         raise DataError(f"no such file or directory: {source}", _HINT)
 
 
-def _matching(pattern: str) -> Iterator[Unit]:
+def _matching(pattern: str) -> Iterator[SourceItem]:
     found = glob.glob(pattern, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
     files = [Path(name) for name in sorted(found) if Path(name).is_file()]
     if not files:
@@ -197,46 +199,21 @@ def _matching(pattern: str) -> Iterator[Unit]:
     yield from map(_file, files)
 
 
-def _file(path: Path) -> Unit:
-    def read(how: Reading) -> Iterator[Part]:
+def _file(path: Path) -> SourceItem:
+    def read(how: ReadOptions) -> Iterator[TextPart]:
         with open_file(path) as stream:
             yield from read_stream(stream, str(path), how)
 
     status = path.stat()
     size = None if path.suffix.lower() in (*PACKED, ".parquet") else status.st_size
-    return Unit(str(path), size, read, f"{status.st_size} {status.st_mtime_ns}")
-
-
-def open_file(path: Path) -> IO[bytes]:
-    """Open a file for reading.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UnreadableError(f"cannot read {path}: {error.strerror}") from error
-
-
-def read_text(path: Path) -> str:
-    """Read a whole UTF-8 file, line ends as they are.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8 (the byte offset is named).
-    """
-    with open_file(path) as stream:
-        try:
-            return stream.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise not_utf8(str(path), error) from error
+    return SourceItem(str(path), size, read, f"{status.st_size} {status.st_mtime_ns}")
 
 
 def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _saved(path: Path, split: tuple[str, ...]) -> Unit:
+def _saved(path: Path, split: tuple[str, ...]) -> SourceItem:
     """Read a data set that `datasets` saved to disk."""
     import datasets
 
@@ -247,12 +224,12 @@ def _saved(path: Path, split: tuple[str, ...]) -> Unit:
     if isinstance(found, datasets.DatasetDict):
         found = found[_choose(list(found), split, str(path))]
 
-    def read(how: Reading) -> Iterator[Part]:
+    def read(how: ReadOptions) -> Iterator[TextPart]:
         check_column(found.features.arrow_schema, str(path), how)
         tables = found.with_format("arrow").iter(256)
         yield from rows_of(chain.from_iterable(table.to_batches() for table in tables), str(path), how)
 
-    return Unit(str(path), found.data.nbytes, read, found._fingerprint)
+    return SourceItem(str(path), found.data.nbytes, read, found._fingerprint)
 
 
 def _on_the_hub(path: Path, source: str) -> re.Match[str] | None:
@@ -261,14 +238,14 @@ def _on_the_hub(path: Path, source: str) -> re.Match[str] | None:
     return None if looks_local else _HUB_NAME.fullmatch(source)
 
 
-def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Iterator[Unit]:
+def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Iterator[SourceItem]:
     """Read a data set from the Hub as it comes, each of its files a unit."""
     wanted = (name["split"],) if name["split"] else split
     splits, revision = stream_dataset(name["name"], name["configuration"])
     found = splits[_choose(list(splits), wanted, source)]
 
     def rows(index: int) -> Rows:
-        def read(how: Reading) -> Iterator[Part]:
+        def read(how: ReadOptions) -> Iterator[TextPart]:
             for number, row in enumerate(_reading(found.shard(found.num_shards, index), source)):
                 text = row.get(how.text_column)
                 if how.text_column not in row or not isinstance(text, str | None):
@@ -282,7 +259,7 @@ def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Itera
         return read
 
     for index in range(found.num_shards):
-        yield Unit(f"{source} ({index + 1} of {found.num_shards})", None, rows(index), revision)
+        yield SourceItem(f"{source} ({index + 1} of {found.num_shards})", None, rows(index), revision)
 
 
 def _reading(rows: Iterable[Any], source: str) -> Iterator[Any]:

@@ -1,0 +1,35 @@
+"""What the command line sets up once, before a command runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+from tinygpt2.runtime.cpu import keep_memory
+from tinygpt2.runtime.launch import set_up_processes_with
+from tinygpt2.runtime.signals import raise_interrupt
+from tinygpt2.utils import progress
+
+
+def start_session() -> None:
+    """Show progress, keep freed memory, treat SIGTERM as Ctrl-C, and silence the libraries' own progress and logs.
+
+    Processes that a command starts do the same.
+    """
+    import datasets
+    import transformers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, raise_interrupt)
+    set_up_processes_with(start_session)
+    progress.show()
+    keep_memory()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    datasets.disable_progress_bars()
+    disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for library in ("transformers", "datasets", "accelerate", "huggingface_hub", "torch"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,0 +1,39 @@
+"""Blocks of text to measure a model on, and its loss on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.data.dataset import Blocks
+from tinygpt2.models.lm_head import target_losses
+
+Batches = list[Int[Tensor, "B T"]]
+
+_TOKENS = 2048  # in a forward pass
+
+
+def calibration_batches(blocks: Blocks, count: int, device: torch.device) -> Batches:
+    """Return up to `count` blocks, evenly spaced, in batches: of padded ones the longest, without padding."""
+    lengths = blocks.lengths(range(len(blocks))) if blocks.padded else []
+    longest = max(lengths, default=None)
+    whole = [index for index, length in enumerate(lengths) if length == longest] or range(len(blocks))
+    chosen = [
+        whole[place] for place in np.unique(np.linspace(0, len(whole) - 1, min(count, len(whole))).round().astype(int))
+    ]
+    size = max(1, _TOKENS // blocks.batch(chosen[:1]).input_ids.shape[1])
+    batches = (blocks.batch(chosen[i : i + size]).input_ids for i in range(0, len(chosen), size))
+    return [ids[:, :longest].to(device) for ids in batches]
+
+
+@torch.no_grad()
+def mean_loss(model: GPT2LMHeadModel, batches: Batches) -> float:
+    """Return the cross-entropy in nats per token of every token but the first of a block."""
+    total, count = 0.0, 0
+    for ids in batches:
+        losses, _ = target_losses(model, model.lm_head.weight, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+        total, count = total + float(losses.double().sum()), count + losses.numel()
+    return total / count

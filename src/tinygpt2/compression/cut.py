@@ -1,0 +1,138 @@
+"""The cut itself: which of a teacher's parts a student keeps, and their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.config.compression import Position, Strategy, TruncateStudentConfig
+from tinygpt2.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class KeptParts:
+    """Which parts of a teacher a student is made of.
+
+    Attributes:
+        layers: blocks, rising.
+        dimensions: of the residual stream, the same everywhere, rising.
+        heads, inner: for each kept block its heads and inner units, rising.
+        positions: how many, and how they are taken.
+    """
+
+    layers: list[int]
+    dimensions: Int[Tensor, " Ds"]
+    heads: list[Int[Tensor, " Hs"]]
+    inner: list[Int[Tensor, " Fs"]]
+    positions: tuple[int, Position]
+
+
+def choose_layers(total: int, keep: int, strategy: Strategy) -> list[int]:
+    """Return which of `total` blocks to keep, counted from 0.
+
+    `uniform` keeps both ends, evenly spaced. `alternate` takes floor(i * total / keep): 0,2,4,6,8,10 of 12, as Li et
+    al. 2021, arXiv:2110.08460. `distilgpt2` takes that for the lower half and its mirror image for the upper:
+    0,2,4,7,9,11 of 12, as Hugging Face's DistilGPT2. `first`, `middle` and `last` are blocks in a row.
+
+    Raises:
+        ConfigError: more layers than there are.
+        ValueError: `importance`, which has to be measured.
+    """
+    if keep > total:
+        raise ConfigError(f"--num-layers {keep}: the teacher has only {total}")
+    alternate = [i * total // keep for i in range(keep)]
+    if strategy == "alternate":
+        return alternate
+    if strategy == "distilgpt2":
+        lower = alternate[: (keep + 1) // 2]
+        return lower + [total - 1 - layer for layer in reversed(alternate[: keep // 2])]
+    if strategy == "uniform":
+        return [round(i * (total - 1) / (keep - 1)) for i in range(keep)] if keep > 1 else [0]
+    starts = {"first": 0, "middle": (total - keep) // 2, "last": total - keep}
+    if strategy not in starts:
+        raise ValueError(f"{strategy} is measured, see calibration.depth_importance")
+    return list(range(starts[strategy], starts[strategy] + keep))
+
+
+def cut_model(teacher: GPT2LMHeadModel, kept: KeptParts) -> GPT2LMHeadModel:
+    """Return a new model of a teacher's parts, all weights copied, in evaluation mode."""
+    config, width = teacher.config, len(kept.dimensions)
+    head_width = config.n_embd // config.n_head
+    inner = len(kept.inner[0])
+    same_ratio = config.n_inner is None and inner == 4 * width
+    sizes = {
+        "n_layer": len(kept.layers), "n_embd": width, "n_head": len(kept.heads[0]), "n_positions": kept.positions[0],
+        "n_inner": None if same_ratio else inner,
+    }  # fmt: skip
+    student = GPT2LMHeadModel(config.__class__.from_dict({**config.to_dict(), **sizes}))
+    dims, weights = kept.dimensions, {}
+    for name, tensor in teacher.state_dict().items():
+        if ".h." not in name:
+            weights[name] = _positions(tensor, *kept.positions) if name.endswith("wpe.weight") else tensor
+            weights[name] = weights[name][..., dims]
+    for new, (layer, heads, units) in enumerate(zip(kept.layers, kept.heads, kept.inner, strict=True)):
+        columns = (heads[:, None] * head_width + torch.arange(head_width)).flatten()
+        fused = torch.cat([columns + part * config.n_embd for part in range(3)])  # queries, keys, values
+        for name, tensor in teacher.transformer.h[layer].state_dict().items():
+            part = _part(name, tensor, dims, columns, fused, units)
+            if config.scale_attn_by_inverse_layer_idx and name.startswith("attn.c_attn."):
+                scale = torch.ones(len(fused))  # the queries', because the block's number has changed
+                scale[: len(columns)] = (new + 1) / (layer + 1)
+                part = part * scale
+            weights[f"transformer.h.{new}.{name}"] = part
+    student.load_state_dict(weights)
+    return student.eval()
+
+
+def _part(
+    name: str, tensor: Tensor, dims: Int[Tensor, " Ds"], heads: Tensor, fused: Tensor, units: Int[Tensor, " Fs"]
+) -> Tensor:
+    """Return the kept rows and columns of one of a block's tensors; Conv1D's matrices are (in, out)."""
+    inputs = {
+        "attn.c_attn.weight": dims,
+        "attn.c_proj.weight": heads,
+        "mlp.c_fc.weight": dims,
+        "mlp.c_proj.weight": units,
+    }
+    outputs = {"attn.c_attn": fused, "mlp.c_fc": units}
+    if name in inputs:
+        tensor = tensor[inputs[name]]
+    return tensor[..., outputs.get(name.rsplit(".", 1)[0], dims)]
+
+
+def _positions(table: Float[Tensor, "P D"], count: int, how: Position) -> Float[Tensor, "Ps D"]:
+    """Return fewer position embeddings: the first ones, or as many evenly between the first and the last."""
+    if how == "first" or count == len(table):
+        return table[:count]
+    return F.interpolate(table.T[None], size=count, mode="linear", align_corners=True)[0].T
+
+
+def sizes_of(config: TruncateStudentConfig, teacher: Any) -> tuple[int, int, int]:
+    """Return the student's width, heads and inner units.
+
+    Args:
+        teacher: its configuration.
+
+    Raises:
+        ConfigError: wider than the teacher, or heads that would not stay whole.
+    """
+    head_width = teacher.n_embd // teacher.n_head
+    heads = config.n_head or (config.n_embd or teacher.n_embd) // head_width
+    width = config.n_embd or heads * head_width
+    if width != heads * head_width or not 0 < heads <= teacher.n_head:
+        pairs = ", ".join(f"{count * head_width}/{count}" for count in range(1, teacher.n_head + 1))
+        raise ConfigError(
+            f"--n-embd {width} with --n-head {heads}: the teacher's heads are {head_width} wide and are kept whole",
+            f"valid pairs of width and heads: {pairs}",
+        )
+    whole = teacher.n_inner or 4 * teacher.n_embd
+    inner = config.n_inner or max(1, whole * width // teacher.n_embd)
+    if inner > whole:
+        raise ConfigError(f"--n-inner {inner}: the teacher has only {whole}")
+    return width, heads, inner

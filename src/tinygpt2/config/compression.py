@@ -1,0 +1,92 @@
+"""Options of `truncate-student`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from tinygpt2.config.base import option
+from tinygpt2.config.models import ModelOptions
+
+Strategy = Literal["uniform", "alternate", "distilgpt2", "first", "middle", "last", "importance"]
+Position = Literal["first", "interpolate"]
+
+
+class TruncateStudentConfig(ModelOptions):
+    """Options of `truncate-student`."""
+
+    teacher: str = option("Teacher: a local directory or a Hub id.")
+    out: str = option("Directory for the student.")
+    num_layers: int | None = option("Number of layers to keep.", default=None, ge=1)
+    strategy: Strategy | None = option(
+        "Which layers --num-layers keeps. uniform: evenly spaced, with the first and the last. alternate: evenly "
+        "spaced from the first. distilgpt2: evenly spaced from both ends. importance: removes, one by one, the layer "
+        "whose removal raises the loss on --data least.",
+        default=None,
+        shown="uniform",
+    )
+    layers: str | None = option(
+        "Layers to keep by number, counted from 0, such as 0,2,4,7,9,11.", default=None, commas=True
+    )
+    n_embd: int | None = option(
+        "Hidden size of the student. Keeps the dimensions that matter most on --data.",
+        default=None,
+        ge=1,
+        shown="from --n-head",
+    )
+    n_head: int | None = option(
+        "Attention heads to keep in each layer. A head keeps its size.", default=None, ge=1, shown="from --n-embd"
+    )
+    n_inner: int | None = option(
+        "Inner size of each MLP.", default=None, ge=1, shown="in proportion to the hidden size, as in the teacher"
+    )
+    refit: bool = option(
+        "Refit the output projections by least squares on --data, so that the student's hidden states follow the "
+        "teacher's.",
+        default=False,
+    )
+    n_positions: int | None = option("Number of positions of the student.", default=None, ge=1, shown="as the teacher")
+    position: Position | None = option(
+        "Which position embeddings --n-positions keeps: the first ones, or an interpolation of all.",
+        default=None,
+        shown="first",
+    )
+    data: str | None = option(
+        "Pregenerated dataset. Importance is measured on its training split, perplexity on its test split.",
+        default=None,
+    )
+    calibration_sequences: int = option("How many blocks of --data to measure on.", default=64, ge=1)
+
+    @property
+    def cuts_width(self) -> bool:
+        """Whether the student is narrower than the teacher."""
+        return any(size is not None for size in (self.n_embd, self.n_head, self.n_inner))
+
+    @property
+    def measures(self) -> list[str]:
+        """The options that need measurements on `data`."""
+        needs = {
+            "--strategy importance": self.strategy == "importance",
+            "a narrower student": self.cuts_width,
+            "--refit": self.refit,
+        }
+        return [name for name, needed in needs.items() if needed]
+
+    def conflicts(self) -> Iterator[str]:
+        """Require at least one cut, one way to choose layers, and data for what is measured."""
+        if self.num_layers is not None and self.layers is not None:
+            yield "--num-layers and --layers cannot be combined: give one of them"
+        if self.num_layers is None and self.layers is None and not self.cuts_width and self.n_positions is None:
+            yield "give --num-layers or --layers, a width (--n-embd, --n-head, --n-inner) or --n-positions"
+        if self.strategy is not None and self.num_layers is None:
+            why = ": --layers already names the layers" if self.layers else ""
+            yield f"--strategy needs --num-layers{why}"
+        if self.position is not None and self.n_positions is None:
+            yield "--position needs --n-positions"
+        if self.data is None and self.calibration_sequences != type(self).model_fields["calibration_sequences"].default:
+            yield "--calibration-sequences has no effect without --data"
+        if self.measures and self.data is None:
+            yield f"--data is required to measure on: {' and '.join(self.measures)}"
+        if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
+            yield f"--layers {self.layers!r}: expected layer numbers such as 0,2,4"

@@ -1,0 +1,58 @@
+"""Options of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tinygpt2.config.base import flag_name, option
+from tinygpt2.config.common import DECODING, MAX_SEED
+from tinygpt2.config.models import ModelOptions
+
+
+class GenerateConfig(ModelOptions):
+    """Options of `generate`. Decoding is greedy without an option for sampling or beam search."""
+
+    model: list[str] = option("Model: a local directory or a Hub id. Repeat it to compare several.")
+    prompt: list[str] = option(
+        "Text to continue. Repeat it for several prompts.", default=[], shown="the start of a text"
+    )
+    prompt_file: str | None = option("UTF-8 file whose whole text is the prompt.", default=None)
+    interactive: bool = option(
+        "Start an interactive prompt. /temperature 0.7 changes a setting, Ctrl-D quits.", default=False
+    )
+    max_new_tokens: int | None = option(
+        "Most tokens to add to a prompt.", default=None, panel=DECODING, ge=1, shown="100, or fewer if positions end"
+    )
+    temperature: float | None = option(
+        "Sample with this temperature. Below 1 is more conservative, above 1 more diverse.",
+        default=None,
+        panel=DECODING,
+        gt=0,
+    )
+    top_k: int | None = option("Sample from the K most likely tokens.", default=None, panel=DECODING, ge=1)
+    top_p: float | None = option(
+        "Sample from the most likely tokens that together have this probability.",
+        default=None,
+        panel=DECODING,
+        gt=0,
+        le=1,
+    )
+    num_beams: int = option("Beam search with this many beams.", default=1, panel=DECODING, ge=1)
+    num_samples: int = option("Texts for each prompt: samples, or the best beams.", default=1, panel=DECODING, ge=1)
+    seed: int = option("Seed for sampling.", default=42, panel=DECODING, ge=0, le=MAX_SEED)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are sampled: with any sampling option, or for several texts without beams."""
+        given = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
+        return given or (self.num_samples > 1 and self.num_beams == 1)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check prompts and decoding."""
+        given = [name for name in ("prompt", "prompt_file", "interactive") if getattr(self, name)]
+        if len(given) > 1:
+            yield f"{' and '.join(map(flag_name, given))} cannot be combined: give one of them"
+        if self.num_beams > 1 and self.samples:
+            yield "--num-beams cannot be combined with --temperature, --top-k or --top-p: beam search does not sample"
+        if 1 < self.num_beams < self.num_samples:
+            yield f"--num-samples {self.num_samples} is more than --num-beams {self.num_beams}"

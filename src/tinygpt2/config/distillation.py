@@ -1,0 +1,190 @@
+"""Options of `distill`, and recipes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from tinygpt2.config.base import extra, flag_name, option, read_yaml
+from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, RUN
+from tinygpt2.config.training import TrainOptions
+from tinygpt2.errors import ConfigError
+
+PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
+HiddenScale = Literal["none", "variance"]
+HeadMap = Literal["equal", "average"]
+TeacherDtype = Literal["fp32", "bf16"]
+
+
+class DistillConfig(TrainOptions):
+    """Options of `distill`. A recipe sets objectives and optimisation; an option that is given wins over it.
+
+    Sources: TinyGPT2 (attention, hidden states, soft labels), DistilGPT2 (cosine, temperature).
+    """
+
+    teacher: str | None = option("Teacher: a local directory or a Hub id.", default=None)
+    student: str | None = option(
+        "Student: a directory with weights, or for random weights a preset's name or a configuration file.",
+        default=None,
+    )
+    data: str = option("Pregenerated dataset.")
+    teacher_dtype: TeacherDtype = option("Number format of the teacher's weights.", default="fp32", panel=OPTIMISATION)
+    teacher_cache: str | None = option(
+        "Cache the teacher's final hidden states here, so that later epochs and other students can reuse them.",
+        default=None,
+        panel=RUN,
+    )
+    recipe: str = option(
+        "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.", default="default"
+    )
+    attention_weight: float = option(
+        "Weight of the squared error of the attention scores.", default=0.0, panel=OBJECTIVES, ge=0
+    )
+    head_map: HeadMap = option(
+        "equal: student and teacher have the same number of heads. average: each student head learns the average of "
+        "a group of teacher heads.",
+        default="equal",
+        panel=OBJECTIVES,
+    )
+    relation_weight: float = option(
+        "Weight of MiniLM's relations (q-q, k-k, v-v) in the student's last layer.",
+        default=0.0,
+        panel=OBJECTIVES,
+        ge=0,
+    )
+    hidden_weight: float = option(
+        "Weight of the squared error of the hidden states.", default=0.0, panel=OBJECTIVES, ge=0
+    )
+    hidden_map: str = option(
+        "Which hidden states of the student to compare: all, inner (all but the last) or numbers such as 0,3. "
+        "3=10 compares state 3 with the teacher's state 10.",
+        default="all",
+        panel=OBJECTIVES,
+        commas=True,
+    )
+    hidden_scale: HiddenScale = option(
+        "variance divides the error of a hidden state by the variance of the teacher's state.",
+        default="none",
+        panel=OBJECTIVES,
+    )
+    prediction_weight: float = option(
+        "Weight of the loss between the predictions of student and teacher.", default=0.0, panel=OBJECTIVES, ge=0
+    )
+    prediction_loss: PredictionLoss = option(
+        "Loss between the two predictions: cross-entropy with soft labels, forward KL, reverse KL or Jensen-Shannon.",
+        default="forward_kl",
+        panel=OBJECTIVES,
+    )
+    temperature: float = option(
+        "Divide both models' logits by this; the loss is multiplied by its square.",
+        default=1.0,
+        panel=OBJECTIVES,
+        gt=0,
+    )
+    ce_weight: float = option(
+        "Weight of the next-token cross-entropy on the data.", default=0.0, panel=OBJECTIVES, ge=0
+    )
+    cosine_weight: float = option(
+        "Weight of 1 - cosine of the final hidden states. Needs equal hidden sizes.",
+        default=0.0,
+        panel=OBJECTIVES,
+        ge=0,
+    )
+    layer_map: str = option(
+        "Which teacher layer each student layer learns from: uniform, last, first or numbers such as 3,6,9,12.",
+        default="uniform",
+        panel=OBJECTIVES,
+        commas=True,
+    )
+    plan: bool = option(
+        "Time a few steps of --student, or of several cuts of the teacher, report what fits into --budget-minutes, "
+        "and exit.",
+        default=False,
+        panel=RUN,
+    )
+    budget_minutes: float | None = option("Minutes of training for --plan.", default=None, panel=RUN, gt=0, shown="60")
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether nothing is trained, and nothing is left in the output directory."""
+        return super().dry_run or self.plan
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any objective with a weight above 0 uses the teacher."""
+        weights = (self.attention_weight, self.relation_weight, self.hidden_weight)
+        return any((*weights, self.prediction_weight, self.cosine_weight))
+
+    @classmethod
+    def layered(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Lay the given values over the recipe's."""
+        return {**read_recipe(str(values.get("recipe", cls.model_fields["recipe"].default))), **values}
+
+    def conflicts(self) -> Iterator[str]:
+        """Require a student, an objective and what the objective needs."""
+        yield from super().conflicts()
+        yield from self._plan_conflicts()
+        if self.student is None and not self.plan:
+            yield f"--student is required: {type(self).model_fields['student'].description}"
+        if self.needs_teacher and self.teacher is None:
+            yield "--teacher is required: an objective with a weight above 0 compares the student with it"
+        if not self.needs_teacher and not self.ce_weight:
+            yield "all objectives have a weight of 0: there is nothing to learn"
+        inside = [
+            flag_name(name) for name in ("attention_weight", "relation_weight", "hidden_weight") if getattr(self, name)
+        ]
+        if self.layer_map not in ("uniform", "last", "first") and not re.fullmatch(r"\d+(,\d+)*", str(self.layer_map)):
+            yield f"--layer-map {self.layer_map!r}: expected uniform, last, first or numbers such as 3,6,9,12"
+        states = r"\d+(=\d+)?"
+        if self.hidden_map not in ("all", "inner") and not re.fullmatch(f"{states}(,{states})*", str(self.hidden_map)):
+            yield f"--hidden-map {self.hidden_map!r}: expected all, inner or numbers such as 0,3 or 0,3=10"
+        if self.head_map != "equal" and not self.attention_weight:
+            yield "--head-map average has no effect while --attention-weight is 0"
+        if self.hidden_map != "all" and not self.hidden_weight:
+            yield f"--hidden-map {self.hidden_map} has no effect while --hidden-weight is 0"
+        if self.teacher_dtype != "fp32" and not self.needs_teacher:
+            yield f"--teacher-dtype {self.teacher_dtype} has no effect: no objective uses the teacher"
+        if self.teacher_cache is not None and (inside or not self.needs_teacher):
+            why = f"{inside[0]} needs other states" if inside else "no objective uses the teacher"
+            yield f"--teacher-cache holds only the teacher's final hidden states: {why}"
+
+    def _plan_conflicts(self) -> Iterator[str]:
+        if self.budget_minutes is not None and not self.plan:
+            yield "--budget-minutes has no effect without --plan"
+        if not self.plan:
+            return
+        if self.teacher is None and self.student is None:
+            yield "--teacher is required: --plan times cuts of it"
+        others = ["validate_only", "compile_only", "auto_batch_size", "max_steps", "num_epochs", "max_tokens"]
+        if found := [flag_name(name) for name in others if getattr(self, name)]:
+            yield f"--plan cannot be combined with {' and '.join(found)}: it finds the number of steps by timing"
+        if (self.num_processes or 1) > 1:
+            yield "--plan uses one process: leave --num-processes out"
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Read a recipe: a built-in one by its name, or a YAML file.
+
+    Raises:
+        ConfigError: there is no such recipe, or it sets an option that is neither an objective nor optimisation.
+    """
+    built_in = {
+        Path(item.name).stem: Path(str(item))
+        for item in files("tinygpt2.config").joinpath("recipes").iterdir()
+        if item.name.endswith(".yaml")
+    }
+    path = built_in.get(name, Path(name))
+    if name not in built_in and not path.is_file():
+        raise ConfigError(
+            f"no recipe {name!r}: there is no such file", f"the built-in recipes are {', '.join(sorted(built_in))}"
+        )
+    values = read_yaml(path)
+    allowed = {
+        key for key, field in DistillConfig.options().items() if extra(field, "panel") in (OBJECTIVES, OPTIMISATION)
+    }
+    if others := sorted(set(values) - allowed):
+        raise ConfigError(f"recipe {name}: {', '.join(others)}: a recipe sets only objectives and optimisation")
+    return values

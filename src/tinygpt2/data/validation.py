@@ -1,0 +1,89 @@
+"""Whether a pregenerated dataset is what its manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tinygpt2.data.block_readers import real_tokens
+from tinygpt2.data.block_writers import MANIFEST, content_of
+from tinygpt2.data.dataset import Blocks, _parts, load_packed_dataset
+from tinygpt2.data.tokenizer import fingerprint
+from tinygpt2.errors import DataError
+from tinygpt2.utils.files import read_json
+
+
+def check_dataset(path: Path) -> Iterator[str]:
+    """Yield one message per fault of a pregenerated dataset or a folder of its parts."""
+    folders = _parts(path)
+    if folders:
+        try:
+            load_packed_dataset(str(path))
+        except DataError as error:
+            yield str(error)
+    for folder in folders or [path]:
+        prefix = f"{folder.name}: " if folders else ""
+        yield from (prefix + problem for problem in _check_folder(folder))
+
+
+def _check_folder(path: Path) -> Iterator[str]:
+    """Check lengths, counts, range of tokens, padding, tokenizer and content."""
+    try:
+        packed = load_packed_dataset(str(path))
+        tokenizer = packed.tokenizer()
+    except Exception as error:
+        yield str(error)
+        return
+    if fingerprint(tokenizer) != packed.manifest.get("tokenizer_fingerprint"):
+        yield f"tokenizer/ is not the one that made the dataset: its fingerprint differs from {MANIFEST}'s"
+    for name, blocks in (("train", packed.train), ("test", packed.test)):
+        counts = packed.manifest.get("splits", {}).get(name, {})
+        if len(blocks) != counts.get("sequences"):
+            yield f"{name}: {len(blocks)} sequences, {MANIFEST} says {counts.get('sequences')}"
+            continue
+        if packed.manifest["format"] == "jsonl":
+            yield from _check_metrics(path, name, len(blocks), packed.sequence_length)
+        try:
+            yield from _check_blocks(blocks, name, counts["files"], len(tokenizer))
+        except Exception as error:
+            yield f"{name}: {' '.join(str(error).split())}"
+
+
+def _check_metrics(path: Path, split: str, sequences: int, length: int) -> Iterator[str]:
+    try:
+        found = read_json(path / f"{split}_metrics.json")
+    except (OSError, ValueError) as error:
+        yield f"{split}_metrics.json: {error}"
+        return
+    for key, expected in (("num_examples", sequences), ("max_seq_len", length)):
+        if found.get(key) != expected:
+            yield f"{split}_metrics.json: {key} is {found.get(key)}, not {expected}"
+
+
+def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocabulary: int) -> Iterator[str]:
+    """Read every block, some at a time, and compare each file's tokens with its SHA-256."""
+    waiting, sha, left, number = list(files), hashlib.sha256(), 0, 0
+    if sum(file["sequences"] for file in files) != len(blocks):
+        yield f"{split}: {len(blocks)} sequences, {MANIFEST} lists files with {sum(f['sequences'] for f in files)}"
+        return
+    step = max(1, (1 << 20) // blocks.sequence_length)
+    for part in blocks.parts:
+        start = 0
+        while start < len(part):
+            while not left:
+                current = waiting.pop(0)
+                sha, left = hashlib.sha256(), current["sequences"]
+            ids, mask = part.read(start, min(start + step, start + left, len(part)))
+            outside = (ids < 0) | (ids >= vocabulary)
+            if outside.any():
+                row = number + int(outside.any(-1).argmax())
+                yield f"{split}: sequence {row} holds a token outside the vocabulary of {vocabulary}"
+                return
+            if mask is not None:
+                real_tokens(mask, number)
+            sha.update(content_of(ids))
+            start, left, number = start + len(ids), left - len(ids), number + len(ids)
+            if not left and sha.hexdigest() != current["sha256"]:
+                yield f"{current['name']}: its tokens are not those that were written (SHA-256 differs)"

@@ -1,0 +1,41 @@
+"""A model's parameters: counting, freezing, dropout."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.errors import ConfigError
+
+
+def set_dropout(model: GPT2LMHeadModel, rate: float) -> None:
+    """Use one dropout rate for embeddings, attention and residuals while training; the configuration stays."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Exclude the parameters whose names match a pattern (as in a shell) from training.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or all together leave nothing to train.
+    """
+    for pattern in patterns:
+        matched = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ConfigError(
+                f"--freeze {pattern!r} matches no parameter",
+                "names look like transformer.h.0.attn.c_attn.weight",
+            )
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"--freeze {', '.join(patterns)} leaves nothing to train")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count weights, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,47 @@
+"""Devices: which one is used, its number types, and its peak rate."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import torch
+
+from tinygpt2.config.common import Precision
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def default_device() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# Dense peaks of the makers' data sheets, in 10^12 operations per second: float32 (TF32 off), bfloat16 or float16
+PEAKS = {
+    "H200": (67, 989), "H100 PCIe": (51, 756), "H100": (67, 989), "GH200": (67, 989), "B200": (75, 2250),
+    "A100": (19.5, 312), "A40": (37.4, 149.7), "A10": (31.2, 125), "L40S": (91.6, 362), "L4": (30.3, 121),
+    "V100": (15.7, 125), "T4": (8.1, 65), "RTX 4090": (82.6, 165.2), "RTX 3090": (35.6, 71),
+}  # fmt: skip
+
+
+def device_peak(device: torch.device, precision: str) -> float | None:
+    """Return a device's peak in operations per second, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = next((peaks for part, peaks in PEAKS.items() if re.search(rf"\b{part}\b", name)), None)
+    return None if found is None else found[precision != "fp32"] * 1e12
+
+
+def measured_rate(device: torch.device, precision: str) -> float:
+    """Return the operations per second of a matrix product on this device, measured within a moment."""
+    size = 1024 if device.type == "cpu" else 8192
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

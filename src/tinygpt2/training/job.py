@@ -1,0 +1,182 @@
+"""One training run: its model, data and objectives, and how `pretrain`, `distill` and `finetune` set them up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH
+from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
+from tinygpt2.data.dataset import Blocks, PackedDataset, is_packed_dataset, load_packed_dataset
+from tinygpt2.data.tokenizer import fingerprint
+from tinygpt2.errors import ConfigError, ModelError
+from tinygpt2.evaluation.conventions import ModelTokenizer
+from tinygpt2.evaluation.perplexity import tokenize_fitting_tasks
+from tinygpt2.evaluation.tasks import load_tasks
+from tinygpt2.models.compatibility import check_fits
+from tinygpt2.models.configuration import is_model_config, read_model_config
+from tinygpt2.models.loading import load_model, model_tokenizer, random_model
+from tinygpt2.models.parameters import count_parameters, freeze
+from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.devices import DTYPES
+from tinygpt2.runtime.launch import check_number
+from tinygpt2.training.preparation import TrainingSetup, training_setup
+from tinygpt2.training.schedule import peak_learning_rate, total_steps
+from tinygpt2.training.throughput import step_operations
+
+
+@dataclass
+class Job:
+    """One training run, ready to start.
+
+    Attributes:
+        command: its name.
+        how: one sentence for the model card: how the model was made.
+        evaluated: the blocks to evaluate on.
+    """
+
+    command: str
+    config: TrainOptions
+    how: str
+    model: GPT2LMHeadModel
+    data: PackedDataset
+    evaluated: Blocks
+    weights: LossWeights = field(default_factory=LossWeights)
+    teacher: GPT2LMHeadModel | None = None
+
+    def sequences(self, processes: int) -> int:
+        """Return the number of blocks in one optimizer step."""
+        return self.config.micro_batch_size * self.config.gradient_accumulation_steps * processes
+
+    def operations(self) -> int:
+        """Return the floating-point operations of a training step, per token."""
+        teacher = None if self.teacher is None else self.teacher.config
+        return step_operations(self.model.config, teacher, self.weights, self.data.sequence_length)
+
+    def total_steps(self, processes: int) -> int:
+        """Return the number of optimizer steps of the whole run."""
+        sequences, length = len(self.data.train), self.data.sequence_length
+        return total_steps(self.config, sequences, self.sequences(processes), length, count_parameters(self.model))
+
+    def peak_rate(self) -> float:
+        """Return the peak learning rate."""
+        return peak_learning_rate(self.config, self.model.config.n_embd)
+
+
+@contextmanager
+def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Iterator[tuple[Job, Accelerator]]:
+    """Check a run's options and files, and yield the job with the accelerator to run it on.
+
+    Args:
+        data: replaces the dataset that the configuration names.
+
+    Raises:
+        ConfigError, DataError, ModelError: an option, a dataset or a model is wrong, or they do not fit each other.
+    """
+    check_number(config.num_processes)
+    with fast_products(), training_setup(config, loss_weights(config)) as setup:
+        job = make_job(config, data, setup)
+        freeze(job.model, config.freeze)
+        if config.eval_task:  # a task that does not fit the model is reported before the training
+            tokenizer = ModelTokenizer(config.out, job.model.config, job.data.tokenizer())
+            tokenize_fitting_tasks(load_tasks(config.eval_task, config.task_data), tokenizer)
+        yield job, setup.accelerator
+
+
+def loss_weights(config: TrainOptions) -> LossWeights:
+    """Return the objectives of a run: those of `distill`, or plain language modelling."""
+    return LossWeights.of(config) if isinstance(config, DistillConfig) else LossWeights()
+
+
+def make_job(config: TrainOptions, data: PackedDataset | None, setup: TrainingSetup) -> Job:
+    """Set up the job of `pretrain`, `distill` or `finetune`, whichever the configuration is for."""
+    if isinstance(config, PretrainConfig):
+        return pretraining_job(config, data, setup)
+    if isinstance(config, DistillConfig):
+        return distillation_job(config, data, setup)
+    assert isinstance(config, FinetuneConfig)
+    return finetuning_job(config, data, setup)
+
+
+def pretraining_job(config: PretrainConfig, data: PackedDataset | None, setup: TrainingSetup) -> Job:
+    """Set up `pretrain`: read the dataset, make or load the model."""
+    data = data or load_packed_dataset(config.data)
+    if config.shape is not None:
+        shape = read_model_config(config.shape, data.tokenizer())
+        model = random_model(shape, config.seed, hollow=config.validate_only)
+        check_fits(data, model.config, None, f"the configuration {config.shape}")
+        how = f"A GPT-2 of shape {config.shape}, trained from random weights on {_sources(data)}."
+    else:
+        model, directory = load_model(config.model or "", allow_pickle=config.allow_pickle, hollow=config.validate_only)
+        check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
+        how = f"A GPT-2, trained further from {config.model} on {_sources(data)}."
+    return Job("pretrain", config, how, model, data, setup.evaluated(data, model.config, config))
+
+
+def distillation_job(
+    config: DistillConfig, data: PackedDataset | None, setup: TrainingSetup, shape: GPT2Config | None = None
+) -> Job:
+    """Set up `distill`: read the dataset, load student and teacher.
+
+    Args:
+        shape: a student with random weights of this shape takes the place of `config.student`.
+    """
+    data, hollow = data or load_packed_dataset(config.data), config.validate_only
+    start = config.student or ""
+    if shape is not None or is_model_config(start):
+        shape = shape or read_model_config(start, data.tokenizer())
+        student, directory = random_model(shape, config.seed, hollow=hollow), None
+    else:
+        student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
+    teacher = None
+    if config.needs_teacher and config.teacher is not None:
+        teacher, source = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle, hollow=hollow)
+        if teacher.config.vocab_size != student.config.vocab_size:
+            raise ModelError(
+                f"teacher {config.teacher} has a vocabulary of {teacher.config.vocab_size}, "
+                f"student {config.student} of {student.config.vocab_size}",
+                "teacher and student need the same tokenizer; cut the student with tinygpt2 truncate-student",
+            )
+        check_fits(data, teacher.config, _tokenizer_fingerprint(source), f"teacher {config.teacher}")
+        teacher.requires_grad_(False).to(DTYPES[config.teacher_dtype])
+    check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")
+    how = (
+        f"A GPT-2 that learned from {config.teacher} by recipe {config.recipe}, "
+        f"started from {config.student}, on {_sources(data)}."
+    )
+    evaluated = setup.evaluated(data, student.config, config)
+    return Job("distill", config, how, student, data, evaluated, LossWeights.of(config), teacher)
+
+
+def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: TrainingSetup) -> Job:
+    """Set up `finetune`: load the model, read or make the dataset."""
+    model, directory = load_model(config.model, allow_pickle=config.allow_pickle, hollow=config.validate_only)
+    if data is None and is_packed_dataset(Path(config.data)):
+        data = load_packed_dataset(config.data)
+    elif data is None:
+        freeze(model, config.freeze)  # here already: a pattern that matches nothing stops before a text is packed
+        length = config.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, model.config.n_positions)
+        if length > model.config.n_positions:
+            raise ConfigError(
+                f"--sequence-length {length} is beyond the {model.config.n_positions} positions of {config.model}"
+            )
+        data = load_packed_dataset(setup.packed("data", config.data, str(directory), length, config, config))
+    check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
+    how = f"{config.model}, fine-tuned on {_sources(data)}."
+    return Job("finetune", config, how, model, data, setup.evaluated(data, model.config, config))
+
+
+def _tokenizer_fingerprint(directory: Path | None) -> str | None:
+    tokenizer = None if directory is None else model_tokenizer(directory)
+    return None if tokenizer is None else fingerprint(tokenizer)
+
+
+def _sources(data: PackedDataset) -> str:
+    return ", ".join(data.manifest.get("sources", [data.name]))

@@ -1,0 +1,88 @@
+"""The learning rate of each step, its default peak, and the default length of a run."""
+
+from __future__ import annotations
+
+import math
+
+from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.config.training import Optimizer, TrainOptions
+
+DEFAULT_RATE = 5e-4
+RATE_TIMES_WIDTH: dict[Optimizer, float] = {"adamw": 0.2, "muon": 0.3}
+MAX_PASSES = 4
+DECAY_SHARE = 0.2  # wsd decays in this share of the steps after the warm-up (Hu et al. 2024, arXiv:2404.06395: 10 %)
+
+
+def peak_learning_rate(options: TrainOptions, width: int) -> float:
+    """Return the peak learning rate: the one that is given, or a default.
+
+    The default is 5e-4. `distill` divides a constant by the student's width, within bounds: the constant lies between
+    what was best for both optimizers at widths of 128 and 256 (docs/recipes.md), and the best rate falls as one over
+    the width (Yang et al. 2022, arXiv:2203.03466, table 3).
+    """
+    if options.learning_rate:
+        return options.learning_rate
+    if isinstance(options, DistillConfig):
+        return min(max(RATE_TIMES_WIDTH[options.optimizer] / width, 1e-4), 4e-3)
+    return DEFAULT_RATE
+
+
+def passes_over_data(options: TrainOptions, parameters: int, tokens: int) -> float:
+    """Return the number of passes over `tokens` of training data: the one that is given, or a default.
+
+    The default is 1. `distill` makes as many as give 20 tokens for each parameter, 1 to 4: 20 are what a model of its
+    size needs (Hoffmann et al. 2022, arXiv:2203.15556, table 3), and up to 4 passes are nearly as good as new text
+    (Muennighoff et al. 2023, arXiv:2305.16264, section 6).
+    """
+    if options.num_epochs:
+        return options.num_epochs
+    return min(max(20 * parameters / tokens, 1), MAX_PASSES) if isinstance(options, DistillConfig) else 1
+
+
+def total_steps(options: TrainOptions, sequences: int, global_batch: int, length: int, parameters: int) -> int:
+    """Return the number of optimizer steps.
+
+    Args:
+        sequences: blocks in the training split, each of `length` tokens.
+        global_batch: blocks in one optimizer step.
+        parameters: of the model.
+    """
+    if options.max_steps is not None:
+        return options.max_steps
+    if options.max_tokens is not None:
+        return max(1, math.ceil(options.max_tokens / (global_batch * length)))
+    passes = passes_over_data(options, parameters, sequences * length)
+    return max(1, math.ceil(passes * sequences / global_batch))
+
+
+def learning_rate(step: int, total: int, options: TrainOptions, peak: float) -> float:
+    """Return the learning rate of optimizer step `step` (counted from 0) of `total`.
+
+    It rises linearly over the first `warmup_ratio` of the steps. After that it is the peak times a factor of t, the
+    share of the remaining steps that are done:
+
+        constant 1, linear 1 - t, cosine (1 + cos(pi t)) / 2, exponential exp(-0.693 t);
+        plateau: 1 for `plateau_ratio` of all steps, then linear to 0;
+        wsd (warmup-stable-decay): 1, then linear to 0 in the last fifth.
+
+    Source: plateau and exponential: TinyGPT2; wsd: MiniCPM, arXiv:2404.06395, section 4.
+    """
+    warmup = math.ceil(options.warmup_ratio * total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    past, rest = step - warmup, max(total - warmup, 1)
+    t = past / rest
+    if options.lr_schedule == "constant":
+        factor = 1.0
+    elif options.lr_schedule == "linear":
+        factor = 1 - t
+    elif options.lr_schedule == "cosine":
+        factor = (1 + math.cos(math.pi * t)) / 2
+    elif options.lr_schedule == "exponential":
+        factor = math.exp(-0.693 * t)
+    elif options.lr_schedule == "plateau":
+        plateau = min(options.plateau_ratio * total, rest - 1)
+        factor = min(1.0, (rest - past) / (rest - plateau))
+    else:
+        factor = min(1.0, (1 - t) / DECAY_SHARE)
+    return peak * factor

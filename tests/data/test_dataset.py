@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import h5py
+import numpy as np
+import pytest
+
+from tinygpt2 import PregenerateConfig, PretrainConfig, from_map_style, pregenerate, pretrain
+from tinygpt2.data.dataset import Shuffle, load_packed_dataset
+from tinygpt2.data.tokenizer import load_tokenizer
+from tinygpt2.data.validation import check_dataset
+from tinygpt2.errors import DataError
+
+
+def test_batches_are_the_stored_blocks(data: Path) -> None:
+    packed, plain = load_packed_dataset(str(data)), datasets.load_from_disk(str(data))
+    assert (packed.sequence_length, packed.vocab_size) == (32, 320)
+    for name, blocks in (("train", packed.train), ("test", packed.test)):
+        assert blocks.batch(range(len(blocks))).input_ids.tolist() == plain[name]["input_ids"][:]
+    assert packed.train.batch([3, 1, 3]).input_ids.tolist() == [plain["train"][i]["input_ids"] for i in (3, 1, 3)]
+
+
+def test_every_epoch_is_another_permutation() -> None:
+    order = Shuffle(7, seed=1)
+    epochs = [order[start : start + 7] for start in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert Shuffle(7, seed=1)[5:16] == (epochs[0] + epochs[1] + epochs[2])[5:16]
+    assert Shuffle(7, seed=2)[0:7] != epochs[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "part"),
+    [
+        ("counts", "sequences"), ("tokenizer", "fingerprint"), ("length", "blocks of 32"), ("truncated", "cannot open"),
+        ("vocabulary", "outside the vocabulary"), ("no manifest", "no pregenerate.json"), ("no tokenizer", "no such"),
+    ],
+)  # fmt: skip
+def test_faults_are_found(data: Path, tmp_path: Path, fault: str, part: str) -> None:
+    path = tmp_path / "d"
+    shutil.copytree(data, path)
+    assert list(check_dataset(path)) == []
+    manifest = json.loads((path / "pregenerate.json").read_text())
+    if fault == "counts":
+        manifest["splits"]["test"]["sequences"] += 1
+    elif fault == "tokenizer":
+        manifest["tokenizer_fingerprint"] = "0" * 64
+    elif fault == "length":
+        manifest["sequence_length"] = 31
+    elif fault == "vocabulary":
+        features = datasets.load_from_disk(str(path / "train")).features
+        rows = [[400] * 32] * manifest["splits"]["train"]["sequences"]
+        bad = datasets.Dataset.from_dict({"input_ids": rows}, features=features)
+        shutil.rmtree(path / "train")
+        bad.save_to_disk(str(path / "train"))
+    elif fault == "truncated":
+        arrow = next((path / "train").glob("*.arrow"))
+        arrow.write_bytes(arrow.read_bytes()[:100])
+    elif fault == "no tokenizer":
+        shutil.rmtree(path / "tokenizer")
+    (path / "pregenerate.json").write_text(json.dumps(manifest))
+    if fault == "no manifest":
+        (path / "pregenerate.json").unlink()
+    assert part in " ".join(check_dataset(path))
+
+
+@pytest.fixture(scope="module")
+def stored(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same blocks in all three formats."""
+    root, made = tmp_path_factory.mktemp("formats"), {}
+    for kind in ("arrow", "hdf5", "jsonl"):
+        made[kind] = root / kind
+        options = {"sequence_length": 32, "test_fraction": 0.1, "format": kind}
+        pregenerate(
+            PregenerateConfig(source=str(corpus), tokenizer=str(tokenizer_dir), out=str(root / kind), **options)
+        )
+    return made
+
+
+def test_all_formats_hold_the_same_blocks(stored: dict[str, Path]) -> None:
+    packed = {kind: load_packed_dataset(str(path)) for kind, path in stored.items()}
+    for name in ("train", "test"):
+        arrow, hdf5, jsonl = (getattr(packed[kind], name) for kind in ("arrow", "hdf5", "jsonl"))
+        tokens = arrow.batch(range(len(arrow)))
+        assert tokens.lengths is None
+        assert jsonl.batch(range(len(jsonl))).input_ids.tolist() == tokens.input_ids.tolist()
+        assert hdf5.batch(range(len(arrow))).input_ids.tolist() == tokens.input_ids.tolist()
+        # the tail of the stream, which the others drop, is the last block of HDF5, padded
+        counts = packed["arrow"].manifest["splits"][name]
+        assert len(hdf5) == len(arrow) + 1
+        last = hdf5.batch([len(hdf5) - 1])
+        assert last.lengths.tolist() == [counts["dropped_tokens"]] == hdf5.lengths([len(hdf5) - 1])
+        assert not last.input_ids[0, counts["dropped_tokens"] :].any()
+        assert len(hdf5.row(len(hdf5) - 1)) == counts["dropped_tokens"]
+    manifests = [packed[kind].manifest["splits"]["train"] for kind in ("arrow", "jsonl")]
+    assert manifests[0]["files"][0]["sha256"] == manifests[1]["files"][0]["sha256"]
+
+
+def test_json_lines_are_what_tinygpt2_reads(stored: dict[str, Path]) -> None:
+    """Its own check, `check_dataset_valid.py`: every line holds both lists, as long as the metrics say."""
+    for split in ("train", "test"):
+        metrics = json.loads((stored["jsonl"] / f"{split}_metrics.json").read_text())
+        rows = [json.loads(line) for line in (stored["jsonl"] / f"{split}_dataset.json").read_text().splitlines()]
+        assert len(rows) == metrics["num_examples"] > 0
+        for row in rows:
+            assert len(row["input_ids"]) == len(row["attention_mask"]) == metrics["max_seq_len"] == 32
+
+
+def test_hdf5_is_what_cerebras_gpt2_reads(stored: dict[str, Path]) -> None:
+    for split in ("train", "test"):
+        with h5py.File(stored["hdf5"] / split / "data-00000.h5") as file:
+            assert set(file) == {"input_ids", "input_mask"}
+            assert file["input_ids"].dtype == file["input_mask"].dtype == np.int32
+            assert file["input_ids"].shape == file["input_mask"].shape
+            assert not file["input_ids"][:][file["input_mask"][:] == 1].any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "part"),
+    [
+        ("arrow", "changed", "data-00000.arrow: its tokens are not those that were written"),
+        ("hdf5", "changed", "data-00000.h5: its tokens are not those that were written"),
+        ("jsonl", "changed", "train_dataset.json: its tokens are not those that were written"),
+        ("hdf5", "truncated", "data-00000.h5"),
+        ("jsonl", "truncated", "ends in the middle of line"),
+        ("hdf5", "missing", "data-00000.h5"),
+        ("jsonl", "missing", "train_dataset.json"),
+        ("jsonl", "short", "sequences, pregenerate.json says"),
+        ("jsonl", "row", "train_dataset.json:3: not a block"),
+        ("jsonl", "length", "train_dataset.json:3: not 32 tokens"),
+        ("jsonl", "metrics", "num_examples is 7"),
+        ("hdf5", "padding", "sequence 2 is padded before its end"),
+        ("hdf5", "range", "sequence 2 holds a token outside the vocabulary of 320"),
+        ("hdf5", "shape", "input_mask has shape"),
+    ],
+)  # fmt: skip
+def test_faults_of_every_format_are_found(
+    stored: dict[str, Path], tmp_path: Path, kind: str, fault: str, part: str
+) -> None:
+    path = tmp_path / "d"
+    shutil.copytree(stored[kind], path)
+    assert list(check_dataset(path)) == []
+    ending = {"arrow": "arrow", "hdf5": "h5", "jsonl": "json"}[kind]
+    file = path / "train_dataset.json" if kind == "jsonl" else path / "train" / f"data-00000.{ending}"
+    raw = file.read_bytes()
+    if fault == "changed" and kind == "jsonl":
+        at = raw.index(b"[") + 1
+        file.write_bytes(raw[:at] + (b"2" if raw[at : at + 1] != b"2" else b"3") + raw[at + 1 :])
+    elif fault == "changed" and kind == "arrow":
+        middle = len(raw) // 2
+        file.write_bytes(raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :])
+    elif fault == "truncated":
+        file.write_bytes(raw[: len(raw) // 2])
+    elif fault == "missing":
+        file.unlink()
+    elif fault == "short":
+        file.write_bytes(raw[: raw[:-1].rindex(b"\n") + 1])
+    elif fault in ("row", "length"):
+        lines = raw.splitlines(keepends=True)
+        lines[2] = b"{}\n" if fault == "row" else lines[2].replace(b"[", b"[1, ", 1)
+        file.write_bytes(b"".join(lines))
+    elif fault == "metrics":
+        (path / "train_metrics.json").write_text('{"num_examples": 7, "max_seq_len": 32}')
+    else:
+        with h5py.File(file, "r+") as opened:
+            if fault == "shape":
+                opened["input_mask"].resize(5, axis=0)
+            else:
+                column = "input_mask" if fault == "padding" else "input_ids"
+                opened[column][2, 5] = {"changed": 7, "padding": 1, "range": 320}[fault]
+    problems = list(check_dataset(path))
+    assert part in " ".join(problems)
+    assert len(problems) == 1
+
+
+class Items:
+    """A map-style dataset of one's own: rows of 12, the third padded."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids = [(index * 7 + step) % 320 for step in range(12)]
+        return {"input_ids": ids[:5] + [0] * 7, "input_mask": [0] * 5 + [1] * 7} if index == 2 else {"input_ids": ids}
+
+
+def test_any_map_style_dataset_trains(tokenizer_dir: Path, tmp_path: Path) -> None:
+    packed = from_map_style(Items(20), Items(3), load_tokenizer(str(tokenizer_dir)), "rows")
+    assert packed.train.batch([0, 2]).lengths.tolist() == [12, 5]
+    assert packed.train.batch([0, 1]).lengths is None
+    shape = tmp_path / "shape.yaml"
+    shape.write_text("{n_layer: 1, n_embd: 16, n_head: 2, n_positions: 12}")
+    config = PretrainConfig(
+        data="rows", shape=str(shape), out=str(tmp_path / "m"), max_steps=6, learning_rate=0.01, micro_batch_size=4
+    )
+    made = pretrain(config, packed)
+    assert made.steps == 6
+    assert made.eval is not None
+    assert "rows" in (tmp_path / "m" / "README.md").read_text()
+    with pytest.raises(DataError, match="empty"):
+        from_map_style([], [], load_tokenizer(str(tokenizer_dir)))
+    empty = from_map_style([{"input_ids": [1, 2], "input_mask": [1, 1]}], [], load_tokenizer(str(tokenizer_dir)))
+    with pytest.raises(DataError, match="nothing but padding"):
+        empty.train.batch([0])
+    odd = from_map_style([{"input_ids": [1, -100], "input_mask": [0, 1]}], [], load_tokenizer(str(tokenizer_dir)))
+    assert odd.train.batch([0]).input_ids.tolist() == [[1, 0]]
+    uneven = from_map_style([{"input_ids": [1, 2]}, {"input_ids": [1]}], [], load_tokenizer(str(tokenizer_dir)))
+    with pytest.raises(DataError, match="not 2 tokens"):
+        uneven.train.batch([1])
+
+
+def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such dataset"):
+        load_packed_dataset(str(tmp_path / "x"))
+    with pytest.raises(DataError, match="no pregenerated dataset"):
+        load_packed_dataset(str(tmp_path))

@@ -1,0 +1,149 @@
+"""The captured forward pass: transformers' own numbers, as deep as needed, compiled and checkpointed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.config.training import PretrainConfig
+from tinygpt2.models.activations import collect_activations
+from tinygpt2.models.loading import load_model, random_model
+from tinygpt2.models.parameters import set_dropout
+from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.training.step import Step
+
+T, V = 150, 60  # more than one block of query rows, and no multiple of it
+
+
+def ids(length: int = T) -> torch.Tensor:
+    return torch.randint(0, V, (2, length), generator=torch.Generator().manual_seed(3))
+
+
+def small(layers: int, seed: int, **options: object) -> GPT2LMHeadModel:
+    config = GPT2Config(n_layer=layers, n_embd=16, n_head=2, n_positions=T, vocab_size=V, **options)
+    return random_model(config, seed).eval()
+
+
+def run(**options: object) -> PretrainConfig:
+    return PretrainConfig(data="", out="", shape="gpt2", **options)
+
+
+@pytest.mark.parametrize("by_depth", [False, True])
+def test_states_and_attention_are_transformers_own(by_depth: bool) -> None:
+    model = small(4, 1, scale_attn_by_inverse_layer_idx=by_depth)
+    with torch.no_grad():
+        got = collect_activations(model, ids(), states=range(5), attention=[2, 4])
+        plain = model.transformer(ids(), output_hidden_states=True)
+    assert sorted(got.states) == [0, 1, 2, 3, 4]
+    for number, state in enumerate(plain.hidden_states):
+        torch.testing.assert_close(got.states[number], state)
+    assert sorted(got.attention) == [2, 4]
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    attentions = eager(ids(), output_attentions=True).attentions
+    query, key, _ = (part.view(2, T, 2, 8).transpose(1, 2) for part in got.attention[4].chunk(3, -1))
+    scores = query @ key.mT * got.scale[4]
+    masked = scores.masked_fill(~torch.ones(T, T).tril().bool(), -torch.inf)
+    torch.testing.assert_close(masked.softmax(-1), attentions[3], rtol=1e-4, atol=1e-6)
+
+
+def test_an_untied_head_and_published_activations(shared_data: Path) -> None:
+    folder = shared_data / "models" / "gpt-nano-sort"
+    model, _ = load_model(str(folder))
+    reference = json.loads((folder / "reference.json").read_text())
+    with torch.no_grad():
+        found = collect_activations(model, torch.tensor(reference["idx"]).view(3, -1), states=[0, 1, 2, 3])
+        logits = found.states[3] @ model.lm_head.weight.T
+    stages = {"x": found.states[0], "block0": found.states[1], "block1": found.states[2], "ln_f": found.states[3]}
+    for name, ours in {**stages, "lm_head": logits}.items():
+        torch.testing.assert_close(ours.flatten(), torch.tensor(reference[name]).flatten(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weights", "states", "attention", "layers_run"),
+    [
+        (LossWeights(attention=1.0, layer_map="2,4"), [], [2, 4], 4),
+        (LossWeights(hidden=1.0, hidden_map="0"), [0], [], 0),
+        (LossWeights(hidden=1.0, hidden_map="inner"), [0, 3], [], 3),
+        (LossWeights(prediction=1.0), [6], [], 6),
+    ],
+)
+def test_the_teacher_runs_only_the_layers_that_are_needed(
+    weights: LossWeights, states: list[int], attention: list[int], layers_run: int
+) -> None:
+    teacher, seen = small(6, 1), []
+    for number, block in enumerate(teacher.transformer.h, 1):
+        block.mlp.register_forward_hook(lambda *_, number=number: seen.append(number))
+    step = Step(small(2, 2), teacher, weights, run())
+    assert (step.objectives.teacher_states, step.objectives.teacher_attention) == (states, attention)
+    step(ids())
+    assert seen == list(range(1, layers_run + 1))
+
+
+def test_bfloat16_teacher_attends_like_torch() -> None:
+    teacher = small(3, 1, initializer_range=0.2)
+    exact = collect_activations(teacher, ids(), states=[3]).states[3].detach()
+    teacher.bfloat16()
+    with torch.no_grad():
+        ours = collect_activations(teacher, ids(), states=[3]).states[3].float()
+    torchs = (
+        collect_activations(teacher, ids(), states=[3]).states[3].detach().float()
+    )  # with gradients: torch's own kernel
+    assert float((ours - exact).norm() / exact.norm()) < 0.02
+    assert float((ours - exact).norm()) < 1.2 * float((torchs - exact).norm())
+
+
+ALL = LossWeights(attention=1.0, hidden=1.0, prediction=1.0, ce=1.0, cosine=1.0, relation=1.0)
+
+
+def gradients(step: Step) -> list[torch.Tensor]:
+    torch.manual_seed(5)  # for dropout
+    loss, _ = step(ids())
+    return [loss.detach(), *torch.autograd.grad(loss, list(step.parameters()))]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_gives_the_same_gradients(dropout: float) -> None:
+    student, teacher = small(2, 2).train(), small(4, 1)
+    set_dropout(student, dropout)
+    plain = gradients(Step(student, teacher, ALL, run()))
+    again = gradients(Step(student, teacher, ALL, run(gradient_checkpointing=True)))
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_gradient_checkpointing_keeps_less() -> None:
+    def kept(checkpointing: bool) -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            collect_activations(small(6, 1), ids(), states=[6], checkpointing=checkpointing)
+        return sum(sizes)
+
+    assert kept(True) < kept(False) / 3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_losses(tmp_path: Path, data: Path, teacher: Path) -> None:
+    curves = []
+    for name, flags in (("plain", []), ("compiled", ["--compile", "--gradient-checkpointing"])):
+        config = DistillConfig(
+            teacher=str(teacher), student=str(teacher), data=str(data), out=str(tmp_path / name), recipe="tinygpt2",
+            ce_weight=1.0, temperature=2.0, max_steps=4, micro_batch_size=2, log_every=1,
+        )  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
+        # in its own process: the tests' shape checks cannot be compiled
+        command = [sys.executable, "-m", "tinygpt2", "distill", "--config", str(tmp_path / f"{name}.yaml"), *flags]
+        subprocess.run(command, check=True, capture_output=True)
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(row)["loss"] for row in rows])
+    assert len(curves[0]) == 4
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)

@@ -1,0 +1,216 @@
+"""Single losses: values and gradients against naive references, and what must hold for any input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.references import naive_divergence, naive_prediction, naive_relation, naive_scores
+from tinygpt2.errors import ConfigError
+from tinygpt2.models.lm_head import head_operand
+from tinygpt2.objectives import attention as attention_module
+from tinygpt2.objectives import logits as prediction_module
+from tinygpt2.objectives.attention import attention_loss, relation_loss
+from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
+from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
+from tinygpt2.objectives.logits import LOSSES, PredictionObjective, cross_entropy, prediction_loss
+
+V = 50
+
+
+def doubles(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def assert_same(ours: torch.Tensor, naive: torch.Tensor, *inputs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, naive)
+    torch.testing.assert_close(torch.autograd.grad(ours, inputs), torch.autograd.grad(naive, inputs))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 3), st.integers(0, 10**6))
+def test_scores_of_any_length_equal_full_matrices(length: int, heads: int, seed: int) -> None:
+    q, k, tq, tk = doubles(seed, *[(2, heads, length, width) for width in (3, 3, 5, 5)])
+    q.requires_grad_(), k.requires_grad_()
+    ours = attention_loss((q, k), (tq, tk), 0.5, 0.4)
+    assert_same(ours, naive_scores((q, k), (tq, tk), 0.5, 0.4), q, k)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 3), st.integers(0, 10**6))
+def test_relations_of_any_length_equal_full_matrices(length: int, heads: int, seed: int) -> None:
+    mine, theirs = doubles(seed, (2, heads, length, 3), (2, heads, length, 5))
+    mine.requires_grad_()
+    assert_same(relation_loss(mine, theirs), naive_relation(mine, theirs), mine)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_the_block_size_changes_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, tq, tk = doubles(1, *[(2, 2, 21, width) for width in (3, 3, 5, 5)])
+    q.requires_grad_(), k.requires_grad_()
+    whole = attention_loss((q, k), (tq, tk), 0.5, 0.4), relation_loss(k, tk)
+    monkeypatch.setattr(attention_module, "ROWS", rows)
+    blocks = attention_loss((q, k), (tq, tk), 0.5, 0.4), relation_loss(k, tk)
+    for a, b in zip(whole, blocks, strict=True):
+        assert_same(a, b, k)
+
+
+def test_gradcheck_of_every_loss() -> None:
+    q, k, tq, tk = doubles(2, *[(1, 2, 5, width) for width in (3, 3, 4, 4)])
+    q.requires_grad_(), k.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, k: attention_loss((q, k), (tq, tk), 0.5, 0.4), (q, k))
+    assert torch.autograd.gradcheck(lambda k: relation_loss(k, tk), (k,))
+    mine, theirs = doubles(3, (2, 3, 4), (2, 3, 4))
+    mine.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: hidden_loss(x, theirs, "none"), (mine,))
+    assert torch.autograd.gradcheck(lambda x: hidden_loss(x, theirs, "variance"), (mine,))
+    assert torch.autograd.gradcheck(lambda x: cosine_loss(x, theirs), (mine,))
+    hidden, head, teacher_hidden, teacher_head = doubles(4, (6, 3), (7, 3), (6, 4), (7, 4))
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.tensor([0, 6, -100, 3, 3, -100])
+    for name in LOSSES:
+        objective = PredictionObjective(0.6, 0.4, name, 1.5, 4)
+
+        def total(hidden: torch.Tensor, head: torch.Tensor, objective: PredictionObjective = objective) -> torch.Tensor:
+            return prediction_loss(hidden, head, targets, (teacher_hidden, teacher_head), objective)[0]
+
+        assert torch.autograd.gradcheck(total, (hidden, head))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.6, 0.4)])
+@pytest.mark.parametrize("chunk", [1, 5, 37, None])
+def test_predictions_equal_whole_logits(
+    name: str, tau: float, weights: tuple[float, float], chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction_module, "rows_at_once", lambda vocabulary, device: 4)
+    hidden, head, *teacher = doubles(0, (37, 8), (V, 8), (37, 12), (V, 12))
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (37,), generator=torch.Generator().manual_seed(1))
+    targets[::7] = -100
+    objective = PredictionObjective(*weights, name, tau, chunk)
+    total, terms = prediction_loss(hidden, head, targets, (teacher[0], teacher[1]), objective)
+    naive = naive_prediction(name, tau, weights, hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())
+    assert_same(total, naive, hidden, head)
+    assert set(terms) == {name for name, weight in zip(("prediction", "ce"), weights, strict=True) if weight}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(sorted(LOSSES)), st.floats(-50, 50), st.integers(0, 10**6))
+def test_divergences_vanish_at_equality_and_ignore_shifts(name: str, shift: float, seed: int) -> None:
+    a, b = doubles(seed, (4, 9), (4, 9))
+    value, gradient = LOSSES[name](a, b)
+    shifted, same = LOSSES[name](a + shift, b - shift)
+    assert float(shifted) == pytest.approx(float(value), rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(same, gradient)
+    assert float(value) == pytest.approx(float(naive_divergence(name, a, b)), rel=1e-9)
+    torch.testing.assert_close(gradient.sum(-1), torch.zeros(4, dtype=torch.float64))
+    at_equality, flat = LOSSES[name](a, a.clone())
+    torch.testing.assert_close(flat, torch.zeros_like(flat))
+    if name != "soft_ce":
+        assert float(at_equality) == pytest.approx(0, abs=1e-12)
+        assert float(value) > 0
+
+
+def test_losses_leave_their_inputs_alone() -> None:
+    a, b = doubles(5, (4, 9), (4, 9))
+    before = a.clone(), b.clone()
+    for loss in LOSSES.values():
+        loss(a, b)
+    cross_entropy(a, torch.tensor([0, 1, -100, 3]))
+    torch.testing.assert_close((a, b), before, rtol=0, atol=0)
+
+
+def in_bfloat16(
+    hidden: torch.Tensor, head: torch.Tensor, teacher: list[torch.Tensor], targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the total and the gradient for the output matrix."""
+    with torch.autocast("cpu", torch.bfloat16):
+        labels = (teacher[0], head_operand(teacher[1]))
+        total, _ = prediction_loss(hidden, head, targets, labels, PredictionObjective(1.0, 1.0, chunk=10))
+    return total.detach(), torch.autograd.grad(total, head)[0]
+
+
+def test_bfloat16_keeps_softmax_sums_and_the_weight_gradient_in_float32() -> None:
+    hidden, head, *teacher = (x.float() for x in doubles(6, (300, 8), (V, 8), (300, 12), (V, 12)))
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (300,), generator=torch.Generator().manual_seed(1))
+    total, gradient = in_bfloat16(hidden, head, teacher, targets)
+    # the same rounded logits, everything after them in float64
+    states, matrix, *labels = (x.detach() for x in (hidden, head - head.mean(0), teacher[0], teacher[1]))
+    labels[1] = labels[1] - labels[1].mean(0)
+    logits = (states.bfloat16() @ matrix.bfloat16().T).double().requires_grad_()
+    soft = (labels[0].bfloat16() @ labels[1].bfloat16().T).double()
+    exact = naive_prediction("forward_kl", 1.0, (1.0, 1.0), logits, soft, targets.tolist())
+    assert total.dtype == gradient.dtype == torch.float32
+    assert total.item() == pytest.approx(exact.item(), rel=1e-5)
+    (of_logits,) = torch.autograd.grad(exact, logits)
+    expected = of_logits.T @ states.bfloat16().double()
+    # thirty chunks, each product rounded to eight bits once: sums in bfloat16 would be off by several per cent
+    error = (gradient.double() - expected).norm() / expected.norm()
+    assert float(error) < 0.005
+
+
+def test_a_large_offset_of_all_logits_costs_bfloat16_nothing() -> None:
+    hidden, head, *teacher = (x.float() for x in doubles(6, (300, 8), (V, 8), (300, 12), (V, 12)))
+    hidden, teacher[0] = hidden + 3, teacher[0] + 3
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (300,), generator=torch.Generator().manual_seed(1))
+    logits, labels = (a.double() @ b.double().T for a, b in ((hidden, head), teacher))
+    exact = naive_prediction("forward_kl", 1.0, (1.0, 1.0), logits, labels, targets.tolist())
+    (expected,) = torch.autograd.grad(exact, head)
+    far_head, far_teacher = (head - 5).detach().requires_grad_(), [teacher[0], teacher[1] - 5]
+    assert float((hidden @ far_head.T).mean().detach()) < -100
+    for student_head, labels in ((head, teacher), (far_head, far_teacher)):
+        total, gradient = in_bfloat16(hidden, student_head, labels, targets)
+        assert total.item() == pytest.approx(exact.item(), rel=0.01)
+        assert float((gradient - expected).norm() / expected.norm()) < 0.02
+
+
+def test_no_logit_matrix_outlives_its_chunk() -> None:
+    """Nothing of N x V numbers is ever allocated: only chunks are."""
+    n, v = 512, 4000
+    hidden, head = torch.randn(n, 4, requires_grad=True), torch.randn(v, 4, requires_grad=True)
+    targets, teacher = torch.zeros(n, dtype=torch.long), (hidden.detach(), head.detach())
+    with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
+        total, _ = prediction_loss(hidden, head, targets, teacher, PredictionObjective(1.0, 1.0, chunk=32))
+        total.backward()
+    largest = max((event.self_device_memory_usage or event.self_cpu_memory_usage) for event in profile.events())
+    assert 0 < largest < n * v * 4 / 4
+
+
+def test_no_score_matrix_outlives_its_block() -> None:
+    q, k, tq, tk = (torch.randn(1, 2, 1024, 4, requires_grad=index < 2) for index in range(4))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        (attention_loss((q, k), (tq, tk), 0.5, 0.5) + relation_loss(k, tk)).backward()
+    largest = max((event.self_device_memory_usage or event.self_cpu_memory_usage) for event in profile.events())
+    assert 0 < largest <= 2 * 128 * 1024 * 4
+
+
+@pytest.mark.parametrize(
+    ("rule", "student", "teacher", "expected"),
+    [
+        ("uniform", 4, 12, [3, 6, 9, 12]), ("uniform", 6, 12, [2, 4, 6, 8, 10, 12]), ("uniform", 2, 3, [2, 3]),
+        ("last", 4, 12, [9, 10, 11, 12]), ("first", 4, 12, [1, 2, 3, 4]), ("3,6,9,12", 4, 12, [3, 6, 9, 12]),
+    ],
+)  # fmt: skip
+def test_layer_maps(rule: str, student: int, teacher: int, expected: list[int]) -> None:
+    assert layer_pairs(rule, student, teacher) == list(enumerate(expected, 1))
+
+
+@pytest.mark.parametrize(
+    ("rule", "student", "teacher"), [("1,2", 3, 12), ("1,13", 2, 12), ("0,1", 2, 12), ("first", 5, 4)]
+)
+def test_impossible_layer_maps(rule: str, student: int, teacher: int) -> None:
+    with pytest.raises(ConfigError):
+        layer_pairs(rule, student, teacher)
+
+
+@pytest.mark.parametrize("rule", ["3", "0,2=13", "1,1=6"])
+def test_impossible_hidden_maps(rule: str) -> None:
+    with pytest.raises(ConfigError, match="--hidden-map"):
+        state_pairs(rule, [(1, 6), (2, 12)], 12)

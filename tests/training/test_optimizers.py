@@ -1,0 +1,180 @@
+"""Muon beside AdamW: each of GPT-2's matrices as torch's own Muon would treat it, alone and as (out, in). And clipping."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.config.training import TrainOptions
+from tinygpt2.errors import ConfigError
+from tinygpt2.models.loading import load_model
+from tinygpt2.training.optimizers import BETAS, CombinedOptimizer, clip_gradients, make_optimizer
+from tinygpt2.training.preparation import _check_sharding
+
+RATE, DECAY = 1e-2, 0.1
+
+
+def options(optimizer: str = "muon") -> TrainOptions:
+    return TrainOptions(out="o", optimizer=optimizer, learning_rate=RATE, weight_decay=DECAY)
+
+
+def parts(name: str, matrix: Tensor) -> list[Tensor]:
+    """A layer's matrix as (out, in); queries, keys and values apart."""
+    return [part.T.clone() for part in matrix.chunk(3 if "c_attn" in name else 1, dim=1)]
+
+
+def descend(model: GPT2LMHeadModel, seed: int) -> None:
+    model.eval()  # no dropout
+    ids = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(seed))
+    model(ids, labels=ids).loss.backward()
+
+
+def test_layers_take_muons_step_and_the_rest_adamws(teacher: Path) -> None:
+    model, _ = load_model(str(teacher))
+    ours = make_optimizer(model, options())
+    names = dict(model.named_parameters())
+    layered = {name for name in names if ".h." in name and name.endswith(".weight") and "ln_" not in name}
+    assert len(layered) == 4 * model.config.n_layer
+    alone = {name: [nn.Parameter(part) for part in parts(name, names[name].detach())] for name in layered}
+    muon = torch.optim.Muon(
+        [p for split in alone.values() for p in split], lr=RATE, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    others = {name: nn.Parameter(p.detach().clone()) for name, p in names.items() if name not in layered}
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in others.values() if p.ndim >= 2], "weight_decay": DECAY},
+            {"params": [p for p in others.values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=RATE, betas=BETAS,
+    )  # fmt: skip
+    for seed in range(3):
+        descend(model, seed)
+        for name, split in alone.items():
+            for parameter, gradient in zip(split, parts(name, names[name].grad), strict=True):
+                parameter.grad = gradient
+        for name, parameter in others.items():
+            parameter.grad = names[name].grad.clone()
+        for optimizer in (ours, muon, adamw):
+            optimizer.step()
+        ours.zero_grad()
+        for name, split in alone.items():
+            for mine, parameter in zip(parts(name, names[name].detach()), split, strict=True):
+                torch.testing.assert_close(mine, parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+        for name, parameter in others.items():
+            torch.testing.assert_close(names[name].detach(), parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_restored_state_goes_on_alike(teacher: Path) -> None:
+    models = [load_model(str(teacher))[0] for _ in range(2)]
+    first, second = (make_optimizer(model, options()) for model in models)
+    descend(models[0], 0)
+    first.step()
+    first.zero_grad()
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in zip(models, (first, second), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE / 2  # as the loop sets it
+        descend(model, 1)
+        optimizer.step()
+    for left, right in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("frozen", [".h.", ".wte.", "ln_"])
+def test_what_is_frozen_is_left_alone(teacher: Path, frozen: str) -> None:
+    model, _ = load_model(str(teacher))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    optimizer = make_optimizer(model, options())
+    assert isinstance(optimizer, CombinedOptimizer) == (frozen != ".h.")
+    descend(model, 0)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (frozen in name), name
+
+
+@pytest.mark.parametrize("plugin", ["fsdp_plugin", "deepspeed_plugin"])
+def test_what_sharding_does_not_serve_is_refused(plugin: str) -> None:
+    plugins = {
+        "fsdp_plugin": SimpleNamespace(fsdp_version=2, auto_wrap_policy=None, cpu_ram_efficient_loading=False),
+        "deepspeed_plugin": SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}}),
+    }
+    state = SimpleNamespace(**{"fsdp_plugin": None, "deepspeed_plugin": None, plugin: plugins[plugin]})
+    _check_sharding(SimpleNamespace(state=state), options("adamw"))
+    with pytest.raises(ConfigError, match="Muon needs whole matrices"):
+        _check_sharding(SimpleNamespace(state=state), options())
+    with pytest.raises(ConfigError, match="only tries steps"):
+        _check_sharding(SimpleNamespace(state=state), options("adamw").model_copy(update={"compile_only": True}))
+    plugins["fsdp_plugin"].fsdp_version = 1
+    if plugin == "fsdp_plugin":
+        with pytest.raises(ConfigError, match="fsdp_version: 2"):
+            _check_sharding(SimpleNamespace(state=state), options("adamw"))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_gradients_above_the_limit_are_scaled_down_to_it(teacher: Path, kind: str, limit: float) -> None:
+    models = [load_model(str(teacher))[0] for _ in range(2)]
+    ours, reference = (make_optimizer(model, options(kind)) for model in models)
+    for seed, share in enumerate((1.0, 1e-3, 2.0)):  # a small gradient between two that are scaled by 0.5
+        models[0].transformer.wpe.weight.requires_grad_(seed != 1)  # frozen: no gradient
+        descend(models[0], seed)
+        for left, right in zip(*(model.parameters() for model in models), strict=True):
+            right.grad = None if left.grad is None else left.grad.mul_(share).clone()
+        gradients = [p.grad for p in models[1].parameters() if p.grad is not None]
+        expected = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+        norm = clip_gradients(Accelerator(cpu=True), ours, list(models[0].parameters()), limit)
+        assert norm == pytest.approx(expected, rel=1e-5)
+        assert (ours.grad_scale is not None) == (0 < limit < expected)  # type: ignore[attr-defined]
+        for gradient in gradients:
+            gradient.mul_(min(1.0, limit / expected) if limit else 1.0)
+        for optimizer in (ours, reference):
+            optimizer.step()
+            optimizer.zero_grad()
+    # the moments: Muon's updates are made in bfloat16
+    torch.testing.assert_close(ours.state_dict()["state"], reference.state_dict()["state"], rtol=1e-5, atol=1e-9)
+
+
+def scaled_in_shards(rank: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    sharded = nn.Linear(6, 4)
+    whole = copy.deepcopy(sharded)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    ours, reference = (torch.optim.AdamW(module.parameters(), fused=True) for module in (sharded, whole))
+    for size in (1.0, 1e-3, 3.0):
+        for module in (sharded, whole):
+            module(torch.full((3, 6), size)).square().sum().backward()
+        norm = clip_gradients(Accelerator(cpu=True), ours, list(sharded.parameters()), 0.5)
+        assert norm == pytest.approx(nn.utils.clip_grad_norm_(whole.parameters(), 0.5).item(), rel=1e-5)
+        for optimizer in (ours, reference):
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, theirs in zip(ours.state.values(), reference.state.values(), strict=True):
+        torch.testing.assert_close(mine["exp_avg"].full_tensor(), theirs["exp_avg"])
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_sharded_gradients_are_scaled_like_whole_ones(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(scaled_in_shards, (str(tmp_path / "store"),), nprocs=2)
+
+
+@pytest.mark.parametrize(("said", "norm"), [(2.5, 2.5), (None, 0.0), (-1.0, float("inf"))])
+def test_the_norm_is_deepspeeds_where_it_clips(said: float | None, norm: float) -> None:
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, clip_grad_norm_=lambda parameters, limit: said
+    )
+    assert clip_gradients(accelerator, None, [], 1.0) == norm

@@ -1,0 +1,145 @@
+"""The cache of the teacher's states: exact, keyed by what it depends on, proof against damage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import make_model
+from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, truncate_student
+from tinygpt2.data.dataset import load_packed_dataset
+from tinygpt2.errors import ConfigError
+from tinygpt2.models.activations import collect_activations
+from tinygpt2.models.loading import load_model
+from tinygpt2.training.metrics import read_metrics
+from tinygpt2.training.teacher_cache import TeacherCache, cache_name
+
+
+@pytest.fixture
+def cut(teacher: Path, tmp_path: Path) -> Path:
+    truncate_student(TruncateStudentConfig(teacher=str(teacher), num_layers=1, out=str(tmp_path / "cut")))
+    return tmp_path / "cut"
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(out)]
+
+
+def test_states_are_computed_once_and_damaged_ones_again(teacher: Path, data: Path, tmp_path: Path) -> None:
+    model, packed = load_model(str(teacher))[0], load_packed_dataset(str(data))
+    ids = packed.train.batch([3, 0, 5]).input_ids
+    asked: list[int] = []
+
+    @torch.no_grad()
+    def compute(ids: torch.Tensor) -> torch.Tensor:
+        asked.append(len(ids))
+        return collect_activations(model, ids, [model.config.n_layer]).states[model.config.n_layer]
+
+    expected = compute(ids).to(torch.bfloat16)
+    cache = TeacherCache(tmp_path, model, packed, "fp32")
+    assert cache.filled == 0
+    assert torch.equal(cache.states([3, 0, 5], ids, compute), expected)
+    again = TeacherCache(tmp_path, model, packed, "fp32")
+    assert torch.equal(again.states([5, 3, 0], ids[[2, 0, 1]], compute), expected[[2, 0, 1]])
+    assert asked == [3, 3]
+    states = np.memmap(cache.path / "states.bin", np.int16, "r+", shape=(len(packed.train), *expected.shape[1:]))
+    states[3, 1, 1] += 1
+    assert torch.equal(again.states([3, 0, 5], ids, compute), expected)
+    assert asked == [3, 3, 1]
+    assert torch.equal(again.states([3, 0, 5], ids, compute), expected)
+    assert asked == [3, 3, 1]
+
+
+def test_the_name_depends_on_weights_their_type_and_the_blocks(
+    teacher: Path, data: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    packed, model = load_packed_dataset(str(data)), load_model(str(teacher))[0]
+    name = cache_name(model, packed, "fp32")
+    assert name == cache_name(load_model(str(shutil.copytree(teacher, tmp_path / "copy")))[0], packed, "fp32")
+    other = load_model(str(make_model(tmp_path / "other", tokenizer_dir, seed=7)))[0]
+    elsewhere = load_packed_dataset(str(shutil.copytree(data, tmp_path / "data")))
+    assert name == cache_name(model, elsewhere, "fp32")
+    elsewhere.manifest["content"] = "other blocks"
+    half = load_model(str(teacher))[0].to(torch.bfloat16)
+    others = [(other, packed, "fp32"), (model, elsewhere, "fp32"), (half, packed, "fp32"), (model, packed, "bf16")]
+    assert len({name, *(cache_name(*of) for of in others)}) == 5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_read_teaches_what_was_computed(
+    teacher: Path, data: Path, cut: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two epochs, made and read; the same read alone; and the same without a cache, to the states' rounding."""
+    common = {
+        "teacher": str(teacher), "student": str(cut), "data": str(data), "num_epochs": 2, "micro_batch_size": 4,
+        "log_every": 1, "precision": precision, "temperature": 2.0, "cosine_weight": 0.5, "ce_weight": 0.5,
+    }  # fmt: skip
+    cache, packed = tmp_path / "cache", load_packed_dataset(str(data))
+    distill(DistillConfig(**common, out=str(tmp_path / "first"), teacher_cache=str(cache)))
+    assert TeacherCache(cache, load_model(str(teacher))[0], packed, precision).filled == 1
+    assert len(list(cache.iterdir())) == 1
+    find = TeacherCache.states
+
+    def found(self: TeacherCache, rows: list[int], ids: torch.Tensor, compute: object) -> torch.Tensor:
+        return find(self, rows, ids, lambda _: pytest.fail("computed again"))
+
+    monkeypatch.setattr(TeacherCache, "states", found)
+    distill(DistillConfig(**common, out=str(tmp_path / "second"), teacher_cache=str(cache)))
+    distill(DistillConfig(**common, out=str(tmp_path / "plain")))
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "plain"), rel=5e-3)
+    assert losses(tmp_path / "first") != losses(tmp_path / "plain")
+
+
+def test_a_full_disk_is_an_error_before_training(
+    teacher: Path, data: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ConfigError, match="cannot be reserved there: No space left"):
+        distill(
+            DistillConfig(
+                teacher=str(teacher), student=str(cut), data=str(data), out=str(tmp_path / "s"), max_steps=1,
+                teacher_cache=str(tmp_path / "cache"),
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"hidden_weight": 1.0}, "--hidden-weight looks at more"), ({"recipe": "truncation"}, "no objective looks at it")],
+)
+def test_a_cache_that_would_not_do_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DistillConfig(teacher="t", student="s", data="d", out="o", teacher_cache="c", **options)
+
+
+def test_a_cache_may_move_but_not_go_while_a_run_waits(teacher: Path, data: Path, cut: Path, tmp_path: Path) -> None:
+    common = {
+        "teacher": str(teacher), "student": str(cut), "data": str(data), "max_steps": 2, "out": str(tmp_path / "s"),
+    }  # fmt: skip
+    distill(DistillConfig(**common, teacher_cache=str(tmp_path / "cache")))
+    distill(DistillConfig(**common, teacher_cache=str(tmp_path / "elsewhere"), resume=True))
+    with pytest.raises(ConfigError, match="--resume: --teacher-cache differ"):
+        distill(DistillConfig(**common, resume=True))
+
+
+def test_validate_only_counts_the_cache_and_makes_none(teacher: Path, data: Path, cut: Path, tmp_path: Path) -> None:
+    common = {
+        "teacher": str(teacher),
+        "student": str(cut),
+        "data": str(data),
+        "out": str(tmp_path / "s"),
+        "validate_only": True,
+    }
+    plain = distill(DistillConfig(**common))
+    cached = distill(DistillConfig(**common, teacher_cache=str(tmp_path / "cache")))
+    assert cached.disk_bytes - plain.disk_bytes == 2 * len(load_packed_dataset(str(data)).train) * 32 * 32
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,125 @@
+"""`distill --plan`: candidates timed, one chosen, commands that run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import GPT2Config
+
+from tests.conftest import Outcome, make_model
+from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, distill, truncate_student
+from tinygpt2.data.dataset import Blocks, load_packed_dataset
+from tinygpt2.errors import ConfigError
+from tinygpt2.models.loading import load_model
+from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.training.optimizers import make_optimizer
+from tinygpt2.training.step import Step, step_seconds
+from tinygpt2.workflows.budget import BudgetPlan, cuts
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(12, [9, 6, 4, 2]), (6, [4, 3, 2, 1]), (2, [1]), (1, [])])
+def test_the_depths_that_are_tried(layers: int, expected: list[int]) -> None:
+    assert cuts(GPT2Config(n_layer=layers)) == expected
+
+
+def test_the_largest_cut_that_sees_enough_is_taken(teacher: Path, data: Path, tmp_path: Path, cli: object) -> None:
+    """And the printed commands are run as they stand, with fewer steps."""
+    out = tmp_path / "student"
+    base = {"teacher": str(teacher), "data": str(data), "out": str(out), "micro_batch_size": 4, "temperature": 2.0}
+    found = distill(DistillConfig(**base, plan=True, budget_minutes=0.02))
+    assert isinstance(found, BudgetPlan)
+    assert not out.exists()
+    assert [one.num_layers for one in found.candidates] == cuts(GPT2Config(n_layer=4))
+    for one in found.candidates:
+        assert one.tokens == one.steps * 4 * 32
+        assert one.steps <= 0.9 * 1.2 * one.tokens_per_second / (4 * 32)
+    assert [one.parameters for one in found.candidates] == sorted(
+        (one.parameters for one in found.candidates), reverse=True
+    )
+    enough = [one.student for one in found.candidates if one.tokens >= one.parameters]
+    assert found.chosen == (enough or [one.student for one in reversed(found.candidates)])[0]
+    assert "--temperature 2.0" in found.commands[1]
+    assert "--plan" not in found.commands[1]
+    for command in found.commands:
+        words = shlex.split(command)[1:]
+        if "--max-steps" in words:
+            words[words.index("--max-steps") + 1] = "2"
+        outcome: Outcome = cli(*words)  # type: ignore[operator]
+        assert outcome.code == 0, outcome.err
+    assert (out / "model.safetensors").is_file()
+
+
+def test_cuts_are_measured_on_one_text(teacher: Path, data: Path, corpus: Path, tmp_path: Path) -> None:
+    base = {
+        "teacher": str(teacher),
+        "data": str(data),
+        "out": f"{tmp_path / 's'}/",
+        "eval_data": str(corpus / "00.txt"),
+    }
+    found = distill(DistillConfig(**base, plan=True, budget_minutes=600, freeze=["transformer.wpe.*"]))
+    assert isinstance(found, BudgetPlan)
+    assert len(found.candidates) == 3
+    assert max(one.passes for one in found.candidates) <= 4.1  # whatever the time
+    assert f"--out {tmp_path / 's'}-start" in found.commands[0]
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        distill(DistillConfig(**base, plan=True, freeze=["nothing"]))
+
+
+def test_a_teacher_of_one_layer_cannot_be_cut(tokenizer_dir: Path, data: Path, tmp_path: Path) -> None:
+    small = make_model(tmp_path / "m", tokenizer_dir, n_layer=1)
+    with pytest.raises(ConfigError, match="cannot be cut in depth"):
+        distill(DistillConfig(teacher=str(small), data=str(data), out=str(tmp_path / "s"), plan=True))
+
+
+def test_a_given_student_is_timed_alone(teacher: Path, data: Path, tmp_path: Path) -> None:
+    truncate_student(TruncateStudentConfig(teacher=str(teacher), num_layers=1, out=str(tmp_path / "cut")))
+    base = {"teacher": str(teacher), "data": str(data), "out": str(tmp_path / "s"), "student": str(tmp_path / "cut")}
+    found = distill(DistillConfig(**base, plan=True))
+    assert isinstance(found, BudgetPlan)
+    assert [one.student for one in found.candidates] == [found.chosen] == [str(tmp_path / "cut")]
+    assert found.minutes == 60
+    (command,) = found.commands
+    assert f"--max-steps {found.candidates[0].steps}" in command
+    with pytest.raises(ConfigError, match="not one step fits"):
+        distill(DistillConfig(**base, plan=True, budget_minutes=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "missing --student"),
+        ({"plan": True, "teacher": None, "recipe": "truncation"}, "missing --teacher"),
+        ({"plan": True, "validate_only": True, "max_steps": 3}, "contradicts --validate-only and --max-steps"),
+        ({"plan": True, "num_processes": 2}, "times one process"),
+        ({"student": "s", "budget_minutes": 3}, "nothing without --plan"),
+    ],
+)
+def test_what_cannot_be_planned(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DistillConfig(**{"teacher": "t", "data": "d", "out": "o", **options})
+
+
+def test_timed_steps_train_on_the_global_batches_in_order(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PretrainConfig(model=str(teacher), data=str(data), out=str(tmp_path), dropout=0)
+    blocks = load_packed_dataset(str(data)).train
+    taken: list[int] = []
+    whole = Blocks.batch
+    monkeypatch.setattr(Blocks, "batch", lambda self, rows: [taken.extend(rows), whole(self, rows)][1])
+    for optimizing in (False, True):
+        taken.clear()
+        module = Step(load_model(str(teacher))[0], None, LossWeights(ce=1.0), config).train()
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        optimizer = make_optimizer(module, config) if optimizing else None
+        sequences = len(blocks) // 2 // 3 * 3
+        seconds = step_seconds(Accelerator(cpu=True), module, optimizer, blocks, sequences, size=3, steps=3)
+        assert len(seconds) == 3
+        assert min(seconds) > 0
+        assert taken == [row % len(blocks) for row in range(3 * sequences)]
+        assert optimizing != all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+        assert all(parameter.grad is None for parameter in module.parameters())

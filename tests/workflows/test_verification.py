@@ -1,0 +1,163 @@
+"""`verify` on models: each planted fault is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import make_model
+from tinygpt2 import TruncateStudentConfig, VerifyConfig, truncate_student, verify
+from tinygpt2.errors import DataError
+from tinygpt2.workflows.verification import VerifyResult
+
+
+def check(path: Path, teacher: Path | None = None) -> VerifyResult:
+    return verify(VerifyConfig(path=str(path), teacher=None if teacher is None else str(teacher)))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object], *, forget: bool = False) -> Path:
+    """Change the weights of a model directory; `forget` their checksums."""
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors", {"format": "pt"}
+    )
+    if forget:
+        (path / "SHA256SUMS").unlink()
+    return path
+
+
+def configure(path: Path, **values: object) -> Path:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **values}))
+    return path
+
+
+@pytest.fixture
+def model(teacher: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(teacher, tmp_path / "copy"))
+
+
+def swap(a: str, b: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda w: w.update({a: w[b].clone(), b: w[a].clone()})
+
+
+def test_a_sound_model_agrees_with_the_reference(teacher: Path) -> None:
+    result = check(teacher)
+    assert result.ok
+    assert result.problems == result.notes == []
+    assert result.reference is not None
+    assert result.reference.logits < 1e-4 * result.reference.largest_logit
+    assert 0 < result.reference.states < 1e-4 * result.reference.largest_state
+    assert result.reference.same_greedy_text
+    assert result.reference.greedy_tokens == 16
+
+
+def test_a_number_that_is_none(model: Path) -> None:
+    name = "transformer.h.1.mlp.c_fc.bias"
+    rewrite(model, lambda w: w[name].fill_(torch.nan), forget=True)
+    result = check(model)
+    assert result.problems == [f"{name} holds numbers that are not finite"]
+    assert "no SHA256SUMS" in result.notes[0]
+
+
+def test_swapped_tensors(model: Path, teacher: Path, tmp_path: Path) -> None:
+    a, b = "transformer.h.0.mlp.c_fc.weight", "transformer.h.2.mlp.c_fc.weight"
+    rewrite(model, swap(a, b))
+    assert any("its SHA-256 is not that of SHA256SUMS" in problem for problem in check(model).problems)
+    (model / "SHA256SUMS").unlink()
+    assert check(model).ok  # nothing else can show it
+    result = check(model, teacher)
+    assert result.copies[a] == b
+    assert len([problem for problem in result.problems if "does not belong there" in problem]) == 2
+    truncate_student(TruncateStudentConfig(teacher=str(teacher), layers="0,3", out=str(tmp_path / "cut")))
+    cut = check(tmp_path / "cut", teacher)
+    assert cut.ok
+    assert cut.copies["transformer.h.1.attn.c_attn.weight"] == "transformer.h.3.attn.c_attn.weight"
+    assert len(cut.copies) == 2 + 2 * 12 + 2  # embeddings, blocks, last layer norm
+    for name in list(load_file(tmp_path / "cut" / "model.safetensors")):
+        if ".h.0." in name:
+            rewrite(tmp_path / "cut", swap(name, name.replace(".h.0.", ".h.1.")))
+    assert any("not in its order" in problem for problem in check(tmp_path / "cut", teacher).problems)
+
+
+def test_an_untied_head_that_should_be_tied(model: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    untied = make_model(tmp_path / "untied", tokenizer_dir, tie_word_embeddings=False)
+    assert check(untied).ok
+    configure(untied, tie_word_embeddings=True)
+    assert any("lm_head.weight is not the embeddings" in problem for problem in check(untied).problems)
+    rewrite(model, lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"].clone()}), forget=True)
+    assert check(model).ok
+
+
+@pytest.mark.parametrize(("size", "ok"), [(300, False), (384, True), (448, False)])
+def test_a_tokenizer_of_another_size(tokenizer_dir: Path, tmp_path: Path, size: int, ok: bool) -> None:
+    result = check(make_model(tmp_path / "m", tokenizer_dir, vocab_size=size))
+    assert result.ok == ok
+    if ok:
+        assert "rounded up" in result.notes[0]
+    else:
+        assert result.problems == [f"the tokenizer has 320 tokens, the model {size}"]
+
+
+def test_a_truncated_file(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert any("cannot load model" in problem for problem in check(model).problems)
+
+
+@pytest.mark.parametrize(("layers", "message"), [(3, "unexpected"), (5, "missing")])
+def test_another_number_of_layers(model: Path, layers: int, message: str) -> None:
+    configure(model, n_layer=layers)
+    assert any(message in problem for problem in check(model).problems)
+
+
+def test_ends_beyond_the_vocabulary(model: Path) -> None:
+    configure(model, eos_token_id=50256)
+    (model / "generation_config.json").write_text('{"eos_token_id": [0, 320]}')
+    assert [problem.split(" is ")[0] for problem in check(model).problems] == [
+        "config.json: eos_token_id 50256", "generation_config.json: eos_token_id 320",
+    ]  # fmt: skip
+    (model / "generation_config.json").write_text("{")
+    assert any("generation_config.json:" in problem for problem in check(model).problems)
+
+
+def test_what_the_reference_cannot_be_is_a_note(model: Path) -> None:
+    configure(model, scale_attn_by_inverse_layer_idx=True)
+    result = check(model)
+    assert result.ok
+    assert "not compared with the reference" in result.notes[0]
+
+
+def test_the_command_prints_it(cli: Callable, teacher: Path, data: Path) -> None:
+    found = cli("verify", teacher, "--teacher", teacher, "--json").json
+    assert found["reference"]["same_greedy_text"] is True
+    assert found["copies"]["transformer.wte.weight"] == "transformer.wte.weight"
+    text = cli("verify", teacher, "--teacher", teacher).out
+    assert "same greedy text" in text
+    assert "block 3 is the teacher's block 3" in text
+    with pytest.raises(DataError, match="is a dataset"):
+        check(data, teacher)
+
+
+def test_a_model_beside_its_data_is_a_model(model: Path, data: Path) -> None:
+    shutil.copytree(data, model / "data")
+    result = check(model)
+    assert (result.kind, result.ok) == ("model", True)
+    rewrite(model, lambda w: w["transformer.h.0.ln_1.weight"].fill_(1e38), forget=True)
+    assert any("differ from the reference" in problem for problem in check(model).problems)
+    (model / "tokenizer.json").write_text("{")
+    assert len(check(model).problems) > 1
+
+
+def test_a_published_model_passes(shared_data: Path) -> None:
+    sorting = check(shared_data / "models" / "gpt-nano-sort")
+    assert sorting.ok
+    assert any("no tokenizer" in note for note in sorting.notes)
+    assert check(shared_data / "models" / "novels-6x256").ok
