@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from tinygpt2 import PregenerateConfig, TrainTokenizerConfig, pregenerate, train_tokenizer  # noqa: E402
-from tinygpt2.cli.app import app  # noqa: E402
+from tinygpt2.cli import app  # noqa: E402
 from tinygpt2.data.tokenizer import load_tokenizer  # noqa: E402
 from tinygpt2.models.saving import save_model  # noqa: E402
 

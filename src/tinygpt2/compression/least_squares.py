@@ -48,10 +48,10 @@ def refit(
         for block, layer, end in zip(student.transformer.h, layers, ends, strict=True):
             for other in teacher.transformer.h[reached:layer]:
                 theirs = [_mlp(other, _attention(other, x)) for x in theirs]
-            taught = teacher.transformer.h[layer]
-            theirs = [_attention(taught, x) for x in theirs]
+            template = teacher.transformer.h[layer]
+            theirs = [_attention(template, x) for x in theirs]
             ours = _fitted(block.attn.c_proj, partial(_mixed, block), ours, theirs, dimensions)
-            theirs = [_mlp(taught, x) for x in theirs]
+            theirs = [_mlp(template, x) for x in theirs]
             for other in teacher.transformer.h[layer + 1 : end]:
                 theirs = [_mlp(other, _attention(other, x)) for x in theirs]
             reached = end

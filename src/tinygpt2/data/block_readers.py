@@ -9,9 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tinygpt2.errors import DataError
-
-_Array = np.ndarray[Any, np.dtype[Any]]
+from tinygpt2.errors import DataError, one_line
+from tinygpt2.utils.types import Array
 
 
 class BlockPart(Protocol):
@@ -21,7 +20,7 @@ class BlockPart(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+    def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
         """Return tokens (rows, T) as stored, and a mask with 1 on padding and 0 elsewhere, if there is one."""
 
 
@@ -36,7 +35,7 @@ class ArrowPart:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+    def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
         """See `Part`."""
         return self._rows[start:stop], None
 
@@ -52,7 +51,7 @@ class Hdf5Part:
         try:
             columns = h5py.File(file, "r")
         except OSError as error:
-            raise DataError(f"cannot open {file}: {' '.join(str(error).split())}") from error
+            raise DataError(f"cannot open {file}: {one_line(error)}") from error
         self._ids, self._mask = columns["input_ids"], columns["input_mask"]
         for column in (self._ids, self._mask):
             if column.ndim != 2 or column.shape != (len(self._ids), length):
@@ -61,7 +60,7 @@ class Hdf5Part:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+    def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
         """See `Part`."""
         return self._ids[start:stop], self._mask[start:stop]
 
@@ -83,7 +82,7 @@ class JsonPart:
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+    def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
         """See `Part`."""
         rows = [self._row(index) for index in range(start, stop)]
         shape = (len(rows), self._length)
@@ -113,7 +112,7 @@ class MapPart:
     def __len__(self) -> int:
         return len(self._items)
 
-    def read(self, start: int, stop: int) -> tuple[_Array, _Array | None]:
+    def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
         """See `Part`."""
         rows = [self._items[index] for index in range(start, stop)]
         ids = np.array([np.asarray(row["input_ids"]) for row in rows], np.int64)
@@ -123,7 +122,7 @@ class MapPart:
         return ids, np.array(masks, np.int64)
 
 
-def real_tokens(mask: _Array, first: int) -> list[int]:
+def real_tokens(mask: Array, first: int) -> list[int]:
     """Return how many tokens of each row are real; `first` is the number of the first row, for the message."""
     lengths = (mask == 0).sum(-1)
     if not lengths.all():

@@ -18,8 +18,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from tinygpt2.config.data import Format
-from tinygpt2.data.encoding import Tokens
 from tinygpt2.utils.files import write_json
+from tinygpt2.utils.types import Tokens
 
 FILE_TOKENS = 1 << 27  # in one file of a split, at most
 _ROW_TOKENS = 1 << 20  # gathered before they are written

@@ -17,13 +17,12 @@ from torch import Tensor
 from tinygpt2.data.block_readers import ArrowPart, BlockPart, Hdf5Part, JsonPart, MapPart, real_tokens
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
-from tinygpt2.errors import DataError
+from tinygpt2.errors import DataError, one_line
 from tinygpt2.utils.files import read_json
+from tinygpt2.utils.types import Array
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
-
-_Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Batch(NamedTuple):
@@ -63,7 +62,7 @@ class Blocks:
         """Whether any block may be padded."""
         return any(part.padded for part in self._parts)
 
-    def _read(self, index: int) -> tuple[_Array, int]:
+    def _read(self, index: int) -> tuple[Array, int]:
         """Return a block as stored and how many of its tokens are real.
 
         Raises:
@@ -74,7 +73,7 @@ class Blocks:
         ids, mask = self._parts[at].read(first, first + 1)
         return ids[0], self.sequence_length if mask is None else real_tokens(mask, index)[0]
 
-    def row(self, index: int) -> _Array:
+    def row(self, index: int) -> Array:
         """Return the real tokens of a block, as stored."""
         ids, length = self._read(index)
         return ids[:length]
@@ -216,9 +215,7 @@ def load_packed_dataset(name: str) -> PackedDataset:
     except DataError:
         raise
     except Exception as error:  # whatever a broken file makes the library raise
-        raise DataError(
-            f"cannot open the dataset {path}: {' '.join(str(error).split())}", f"see tinygpt2 verify {path}"
-        ) from error
+        raise DataError(f"cannot open the dataset {path}: {one_line(error)}", f"see tinygpt2 verify {path}") from error
 
 
 def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[BlockPart]:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from tinygpt2.utils.types import Tokens
+
 if TYPE_CHECKING:
     import tiktoken
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
-Tokens = np.ndarray[Any, np.dtype[Any]]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 

@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 
 from tinygpt2.data.corpus.text_splitting import LEAST_PART
-from tinygpt2.data.encoding import Tokens
 from tinygpt2.utils.files import atomic_path, read_json
+from tinygpt2.utils.types import Array, Tokens
 
 RUN_TOKENS, RUN_ENTRIES = 1 << 23, 1 << 20  # what a run holds at most, but for its last document
 GROUP_TOKENS = 1 << 22  # read at a time
 _BINS = 1 << 16
 _LAST = 2**64 - 1  # the largest key
 
-_Array = np.ndarray[Any, np.dtype[Any]]
 _INDEX = np.dtype(
     [
         ("key", "<u8"),  # the order in the result
@@ -46,7 +45,7 @@ def content_hash(text: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(head, digest_size=8, key=seed.to_bytes(8, "big")).digest(), "big")
 
 
-def shuffled_keys(documents: _Array, seed: int) -> _Array:
+def shuffled_keys(documents: Array, seed: int) -> Array:
     """Return 64 seeded bits for each document number: sorted by them, documents are shuffled.
 
     Source: SplitMix64 (Steele, Lea and Flood 2014), which maps numbers to numbers one to one.
@@ -82,7 +81,7 @@ class EncodingProgress:
 class EncodedBatch:
     """Pieces in corpus order: their index entries (key and start unset) and their tokens, one after another."""
 
-    entries: _Array
+    entries: Array
     tokens: Tokens
 
     @classmethod
@@ -180,16 +179,16 @@ class ExternalSort:
         last = int(np.sort(near)[rank - 1])
         return None if last == highest else last
 
-    def _hashes(self) -> Iterator[_Array]:
+    def _hashes(self) -> Iterator[Array]:
         for run in range(self._runs):
             entries = self._entries(run)
             yield entries["hash"][entries["first"]]
 
-    def _entries(self, run: int) -> _Array:
-        entries: _Array = np.load(self._file(run, "npy"), mmap_mode="r")
+    def _entries(self, run: int) -> Array:
+        entries: Array = np.load(self._file(run, "npy"), mmap_mode="r")
         return entries
 
-    def groups(self, *, shuffled: bool = True) -> Iterator[tuple[_Array, Tokens]]:
+    def groups(self, *, shuffled: bool = True) -> Iterator[tuple[Array, Tokens]]:
         """Yield this part's pieces: index entries, and their tokens one after another.
 
         Args:
@@ -210,7 +209,7 @@ class ExternalSort:
             for chosen in _groups(entries["tokens"]):
                 yield entries[chosen], self._gather(entries[chosen], runs[chosen])
 
-    def _borders(self, shuffled: bool) -> _Array:
+    def _borders(self, shuffled: bool) -> Array:
         """Return where ranges of keys that hold about as many entries as one run begin and end in each run."""
         sizes = [len(self._entries(run)) for run in range(self._runs)]
         count = max(1, -(-sum(sizes) // RUN_ENTRIES)) if shuffled else 1
@@ -221,7 +220,7 @@ class ExternalSort:
         inner = [np.searchsorted(np.ascontiguousarray(self._entries(run)["key"]), edges) for run in range(self._runs)]
         return np.array([[0, *inside, size] for inside, size in zip(inner, sizes, strict=True)], np.int64)
 
-    def _gather(self, entries: _Array, runs: _Array) -> Tokens:
+    def _gather(self, entries: Array, runs: Array) -> Tokens:
         """Read pieces' tokens: what a group takes from one run lies close together there."""
         parts, starts, held = [], np.empty(len(entries), np.int64), 0
         for run in np.unique(runs):
@@ -236,12 +235,12 @@ class ExternalSort:
         return _take(together, starts, entries["tokens"])
 
 
-def _starts(sizes: _Array) -> _Array:
+def _starts(sizes: Array) -> Array:
     """Return where each of some things lies that follow one another."""
     return np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64))) if len(sizes) else np.empty(0, np.int64)
 
 
-def _take(tokens: Tokens, starts: _Array, sizes: _Array) -> Tokens:
+def _take(tokens: Tokens, starts: Array, sizes: Array) -> Tokens:
     """Return spans of tokens, one after another."""
     ends = starts + sizes
     if (starts[1:] == ends[:-1]).all():
@@ -250,7 +249,7 @@ def _take(tokens: Tokens, starts: _Array, sizes: _Array) -> Tokens:
     return np.concatenate([tokens[start:end] for start, end in spans])
 
 
-def _groups(sizes: _Array) -> Iterator[slice]:
+def _groups(sizes: Array) -> Iterator[slice]:
     """Yield slices of entries of about `GROUP_TOKENS` each."""
     ends = np.cumsum(sizes, dtype=np.int64)
     start = 0

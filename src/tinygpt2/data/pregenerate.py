@@ -23,13 +23,14 @@ import numpy as np
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.data.block_writers import MANIFEST, SplitWriter
 from tinygpt2.data.corpus.sources import Corpus, Piece, whole
-from tinygpt2.data.encoding import Encoder, Tokens, in_order
+from tinygpt2.data.encoding import Encoder, in_order
 from tinygpt2.data.external_sort import EncodedBatch, ExternalSort, content_hash
 from tinygpt2.data.staging import discard, require_same, staging_directory, staging_path
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.utils.files import read_json, require_free, write_json
 from tinygpt2.utils.progress import say, track
+from tinygpt2.utils.types import Array, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -273,7 +274,7 @@ def _divide(
     cut: int | None,
     train: SplitWriter,
     test: SplitWriter,
-) -> np.ndarray[Any, Any]:
+) -> Array:
     """Send each token to its split; return documents and bytes of train and test, as rows.
 
     Args:
@@ -302,7 +303,7 @@ def _divide(
     return sizes
 
 
-def _sizes(entries: np.ndarray[Any, Any]) -> tuple[int, int]:
+def _sizes(entries: Array) -> tuple[int, int]:
     """Return the documents and the bytes of some index entries."""
     return int(entries["first"].sum()), int(entries["bytes"].sum(dtype=np.int64))
 

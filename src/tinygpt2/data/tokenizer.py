@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygpt2.data.encoding import LETTERS, merge_ends, parsed
-from tinygpt2.errors import ModelError
+from tinygpt2.errors import ModelError, one_line
 from tinygpt2.utils.hub import local_directory
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         ids = tokenizer(_PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         kept = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     except Exception as error:  # whatever a broken file makes the library raise
-        raise ModelError(f"cannot load the tokenizer in {directory}: {' '.join(str(error).split())}") from error
+        raise ModelError(f"cannot load the tokenizer in {directory}: {one_line(error)}") from error
     byte_level = type(tokenizer.backend_tokenizer.decoder).__name__ == "ByteLevel"
     if not kept.strip() or (byte_level and kept.strip() != _PROBE):
         raise ModelError(f"the tokenizer in {directory} ({len(tokenizer)} tokens) loses text", "check its files")
@@ -66,7 +66,7 @@ def _from_tiktoken(name: str) -> Tokenizer:
         raise ModelError(f"no tiktoken vocabulary {name!r}: {error}", f"known are {known}") from error
     except Exception as error:  # whatever the network makes the library raise
         raise ModelError(
-            f"tiktoken's files for {name!r} cannot be had: {' '.join(str(error).split())[:160]}",
+            f"tiktoken's files for {name!r} cannot be had: {one_line(error, 160)}",
             "put them into the folder that TIKTOKEN_CACHE_DIR names, or check the network",
         ) from error
     return convert_tiktoken(encoding)

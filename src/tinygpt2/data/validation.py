@@ -11,7 +11,7 @@ from tinygpt2.data.block_readers import real_tokens
 from tinygpt2.data.block_writers import MANIFEST, content_of
 from tinygpt2.data.dataset import Blocks, _parts, load_packed_dataset
 from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import DataError
+from tinygpt2.errors import DataError, one_line
 from tinygpt2.utils.files import read_json
 
 
@@ -48,7 +48,7 @@ def _check_folder(path: Path) -> Iterator[str]:
         try:
             yield from _check_blocks(blocks, name, counts["files"], len(tokenizer))
         except Exception as error:
-            yield f"{name}: {' '.join(str(error).split())}"
+            yield f"{name}: {one_line(error)}"
 
 
 def _check_metrics(path: Path, split: str, sequences: int, length: int) -> Iterator[str]:

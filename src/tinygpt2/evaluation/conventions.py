@@ -7,7 +7,6 @@ lm-evaluation-harness' tasks `wikitext` and `lambada_openai`; `tinygpt2` of the 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from tinygpt2.data.encoding import encode
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.detokenize import detokenize, detokenize_page, pages
-from tinygpt2.evaluation.scoring import Scores, Window, perplexity_of, windows
+from tinygpt2.evaluation.scoring import Scores, Window, windows
 from tinygpt2.evaluation.tasks import Task
 from tinygpt2.models.compatibility import check_fits
 
@@ -106,20 +105,6 @@ class TokenizedTask:
         return self.spans == other.spans and np.array_equal(self.tokens, other.tokens)
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What a convention reports; see `PplRow`."""
-
-    perplexity: float
-    loss: float
-    bits_per_character: float
-    bits_per_byte: float
-    byte_perplexity: float
-    word_perplexity: float
-    accuracy: float | None
-    accuracy_without_stop_words: float | None
-
-
 def tokenize_task(task: Task, reader: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
     """Lay a task out for a model.
 
@@ -151,28 +136,16 @@ def tokenize_task(task: Task, reader: ModelTokenizer, convention: Convention, st
     return tokenized
 
 
-def figures(tokenized: TokenizedTask, scores: Scores, convention: Convention) -> Figures:
-    """Return what a convention reports of a sheet's scores.
+def headline_loss(tokenized: TokenizedTask, scores: Scores, convention: Convention) -> float:
+    """Return the loss in nats per unit of the convention; `perplexity` is its exponential.
 
     Args:
-        scores: of its counted windows, see `counted`.
+        scores: of the windows that count; see `counted`.
     """
-    loss, total = scores.loss, float(scores.sums.sum())
-    headline = loss if tokenized.unit == "token" else total / max(tokenized.units, 1)
-    if convention == "tinygpt2":  # the flaw: a mean over n - 1 targets is multiplied by n
+    if convention == "tinygpt2":  # calc_ppl's flaw: the mean over n - 1 targets is multiplied by n
         lengths = scores.counts + 1
-        headline = float((scores.sums / scores.counts * lengths).sum() / lengths.sum())
-    size = max(tokenized.bytes, 1)
-    return Figures(
-        perplexity=perplexity_of(headline),
-        loss=loss,
-        bits_per_character=total / math.log(2) / max(tokenized.characters, 1),
-        bits_per_byte=total / math.log(2) / size,
-        byte_perplexity=perplexity_of(total / size),
-        word_perplexity=perplexity_of(total / max(tokenized.words, 1)),
-        accuracy=_share(scores.greedy),
-        accuracy_without_stop_words=_share(scores.filtered) if convention == "gpt2-paper" else None,
-    )
+        return float((scores.sums / scores.counts * lengths).sum() / lengths.sum())
+    return scores.loss if tokenized.unit == "token" else float(scores.sums.sum()) / max(tokenized.units, 1)
 
 
 def counted(tokenized: TokenizedTask, scores: Scores) -> Scores:
@@ -182,10 +155,6 @@ def counted(tokenized: TokenizedTask, scores: Scores) -> Scores:
     sums, counts = (x.reshape(-1, tokenized.candidates) for x in (scores.sums, scores.counts))
     rows = np.arange(len(tokenized.right))
     return Scores(sums[rows, tokenized.right], counts[rows, tokenized.right], sums.argmin(1) == tokenized.right)
-
-
-def _share(hits: Any) -> float | None:
-    return None if hits is None else float(hits.mean())
 
 
 def _per_token(tokens: Integer[np.ndarray, " N"], text: str, window: int, stride: int | None) -> TokenizedTask:

@@ -16,9 +16,9 @@ from torch import Tensor, distributed
 
 from tinygpt2.config.evaluation import Convention, PplConfig
 from tinygpt2.errors import ConfigError, DataError, ModelError, TinyGPT2Error
-from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, figures, tokenize_task
+from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, tokenize_task
 from tinygpt2.evaluation.plots import plot_comparison
-from tinygpt2.evaluation.results import Paired, PplResult, PplRow
+from tinygpt2.evaluation.results import Paired, PplResult, PplRow, make_row
 from tinygpt2.evaluation.scoring import Scorer, Scores
 from tinygpt2.evaluation.stopwords import STOP_WORDS
 from tinygpt2.evaluation.tasks import Task, TaskList, load_tasks, task_list
@@ -161,33 +161,7 @@ def _measure(
     scores = counted(tokenized, every)
     if math.isnan(scores.loss):
         raise ModelError(f"model {reader.name}: its loss on {task.name} is not a number", "tinygpt2 verify says why")
-    found = figures(tokenized, scores, config.convention)
-    targets = int(every.counts.sum())
-    row = PplRow(
-        model=absolute(reader.name),
-        task=task.name,
-        convention=config.convention,
-        perplexity=found.perplexity,
-        loss=found.loss,
-        stderr=scores.stderr,
-        bits_per_character=found.bits_per_character,
-        bits_per_byte=found.bits_per_byte,
-        byte_perplexity=found.byte_perplexity,
-        word_perplexity=found.word_perplexity,
-        accuracy=found.accuracy,
-        accuracy_without_stop_words=found.accuracy_without_stop_words,
-        unit=tokenized.unit,
-        units=int(scores.counts.sum()) if tokenized.unit == "token" else tokenized.units,
-        tokens=int(scores.counts.sum()),
-        words=tokenized.words,
-        characters=tokenized.characters,
-        bytes=tokenized.bytes,
-        stride=tokenized.stride,
-        seconds=seconds,
-        tokens_per_second=targets / seconds,
-        parameters=parameters,
-        source=absolute(task.source),
-    )
+    row = make_row(reader.name, parameters, task, config.convention, tokenized, scores, seconds, every.targets)
     return row, scores
 
 

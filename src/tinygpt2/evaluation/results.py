@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinygpt2.config.evaluation import Convention
+from tinygpt2.evaluation.conventions import TokenizedTask, headline_loss
+from tinygpt2.evaluation.scoring import Scores, perplexity_of
+from tinygpt2.evaluation.tasks import Task
+from tinygpt2.utils.files import absolute
 
 
 @dataclass(frozen=True)
@@ -83,3 +88,48 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
         return {name: Path(name).name or name for name in names}
     shared = os.path.commonpath(paths)
     return {name: os.path.relpath(name, shared) if name in paths else name for name in names}
+
+
+def make_row(
+    model: str,
+    parameters: int,
+    task: Task,
+    convention: Convention,
+    tokenized: TokenizedTask,
+    scores: Scores,
+    seconds: float,
+    predicted: int,
+) -> PplRow:
+    """Compute all figures of one model on one task.
+
+    Args:
+        scores: of the windows that count.
+        seconds: that the model took for `predicted` tokens, candidates that do not count included.
+    """
+    total, size = float(scores.sums.sum()), max(tokenized.bytes, 1)
+    filtered = scores.filtered if convention == "gpt2-paper" else None
+    return PplRow(
+        model=absolute(model),
+        task=task.name,
+        convention=convention,
+        perplexity=perplexity_of(headline_loss(tokenized, scores, convention)),
+        loss=scores.loss,
+        stderr=scores.stderr,
+        bits_per_character=total / math.log(2) / max(tokenized.characters, 1),
+        bits_per_byte=total / math.log(2) / size,
+        byte_perplexity=perplexity_of(total / size),
+        word_perplexity=perplexity_of(total / max(tokenized.words, 1)),
+        accuracy=None if scores.greedy is None else float(scores.greedy.mean()),
+        accuracy_without_stop_words=None if filtered is None else float(filtered.mean()),
+        unit=tokenized.unit,
+        units=scores.targets if tokenized.unit == "token" else tokenized.units,
+        tokens=scores.targets,
+        words=tokenized.words,
+        characters=tokenized.characters,
+        bytes=tokenized.bytes,
+        stride=tokenized.stride,
+        seconds=seconds,
+        tokens_per_second=predicted / seconds,
+        parameters=parameters,
+        source=absolute(task.source),
+    )

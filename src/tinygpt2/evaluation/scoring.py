@@ -73,6 +73,11 @@ class Scores:
     filtered: Bool[np.ndarray, " W"] | None = None
 
     @property
+    def targets(self) -> int:
+        """Number of tokens that were predicted."""
+        return int(self.counts.sum())
+
+    @property
     def loss(self) -> float:
         """Mean loss per target, in nats."""
         return float(self.sums.sum() / self.counts.sum())

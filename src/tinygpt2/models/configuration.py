@@ -12,7 +12,7 @@ import yaml
 
 from tinygpt2.config.cerebras import is_cerebras, shape_of
 from tinygpt2.config.models import PresetsConfig
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
@@ -93,7 +93,7 @@ def read_model_config(name: str, tokenizer: Tokenizer) -> GPT2Config:
         read = json.loads if path.suffix == ".json" else yaml.safe_load
         values = read(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} does not hold a model configuration")
     if is_cerebras(values):
@@ -131,7 +131,7 @@ def make_model_config(values: dict[str, Any], where: str) -> GPT2Config:
     try:
         config = GPT2Config(**values)
     except Exception as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where}: {one_line(error)}") from error
     if config.n_embd % config.n_head:
         raise ConfigError(f"{where}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
     return config

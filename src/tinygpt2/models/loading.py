@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinygpt2.data.tokenizer import has_tokenizer, load_tokenizer
-from tinygpt2.errors import ModelError
-from tinygpt2.models.weights import PICKLES
+from tinygpt2.errors import ModelError, one_line
+from tinygpt2.models.weights import PICKLES, stored_shapes, weight_files
 from tinygpt2.utils.hub import local_directory
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def load_model(
     config = _directory_config(directory, role)
     if hollow and not Path(name).is_dir():
         return random_model(config, 0, hollow=True).eval(), directory
-    if not any(directory.glob("model*.safetensors")):
+    if not weight_files(directory):
         pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
         if not pickles:
             raise ModelError(f"no weights in {role} {directory}: model.safetensors is missing")
@@ -75,7 +74,7 @@ def load_model(
             use_safetensors=None if allow_pickle else True,
         )
     except Exception as error:  # whatever broken weights make the library raise
-        raise ModelError(f"cannot load {role} {directory}: {' '.join(str(error).split())}") from error
+        raise ModelError(f"cannot load {role} {directory}: {one_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(item) for item in info.get(what) or ()):
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -86,14 +85,12 @@ def load_model(
 def _check_shapes(model: GPT2LMHeadModel, directory: Path, role: str) -> GPT2LMHeadModel:
     """Compare a hollow model with the headers of the weights' files, where there are safetensors."""
     found: dict[str, list[int]] = {}
-    for file in directory.glob("model*.safetensors"):
+    for file in weight_files(directory):
         try:
-            with safe_open(file, "pt") as weights:
-                for key in weights.keys():  # noqa: SIM118 - it is no dictionary
-                    found[key.removeprefix("transformer.")] = weights.get_slice(key).get_shape()
+            found |= stored_shapes(file)
         except Exception as error:  # whatever a broken file makes the library raise
-            raise ModelError(f"cannot load {role} {file}: {' '.join(str(error).split())}") from error
-    for name, tensor in model.transformer.state_dict().items():
+            raise ModelError(f"cannot load {role} {file}: {one_line(error)}") from error
+    for name, tensor in model.transformer.state_dict(prefix="transformer.").items():
         if found and found.get(name) != list(tensor.shape):
             have, want = found.get(name, "nothing"), list(tensor.shape)
             raise ModelError(f"{role} {directory}: {name} is of shape {have}, config.json says {want}")
@@ -113,7 +110,7 @@ def _directory_config(directory: Path, role: str) -> GPT2Config:
     try:
         return GPT2Config(**values)
     except Exception as error:
-        raise ModelError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ModelError(f"{path}: {one_line(error)}") from error
 
 
 def _fast(model: GPT2LMHeadModel) -> GPT2LMHeadModel:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GPT2LMHeadModel
-from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from tinygpt2.errors import ModelError
-from tinygpt2.models.weights import SUMS
-from tinygpt2.utils.files import atomic_contents, sha256_of, write_text
+from tinygpt2.models.weights import write_checksums
+from tinygpt2.utils.files import atomic_contents, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 
 def save_model(
@@ -36,8 +39,7 @@ def save_model(
     try:
         with atomic_contents(out) as temporary:
             model.save_pretrained(str(temporary), state_dict=weights)
-            sums = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(temporary.glob("*.safetensors"))]
-            write_text(temporary / SUMS, "".join(sums))
+            write_checksums(temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(temporary))
         write_text(out / "README.md", card)

@@ -162,9 +162,9 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         head_grad = torch.zeros_like(head, dtype=wide(head)) if needs_head else None
         matrix = head_operand(head)
-        states, taught = hidden.to(matrix.dtype), None
+        states, teacher = hidden.to(matrix.dtype), None
         if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
-            taught = (teacher_hidden.to(teacher_head.dtype), teacher_head)
+            teacher = (teacher_hidden.to(teacher_head.dtype), teacher_head)
         means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum()]).clamp(min=1).to(wide(hidden))
         values = torch.zeros_like(means)
         turns = max(1, math.ceil(count / (objective.chunk or default_chunk(len(head), device))))
@@ -173,7 +173,7 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)
                 logits = states[part] @ matrix.mT
-                soft = None if taught is None else taught[0][part] @ taught[1].mT
+                soft = None if teacher is None else teacher[0][part] @ teacher[1].mT
                 values += _differentiate(logits, soft, targets[part], objective, means[1] * count)
                 if hidden_grad is not None:
                     hidden_grad[part] = logits @ matrix

@@ -43,10 +43,10 @@ def saved_bytes(
 
     plain = config.model_copy(update={"compile": False, "compile_only": False})
     with FakeTensorMode():
-        taught = None if teacher is None else random_model(teacher, 0).eval()
-        learner = random_model(student, 0)
-        set_dropout(learner, config.dropout)
-        step = Step(learner, taught, weights, plain)
+        fake_teacher = None if teacher is None else random_model(teacher, 0).eval()
+        fake_student = random_model(student, 0)
+        set_dropout(fake_student, config.dropout)
+        step = Step(fake_student, fake_teacher, weights, plain)
         ids = torch.zeros(size, length, dtype=torch.int64)
         with (
             _Flash(),
@@ -79,7 +79,7 @@ def step_memory(
     fixed = 16 * count_parameters(student) + 4 * (2**29 if torch.cuda.is_available() else 2**26)
     if teacher is not None:
         fixed += sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
-    taught = None if teacher is None else teacher.config
-    width = max(student.config.n_embd, taught.n_embd if taught else 0)
+    shape = None if teacher is None else teacher.config
+    width = max(student.config.n_embd, shape.n_embd if shape else 0)
     passing = 12 * length * width * (2 if config.precision != "fp32" else 4)
-    return fixed, saved_bytes(student.config, taught, weights, config, 1, length) + passing
+    return fixed, saved_bytes(student.config, shape, weights, config, 1, length) + passing

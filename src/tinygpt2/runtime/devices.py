@@ -25,7 +25,7 @@ PEAKS = {
 }  # fmt: skip
 
 
-def device_peak(device: torch.device, precision: str) -> float | None:
+def device_peak(device: torch.device, precision: Precision) -> float | None:
     """Return a device's peak in operations per second, or None where it is not known."""
     if device.type != "cuda":
         return None
@@ -34,11 +34,10 @@ def device_peak(device: torch.device, precision: str) -> float | None:
     return None if found is None else found[precision != "fp32"] * 1e12
 
 
-def measured_rate(device: torch.device, precision: str) -> float:
+def measured_rate(device: torch.device, precision: Precision) -> float:
     """Return the operations per second of a matrix product on this device, measured within a moment."""
     size = 1024 if device.type == "cpu" else 8192
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    a = torch.randn(size, size, device=device, dtype=DTYPES[precision])
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinygpt2.config.training import OnSaveError
-from tinygpt2.errors import ConfigError, ModelError
+from tinygpt2.errors import ConfigError, ModelError, one_line
 from tinygpt2.runtime.memory import available_memory
 from tinygpt2.training.metrics import METRICS
 from tinygpt2.training.state import RunState
@@ -305,7 +305,7 @@ def _library_errors() -> tuple[type[BaseException], ...]:
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
+    return one_line(getattr(error, "strerror", None) or error)
 
 
 def _digest(run: dict[str, Any], files: dict[str, str]) -> str:

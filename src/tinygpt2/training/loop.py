@@ -6,6 +6,7 @@ import math
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -25,95 +26,166 @@ from tinygpt2.training.schedule import learning_rate
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Step, evaluate, gradients, seed_step
 from tinygpt2.training.throughput import ThroughputMeter
-from tinygpt2.utils.progress import say, track
+from tinygpt2.utils.progress import ProgressStage, say, track
 
 
 def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState, nn.Module]:
-    """Train from the newest checkpoint, or from the start, to the last step.
+    """Train to the last step, from the newest checkpoint if the run resumes.
 
     Returns:
-        The final state, and `module` as Accelerate wrapped it. Its weights are the last ones, or with early stopping
-        those that evaluated best.
+        The final state, and `module` as Accelerate wrapped it. Its weights are those of the last step; with early
+        stopping, those with the lowest evaluation loss.
 
     Raises:
-        DivergedError: loss or gradient is not finite.
-        InterruptedRunError: a signal asked to stop; saved.
+        DivergedError: a loss or a gradient is NaN or infinite.
+        InterruptedRunError: a signal stopped the run; a checkpoint was saved.
         ModelError: a checkpoint cannot be written or restored.
-        ConfigError: out of memory, or another run's checkpoint.
+        ConfigError: out of memory, or the checkpoint belongs to another run.
     """
-    config, out, data = job.config, Path(job.config.out), job.data
-    sequences, total = job.sequences(accelerator.num_processes), job.total_steps(accelerator.num_processes)
-    peak = job.peak_rate()
-    _tell_deepspeed(accelerator, config)
-    wrapped, optimizer = accelerator.prepare(module, make_optimizer(module, config))
-    optimizer = unwrapped(accelerator, optimizer)
-    parameters = list(wrapped.parameters())
-    order = Shuffle(len(data.train), config.seed)
-    checkpoints = Checkpoints(out, accelerator, wrapped, optimizer, config.keep, config.on_save_error)
-    state = RunState(sequences, data.content)
-    if config.resume:
-        state = checkpoints.resume(state)
-    log = MetricsLog(out, state.step) if accelerator.is_main_process else None
-    step_tokens = sequences * data.sequence_length
-    meter = ThroughputMeter(state, step_tokens, _bound(job, accelerator))
-    wrapped.train()
-    explained = memory_explained(config, data.sequence_length)
-    with closing(checkpoints), explained, stop_on_signals() as stop, track(out.name, total) as progress:
-        progress.advance(state.step)
-        while state.step < total and not _worse_for_long(state, config):
-            rate = learning_rate(state.step, total, config, peak)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            seed_step(config.seed, state.step, accelerator.process_index)
-            indices = order[state.step * sequences : (state.step + 1) * sequences]
-            parts = gradients(accelerator, wrapped, data.train, indices, config.micro_batch_size)
-            norm = clip_gradients(accelerator, optimizer, parameters, config.grad_clip)
-            terms, stopping = _agree(accelerator, parts, bool(stop))
-            if may_step(accelerator, state, terms, norm, indices, config):
-                optimizer.step()
-            for parameter in parameters:
-                parameter.grad = None
-            state.step += 1
-            state.tokens = state.step * step_tokens
-            state.loss = terms["loss"] if math.isfinite(terms["loss"]) else None
-            done, last, improved = state.step, state.step == total, False
-            row: dict[str, float] = {}
-            if done == 1 or last or done % config.log_every == 0:
-                speed = meter.lap(done)
-                row = {**terms, "learning_rate": rate, "grad_norm": norm, **speed}
-                row |= {"skipped": state.skipped} if state.skipped else {}
-                progress.line(f"step {done}/{total}  {meter.note(terms, speed, total - done)}")
-                progress.advance(0, meter.note(terms, speed))
-            if len(job.evaluated) and (last or (config.eval_every and done % config.eval_every == 0)):
+    config, run = job.config, _Run(job, accelerator, module)
+    memory = memory_explained(config, job.data.sequence_length)
+    with closing(run.checkpoints), memory, stop_on_signals() as stop, track(run.out.name, run.total) as progress:
+        progress.advance(run.state.step)
+        while not run.finished:
+            outcome = run.step(stop=bool(stop))
+            row, improved = {}, False
+            if run.state.step == 1 or run.due(config.log_every):
+                row = run.log(outcome, progress)
+            if len(job.evaluated) and run.due(config.eval_every):
                 progress.advance(0, "evaluating")
-                with meter.paused():
-                    found = asdict(evaluate(accelerator, wrapped, job.evaluated, config.micro_batch_size))
-                row |= {f"eval/{name}": value for name, value in found.items()}
-                improved = state.evaluated(**found)
-                last = last or _worse_for_long(state, config)
-            if row and log is not None:
-                with checkpoints.may_fail("metrics.jsonl"):
-                    log.write({"step": done, "tokens": state.tokens, **row})
-                accelerator.log(row, step=done)
-            state.seconds = meter.seconds()
-            if last or stopping or improved or done % config.save_every == 0:
-                checkpoints.save(state)
+                figures, improved = run.evaluate()
+                row |= figures
+            run.record(row)
+            if outcome.stop or improved or run.due(config.save_every):
+                run.checkpoints.save(run.state)
             progress.advance()
-            if stopping and not last:
-                checkpoints.settle()
+            if outcome.stop and not run.finished:
+                run.checkpoints.settle()
                 raise InterruptedRunError(
-                    f"stopped after step {done} of {total}; saved", f"add --resume to continue {out}"
+                    f"stopped after step {run.state.step} of {run.total}; a checkpoint was saved",
+                    f"add --resume to continue {run.out}",
                 )
-        checkpoints.settle()
-    if config.early_stopping_patience and state.best is not None and checkpoints.restore_best(state):
-        say(f"the evaluation was best after step {state.best.step}: its weights are taken")
-        state.eval = {"loss": state.best.loss, "perplexity": state.best.perplexity}
-    wrapped.eval()
-    return state, wrapped
+        run.checkpoints.settle()
+    run.take_best_weights()
+    run.module.eval()
+    return run.state, run.module
+
+
+class _Outcome(NamedTuple):
+    """What one optimizer step gave: the same in every process.
+
+    Attributes:
+        terms: loss and its parts, means over the global batch.
+        stop: whether a signal asked any process to stop.
+    """
+
+    terms: dict[str, float]
+    learning_rate: float
+    grad_norm: float
+    stop: bool
+
+
+class _Run:
+    """A training run in progress: what stepping, logging, evaluating and saving share.
+
+    Attributes:
+        module: as Accelerate wrapped it.
+        total: optimizer steps of the whole run.
+        state: how far the run is.
+    """
+
+    def __init__(self, job: Job, accelerator: Accelerator, module: Step) -> None:
+        config, self._job, self._accelerator = job.config, job, accelerator
+        self.out, self._blocks = Path(config.out), job.data.train
+        self._sequences, self.total = (
+            job.sequences(accelerator.num_processes),
+            job.total_steps(accelerator.num_processes),
+        )
+        self._peak_rate = job.peak_rate()
+        _tell_deepspeed(accelerator, config)
+        self.module, optimizer = accelerator.prepare(module, make_optimizer(module, config))
+        self._optimizer = unwrapped(accelerator, optimizer)
+        self._parameters = list(self.module.parameters())
+        self._order = Shuffle(len(self._blocks), config.seed)
+        self.checkpoints = Checkpoints(
+            self.out, accelerator, self.module, self._optimizer, config.keep, config.on_save_error
+        )
+        self.state = RunState(self._sequences, job.data.content)
+        if config.resume:
+            self.state = self.checkpoints.resume(self.state)
+        self._metrics = MetricsLog(self.out, self.state.step) if accelerator.is_main_process else None
+        self._step_tokens = self._sequences * job.data.sequence_length
+        self._meter = ThroughputMeter(self.state, self._step_tokens, _peak_tokens_per_second(job, accelerator))
+        self.module.train()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done, or early stopping ends the run."""
+        patience = self._job.config.early_stopping_patience
+        return self.state.step >= self.total or (patience is not None and self.state.worse >= patience)
+
+    def due(self, every: int | None) -> bool:
+        """Say whether something is due that happens every N steps and at the end."""
+        return self.finished or (every is not None and self.state.step % every == 0)
+
+    def step(self, *, stop: bool) -> _Outcome:
+        """Take one optimizer step on the next global batch.
+
+        Args:
+            stop: whether a signal asked this process to stop.
+        """
+        config, state, accelerator = self._job.config, self.state, self._accelerator
+        rate = learning_rate(state.step, self.total, config, self._peak_rate)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        seed_step(config.seed, state.step, accelerator.process_index)
+        indices = self._order[state.step * self._sequences : (state.step + 1) * self._sequences]
+        parts = gradients(accelerator, self.module, self._blocks, indices, config.micro_batch_size)
+        norm = clip_gradients(accelerator, self._optimizer, self._parameters, config.grad_clip)
+        terms, stop = _agree(accelerator, parts, stop)
+        if may_step(accelerator, state, terms, norm, indices, config):
+            self._optimizer.step()
+        for parameter in self._parameters:
+            parameter.grad = None
+        state.step += 1
+        state.tokens = state.step * self._step_tokens
+        state.loss = terms["loss"] if math.isfinite(terms["loss"]) else None
+        return _Outcome(terms, rate, norm, stop)
+
+    def log(self, outcome: _Outcome, progress: ProgressStage) -> dict[str, float]:
+        """Show how the run goes; return the step's figures for metrics.jsonl."""
+        step, speed = self.state.step, self._meter.lap(self.state.step)
+        progress.line(f"step {step}/{self.total}  {self._meter.note(outcome.terms, speed, self.total - step)}")
+        progress.advance(0, self._meter.note(outcome.terms, speed))
+        row = {**outcome.terms, "learning_rate": outcome.learning_rate, "grad_norm": outcome.grad_norm, **speed}
+        return row | ({"skipped": self.state.skipped} if self.state.skipped else {})
+
+    def evaluate(self) -> tuple[dict[str, float], bool]:
+        """Evaluate; return the figures for metrics.jsonl, and whether the loss is the lowest so far."""
+        with self._meter.paused():
+            found = asdict(
+                evaluate(self._accelerator, self.module, self._job.evaluated, self._job.config.micro_batch_size)
+            )
+        return {f"eval/{name}": value for name, value in found.items()}, self.state.evaluated(**found)
+
+    def record(self, row: dict[str, float]) -> None:
+        """Write figures to metrics.jsonl and to the trackers, if there are any, and the time into the state."""
+        if row and self._metrics is not None:
+            with self.checkpoints.may_fail("metrics.jsonl"):
+                self._metrics.write({"step": self.state.step, "tokens": self.state.tokens, **row})
+            self._accelerator.log(row, step=self.state.step)
+        self.state.seconds = self._meter.seconds()
+
+    def take_best_weights(self) -> None:
+        """With early stopping, restore the weights that had the lowest evaluation loss."""
+        best = self.state.best
+        if self._job.config.early_stopping_patience and best is not None and self.checkpoints.restore_best(self.state):
+            say(f"Using the weights from step {best.step}, which had the lowest evaluation loss.")
+            self.state.eval = {"loss": best.loss, "perplexity": best.perplexity}
 
 
 def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
-    """Tell DeepSpeed, where it runs, what it would ask a data loader for, and what its file may have otherwise."""
+    """Tell DeepSpeed, if it is used, what it would learn from a data loader, and overwrite what its file says."""
     if accelerator.state.deepspeed_plugin is None:
         return
     options = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -126,18 +198,14 @@ def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
         options["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # whatever their type
 
 
-def _bound(job: Job, accelerator: Accelerator) -> float | None:
-    """Return the tokens per second at the devices' peak, where that is known."""
+def _peak_tokens_per_second(job: Job, accelerator: Accelerator) -> float | None:
+    """Return the tokens per second at the peak rate of all devices, or None if it is not known."""
     peak = device_peak(accelerator.device, job.config.precision)
     return None if peak is None else peak * accelerator.num_processes / job.operations()
 
 
 def _agree(accelerator: Accelerator, parts: dict[str, torch.Tensor], stop: bool) -> tuple[dict[str, float], bool]:
-    """Return loss and parts over the global batch, and whether any process was asked to stop: alike in all."""
+    """Return loss and parts over the global batch, and whether any process was asked to stop: the same in all."""
     both = torch.stack([*parts.values(), parts["loss"].new_tensor(float(stop))])
     *means, asked = accelerator.reduce(both, "mean").tolist()
     return dict(zip(parts, means, strict=True)), asked > 0
-
-
-def _worse_for_long(state: RunState, config: TrainOptions) -> bool:
-    return config.early_stopping_patience is not None and state.worse >= config.early_stopping_patience

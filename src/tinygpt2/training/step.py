@@ -101,15 +101,17 @@ class Step(nn.Module):
             loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
         else:
             with torch.no_grad():
-                taught = self._taught(teacher, input_ids, rows)
+                seen = self._teacher_activations(teacher, input_ids, rows)
                 if wanted.weights.prediction and not self._teacher_head:
                     self._teacher_head = [head_operand(teacher.lm_head.weight)]
-            loss, terms = wanted(input_ids, student, head, taught, *self._teacher_head, lengths=lengths, share=share)
+            loss, terms = wanted(input_ids, student, head, seen, *self._teacher_head, lengths=lengths, share=share)
         if not loss.requires_grad:
             raise ConfigError("no objective reaches a parameter that is trained", "name fewer with --freeze")
         return loss, terms
 
-    def _taught(self, teacher: GPT2LMHeadModel, input_ids: Tensor, rows: Sequence[int] | None) -> Activations:
+    def _teacher_activations(
+        self, teacher: GPT2LMHeadModel, input_ids: Tensor, rows: Sequence[int] | None
+    ) -> Activations:
         """Run the teacher, as deep as anything looks at it, or read what it returned before."""
         wanted = self.objectives
         if self._cache is None or rows is None:

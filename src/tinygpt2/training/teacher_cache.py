@@ -13,7 +13,6 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +24,11 @@ from tinygpt2.config.common import Precision
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
 from tinygpt2.utils.files import write_json
+from tinygpt2.utils.types import Array
 
 _FIGURES = (  # beyond the weights
     "n_head", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
 )  # fmt: skip
-_Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class TeacherCache:
@@ -63,8 +62,8 @@ class TeacherCache:
                 f"--teacher-cache {root}: {size / 1e9:.1f} GB cannot be reserved there: {error.strerror or error}",
                 "free some space, give another directory, or leave the option out",
             ) from error
-        self._states: _Array = np.memmap(self.path / "states.bin", np.int16, "r+", shape=self._shape)
-        self._checksums: _Array = np.memmap(self.path / "checksums.bin", np.uint32, "r+", shape=self._shape[:1])
+        self._states: Array = np.memmap(self.path / "states.bin", np.int16, "r+", shape=self._shape)
+        self._checksums: Array = np.memmap(self.path / "checksums.bin", np.uint32, "r+", shape=self._shape[:1])
 
     @property
     def filled(self) -> float:
@@ -106,7 +105,7 @@ def cache_name(teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precisi
     return digest.hexdigest()[:16]
 
 
-def _checksum(block: _Array) -> int:
+def _checksum(block: Array) -> int:
     return zlib.crc32(np.ascontiguousarray(block).data) or 1  # 0 says that there is none
 
 

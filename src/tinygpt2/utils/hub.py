@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tinygpt2.errors import ModelError, UnreadableError
+from tinygpt2.errors import ModelError, UnreadableError, one_line
 
 _HINT = (
     "give a local directory; for the Hub, check the network, HF_ENDPOINT (a mirror) and REQUESTS_CA_BUNDLE "
@@ -58,7 +58,7 @@ def stream_dataset(name: str, configuration: str | None) -> tuple[Any, str]:
         revision = str(HfApi().dataset_info(name, timeout=20).sha)
         return datasets.load_dataset(name, configuration, streaming=True, revision=revision), revision
     except Exception as error:  # whatever the network makes the libraries raise
-        problem = " ".join(str(error).split())[:200]
+        problem = one_line(error, 200)
         raise UnreadableError(
             f"no such file or directory: {name}; nor can it be had as a data set from the Hub: {problem}", _HINT
         ) from error
@@ -83,14 +83,14 @@ def dataset_rows(name: str, configuration: str | None, split: str, *, parquet: b
     try:
         HfApi().dataset_info(name, revision=where.get("revision"), timeout=20)
     except Exception as error:  # whatever the network makes the library raise
-        problem = " ".join(str(error).split())[:200]
+        problem = one_line(error, 200)
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         # where the Hub does not answer, `datasets` would try again for long before it looks into its cache
         datasets.config.HF_HUB_OFFLINE = offline or bool(problem)
         return list(datasets.load_dataset(name, split=split, **where))
     except Exception as error:
-        problem = problem or " ".join(str(error).split())[:200]
+        problem = problem or one_line(error, 200)
         raise UnreadableError(f"{name} cannot be had as a data set from the Hub: {problem}", _HINT) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline

@@ -22,7 +22,7 @@ from tinygpt2.data.validation import check_dataset
 from tinygpt2.errors import DataError, ModelError
 from tinygpt2.models import reference
 from tinygpt2.models.loading import load_model, model_tokenizer
-from tinygpt2.models.weights import SUMS, check_sums, stored_tensor
+from tinygpt2.models.weights import CHECKSUMS, block_of, check_checksums, stored_tensor
 
 TOLERANCE = 1e-4  # of the largest logit or state: float32 in another order
 _PROMPT, _TOKENS = 16, 32  # of the greedy text, where the positions allow it
@@ -88,9 +88,9 @@ def verify(config: VerifyConfig) -> VerifyResult:
             raise DataError(f"{path} is a dataset: --teacher goes with a student")
         problems = list(check_dataset(path))
         return VerifyResult(str(path.resolve()), "dataset", not problems, problems)
-    problems, notes = list(check_sums(path)), []
-    if not (path / SUMS).is_file():
-        notes.append(f"no {SUMS} beside the weights: whether they are those that were saved cannot be seen")
+    problems, notes = list(check_checksums(path)), []
+    if not (path / CHECKSUMS).is_file():
+        notes.append(f"no {CHECKSUMS} beside the weights: whether they are those that were saved cannot be seen")
     try:
         model, _ = load_model(str(path), allow_pickle=config.allow_pickle)
     except ModelError as error:
@@ -206,13 +206,13 @@ def copied(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel) -> dict[str, str]
         known.setdefault(_content(tensor), []).append(name)
     origins = {name: known.get(_content(tensor), []) for name, tensor in student.named_parameters()}
     home: dict[str, str] = {}  # the teacher's block that most tensors of a student's block are of
-    for block in {_block(name) for name in origins} - {""}:
-        votes = [_block(origin) for name in origins if _block(name) == block for origin in origins[name]]
+    for block in {block_of(name) for name in origins} - {""}:
+        votes = [block_of(origin) for name in origins if block_of(name) == block for origin in origins[name]]
         if votes:
             home[block] = max(sorted(set(votes)), key=votes.count)
     best = {}
     for name, candidates in origins.items():
-        expected = home.get(_block(name), "") + name.removeprefix(_block(name))
+        expected = home.get(block_of(name), "") + name.removeprefix(block_of(name))
         if candidates:
             best[name] = expected if expected in candidates else candidates[0]
     return best
@@ -222,20 +222,16 @@ def _misplaced(copies: dict[str, str]) -> Iterator[str]:
     """Yield copies that lie where they do not belong: in another block than their neighbours, or another part."""
     blocks: dict[str, list[str]] = {}
     for name, origin in copies.items():
-        blocks.setdefault(_block(name), []).append(_block(origin))
+        blocks.setdefault(block_of(name), []).append(block_of(origin))
     home = {block: max(sorted(set(origins)), key=origins.count) for block, origins in blocks.items()} | {"": ""}
     for name, origin in copies.items():
-        if (home[_block(name)] or not _block(name)) and origin != home[_block(name)] + name.removeprefix(_block(name)):
+        if (home[block_of(name)] or not block_of(name)) and origin != home[block_of(name)] + name.removeprefix(
+            block_of(name)
+        ):
             yield f"{name} is the teacher's {origin}: it does not belong there"
     order = [int(where.split(".")[2]) for block, where in home.items() if block and where]
     if order != sorted(order):
         yield f"the blocks are the teacher's {', '.join(map(str, order))}: not in its order"
-
-
-def _block(name: str) -> str:
-    """Return the part of a tensor's name that says which block it is in, such as `transformer.h.3`, or nothing."""
-    parts = name.split(".")
-    return ".".join(parts[:3]) if parts[:2] == ["transformer", "h"] else ""
 
 
 def _content(tensor: Tensor) -> bytes:

@@ -27,7 +27,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from tinygpt2.data.corpus.text_splitting import RULES, TextPart, decoded_chunks, document_parts, split_documents
-from tinygpt2.errors import DataError, UnreadableError
+from tinygpt2.errors import DataError, UnreadableError, one_line
 from tinygpt2.utils.files import not_utf8
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz")
@@ -71,7 +71,7 @@ def read_stream(stream: IO[bytes], name: str, how: ReadOptions) -> Iterator[Text
     except (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UnreadableError(f"cannot read {name}: {error.strerror}") from error
-        raise DataError(f"{name} is damaged: {' '.join(str(error).split())}") from error
+        raise DataError(f"{name} is damaged: {one_line(error)}") from error
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def _json(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[Te
         for number, row in enumerate(backend.items(_Chunks(text), "item", use_float=True), start=1):
             yield _field(row, f"{name}: item {number}", how, bare=True), True
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())[:120]
+        problem = one_line(error, 120)
         raise DataError(f"{name}: not valid JSON after item {number}: {problem}") from error
 
 

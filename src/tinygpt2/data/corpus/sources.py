@@ -21,7 +21,7 @@ from tinygpt2.config.data import EncodingErrors, TextOptions
 from tinygpt2.data.corpus.python_docs import python_docs
 from tinygpt2.data.corpus.readers import PACKED, ReadOptions, check_column, hidden, read_stream, rows_of
 from tinygpt2.data.corpus.text_splitting import TextPart
-from tinygpt2.errors import DataError, UnreadableError
+from tinygpt2.errors import DataError, UnreadableError, one_line
 from tinygpt2.utils.files import open_file
 from tinygpt2.utils.hub import stream_dataset
 
@@ -220,7 +220,7 @@ def _saved(path: Path, split: tuple[str, ...]) -> SourceItem:
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a broken file makes the library raise
-        raise DataError(f"cannot open the data set {path}: {' '.join(str(error).split())}") from error
+        raise DataError(f"cannot open the data set {path}: {one_line(error)}") from error
     if isinstance(found, datasets.DatasetDict):
         found = found[_choose(list(found), split, str(path))]
 
@@ -266,9 +266,7 @@ def _reading(rows: Iterable[Any], source: str) -> Iterator[Any]:
     try:
         yield from rows
     except Exception as error:  # whatever the network makes the library raise
-        raise UnreadableError(
-            f"reading {source} failed: {' '.join(str(error).split())[:200]}", "add --resume to go on"
-        ) from error
+        raise UnreadableError(f"reading {source} failed: {one_line(error, 200)}", "add --resume to go on") from error
 
 
 def _choose(there: list[Any], wanted: Iterable[str], source: str) -> str:
