@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,47 +22,92 @@ from tinygpt2.cli.options import resolve
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "tinygpt2"
 
-ORDER = [
-    "errors", "utils.files", "utils.progress", "runtime.cpu", "runtime.launch", "runtime.signals", "config.base", "config", "utils.hub", "models.reference", "data.corpus.python_docs", "data.corpus.readers", "data.corpus.sources", "data.encoding", "data.tokenizer", "data.external_sort", "data.block_writers", "data.staging", "data.pregenerate", "data.block_readers", "data.dataset", "models.configuration", "models.loading", "models.activations", "objectives", "training.teacher_cache", "training.optimizers", "training.metrics", "training.state", "training.checkpoint", "evaluation.detokenize", "evaluation.stopwords", "evaluation.tasks", "evaluation.scoring", "evaluation.conventions", "evaluation.results", "evaluation.perplexity", "compression.importance", "compression.least_squares", "compression.truncate", "training.step", "planning.memory_estimate", "training.throughput", "training.failures", "training.loop", "planning.dry_run", "workflows.budget", "training.preparation", "workflows.train", "decoding.generation", "workflows.verification", "workflows.quickstart", "cli", "__main__",
+FLOORS = [
+    "errors", "utils", "config", "runtime", "data", "models", "objectives", "decoding", "evaluation", "compression",
+    "training", "planning", "export", "workflows", "cli", "__main__",
 ]  # fmt: skip
+MAP = ROOT / "docs" / "architecture.md"
 
 
-def modules() -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for file in SOURCE.rglob("*.py"):
-        name = ".".join(file.relative_to(SOURCE).with_suffix("").parts)
-        if file.name == "__init__.py" and file.parent != SOURCE:
-            continue  # nothing but a docstring
-        whole = name.split(".")[0]
-        found.setdefault(whole if whole in ("config", "objectives", "cli") and name not in ORDER else name, []).append(
-            file
-        )
+def modules(source: Path) -> list[str]:
+    """Every module below a package's folder, as `data.corpus.readers`; packages themselves hold nothing."""
+    files = [file for file in source.rglob("*.py") if file.name != "__init__.py"]
+    return [".".join(file.relative_to(source).with_suffix("").parts) for file in files]
+
+
+def mapped() -> list[str]:
+    """The modules in the order of the map: under a heading that names the package, a row for each module."""
+    found, package = [], ""
+    for line in MAP.read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"#+ .*?`([\w/]+)/`", line):
+            package = heading[1].replace("/", ".") + "."
+        elif heading := re.match(r"#+ ", line):
+            package = ""
+        elif row := re.match(r"\| `(\w+)\.py`", line):
+            found.append(package + row[1])
     return found
 
 
 def imported(file: Path) -> set[str]:
+    """What a file imports of this package: modules, or names in them."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "tinygpt2":
             module = node.module.removeprefix("tinygpt2").removeprefix(".")
-            names |= {
-                module,
-                module.split(".")[0],
-                *(f"{module}.{alias.name}".removeprefix(".") for alias in node.names),
-            }
+            names |= {module, *(f"{module}.{alias.name}".removeprefix(".") for alias in node.names)}
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tinygpt2.")}
+            names |= {
+                alias.name.removeprefix("tinygpt2.") for alias in node.names if alias.name.startswith("tinygpt2.")
+            }
     return names
 
 
+def wrong_imports(source: Path, order: list[str]) -> list[str]:
+    """Say for each module which modules it imports that come after it."""
+    place = {name: number for number, name in enumerate(order)}
+    return [
+        f"{name} imports {other}"
+        for name in modules(source)
+        for other in imported(source / Path(*name.split(".")).with_suffix(".py"))
+        if place.get(other, -1) > place[name]
+    ]
+
+
+def test_the_map_lists_every_module_once_and_keeps_the_order_of_the_floors() -> None:
+    order = mapped()
+    assert sorted(order) == sorted(modules(SOURCE))
+    floors = [FLOORS.index(name.split(".")[0]) for name in order]
+    assert floors == sorted(floors)
+
+
 def test_a_module_imports_only_from_modules_above_it() -> None:
-    found = modules()
-    assert set(found) - {"__init__"} == set(ORDER), "give a new module its place in ORDER"
-    for name in ORDER:
-        for file in found[name]:
-            inside = {other for other in imported(file) if other in ORDER and other != name}
-            below = {other for other in inside if ORDER.index(other) > ORDER.index(name)}
-            assert not below, f"{file.relative_to(SOURCE)} imports {below} from below"
+    assert wrong_imports(SOURCE, mapped()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "found"),
+    [
+        ("utils/files", "from tinygpt2.data.dataset import Blocks", "utils.files imports data.dataset"),
+        ("data/encoding", "from tinygpt2.data import pregenerate", "data.encoding imports data.pregenerate"),
+        ("models/card", "import tinygpt2.training.loop", "models.card imports training.loop"),
+    ],
+)
+def test_a_planted_wrong_import_is_found(tmp_path: Path, module: str, line: str, found: str) -> None:
+    shutil.copytree(SOURCE, tmp_path / "tinygpt2")
+    file = tmp_path / "tinygpt2" / f"{module}.py"
+    file.write_text(file.read_text(encoding="utf-8") + f"\n\ndef late() -> None:\n    {line}\n", encoding="utf-8")
+    assert wrong_imports(tmp_path / "tinygpt2", mapped()) == [found]
+
+
+def test_files_and_functions_are_read_in_one_sitting() -> None:
+    for file in SOURCE.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 350, f"{file.relative_to(SOURCE)} is long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{file.relative_to(SOURCE)}: {node.name} is long"
+    for folder in {file.parent for file in SOURCE.rglob("*.py")}:
+        assert len([file for file in folder.glob("*.py") if file.name != "__init__.py"]) <= 13, folder
 
 
 def test_public_names_load_lazily_and_are_all_there() -> None:
@@ -68,15 +115,44 @@ def test_public_names_load_lazily_and_are_all_there() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     assert set(tinygpt2.__all__) == set(tinygpt2._MODULE)
     for name in tinygpt2.__all__:
-        assert getattr(tinygpt2, name).__doc__
+        assert getattr(tinygpt2, name).__doc__, name
     with pytest.raises(AttributeError):
         _ = tinygpt2.nothing
 
 
 def test_every_command_is_a_public_function() -> None:
-    for name, config, _, _ in COMMANDS:
-        assert callable(getattr(tinygpt2, name.replace("-", "_")))
-        assert getattr(tinygpt2, config.__name__) is config
+    for command in COMMANDS:
+        assert callable(getattr(tinygpt2, command.name.replace("-", "_")))
+        assert getattr(tinygpt2, command.config.__name__) is command.config
+
+
+def test_a_configurations_signature_lists_its_options() -> None:
+    for command in COMMANDS:
+        parameters = inspect.signature(command.config).parameters
+        assert set(parameters) == set(command.config.options())
+    found = inspect.signature(tinygpt2.DistillConfig).parameters
+    assert found["data"].default is inspect.Parameter.empty
+    assert found["temperature"].default == 1.0
+    assert found["max_steps"].annotation in (int | None, "int | None")
+    with pytest.raises(tinygpt2.ConfigError, match="unknown option 'temprature', did you mean 'temperature'"):
+        tinygpt2.DistillConfig(teacher="t", student="s", data="d", out="o", temprature=2)
+
+
+def test_public_functions_return_public_types() -> None:
+    for name in tinygpt2.__all__:
+        value = getattr(tinygpt2, name)
+        if inspect.isfunction(value):
+            result = inspect.signature(value).return_annotation
+            assert all(part in tinygpt2.__all__ for part in re.findall(r"\w+", str(result))), name
+
+
+@pytest.mark.parametrize(
+    ("flag", "function"), [("validate_only", "plan_run"), ("compile_only", "compile_step"), ("plan", "plan_budget")]
+)
+def test_training_functions_only_train(flag: str, function: str) -> None:
+    config = tinygpt2.DistillConfig(teacher="t", student="s", data="d", out="o", **{flag: True})
+    with pytest.raises(tinygpt2.ConfigError, match=f"tinygpt2.{function}"):
+        tinygpt2.distill(config)
 
 
 def test_the_version_is_one() -> None:
@@ -99,7 +175,7 @@ def test_every_example_of_a_launch_is_one_of_accelerates(file: Path) -> None:
 )
 def test_every_example_resolves(file: Path) -> None:
     command = re.search(r"tinygpt2 ([a-z-]+) --config", file.read_text(encoding="utf-8"))[1]
-    config = next(config for name, config, _, _ in COMMANDS if name == command)
+    config = next(one.config for one in COMMANDS if one.name == command)
     assert yaml.safe_load(resolve(config, str(file), {}).to_yaml())
 
 
@@ -123,7 +199,7 @@ def test_documented_commands_are_accepted(page: Path, cli: Callable) -> None:
     """Each command line in README and docs resolves; nothing is run."""
     for line in command_lines(page):
         arguments = shlex.split(line, comments=True)[1:]
-        if arguments[0] in {name for name, *_ in COMMANDS} and "--help" not in arguments:
+        if arguments[0] in {command.name for command in COMMANDS} and "--help" not in arguments:
             outcome = cli(*arguments, "--print-config")
             assert outcome.code == 0, f"{page.name}: {line}\n{outcome.err}"
 
@@ -132,8 +208,6 @@ def test_the_readmes_short_commands_run(
     teacher: Path, data: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable
 ) -> None:
     """The README's own-text recipe, step by step, on a text of a few kilobytes."""
-    import shutil
-
     from tests.conftest import sentences
 
     monkeypatch.chdir(tmp_path)

@@ -40,8 +40,8 @@ def test_fast_products_are_given_up_where_they_round(monkeypatch: pytest.MonkeyP
 
 def test_kept_memory_is_used_again() -> None:
     code = """
-import resource, tinygpt2.machine
-tinygpt2.machine.keep_memory()
+import resource, tinygpt2.runtime.cpu
+tinygpt2.runtime.cpu.keep_memory()
 import torch
 def turn():
     large, small = torch.ones(20_000_000), torch.ones(5_000_000)

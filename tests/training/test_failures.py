@@ -18,7 +18,7 @@ from transformers import GPT2Config
 from tests.conftest import sentences
 from tests.training.test_checkpoint import options
 from tests.training.test_train import same
-from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, distill, finetune, pretrain
+from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, plan_run, pretrain
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import Shuffle, load_packed_dataset
 from tinygpt2.errors import ConfigError, DivergedError, ModelError
@@ -100,8 +100,8 @@ main(["pretrain", "--model", {str(teacher)!r}, "--data", {str(data)!r}, "--out",
 
 
 def test_validate_only_says_what_a_run_takes_and_writes_nothing(teacher: Path, data: Path, tmp_path: Path) -> None:
-    config = options(teacher, data, tmp_path / "m", max_steps=None, validate_only=True, num_processes=2)
-    found = pretrain(config)
+    config = options(teacher, data, tmp_path / "m", max_steps=None, num_processes=2)
+    found = plan_run(config)
     sequences = len(load_packed_dataset(str(data)).train)
     parameters = sum(p.numel() for p in load_model(str(teacher))[0].parameters())
     assert (found.parameters, found.train_sequences, found.processes) == (parameters, sequences, 2)
@@ -114,11 +114,11 @@ def test_validate_only_says_what_a_run_takes_and_writes_nothing(teacher: Path, d
 def test_validate_only_finds_what_does_not_fit(teacher: Path, data: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    common = {"data": str(data), "out": str(tmp_path / "o"), "max_steps": 1, "validate_only": True}
+    common = {"data": str(data), "out": str(tmp_path / "o"), "max_steps": 1}
     heads = tmp_path / "heads.yaml"
     heads.write_text(yaml.safe_dump({"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32}))
     with pytest.raises(ConfigError, match="2 heads, the teacher 4"):
-        distill(DistillConfig(teacher=str(teacher), student=str(heads), recipe="tinygpt2", **common))
+        plan_run(DistillConfig(teacher=str(teacher), student=str(heads), recipe="tinygpt2", **common))
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in teacher.iterdir():
@@ -127,10 +127,10 @@ def test_validate_only_finds_what_does_not_fit(teacher: Path, data: Path, tmp_pa
     tensors["transformer.wpe.weight"] = torch.zeros(8, 32)
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(ModelError, match=r"wpe.weight is of shape \[8, 32\], config.json says \[32, 32\]"):
-        pretrain(PretrainConfig(model=str(broken), **common))
+        plan_run(PretrainConfig(model=str(broken), **common))
     text = tmp_path / "mine.txt"
     text.write_text(sentences(100, seed=3))
-    found = finetune(FinetuneConfig(model=str(teacher), **{**common, "data": str(text)}))
+    found = plan_run(FinetuneConfig(model=str(teacher), **{**common, "data": str(text)}))
     assert found.train_sequences > 10
     assert not (tmp_path / "o").exists()
 

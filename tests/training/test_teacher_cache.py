@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import make_model
-from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, truncate_student
+from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, plan_run, truncate_student
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.activations import collect_activations
@@ -137,9 +137,8 @@ def test_validate_only_counts_the_cache_and_makes_none(teacher: Path, data: Path
         "student": str(cut),
         "data": str(data),
         "out": str(tmp_path / "s"),
-        "validate_only": True,
     }
-    plain = distill(DistillConfig(**common))
-    cached = distill(DistillConfig(**common, teacher_cache=str(tmp_path / "cache")))
+    plain = plan_run(DistillConfig(**common))
+    cached = plan_run(DistillConfig(**common, teacher_cache=str(tmp_path / "cache")))
     assert cached.disk_bytes - plain.disk_bytes == 2 * len(load_packed_dataset(str(data)).train) * 32 * 32
     assert not (tmp_path / "cache").exists()

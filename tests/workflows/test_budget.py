@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from transformers import GPT2Config
 
 from tests.conftest import Outcome, make_model
-from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, distill, truncate_student
+from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, truncate_student
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.step import Step, step_seconds
-from tinygpt2.workflows.budget import BudgetPlan, cuts
+from tinygpt2.workflows.budget import cuts, plan_budget
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(12, [9, 6, 4, 2]), (6, [4, 3, 2, 1]), (2, [1]), (1, [])])
@@ -30,8 +30,7 @@ def test_the_largest_cut_that_sees_enough_is_taken(teacher: Path, data: Path, tm
     """And the printed commands are run as they stand, with fewer steps."""
     out = tmp_path / "student"
     base = {"teacher": str(teacher), "data": str(data), "out": str(out), "micro_batch_size": 4, "temperature": 2.0}
-    found = distill(DistillConfig(**base, plan=True, budget_minutes=0.02))
-    assert isinstance(found, BudgetPlan)
+    found = plan_budget(DistillConfig(**base, plan=True, budget_minutes=0.02))
     assert not out.exists()
     assert [one.num_layers for one in found.candidates] == cuts(GPT2Config(n_layer=4))
     for one in found.candidates:
@@ -60,42 +59,43 @@ def test_cuts_are_measured_on_one_text(teacher: Path, data: Path, corpus: Path, 
         "out": f"{tmp_path / 's'}/",
         "eval_data": str(corpus / "00.txt"),
     }
-    found = distill(DistillConfig(**base, plan=True, budget_minutes=600, freeze=["transformer.wpe.*"]))
-    assert isinstance(found, BudgetPlan)
+    found = plan_budget(DistillConfig(**base, plan=True, budget_minutes=600, freeze=["transformer.wpe.*"]))
     assert len(found.candidates) == 3
     assert max(one.passes for one in found.candidates) <= 4.1  # whatever the time
     assert f"--out {tmp_path / 's'}-start" in found.commands[0]
     with pytest.raises(ConfigError, match="matches no parameter"):
-        distill(DistillConfig(**base, plan=True, freeze=["nothing"]))
+        plan_budget(DistillConfig(**base, plan=True, freeze=["nothing"]))
 
 
 def test_a_teacher_of_one_layer_cannot_be_cut(tokenizer_dir: Path, data: Path, tmp_path: Path) -> None:
     small = make_model(tmp_path / "m", tokenizer_dir, n_layer=1)
     with pytest.raises(ConfigError, match="cannot be cut in depth"):
-        distill(DistillConfig(teacher=str(small), data=str(data), out=str(tmp_path / "s"), plan=True))
+        plan_budget(DistillConfig(teacher=str(small), data=str(data), out=str(tmp_path / "s"), plan=True))
 
 
 def test_a_given_student_is_timed_alone(teacher: Path, data: Path, tmp_path: Path) -> None:
     truncate_student(TruncateStudentConfig(teacher=str(teacher), num_layers=1, out=str(tmp_path / "cut")))
     base = {"teacher": str(teacher), "data": str(data), "out": str(tmp_path / "s"), "student": str(tmp_path / "cut")}
-    found = distill(DistillConfig(**base, plan=True))
-    assert isinstance(found, BudgetPlan)
+    found = plan_budget(DistillConfig(**base, plan=True))
     assert [one.student for one in found.candidates] == [found.chosen] == [str(tmp_path / "cut")]
     assert found.minutes == 60
     (command,) = found.commands
     assert f"--max-steps {found.candidates[0].steps}" in command
     with pytest.raises(ConfigError, match="not one step fits"):
-        distill(DistillConfig(**base, plan=True, budget_minutes=1e-6))
+        plan_budget(DistillConfig(**base, plan=True, budget_minutes=1e-6))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "missing --student"),
-        ({"plan": True, "teacher": None, "recipe": "truncation"}, "missing --teacher"),
-        ({"plan": True, "validate_only": True, "max_steps": 3}, "contradicts --validate-only and --max-steps"),
-        ({"plan": True, "num_processes": 2}, "times one process"),
-        ({"student": "s", "budget_minutes": 3}, "nothing without --plan"),
+        ({}, "--student is required"),
+        ({"plan": True, "teacher": None, "recipe": "truncation"}, "--teacher is required"),
+        (
+            {"plan": True, "validate_only": True, "max_steps": 3},
+            "cannot be combined with --validate-only and --max-steps",
+        ),
+        ({"plan": True, "num_processes": 2}, "--plan uses one process"),
+        ({"student": "s", "budget_minutes": 3}, "no effect without --plan"),
     ],
 )
 def test_what_cannot_be_planned(options: dict[str, object], message: str) -> None:
