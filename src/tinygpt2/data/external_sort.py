@@ -96,7 +96,12 @@ class EncodedBatch:
 
 @dataclass
 class ExternalSort:
-    """Runs of tokenised documents in a directory.
+    """Sorts tokenized documents on disk: it writes sorted runs, and merges them when they are read.
+
+    Documents a, b, c, d arrive in this order with the keys 7, 2, 9, 1. A run holds two of them:
+
+        written:  run 0 is b (2), a (7)    run 1 is d (1), c (9)
+        read:     the keys 0 to 4 of both runs, sorted: d, b;  then the keys 5 to 9: a, c
 
     Args:
         folder: made if it is not there; finished runs in it are taken over.

@@ -81,14 +81,14 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     corpus = Corpus.of(config.source, config)
     kinds = ("validation", "test")
     held_out = Corpus.of(config.test_source, config, kinds) if config.test_source else None
-    plan = _plan(config, tokenizer, corpus, held_out)
+    settings = _settings(config, tokenizer, corpus, held_out)
     if config.resume and complete and not config.overwrite:
         manifest = read_json(out / MANIFEST)
-        require_same({key: plan[key] for key in plan if key != "read"}, manifest, out)
+        require_same({key: settings[key] for key in settings if key != "read"}, manifest, out)
         say(f"{out} is complete")
         discard(staging_path(out))
         return _result(manifest, time.perf_counter() - started)
-    with staging_directory(out, plan, resume=config.resume) as work:
+    with staging_directory(out, settings, resume=config.resume) as work:
         encoder = Encoder(tokenizer)
         eos = tokenizer.eos_token_id if config.append_eos else None
         read = _tokenise(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None)
@@ -96,8 +96,8 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
-        del plan["read"]  # names and times of files: the result is of their content alone
-        manifest = {**plan, **_write(result, read, kept, config, encoder.dtype)}
+        del settings["read"]  # names and times of files: the result is of their content alone
+        manifest = {**settings, **_write(result, read, kept, config, encoder.dtype)}
         tokenizer.save_pretrained(str(result / "tokenizer"))
         write_json(result / MANIFEST, manifest)
         if out.exists():
@@ -122,7 +122,9 @@ def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
     )
 
 
-def _plan(config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_out: Corpus | None) -> dict[str, Any]:
+def _settings(
+    config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_out: Corpus | None
+) -> dict[str, Any]:
     """Return all that decides the result, as JSON has it."""
     units = [unit for part in (corpus, held_out) if part for unit in part.items]
     return {
@@ -275,15 +277,22 @@ def _divide(
     train: SplitWriter,
     test: SplitWriter,
 ) -> Array:
-    """Send each token to its split; return documents and bytes of train and test, as rows.
+    """Write every token to its split; return the documents and bytes of train and test, as two rows.
+
+    Documents A, B and C come in one group. They have 3, 2 and 4 tokens, and the hashes 12, 90 and 40:
+
+        by document, `last` is 40  ->  the hashes of A and C are at most 40: 7 tokens go to test, the 2 of B to train
+        by position, `cut` is 6    ->  the first 6 tokens go to train (all of A and B, 1 of C), the last 3 to test
 
     Args:
-        read: the corpus; documents whose hash is at most `last` are held out, or what lies behind position `cut`.
-        kept: held-out text of its own.
+        read: the corpus.
+        kept: held-out text from a source of its own, which goes to test.
+        last: the largest hash of a held-out document.
+        cut: where the training tokens end.
     """
     sizes, total = np.zeros((2, 2), np.int64), read.progress.tokens
     with track("pack", total) as task:
-        # what is cut by position is the last part of the text as it stands
+        # a split by position holds out the last part of the text in its own order
         for entries, tokens in read.groups(shuffled=not (cut is not None and cut < total)):
             if cut is not None:
                 head = max(0, cut - train.tokens)
@@ -291,11 +300,11 @@ def _divide(
                 test.add(tokens[head:])
                 sizes[0] += _sizes(entries)
             else:
-                held = entries["hash"] <= last
-                of_held = np.repeat(held, entries["tokens"])
-                train.add(tokens[~of_held])
-                test.add(tokens[of_held])
-                sizes += _sizes(entries[~held]), _sizes(entries[held])
+                held_out = entries["hash"] <= last
+                in_test = np.repeat(held_out, entries["tokens"])  # for each token
+                train.add(tokens[~in_test])
+                test.add(tokens[in_test])
+                sizes += _sizes(entries[~held_out]), _sizes(entries[held_out])
             task.advance(len(tokens))
         for entries, tokens in kept.groups() if kept else ():
             test.add(tokens)

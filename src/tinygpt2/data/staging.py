@@ -12,7 +12,7 @@ from tinygpt2.errors import ConfigError, DataError, UnreadableError
 from tinygpt2.utils.files import read_json, write_json
 from tinygpt2.utils.progress import say
 
-_PLAN = "plan.json"
+_SETTINGS = "settings.json"
 
 
 def staging_path(out: Path) -> Path:
@@ -21,26 +21,26 @@ def staging_path(out: Path) -> Path:
 
 
 @contextmanager
-def staging_directory(out: Path, plan: dict[str, Any], *, resume: bool) -> Iterator[Path]:
+def staging_directory(out: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[Path]:
     """Yield the directory of unfinished work: an earlier run's to continue, else an empty one.
 
     It goes when the result is in place, or when the data are at fault; what is finished is kept otherwise.
 
     Args:
         out: where the result will be put.
-        plan: all that decides the result; a run is continued only under the same.
+        settings: all that decides the result; a run is continued only under the same.
         resume: continue, rather than start over.
     """
     work = staging_path(out)
-    if resume and (work / _PLAN).is_file():
-        require_same(plan, read_json(work / _PLAN), work)
+    if resume and (work / _SETTINGS).is_file():
+        require_same(settings, read_json(work / _SETTINGS), work)
         say(f"continuing the interrupted run in {work}")
     else:
         if work.exists():
             say(f"starting over: {work} held an interrupted run")
             discard(work)
         work.mkdir(parents=True)
-        write_json(work / _PLAN, plan)
+        write_json(work / _SETTINGS, settings)
     try:
         yield work
     except UnreadableError:
@@ -57,17 +57,17 @@ def staging_directory(out: Path, plan: dict[str, Any], *, resume: bool) -> Itera
 
 def discard(work: Path) -> None:
     """Remove unfinished work."""
-    (work / _PLAN).unlink(missing_ok=True)  # first: what is left of a half removed one is continued by nobody
+    (work / _SETTINGS).unlink(missing_ok=True)  # first: what is left of a half removed one is continued by nobody
     shutil.rmtree(work, ignore_errors=True)
 
 
-def require_same(plan: dict[str, Any], before: dict[str, Any], where: Path) -> None:
+def require_same(settings: dict[str, Any], before: dict[str, Any], where: Path) -> None:
     """Check that a run to continue is the same.
 
     Raises:
         ConfigError: something that decides the result differs (it is named).
     """
-    changed = sorted(key for key in plan if plan[key] != before.get(key))
+    changed = sorted(key for key in settings if settings[key] != before.get(key))
     if changed:
         words = ", ".join("the sources' files" if key == "read" else key for key in changed)
         raise ConfigError(

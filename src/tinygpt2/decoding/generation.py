@@ -13,7 +13,8 @@ from transformers import GenerationConfig, GPT2LMHeadModel, TextStreamer
 
 from tinygpt2.config.decoding import GenerateConfig
 from tinygpt2.data.encoding import encode
-from tinygpt2.errors import ConfigError, ModelError
+from tinygpt2.errors import ConfigError
+from tinygpt2.models.compatibility import require_tokenizer
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import default_device
@@ -63,13 +64,7 @@ def load_with_tokenizer(name: str, *, allow_pickle: bool = False) -> LoadedModel
         ModelError: either cannot be had, or they do not fit each other.
     """
     model, directory = load_model(name, allow_pickle=allow_pickle)
-    tokenizer = model_tokenizer(directory)
-    if tokenizer is None:
-        raise ModelError(f"{directory} has no tokenizer", "copy the tokenizer's files beside the weights")
-    if len(tokenizer) > model.config.vocab_size:
-        raise ModelError(
-            f"{directory}: {len(tokenizer)} tokens in its tokenizer, {model.config.vocab_size} in the model"
-        )
+    tokenizer = require_tokenizer(model_tokenizer(directory), model.config, name)
     model.generation_config = GenerationConfig()  # the directory's own would fill what the options leave open
     return LoadedModel(name, model.to(default_device()), tokenizer)
 

@@ -23,7 +23,7 @@ from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.detokenize import detokenize, detokenize_page, pages
 from tinygpt2.evaluation.scoring import Scores, Window, windows
 from tinygpt2.evaluation.tasks import Task
-from tinygpt2.models.compatibility import check_fits
+from tinygpt2.models.compatibility import check_fits, require_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast as Tokenizer
@@ -44,24 +44,13 @@ class ModelTokenizer:
         """Tokens that the model takes at once."""
         return int(self.config.n_positions)
 
-    def tokens(self, texts: Sequence[str], task: str) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of texts.
 
         Raises:
             ModelError: there is no tokenizer, or it knows more tokens than the model.
         """
-        if self.tokenizer is None:
-            raise ModelError(
-                f"model {self.name} has no tokenizer to read {task} with",
-                "copy the tokenizer's files beside the weights",
-            )
-        if len(self.tokenizer) > self.config.vocab_size:
-            raise ModelError(
-                f"model {self.name}: its tokenizer has {len(self.tokenizer)} tokens, "
-                f"the model only {self.config.vocab_size}",
-                "put the tokenizer that the model was trained with beside its weights",
-            )
-        return encode(self.tokenizer, list(texts))
+        return encode(require_tokenizer(self.tokenizer, self.config, self.name), list(texts))
 
     @property
     def prefix(self) -> int:
@@ -127,7 +116,7 @@ def tokenize_task(task: Task, reader: ModelTokenizer, convention: Convention, st
         tokenized = _blocks(task.packed, reader, convention, stride)
     elif convention in ("hf", "tinygpt2"):
         text = task.joined()
-        (tokens,) = reader.tokens([text], task.name)
+        (tokens,) = reader.tokens([text])
         tokenized = _per_token(np.array(tokens), text, reader.positions, stride)
     else:
         tokenized = _per_unit(task, reader, convention, stride)
@@ -178,7 +167,7 @@ def _per_unit(task: Task, reader: ModelTokenizer, convention: Convention, stride
         characters, size, unit = len(text), len(text.encode()), task.spec.unit
         units = {"word": words, "character": characters, "byte": size}[unit]
     step = _stride(stride, reader.positions)
-    documents = [[reader.prefix, *tokens] for tokens in reader.tokens(texts, task.name)]
+    documents = [[reader.prefix, *tokens] for tokens in reader.tokens(texts)]
     spans, offset = [], 0
     for document in documents:
         for span in windows(len(document), reader.positions + 1, step, full=True):
@@ -192,7 +181,7 @@ def _last_words(task: Task, reader: ModelTokenizer, convention: Convention) -> T
     """Score the last word of every passage, after all that stands before it."""
     cut = [passage.rsplit(" ", 1) for passage in task.passages]
     endings = [f" {word}" for _, word in cut]
-    tokens, spans = _continued(reader, [context for context, _ in cut], endings, task.name)
+    tokens, spans = _continued(reader, [context for context, _ in cut], endings)
     whole = "".join(endings)
     unit: Any = "token" if convention == "hf" else "word"
     return TokenizedTask(tokens, spans, unit, len(spans), len(spans), len(whole), len(whole.encode()), None)
@@ -204,7 +193,7 @@ def _choices(task: Task, reader: ModelTokenizer, convention: Convention) -> Toke
     if len(candidates) != 1:
         raise DataError(f"{task.name}: questions with {' and '.join(map(str, sorted(candidates)))} candidates")
     contexts = [question.context for question in task.questions for _ in question.endings]
-    tokens, spans = _continued(reader, contexts, [end for q in task.questions for end in q.endings], task.name)
+    tokens, spans = _continued(reader, contexts, [end for q in task.questions for end in q.endings])
     right = [question.endings[question.right] for question in task.questions]
     words, whole = sum(len(ending.split()) for ending in right), "".join(right)
     unit: Any = "token" if convention == "hf" else "word"
@@ -214,7 +203,7 @@ def _choices(task: Task, reader: ModelTokenizer, convention: Convention) -> Toke
 
 
 def _continued(
-    reader: ModelTokenizer, contexts: list[str], endings: list[str], task: str
+    reader: ModelTokenizer, contexts: list[str], endings: list[str]
 ) -> tuple[Integer[np.ndarray, " N"], list[Window]]:
     """Return the tokens of contexts with their endings, and a window for each, whose targets are the ending's tokens.
 
@@ -223,8 +212,8 @@ def _continued(
     parts, spans, offset = [], [], 0
     for index in range(0, len(contexts), _AT_ONCE):
         some = contexts[index : index + _AT_ONCE]
-        whole = reader.tokens([a + b for a, b in zip(some, endings[index : index + _AT_ONCE], strict=True)], task)
-        known = reader.tokens([context.rstrip() for context in some], task)
+        whole = reader.tokens([a + b for a, b in zip(some, endings[index : index + _AT_ONCE], strict=True)])
+        known = reader.tokens([context.rstrip() for context in some])
         for tokens, before in zip(whole, known, strict=True):
             start = max(0, len(tokens) - reader.positions - 1)
             spans.append(Window(offset + start, offset + len(tokens), max(1, len(before) - start)))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinygpt2.data.dataset import PackedDataset
-from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.errors import ConfigError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
 
 def check_fits(packed: PackedDataset, model: Any, tokenizer_fingerprint: str | None, who: str) -> None:
-    """Check that a dataset's blocks can go through a model.
+    """Check that a model can read the blocks of a dataset.
 
     Args:
         model: the model's configuration.
-        tokenizer_fingerprint: of the model's own tokenizer, if it has one.
+        tokenizer_fingerprint: of the model's own tokenizer; None if it has none.
         who: the model, for the message.
 
     Raises:
-        DataError: the dataset was made with another tokenizer, or its vocabulary is larger.
+        DataError: the dataset was made with another tokenizer, or its vocabulary is larger than the model's.
         ConfigError: its blocks are longer than the model's positions.
     """
     ours = packed.manifest["tokenizer_fingerprint"]
@@ -28,9 +32,58 @@ def check_fits(packed: PackedDataset, model: Any, tokenizer_fingerprint: str | N
             "pregenerate the text with the model's own tokenizer",
         )
     if packed.vocab_size > model.vocab_size:
-        raise DataError(f"dataset {packed.name} has a vocabulary of {packed.vocab_size}, {who} of {model.vocab_size}")
+        raise DataError(
+            f"dataset {packed.name} has a vocabulary of {packed.vocab_size} tokens, {who} has {model.vocab_size}"
+        )
     if packed.sequence_length > model.n_positions:
         raise ConfigError(
-            f"blocks of {packed.sequence_length} tokens in {packed.name}, but {who} has {model.n_positions} positions",
+            f"the blocks of {packed.name} have {packed.sequence_length} tokens, but {who} has {model.n_positions} "
+            "positions",
             f"pregenerate with --sequence-length {model.n_positions}",
+        )
+
+
+def require_tokenizer(tokenizer: Tokenizer | None, model: GPT2Config, name: str) -> Tokenizer:
+    """Return a model's own tokenizer, if the model knows all of its tokens.
+
+    Raises:
+        ModelError: there is no tokenizer, or it has more tokens than the model.
+    """
+    if tokenizer is None:
+        raise ModelError(f"model {name} has no tokenizer", "copy the tokenizer's files into the model's directory")
+    if len(tokenizer) > model.vocab_size:
+        raise ModelError(
+            f"model {name}: its tokenizer has {len(tokenizer)} tokens, the model has only {model.vocab_size}",
+            "put the tokenizer that the model was trained with into its directory",
+        )
+    return tokenizer
+
+
+def vocabulary_mismatch(tokenizer: Tokenizer, model: GPT2Config) -> tuple[str, bool] | None:
+    """Return how the sizes of tokenizer and model differ, and whether that is a fault; None if they are equal.
+
+    A model's vocabulary may be the tokenizer's size rounded up to a multiple of 64.
+    """
+    have, want = len(tokenizer), model.vocab_size
+    if have == want:
+        return None
+    if have < want and want % 64 == 0 and want - have < 128:
+        return f"the model's vocabulary of {want} is the tokenizer's {have}, rounded up", False
+    return f"the tokenizer has {have} tokens, the model has {want}", True
+
+
+def check_same_vocabulary(teacher: GPT2Config, student: GPT2Config, names: tuple[str | None, str | None]) -> None:
+    """Check that teacher and student predict the same tokens.
+
+    Args:
+        names: of teacher and student, for the message.
+
+    Raises:
+        ModelError: their vocabularies have different sizes.
+    """
+    if teacher.vocab_size != student.vocab_size:
+        raise ModelError(
+            f"teacher {names[0]} has a vocabulary of {teacher.vocab_size} tokens, "
+            f"student {names[1]} has {student.vocab_size}",
+            "teacher and student need the same tokenizer; cut the student with tinygpt2 truncate-student",
         )

@@ -15,11 +15,11 @@ from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
 from tinygpt2.data.dataset import Blocks, PackedDataset, is_packed_dataset, load_packed_dataset
 from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import ConfigError, ModelError
+from tinygpt2.errors import ConfigError
 from tinygpt2.evaluation.conventions import ModelTokenizer
 from tinygpt2.evaluation.perplexity import tokenize_fitting_tasks
 from tinygpt2.evaluation.tasks import load_tasks
-from tinygpt2.models.compatibility import check_fits
+from tinygpt2.models.compatibility import check_fits, check_same_vocabulary
 from tinygpt2.models.configuration import is_model_config, read_model_config
 from tinygpt2.models.loading import load_model, model_tokenizer, random_model
 from tinygpt2.models.parameters import count_parameters, freeze
@@ -138,12 +138,7 @@ def distillation_job(
     teacher = None
     if config.needs_teacher and config.teacher is not None:
         teacher, source = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle, hollow=hollow)
-        if teacher.config.vocab_size != student.config.vocab_size:
-            raise ModelError(
-                f"teacher {config.teacher} has a vocabulary of {teacher.config.vocab_size}, "
-                f"student {config.student} of {student.config.vocab_size}",
-                "teacher and student need the same tokenizer; cut the student with tinygpt2 truncate-student",
-            )
+        check_same_vocabulary(teacher.config, student.config, (config.teacher, config.student))
         check_fits(data, teacher.config, _tokenizer_fingerprint(source), f"teacher {config.teacher}")
         teacher.requires_grad_(False).to(DTYPES[config.teacher_dtype])
     check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")

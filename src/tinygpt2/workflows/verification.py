@@ -21,6 +21,7 @@ from tinygpt2.data.dataset import is_packed_dataset
 from tinygpt2.data.validation import check_dataset
 from tinygpt2.errors import DataError, ModelError
 from tinygpt2.models import reference
+from tinygpt2.models.compatibility import vocabulary_mismatch
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.models.weights import CHECKSUMS, block_of, check_checksums, stored_tensor
 
@@ -134,13 +135,8 @@ def _check_loaded(directory: Path, model: GPT2LMHeadModel) -> Iterator[tuple[str
         return
     if tokenizer is None:
         yield "no tokenizer beside the weights", False
-    else:
-        have, want = len(tokenizer), config.vocab_size
-        padded = have < want and want % 64 == 0 and want - have < 128
-        if padded:
-            yield f"the vocabulary of {want} is the tokenizer's {have}, rounded up", False
-        elif have != want:
-            yield f"the tokenizer has {have} tokens, the model {want}", True
+    elif (mismatch := vocabulary_mismatch(tokenizer, config)) is not None:
+        yield mismatch
 
 
 def _check_ends(directory: Path, config: Any) -> Iterator[str]:
@@ -197,41 +193,61 @@ def _disagreements(found: Agreement) -> Iterator[str]:
 
 
 def copied(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel) -> dict[str, str]:
-    """Return for each of a student's tensors that is exactly one of a teacher's the name of that.
+    """Return which tensors of a student are exact copies: student's name -> teacher's name.
 
-    Of several equal ones the same part of the model is preferred, in the block that most of the student's block is of.
+    Equal tensors (biases of zeros, for example) have several candidates. The block decides: if most tensors of the
+    student's block 1 are copies from the teacher's block 3, an ambiguous one counts as a copy from there too:
+
+        h.1.attn.c_attn.weight: only h.3.attn.c_attn.weight is equal  ->  h.3.attn.c_attn.weight
+        h.1.mlp.c_proj.weight:  only h.3.mlp.c_proj.weight is equal   ->  h.3.mlp.c_proj.weight
+        h.1.attn.c_attn.bias:   h.0, h.1, h.2 and h.3 have an equal   ->  h.3.attn.c_attn.bias
     """
-    known: dict[bytes, list[str]] = {}
-    for name, tensor in teacher.named_parameters(remove_duplicate=False):  # a tied head under both its names
-        known.setdefault(_content(tensor), []).append(name)
-    origins = {name: known.get(_content(tensor), []) for name, tensor in student.named_parameters()}
-    home: dict[str, str] = {}  # the teacher's block that most tensors of a student's block are of
-    for block in {block_of(name) for name in origins} - {""}:
-        votes = [block_of(origin) for name in origins if block_of(name) == block for origin in origins[name]]
-        if votes:
-            home[block] = max(sorted(set(votes)), key=votes.count)
-    best = {}
-    for name, candidates in origins.items():
-        expected = home.get(block_of(name), "") + name.removeprefix(block_of(name))
-        if candidates:
-            best[name] = expected if expected in candidates else candidates[0]
-    return best
+    by_content: dict[bytes, list[str]] = {}
+    for name, tensor in teacher.named_parameters(remove_duplicate=False):  # a tied head under both of its names
+        by_content.setdefault(_content(tensor), []).append(name)
+    candidates = {name: by_content.get(_content(tensor), []) for name, tensor in student.named_parameters()}
+    blocks: dict[str, list[str]] = {}  # of the student: the teacher's blocks, once for every candidate
+    for name, origins in candidates.items():
+        if block_of(name):
+            blocks.setdefault(block_of(name), []).extend(block_of(origin) for origin in origins)
+    source = {block: _most_common(origins) for block, origins in blocks.items() if origins}
+    copies = {}
+    for name, origins in candidates.items():
+        expected = _in_block(name, source.get(block_of(name), ""))
+        if origins:
+            copies[name] = expected if expected in origins else origins[0]
+    return copies
 
 
 def _misplaced(copies: dict[str, str]) -> Iterator[str]:
-    """Yield copies that lie where they do not belong: in another block than their neighbours, or another part."""
+    """Yield a message for each copy in the wrong place: another block than its neighbours, or another part.
+
+    If the other tensors of the student's block 0 are copies from the teacher's block 2:
+
+        h.0.ln_1.weight is a copy of h.2.ln_1.weight  ->  right
+        h.0.ln_1.weight is a copy of h.5.ln_1.weight  ->  another block
+        h.0.ln_1.weight is a copy of h.2.ln_2.weight  ->  another part
+    """
     blocks: dict[str, list[str]] = {}
     for name, origin in copies.items():
         blocks.setdefault(block_of(name), []).append(block_of(origin))
-    home = {block: max(sorted(set(origins)), key=origins.count) for block, origins in blocks.items()} | {"": ""}
+    source = {block: _most_common(origins) if block else "" for block, origins in blocks.items()}
     for name, origin in copies.items():
-        if (home[block_of(name)] or not block_of(name)) and origin != home[block_of(name)] + name.removeprefix(
-            block_of(name)
-        ):
-            yield f"{name} is the teacher's {origin}: it does not belong there"
-    order = [int(where.split(".")[2]) for block, where in home.items() if block and where]
+        of_a_block = source[block_of(name)] or not block_of(name)
+        if of_a_block and origin != _in_block(name, source[block_of(name)]):
+            yield f"{name} is a copy of the teacher's {origin}, which does not belong there"
+    order = [int(origin.split(".")[2]) for block, origin in source.items() if block and origin]
     if order != sorted(order):
-        yield f"the blocks are the teacher's {', '.join(map(str, order))}: not in its order"
+        yield f"the blocks are copies of the teacher's blocks {', '.join(map(str, order))}, which are not in order"
+
+
+def _in_block(name: str, block: str) -> str:
+    """Return a tensor's name with another block: `transformer.h.1.ln_1.bias` in h.3 is `transformer.h.3.ln_1.bias`."""
+    return block + name.removeprefix(block_of(name))
+
+
+def _most_common(values: list[str]) -> str:
+    return max(sorted(set(values)), key=values.count)
 
 
 def _content(tensor: Tensor) -> bytes:
