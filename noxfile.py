@@ -52,14 +52,16 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
-    """Strict types of the package."""
+    """Strict types of the package and of the README's library examples."""
     session.run(shared(session), "-m", "mypy", external=True)
 
 
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
-    """The command reference says what the program says."""
-    session.run(shared(session), "docs/make_cli.py", "--check", external=True)
+    """The references of commands and API say what the program says."""
+    python = shared(session)
+    session.run(python, "docs/make_cli.py", "--check", external=True)
+    session.run(python, "docs/make_api.py", "--check", external=True)
 
 
 @nox.session(venv_backend="none")

@@ -1,17 +1,19 @@
-"""Time and peak memory of one distillation step, beside the naive way and the bare matrix products.
+"""Measure time and peak memory of one distillation step, of the naive way and of its matrix products alone.
 
     python benchmarks/distill_step.py --json
     python benchmarks/distill_step.py --json --sequence-length 256,512,1024,2048 --scaling
 
-Every variant lives in its own process, so that its peak memory is its own; the processes take turns, step
-by step, so that the ratios hold on a machine whose speed varies. Times are medians over the rounds.
+Every variant runs in its own process, so that its peak memory can be measured separately. The processes take turns,
+step by step, so that the ratios are fair on a machine whose speed varies. Times are medians over the rounds.
 
-Variants: `naive` (TinyGPT2's way, see naive.py), `ours` (this package's `Step`), `products` (the matrix
-products that `ours` cannot do without: each linear layer of either model once forward, the student's twice
-backward; the scores of the mapped layers, lower triangle only; both output matrices forward, the student's
-twice backward). The products inside the attention layers and of the learned map are not counted in.
-`products_fp32` takes torch's products as torch is set by default; `products_fp32_onednn` takes those that
-`ours` takes (tinygpt2.machine.fast_products). Only `ours` keeps freed memory, as the command line does.
+Variants:
+- `naive`: TinyGPT2's way, see naive.py.
+- `ours`: this package's `Step`. Only this variant keeps freed memory, as the command line does.
+- `products`: only the matrix products that `ours` needs. These are each linear layer of both models (forward once, for
+  the student backward twice), the attention scores of the mapped layers (lower triangle only), and both output matrices
+  (forward once, for the student backward twice). The products inside the attention layers and of the learned map are
+  not counted. `products_fp32` uses torch's default products, `products_fp32_onednn` those that `ours` uses
+  (tinygpt2.runtime.cpu.fast_products).
 """
 
 from __future__ import annotations
@@ -29,15 +31,15 @@ from turns import Worker, resident
 
 VOCABULARY, HEADS = 50257, 12
 TEACHER, STUDENT = {"n_layer": 12, "n_embd": 768}, {"n_layer": 4, "n_embd": 312}
-STRIP = 128  # query rows of a strip of scores in the bound
-WARM_UP = 2  # steps until the memory that a step needs has been taken once
+STRIP = 128  # query rows in one strip of attention scores, in `products`
+WARM_UP = 2  # steps until all the memory that a step needs has been allocated once
 
 
-# --- in a variant's own process ------------------------------------------------------------------------
+# --- runs in a variant's own process -------------------------------------------------------------------
 
 
 def models(options: argparse.Namespace, ours: bool) -> tuple[Any, Any]:
-    """Make the student and the teacher, from one seed for every variant."""
+    """Make the student and the teacher. The seeds are the same for every variant."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -59,7 +61,7 @@ def models(options: argparse.Namespace, ours: bool) -> tuple[Any, Any]:
 
 
 def training_step(options: argparse.Namespace, ours: bool, bf16: bool) -> Any:
-    """Return a function that takes one training step and returns its objectives."""
+    """Return a function that runs one training step and returns its objectives."""
     import torch
     from naive import NaiveStep
 
@@ -98,7 +100,7 @@ def training_step(options: argparse.Namespace, ours: bool, bf16: bool) -> Any:
 
 
 def product_shapes(options: argparse.Namespace) -> list[tuple[int, int, int, int, int]]:
-    """List the products of a step: how often, batch, m, k, n."""
+    """Return the matrix products of a step as (repetitions, batch, m, k, n): batches of (m, k) times (k, n)."""
     tokens = options.micro_batch_size * options.length
     shapes = []
     for model, passes in ((TEACHER, 1), (STUDENT, 3)):
@@ -116,7 +118,7 @@ def product_shapes(options: argparse.Namespace) -> list[tuple[int, int, int, int
             (1, 1, VOCABULARY, tokens, width),
         )
         shapes += head[:passes]
-        # scores, strip by strip of the lower triangle: q k^T; backward D k and D^T q
+        # attention scores, strip by strip of the lower triangle: forward q k^T, backward D k and D^T q
         pairs, inner = options.micro_batch_size * HEADS, width // HEADS
         for start in range(0, options.length, STRIP):
             rows = min(STRIP, options.length - start)
@@ -135,7 +137,7 @@ def bare_products(options: argparse.Namespace, bf16: bool) -> Any:
 
     dtype = torch.bfloat16 if bf16 else torch.float32
     like = {"dtype": dtype, "device": options.device}
-    # one arena for all operands: its pages are warm, as a step's caching allocator would have them
+    # One arena holds all operands, so that its pages are warm, as in a real step that reuses memory.
     shapes = product_shapes(options)
     sizes = [
         max(b * x * y for _, b, *dims in shapes for x, y in [pick(dims)])
@@ -148,9 +150,9 @@ def bare_products(options: argparse.Namespace, bf16: bool) -> Any:
             arena[: batch * rows * columns].view(batch, rows, columns)
             for arena, (rows, columns) in zip(arenas, ((m, k), (k, n), (m, n)), strict=True)
         )
-        if n == VOCABULARY:  # the output matrix is (V, D)
+        if n == VOCABULARY:  # the output matrix is stored as (V, D)
             right = arenas[1][: k * n].view(1, n, k).mT
-        elif m in (VOCABULARY, STUDENT["n_embd"], 4 * STUDENT["n_embd"]) and batch == 1:  # a weight's gradient
+        elif m in (VOCABULARY, STUDENT["n_embd"], 4 * STUDENT["n_embd"]) and batch == 1:  # the gradient of a weight
             left = arenas[0][: m * k].view(1, k, m).mT
         jobs.append((times, left, right, out))
 
@@ -167,7 +169,7 @@ def bare_products(options: argparse.Namespace, bf16: bool) -> Any:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Take a step for every line on stdin; answer with a line of JSON."""
+    """Run a step for every line on stdin and answer with a line of JSON."""
     from tinygpt2.runtime.cpu import fast_products, keep_memory
 
     if options.worker.startswith("ours"):
@@ -178,7 +180,7 @@ def work(options: argparse.Namespace) -> None:
 
 
 def answer(options: argparse.Namespace) -> None:
-    """Make the variant, then take a step for every line on stdin."""
+    """Make the variant, then run a step for every line on stdin."""
     import torch
 
     kind, bf16 = options.worker.split("_")[0], "bf16" in options.worker
@@ -196,17 +198,17 @@ def answer(options: argparse.Namespace) -> None:
         print(json.dumps({"seconds": seconds, "peak": peak, "terms": terms}), flush=True)
 
 
-# --- in the process that compares ----------------------------------------------------------------------
+# --- runs in the process that compares the variants ----------------------------------------------------
 
 
 def worker(name: str, length: int, options: argparse.Namespace) -> Worker:
-    """Start one variant."""
+    """Start the process of one variant."""
     arguments = ["--worker", name, "--length", str(length), "--device", options.device]
     return Worker(__file__, [*arguments, "--micro-batch-size", str(options.micro_batch_size)])
 
 
 def figures(worker: Worker, tokens: int) -> dict[str, Any]:
-    """End a variant's process; the steps of the warm-up count in the memory only."""
+    """End a variant's process and return its figures. Warm-up steps count for the peak memory, but not for the time."""
     worker.end()
     seconds = statistics.median(step["seconds"] for step in worker.turns[WARM_UP:])
     peak = worker.turns[-1]["peak"]
@@ -219,7 +221,7 @@ def figures(worker: Worker, tokens: int) -> dict[str, Any]:
 
 
 def measure(length: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the variants at one length, in turns."""
+    """Measure the variants at one sequence length, in turns."""
     workers = {name: worker(name, length, options) for name in options.variants}
     for _ in range(options.rounds + WARM_UP):
         for one in workers.values():
@@ -231,7 +233,7 @@ def measure(length: int, options: argparse.Namespace) -> dict[str, Any]:
     memory = {name: row["peak_memory_bytes"] for name, row in found["variants"].items()}
     for precision in ("fp32", "bf16"):
         ours, bound = f"ours_{precision}", f"products_{precision}"
-        naive = "naive_fp32"  # as its authors ran it, whatever ours runs in
+        naive = "naive_fp32"  # the precision of its authors, for every precision of ours
         if ours in speed and naive in speed:
             found[f"speedup_{precision}"] = speed[ours] / speed[naive]
             found[f"memory_ratio_{precision}"] = memory[ours] / memory[naive]
@@ -247,7 +249,7 @@ def measure(length: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def growth(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Say by what each variant's seconds and memory of a step grow from one length to the next."""
+    """Return the factors by which a step's seconds and memory grow from one length to the next, for each variant."""
     rows = []
     for a, b in itertools.pairwise(found):
         for name in a["variants"]:
@@ -259,14 +261,16 @@ def growth(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Read the options, measure, print."""
+    """Read the options, measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--sequence-length", default="1024", help="lengths to measure, comma-separated")
-    parser.add_argument("--scaling", action="store_true", help="ours alone, to see how time and memory grow")
+    parser.add_argument("--sequence-length", default="1024", help="sequence lengths to measure, comma-separated")
+    parser.add_argument(
+        "--scaling", action="store_true", help="measure only `ours`, and print how time and memory grow with the length"
+    )
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="steps of each variant, after the warm-up")
-    parser.add_argument("--variants", help="comma-separated; all by default")
+    parser.add_argument("--variants", help="variants to measure, comma-separated; all by default")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)

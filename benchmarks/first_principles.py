@@ -1,11 +1,12 @@
-"""Three questions about GPT-2's parts, answered with numbers (docs/gpt2-from-scratch.md).
+"""Measure three properties of GPT-2's parts (the results are in docs/gpt2-from-scratch.md).
 
     python benchmarks/first_principles.py --model MODEL --data DATA --json
     python benchmarks/first_principles.py --model MODEL --data DATA --positions 1024 --json
 
-How far logits drift, position by position, if GELU is taken by the error function and not by the tanh formula (with
---positions the model's position embeddings are stretched to so many); whether GPT-2's Conv1D and a Linear differ; what
-each single head is worth, as the rise of the loss without it.
+1. How much the logits change, position by position, if GELU is computed with the error function instead of the tanh
+   formula. With --positions, the model's position embeddings are interpolated to that number of positions.
+2. How much GPT-2's Conv1D differs from a Linear layer.
+3. How much the loss rises without each single attention head.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ def stretched(model: reference.GPT2, positions: int) -> reference.GPT2:
 
 @torch.no_grad()
 def gelu_drift(directory: str, ids: torch.Tensor) -> dict[str, object]:
-    """Compare both GELUs in the reference, in float64."""
+    """Compare the reference model with either GELU, in float64."""
     tanh = reference.load(directory).double()
     tanh = tanh if ids.shape[1] <= tanh.shape.n_positions else stretched(tanh, ids.shape[1])
     erf = reference.GPT2(dataclasses.replace(tanh.shape, activation_function="gelu")).double()
     erf.load_state_dict(tanh.state_dict())
     a, b = tanh(ids).logits, erf(ids).logits
-    gap = (a - b).abs().amax((0, 2))  # by position
+    gap = (a - b).abs().amax((0, 2))  # (T,)
     places = [p for p in (0, 1, 15, 63, 255, 511, 1023) if p < len(gap)]
     texts = [model.greedy(ids[:8, :16], min(100, tanh.shape.n_positions - 16)) for model in (tanh, erf)]
     losses = [
@@ -58,7 +59,7 @@ def gelu_drift(directory: str, ids: torch.Tensor) -> dict[str, object]:
 
 
 def conv1d_and_linear(directory: str) -> float:
-    """Return the largest difference of a block's Conv1D and the Linear with its matrix transposed, in float32."""
+    """Return the largest difference between a block's Conv1D and a Linear with the transposed matrix, in float32."""
     model, _ = load_model(directory)
     conv = model.transformer.h[0].mlp.c_fc
     linear = torch.nn.Linear(*conv.weight.shape)
@@ -69,7 +70,7 @@ def conv1d_and_linear(directory: str) -> float:
 
 @torch.no_grad()
 def single_heads(directory: str, batches: list[torch.Tensor]) -> dict[str, object]:
-    """Silence each head alone, and measure."""
+    """Set each head's output to zero, one at a time, and measure how much the loss rises."""
     model, _ = load_model(directory)
     whole, width = mean_loss(model, batches), model.config.n_embd // model.config.n_head
     costs = []
@@ -86,13 +87,13 @@ def single_heads(directory: str, batches: list[torch.Tensor]) -> dict[str, objec
 
 
 def main() -> None:
-    """Read the options, measure, print."""
+    """Read the options, measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--positions", type=int, help="of the comparison of GELUs")
-    parser.add_argument("--sequences", type=int, default=32, help="blocks of the test split")
-    parser.add_argument("--json", action="store_true", help="on one line")
+    parser.add_argument("--positions", type=int, help="number of positions for the comparison of GELUs")
+    parser.add_argument("--sequences", type=int, default=32, help="number of blocks of the test split")
+    parser.add_argument("--json", action="store_true", help="print JSON on one line")
     options = parser.parse_args()
     blocks = load_packed_dataset(options.data).test
     batches = calibration_batches(blocks, options.sequences, torch.device("cpu"))

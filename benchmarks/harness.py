@@ -1,9 +1,9 @@
-"""Does `ppl --convention lm-eval` give lm-evaluation-harness' numbers? Run in an environment that has lm-eval.
+"""Check that `ppl --convention lm-eval` gives the same numbers as lm-evaluation-harness. Needs lm-eval.
 
     nox -s harness -- --json
 
-One model on the harness' own tasks `wikitext` and `lambada_openai`, whose files are pointed at local texts, and the
-same by tinygpt2. Exits with 1 if any figure differs by more than 1e-4 of it.
+Measures one model with the harness' own tasks `wikitext` and `lambada_openai` on local texts, and with tinygpt2 on the
+same texts. Exits with 1 if the relative difference of any figure is larger than 1e-4.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ metric_list:
 
 
 def harness(model: str, folder: Path, wikitext: str, lambada: Path) -> dict[str, float]:
-    """Run the harness on its own tasks; keys are `task/metric`."""
+    """Run the harness on its own tasks and return the figures by `task/metric`."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(data / "models" / "novels-6x256"))
     parser.add_argument("--wikitext", type=Path, default=data / "wikitext-2" / "wiki.test.raw")
     parser.add_argument("--lambada", type=Path, default=data / "lambada" / "lambada_test.jsonl")
-    parser.add_argument("--limit", type=int, help="documents of each task; all without it")
+    parser.add_argument("--limit", type=int, help="number of documents of each task; all by default")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     text = "\n".join(pages(options.wikitext.read_text(encoding="utf-8"))[: options.limit])
@@ -96,10 +96,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "lambada_test.jsonl").write_text("".join(lines), encoding="utf-8")
-        mine = ours(options.model, folder, text, folder / "lambada_test.jsonl")
-        its = harness(options.model, folder, text, folder / "lambada_test.jsonl")
-    differences = {key: abs(mine[key] - its[key]) / max(its[key], 1e-9) for key in its}
-    result = {key: {"harness": its[key], "ours": mine[key], "difference": differences[key]} for key in its}
+        own = ours(options.model, folder, text, folder / "lambada_test.jsonl")
+        wanted = harness(options.model, folder, text, folder / "lambada_test.jsonl")
+    differences = {key: abs(own[key] - wanted[key]) / max(wanted[key], 1e-9) for key in wanted}
+    result = {key: {"harness": wanted[key], "ours": own[key], "difference": differences[key]} for key in wanted}
     worst = max(differences.values())
     print(json.dumps({"figures": result, "largest_difference": worst}, indent=None if options.json else 2))
     sys.exit(worst > 1e-4)

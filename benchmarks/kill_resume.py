@@ -1,10 +1,10 @@
-"""Runs killed with SIGKILL at random moments and resumed until done, beside a run that nobody interrupted.
+"""Kill runs with SIGKILL at random moments, resume them until they are done, and compare with an uninterrupted run.
 
     python benchmarks/kill_resume.py --json [--runs 20] [--processes 1]
 
-Every run distils with dropout, evaluates, and saves every other step. It is started with --resume again and again,
-as a job script would, and killed up to three times: at a random moment, or as soon as a checkpoint is being written.
-Equal means: the same SHA-256 of the final weights, and the same metrics.jsonl but for times.
+Every run distils with dropout, evaluates, and saves every other step. It is started with --resume again and again, as
+a job script would do, and killed up to three times: at a random moment, or as soon as a checkpoint is being written.
+Two runs are equal if the SHA-256 of their final weights is the same and their metrics.jsonl differ only in times.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def tinygpt2(*arguments: str) -> list[str]:
 
 
 def prepare(folder: Path) -> None:
-    """Make tokenizer, data, teacher and the student's start."""
+    """Make the tokenizer, the dataset, the teacher and the untrained student."""
     (folder / "shape.yaml").write_text("{n_layer: 4, n_embd: 96, n_head: 4, n_positions: 64}\n")
     data = ["--data", str(folder / "data")]
     for command in (
@@ -59,7 +59,11 @@ def saving(out: Path) -> bool:
 
 
 def killed(folder: Path, out: Path, processes: int, moment: random.Random) -> dict[str, Any]:
-    """Run until done, killing up to three times; return how often, and how often while a checkpoint was written."""
+    """Run until done and kill up to three times.
+
+    Returns:
+        Counts of kills, of kills while a checkpoint was being written, and of damaged checkpoints that were ignored.
+    """
     found = {"kills": 0, "while_saving": 0, "passed_over": 0}
     for attempt in range(4):
         waits_for_saving, lines = moment.random() < 0.5, len(rows(out))
@@ -80,12 +84,12 @@ def killed(folder: Path, out: Path, processes: int, moment: random.Random) -> di
                     break
                 time.sleep(0.001)
             errors = process.stderr.read() if process.stderr else ""
-        found["passed_over"] += errors.count("passing over")
+        found["passed_over"] += errors.count("ignoring the damaged checkpoint")
         if process.returncode == 0:
             return found
         if process.returncode != -signal.SIGKILL:
             raise RuntimeError(errors)
-    raise RuntimeError("not done after the last attempt")
+    raise RuntimeError("the run did not finish in the last attempt")
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -122,7 +126,7 @@ def main() -> None:
             out = folder / f"run-{run}"
             found = killed(folder, out, options.processes, moment)
             if not found["kills"]:
-                raise RuntimeError(f"run {run + 1} was done before its moment came")
+                raise RuntimeError(f"run {run + 1} finished before it could be killed")
             equal = weights(out) == weights(whole) and rows(out) == rows(whole)
             result["equal"] += equal
             for key, value in found.items():

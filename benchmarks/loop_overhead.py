@@ -1,12 +1,13 @@
-"""What the training loop costs beside forward, backward and optimizer step, at two sizes.
+"""Measure the time of the training loop outside forward pass, backward pass and optimizer step, at two sizes.
 
     python benchmarks/loop_overhead.py --json
 
 `quickstart` pretrains the teacher of tinygpt2's quickstart; `distill_step` distils the models of distill_step.py.
-Both run the command's own function on a dataset of random words, with its defaults for logging and saving. The overhead
-is what is left of the loop's time, as a share of it: batches, learning rate, random seeds, the gradient's norm (also
-given by itself), checks, metrics.jsonl, progress. Clipping is part of the optimizer step. The wait for the last
-checkpoint, once in a run, is given in seconds; evaluation is left out.
+Both call the command's own function on a dataset of random words, with its defaults for logging and saving.
+
+The overhead is the share of the loop's time that is spent on everything else: batches, learning rate, random seeds,
+the gradient norm (also reported separately), checks, metrics.jsonl and progress. Clipping is part of the optimizer
+step. The wait for the last checkpoint, once in a run, is reported in seconds. Evaluation is not counted.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def timed(spent: dict[str, float], name: str, work: Callable[..., Any]) -> Calla
 
 @contextmanager
 def measured(spent: dict[str, float]) -> Iterator[None]:
-    """Time forward, backward and optimizer step where they are called, and the loop around them."""
+    """Replace the functions to measure by timed ones, and restore them at the end."""
     kept = [
         (torch.nn.Module, "__call__"), (torch.Tensor, "backward"), (torch.optim.AdamW, "step"), (loop, "evaluate"),
         (loop.Checkpoints, "settle"), (loop.Checkpoints, "save"), (loop, "clip_gradients"),

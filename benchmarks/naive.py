@@ -1,9 +1,11 @@
-"""The distillation step as TinyGPT2's scripts take it, written out plainly and apart from this package.
+"""The distillation step of TinyGPT2's scripts, written in plain PyTorch and independent of this package.
 
-Eager attention; every layer's scores and states are kept; whole logits; element-wise losses; the teacher's
-forward pass is recorded by autograd and its outputs are detached afterwards. Weights come from plain
-`transformers` models. Source: TLB-MISS/TinyGPT2, general_distill.py and its modified modeling_gpt2.py; the
-reductions are those of its later commits: attention times 2L/(L+1), soft labels summed over the vocabulary.
+It uses eager attention and element-wise losses, and it keeps every layer's scores and hidden states and the whole
+logits. Autograd records the teacher's forward pass, and its outputs are detached afterwards. The weights come from
+plain `transformers` models.
+
+Source: TLB-MISS/TinyGPT2, general_distill.py and its modified modeling_gpt2.py. The reductions are those of its later
+commits: the attention loss times 2L/(L+1), soft labels summed over the vocabulary.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def forward(model: GPT2LMHeadModel, input_ids: Tensor) -> tuple[Tensor, list[Ten
 
 
 class NaiveStep(nn.Module):
-    """Student, learned map and TinyGPT2's three objectives with weight 1."""
+    """A student, a learned linear map of its hidden states, and TinyGPT2's three objectives, each with weight 1."""
 
     def __init__(self, student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, projection: nn.Linear) -> None:
         super().__init__()
@@ -46,22 +48,22 @@ class NaiveStep(nn.Module):
         self._teacher = (teacher,)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and its three parts."""
+        """Return the loss and its three terms."""
         logits, states, scores = forward(self.student, input_ids)
         states = [self.projection(state) for state in states]
-        taught = forward(self._teacher[0], input_ids)  # stays alive, with its graph, to the end of the step
+        taught = forward(self._teacher[0], input_ids)  # stays in memory, with its graph, until the step ends
         soft, teacher_states = taught[0].detach(), [state.detach() for state in taught[1]]
         teacher_scores = [matrix.detach() for matrix in taught[2]]
         every = len(teacher_scores) // len(scores)
         length = input_ids.shape[1]
         attention = torch.zeros((), device=logits.device)
-        for mine, theirs in zip(scores, teacher_scores[every - 1 :: every], strict=True):
-            mine = torch.where(mine <= -1e2, torch.zeros_like(mine), mine)
-            theirs = torch.where(theirs <= -1e2, torch.zeros_like(theirs), theirs)
-            attention = attention + nn.functional.mse_loss(mine, theirs) * (2 * length / (length + 1))
+        for own, target in zip(scores, teacher_scores[every - 1 :: every], strict=True):
+            own = torch.where(own <= -1e2, torch.zeros_like(own), own)
+            target = torch.where(target <= -1e2, torch.zeros_like(target), target)
+            attention = attention + nn.functional.mse_loss(own, target) * (2 * length / (length + 1))
         hidden = torch.zeros((), device=logits.device)
-        for mine, theirs in zip(states, teacher_states[::every], strict=True):
-            hidden = hidden + nn.functional.mse_loss(mine, theirs)
+        for own, target in zip(states, teacher_states[::every], strict=True):
+            hidden = hidden + nn.functional.mse_loss(own, target)
         prediction = (-soft.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
         terms = {"attention": attention, "hidden": hidden, "prediction": prediction}
         return attention + hidden + prediction, {name: term.detach() for name, term in terms.items()}

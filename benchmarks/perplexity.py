@@ -1,16 +1,23 @@
-"""Tokens/s and peak memory of perplexity, beside other loops and the bare matrix products.
+"""Measure tokens/s and peak memory of perplexity, and compare with other loops and with matrix products alone.
 
     python benchmarks/perplexity.py --json --harness /path/to/env/with/lm-eval/bin/python
 
-A model of GPT-2 small's shape with random weights on the beginning of the WikiText-2 raw test set, at strides 1024 and
-512. `ours` is this package's Scorer as `ppl` uses it; `page` the loop of transformers' page "Perplexity of fixed-length
-models"; `tinygpt2` that of TinyGPT2's calc_ppl; `lm_eval` lm-evaluation-harness' rolling log-likelihood, which knows no
-overlap; `bound` the bare matrix products of ours (linear layers, scores and mixing of the lower triangle, the output
-matrix for the targets alone), by torch's default engine, `bound_onednn` by the one that ours takes in float32.
+A model with GPT-2 small's shape and random weights scores the beginning of the WikiText-2 raw test set, at strides 1024
+and 512.
 
-Tokens are targets. Every variant lives in its own process; they take turns, and medians over the rounds are reported.
-Peak memory is what was taken above the loaded model. `largest_difference` is the largest relative one between the
-losses of ours and of the others over the same targets in float32; each loop's own counting is undone for that.
+Variants:
+- `ours`: this package's Scorer, used as in `ppl`.
+- `page`: the loop of transformers' page "Perplexity of fixed-length models".
+- `tinygpt2`: the loop of TinyGPT2's calc_ppl.
+- `lm_eval`: lm-evaluation-harness' rolling log-likelihood, which does not support overlapping windows.
+- `bound`: only the matrix products of `ours` (linear layers, attention scores and mixing of the lower triangle, the
+  output matrix for the targets alone), with torch's default engine.
+- `bound_onednn`: the same products with oneDNN, which `ours` uses in float32.
+
+The tokens per second count target tokens. Every variant runs in its own process. The variants take turns, and the
+medians over the rounds are reported. Peak memory is measured above the memory of the loaded model.
+`largest_difference` is the largest relative difference between the loss of `ours` and that of another variant over the
+same targets, in float32. The variants average differently, so sums of losses are compared.
 """
 
 from __future__ import annotations
@@ -34,7 +41,7 @@ SHAPE = {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": WINDOW, "voc
 Job = Callable[[], dict[str, float]]
 
 
-# --- in a variant's own process ------------------------------------------------------------------------
+# --- runs in a variant's own process -------------------------------------------------------------------
 
 
 def load(options: argparse.Namespace) -> Any:
@@ -46,7 +53,7 @@ def load(options: argparse.Namespace) -> Any:
 
 
 def touched(model: Any) -> Any:
-    """Read all weights once: a file that is mapped into memory is not there before."""
+    """Read all weights once, because a memory-mapped file is not in memory before."""
     for parameter in model.parameters():
         parameter.detach().sum()
     return model
@@ -76,7 +83,7 @@ def ours(options: argparse.Namespace, tokens: list[int]) -> Job:
 
 
 def page(options: argparse.Namespace, tokens: list[int]) -> Job:
-    """Return the loop of the page, each window weighed by its real targets."""
+    """Return the loop of the page, with each window weighted by its number of targets."""
     import torch
 
     model, ids = load(options), torch.tensor([tokens])
@@ -139,7 +146,7 @@ def lm_eval(options: argparse.Namespace, tokens: list[int]) -> Job:
 
 
 def bound(options: argparse.Namespace, tokens: list[int]) -> Job:
-    """Return the bare products of one window, as often as the text has windows."""
+    """Return a job that runs the matrix products of one window, once for each window of the text."""
     import torch
 
     from tinygpt2.evaluation.scoring import windows
@@ -174,7 +181,7 @@ VARIANTS = {"ours": ours, "page": page, "tinygpt2": tinygpt2, "lm_eval": lm_eval
 
 
 def work(options: argparse.Namespace) -> None:
-    """Do the job for every line on stdin; answer with a line of JSON."""
+    """Run the job for every line on stdin and answer with a line of JSON."""
     tuned = nullcontext()
     if options.worker in ("ours", "bound_onednn"):
         from tinygpt2.runtime.cpu import fast_products, keep_memory
@@ -205,11 +212,11 @@ def work(options: argparse.Namespace) -> None:
             print(json.dumps(found), flush=True)
 
 
-# --- in the process that compares ----------------------------------------------------------------------
+# --- runs in the process that compares the variants ----------------------------------------------------
 
 
 def prepare(folder: Path, data: Path, count: int) -> None:
-    """Write the model, its tokenizer and the text's tokens."""
+    """Write the model, its tokenizer and the tokens of the text."""
     from transformers import GPT2Config
 
     from tinygpt2.data.tokenizer import load_tokenizer
@@ -224,7 +231,7 @@ def prepare(folder: Path, data: Path, count: int) -> None:
 
 
 def measure(precision: str, stride: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Let the variants take turns at one precision and stride; return their last turns and median speeds."""
+    """Run the variants in turns at one precision and stride, and return their last turns and median speeds."""
     names = [name for name in VARIANTS if name != "bound_onednn" or (precision == "fp32" and options.device == "cpu")]
     if options.harness is None or stride != WINDOW:
         names.remove("lm_eval")
@@ -233,7 +240,7 @@ def measure(precision: str, stride: int, folder: Path, options: argparse.Namespa
         arguments = ["--worker", name, "--precision", precision, "--stride", str(stride), "--folder", str(folder)]
         python = options.harness if name == "lm_eval" else sys.executable
         workers[name] = Worker(__file__, [*arguments, "--device", options.device], python)
-    for _ in range(options.rounds + 1):  # the first is the warm-up
+    for _ in range(options.rounds + 1):  # the first turn is the warm-up
         for worker in workers.values():
             worker.turn()
     found = {}
@@ -245,26 +252,33 @@ def measure(precision: str, stride: int, folder: Path, options: argparse.Namespa
 
 
 def difference(found: dict[str, Any]) -> float:
-    """Return the largest relative difference of the mean losses of ours and the others."""
-    mine, worst = found["ours"], 0.0
+    """Return the largest relative difference between the loss of `ours` and the losses of the other variants."""
+    own, worst = found["ours"], 0.0
     for name, other in found.items():
-        if name in ("page", "tinygpt2") and other["targets"] == mine["targets"]:
-            worst = max(worst, abs(other["total"] / mine["total"] - 1))
+        if name in ("page", "tinygpt2") and other["targets"] == own["targets"]:
+            worst = max(worst, abs(other["total"] / own["total"] - 1))
         if name == "lm_eval":
-            worst = max(worst, abs(other["total"] / mine["as_harness"] - 1))
+            worst = max(worst, abs(other["total"] / own["as_harness"] - 1))
     return worst
 
 
 def main() -> None:
-    """Read the options, measure, print."""
+    """Read the options, measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="on one line")
-    parser.add_argument("--data", type=Path, default=os.environ.get("TINYGPT2_TEST_DATA", "."), help="texts")
-    parser.add_argument("--tokens", type=int, default=8192, help="of the text; 0 for all 287,644")
+    parser.add_argument("--json", action="store_true", help="print JSON on one line")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("TINYGPT2_TEST_DATA", "."),
+        help="directory with the tokenizer and the texts",
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="number of tokens of the text; 0 for all 287,644")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant, after the warm-up")
-    parser.add_argument("--precision", default="fp32,bf16", help="comma-separated")
-    parser.add_argument("--strides", default="1024,512", help="comma-separated")
-    parser.add_argument("--harness", help="Python of an environment that has lm-eval; without it lm_eval is null")
+    parser.add_argument("--precision", default="fp32,bf16", help="precisions, comma-separated")
+    parser.add_argument("--strides", default="1024,512", help="strides, comma-separated")
+    parser.add_argument(
+        "--harness", help="Python interpreter of an environment with lm-eval; without it, lm_eval is null"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

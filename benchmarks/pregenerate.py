@@ -1,17 +1,21 @@
-"""Speed and memory of `pregenerate` beside the usual ways and the bare engine; speed of reading the result.
+"""Measure speed and memory of `pregenerate`, of other ways and of tiktoken alone, and the speed of reading the result.
 
     python benchmarks/pregenerate.py SOURCE --json
 
-SOURCE is what `tinygpt2 pregenerate` takes. Every variant runs in its own process, one after another, `--rounds`
-times round; figures are medians. The clock starts when the libraries are imported and stops when the result is on
-disk. Peak memory is that of the process and its children together, sampled from outside.
+SOURCE is any source that `tinygpt2 pregenerate` accepts. Every variant runs in its own process, one after another, and
+this is repeated `--rounds` times. Speeds are medians. The clock starts when the libraries are imported and stops when
+the result is on disk. Peak memory is that of the process and its children together, sampled from outside.
 
-Variants: `ours_1` and `ours_2` (pregenerate with 1 and 2 workers, from the source to the finished data set);
-`tinygpt2` (TinyGPT2's way: one `tokenizer(text)` a document through `dataset.map`, shuffled, split, packed into
-JSON lines); `batched` (batched `dataset.map` with two processes, grouped as in transformers' `run_clm.py`, saved by
-`save_to_disk`); `engine` (tiktoken's `encode_ordinary`, one thread, documents in memory, result thrown away). The last
-three find the documents read and decoded before the clock starts. `reader` draws shuffled batches of 8 from what `ours`
-made.
+Variants:
+- `ours_1` and `ours_2`: pregenerate with 1 and 2 workers, from the source to the finished dataset.
+- `tinygpt2`: TinyGPT2's way: one `tokenizer(text)` call per document with `dataset.map`, shuffled, split, and packed
+  into JSON lines.
+- `batched`: batched `dataset.map` with two processes, grouped as in transformers' `run_clm.py`, saved by
+  `save_to_disk`.
+- `engine`: tiktoken's `encode_ordinary` in one thread, with documents in memory. The result is discarded.
+
+For the last three, the documents are read and decoded before the clock starts. `reader` draws shuffled batches of 8
+from the dataset that `ours` made.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ LENGTH, SEED = 1024, 42
 VARIANTS = ("engine", "ours_2", "ours_1", "batched", "tinygpt2")
 
 
-# --- in a variant's own process ------------------------------------------------------------------------
+# --- runs in a variant's own process -------------------------------------------------------------------
 
 
 def documents(options: argparse.Namespace) -> list[str]:
@@ -81,7 +85,7 @@ def tokenizer_of(options: argparse.Namespace) -> Any:
     from tinygpt2.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
-    tokenizer.model_max_length = 10**9  # as run_clm.py does: long inputs are grouped afterwards
+    tokenizer.model_max_length = 10**9  # as in run_clm.py: long inputs are cut into blocks afterwards
     return tokenizer
 
 
@@ -123,7 +127,7 @@ def tinygpt2(options: argparse.Namespace) -> float:
 
 
 def reader(options: argparse.Namespace) -> float:
-    """Return tokens per second."""
+    """Return the tokens per second when reading shuffled batches."""
     from tinygpt2.data.dataset import Shuffle, load_packed_dataset
 
     blocks = load_packed_dataset(str(Path(options.out) / "ours")).train
@@ -140,7 +144,7 @@ def work(options: argparse.Namespace) -> float:
     return {"engine": engine, "batched": batched, "tinygpt2": tinygpt2, "reader": reader}[options.work](options)
 
 
-# --- in the process that measures ----------------------------------------------------------------------
+# --- runs in the process that measures -----------------------------------------------------------------
 
 
 def resident(process: Any) -> int:
@@ -157,7 +161,7 @@ def resident(process: Any) -> int:
 
 
 def run(variant: str, options: argparse.Namespace, out: str) -> tuple[float, int]:
-    """Return what a variant's process measured, and its peak memory."""
+    """Run a variant in its own process; return the number that it printed, and its peak memory in bytes."""
     import psutil
 
     command = [
@@ -199,8 +203,10 @@ def main() -> None:
     data = os.environ.get("TINYGPT2_TEST_DATA")
     parser.add_argument("--tokenizer", default=f"{data}/tokenizers/gpt2" if data else "gpt2")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, in the order to run")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a line for each figure")
+    parser.add_argument(
+        "--variants", default=",".join(VARIANTS), help="variants to run, comma-separated, in this order"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of one line per figure")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Which recipe makes the best student: every recipe of a plan, from the same tokens in the same order.
+"""Find the recipe that makes the best student: train with every recipe of a plan on the same tokens in the same order.
 
-    python benchmarks/recipes.py --work WORK             # goes on with the plan where it stopped
-    python benchmarks/recipes.py --work WORK --smallest  # its smallest row again: is the ranking the same?
-    python benchmarks/recipes_report.py                  # tables and pictures of what was measured
+    python benchmarks/recipes.py --work WORK             # continues the plan where it stopped
+    python benchmarks/recipes.py --work WORK --smallest  # repeats the smallest comparison: is the ranking the same?
+    python benchmarks/recipes_report.py                  # writes tables and pictures of the results
 
-The plan is benchmarks/recipes/plan.yaml. Every finished run is a line of benchmarks/recipes/results.jsonl, and is not
-run again. A stage follows from the lines of the stage before it: each recipe's learning rate from the screening, the
-recipes of the final from their losses. Nothing is chosen on any text but the held-out novels.
+The plan is benchmarks/recipes/plan.yaml. Every finished run is a line of benchmarks/recipes/results.jsonl and is not
+run again. Each stage depends on the results of the stage before it: the losses of the screening decide each recipe's
+learning rate and the recipes of the finals. All choices are based on the held-out novels alone.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from tinygpt2.training.step import Step, step_seconds
 from tinygpt2.training.teacher_cache import TeacherCache
 
 HERE = Path(__file__).parent / "recipes"
-CLOSE = 0.01  # nats per token: recipes so near to each other may change places on another machine
-GROUPS = 40  # of neighbouring held-out blocks, whose losses are taken as independent of each other
-CURVE = 30_000  # characters of each held-out novel that losses are measured on during a run
+CLOSE = 0.01  # nats per token: recipes that are closer than this may change places on another machine
+GROUPS = 40  # groups of neighbouring held-out blocks; we treat the losses of the groups as independent of each other
+CURVE = 30_000  # evaluations during a run use this many characters of each held-out novel
 
 
 @dataclass(frozen=True)
 class Run:
-    """One student: what is to be trained, and what a line of results is known by."""
+    """One student to train. These values also identify its line of results."""
 
     stage: str
     size: str
@@ -63,7 +63,7 @@ class Run:
 
 
 class Study:
-    """The plan, its texts and starts below a working directory, and the lines of results so far."""
+    """The plan, its texts and untrained students in a working directory, and the results so far."""
 
     def __init__(self, work: Path, results: Path) -> None:
         self.plan: dict[str, Any] = yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ class Study:
             file.write(json.dumps(line) + "\n")
 
     def prepare(self) -> None:
-        """Make texts, data sets and cut students, those that are not there yet."""
+        """Make the texts, datasets and cut students that do not exist yet."""
         novels, length = self.work / "novels", self.plan["sequence_length"]
         if not novels.is_dir():
             with tarfile.open(self.shared / self.plan["novels"]) as archive:
@@ -149,7 +149,7 @@ class Study:
         return found
 
     def fitting(self, options: dict[str, Any], size: str, *, cached: bool) -> DistillConfig:
-        """Leave out what the student's shape does not allow, and keep the teacher's states where they suffice."""
+        """Adapt the options to the student's shape, and use the teacher cache if the final hidden states suffice."""
         shape, teacher = (json.loads((Path(p) / "config.json").read_text()) for p in (self.work / size, self.teacher))
         plain = DistillConfig(**options)
         if shape["n_embd"] != teacher["n_embd"] and plain.cosine_weight:
@@ -164,13 +164,13 @@ class Study:
         return DistillConfig(**options)
 
     def train(self, run: Run) -> None:
-        """Run one recipe and write its line; one that is there already is passed over."""
+        """Run one recipe and write its line of results. Skip it if the line exists already."""
         known = asdict(run)
         if any(known == {key: line.get(key) for key in known} for line in self.lines(run.stage)):
             return
         print(f"{datetime.datetime.now():%H:%M:%S} {known}", flush=True)
         out = self.work / "runs" / self.results.stem / "-".join(map(str, known.values()))
-        shutil.rmtree(out, ignore_errors=True)  # what was interrupted begins again
+        shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again
         data, curve, begun, done, seconds = load_packed_dataset(str(self.work / "data")), [], 0, 0, 0.0
         for _, config in self.configurations(run, out):
             result: Any = distill(config, later(data, run.seed, begun) if begun else None)
@@ -198,21 +198,21 @@ class Study:
         return best
 
     def screen(self, place: int, recipes: list[str]) -> Iterator[Run]:
-        """Yield recipes, each at one of its three rates."""
+        """Yield a run of each recipe at one of its three rates; `place` is the index of the rate, from 0."""
         plan = self.plan["screen"]
         for recipe in recipes:
             rate = self.plan["recipes"][recipe].get("rates", plan["rates"])[place]
             yield Run("screen", plan["size"], recipe, rate, plan["tokens"], plan["seed"])
 
     def chosen(self) -> list[str]:
-        """Return the recipes of the final: the best of the screening, then the baselines."""
+        """Return the recipes of the finals: the best of the screening, then the baselines."""
         best = self.best_rates()
         ranked = sorted(best, key=lambda recipe: best[recipe][1])
         winners = [recipe for recipe in ranked if recipe not in self.plan["baselines"]][: self.plan["final"]["best"]]
         return [*winners, *(name for name in self.plan["baselines"] if name in best)]
 
     def final(self, seed: int) -> Iterator[Run]:
-        """Yield the chosen recipes at all sizes: the first seed chooses the rate, the others tell close ones apart."""
+        """Yield the chosen recipes at all sizes. The first seed chooses the rate, the others compare close recipes."""
         tokens = self.plan["final"]["tokens"]
         for size, recipe in itertools.product(self.plan["sizes"], self.chosen()):
             if seed != self.first_seed:
@@ -222,25 +222,25 @@ class Study:
                 continue
             rate, _ = self.best_rates()[recipe]
             yield Run("final", size, recipe, rate, tokens, seed)
-            # a width that was not screened wants another rate: halved until that helps no more
+            # A width that was not screened needs another rate, so halve the rate until that no longer helps.
             while size != self.plan["screen"]["size"] and self.tried(recipe, size)[1] <= rate:
                 rate /= 2
                 yield Run("final", size, recipe, rate, tokens, seed)
 
     @property
     def first_seed(self) -> int:
-        """The seed of the finals that rates are chosen with."""
+        """The seed of the finals that chooses the learning rates."""
         return int(self.plan["final"]["seeds"][0])
 
     def tried(self, recipe: str, size: str) -> tuple[float, float]:
-        """Return the least loss and its rate, of those that the first seed tried at a size."""
+        """Return the lowest loss, and its rate, among the rates that the first seed tried at a size."""
         return min(
             (line["loss"], line["rate"]) for line in self.lines("final")
             if (line["recipe"], line["size"], line["seed"]) == (recipe, size, self.first_seed)
         )  # fmt: skip
 
     def equal_time(self, seed: int) -> Iterator[Run]:
-        """Yield cross-entropy with as many tokens as fit in the time that the default recipe takes."""
+        """Yield cross-entropy with as many tokens as fit into the time of the default recipe."""
         recipe = "ce"
         for size in self.plan["sizes"]:
             speeds = {(line["recipe"], line["cached"]): line["tokens_per_second"] for line in self.lines("time")
@@ -250,7 +250,7 @@ class Study:
             yield Run("equal-time", size, recipe, self.tried(recipe, size)[1], tokens, seed)
 
     def rule(self, seed: int) -> Iterator[Run]:
-        """Yield the default recipe at the rate that `distill` takes by itself."""
+        """Yield the default recipe at the default learning rate of `distill`."""
         asked = DistillConfig(teacher="teacher", student="student", data="data", out="out")
         for size in self.plan["sizes"]:
             width = json.loads((self.work / size / "config.json").read_text())["n_embd"]
@@ -258,13 +258,13 @@ class Study:
             yield Run("rule", size, self.plan["default"], rate, self.plan["final"]["tokens"], seed)
 
     def smallest(self) -> Iterator[Run]:
-        """Yield the runs of the smallest row."""
+        """Yield the runs of the smallest comparison: the default recipe and the baselines."""
         plan, best = self.plan["smallest"], self.best_rates()
         for recipe in [self.plan["default"], *self.plan["baselines"]]:
             yield Run("smallest", plan["size"], recipe, best[recipe][0], plan["tokens"], plan["seed"])
 
     def time(self, rounds: int = 2, steps: int = 4) -> None:
-        """Measure the speed of the recipes' steps, each a few steps in turn, so that the ratios hold."""
+        """Measure the speed of each recipe. They take turns, a few steps each, so that the ratios are fair."""
         for size in self.plan["sizes"]:
             done = {(line["recipe"], line["cached"]) for line in self.lines("time") if line["size"] == size}
             wanted = [(name, cached) for name in self.chosen() for cached in (False, True)]
@@ -275,7 +275,7 @@ class Study:
             for turn in range(rounds + 1):
                 for key, times in taken.items():
                     seconds = sum(share * sum(racer(steps)) for share, racer in racers[key])
-                    if turn:  # the first one warms up, and fills the cache
+                    if turn:  # the first turn warms up and fills the cache
                         times.append(seconds)
             for (recipe, cached), times in taken.items():
                 tokens = steps * self.plan["common"]["micro_batch_size"] * self.plan["sequence_length"]
@@ -285,7 +285,7 @@ class Study:
                 )
 
     def racers(self, size: str, recipe: str, cached: bool) -> Iterator[tuple[float, Any]]:
-        """Yield for each stage its share and a function that takes some steps and returns the seconds of each."""
+        """Yield, for each stage, its share of the tokens and a function that runs steps and returns their seconds."""
         run = Run("time", size, recipe, 1e-4, 256_000, 42)
         data = load_packed_dataset(str(self.work / "data"))
         stages = self.configurations(run, self.work / "unused", cached=cached)
@@ -308,7 +308,7 @@ class Study:
 
 
 def later(data: PackedDataset, seed: int, begun: int) -> PackedDataset:
-    """Return the data such that a run with this seed sees what one would see after its first `begun` blocks."""
+    """Return data with which a new run with this seed sees the blocks that follow the first `begun` ones of a run."""
     count = len(data.train)
     wanted = Shuffle(count, seed)[begun:count]
     places = Shuffle(len(wanted), seed)[0 : len(wanted)]
@@ -332,17 +332,17 @@ def block_losses(model: str, blocks: Blocks, count: int) -> list[float]:
 
 
 def grouped(losses: list[float]) -> list[float]:
-    """Return the means of groups of neighbours."""
+    """Return the mean losses of groups of neighbouring blocks."""
     return [round(float(part.mean()), 5) for part in np.array_split(np.array(losses), min(GROUPS, len(losses)))]
 
 
 def main() -> None:
-    """Go on with the plan, or repeat its smallest row."""
+    """Continue the plan, or repeat its smallest comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for texts, data sets, students and runs")
+    parser.add_argument("--work", type=Path, required=True, help="directory for texts, datasets, students and runs")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
-    parser.add_argument("--smallest", action="store_true", help="the smallest row alone, again, against its lines")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no new run after this many minutes")
+    parser.add_argument("--smallest", action="store_true", help="only repeat the smallest comparison and check it")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     with fast_products():
@@ -353,7 +353,7 @@ def main() -> None:
 
 
 def go_on(study: Study, minutes: float) -> None:
-    """Do what the plan has left, in its order."""
+    """Do the runs of the plan that are missing, in its order."""
     until = time.monotonic() + 60 * minutes
     study.prepare()
     for run in everything(study):
@@ -363,7 +363,7 @@ def go_on(study: Study, minutes: float) -> None:
 
 
 def everything(study: Study) -> Iterator[Run]:
-    """Yield all runs in the plan's order; each stage is made up when the one before it is done."""
+    """Yield all runs in the plan's order. Each stage is determined when the stage before it is done."""
     recipes = list(study.plan["recipes"])
     yield from study.screen(1, recipes)
     yield from study.screen(2, recipes)
@@ -374,13 +374,13 @@ def everything(study: Study) -> Iterator[Run]:
     yield from study.rule(study.first_seed)
     yield from study.equal_time(study.first_seed)
     yield from study.smallest()
-    yield from study.screen(0, recipes)  # if one of these comes to be among the best, the next run of the plan goes on
+    yield from study.screen(0, recipes)  # if one of these is now among the best, the next call runs its finals
     for seed in study.plan["final"]["seeds"]:
         yield from study.equal_time(seed)
 
 
 def repeat(options: argparse.Namespace) -> None:
-    """Run the smallest row into a file of its own, and compare the rankings."""
+    """Repeat the smallest comparison, write its results to a separate file, and compare the rankings."""
     recorded = Study(options.work, options.results)
     again = Study(options.work, options.work / "repeated.jsonl")
     again.results.unlink(missing_ok=True)

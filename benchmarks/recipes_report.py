@@ -1,9 +1,9 @@
-"""Tables and pictures of the study of recipes, from its lines of results alone.
+"""Write the tables and pictures of the recipe study. They need only the lines of results.jsonl.
 
     python benchmarks/recipes_report.py
 
-writes benchmarks/recipes/report.md, and into docs/images the held-out loss against tokens and against seconds, one
-curve per recipe, and the final perplexity against the student's size.
+writes benchmarks/recipes/report.md and three pictures in docs/images: the held-out loss against tokens and against
+seconds, with one curve per recipe, and the final perplexity against the size of the student.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ import yaml
 
 HERE = Path(__file__).parent / "recipes"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-PLAIN = "kl"  # what single changes are compared with
-SHOWN = 0.9  # nats per token above the best end: what is further away would press the others together
+PLAIN = "kl"  # the recipe that single changes are compared with
+SHOWN = 0.9  # nats per token: curves end at most this far above the best one, else the others would be squeezed
 Line = dict[str, Any]
 
 
 def main() -> None:
-    """Read the lines, write the report."""
+    """Read the result lines and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     options = parser.parse_args()
     lines = [json.loads(line) for line in options.results.read_text(encoding="utf-8").splitlines()]
     plan = yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
-    report = "\n".join(["# What was measured", "", *screened(lines, plan), *finals(lines, plan), *again(lines)])
+    report = "\n".join(
+        ["# Results of the recipe study", "", *screened(lines, plan), *finals(lines, plan), *again(lines)]
+    )
     (HERE / "report.md").write_text(report + "\n", encoding="utf-8")
     IMAGES.mkdir(exist_ok=True)
     draw(lines, plan)
@@ -45,10 +47,13 @@ def of(lines: list[Line], **known: Any) -> list[Line]:
 
 
 def paired(ours: list[Line], theirs: list[Line], groups: str | None = None) -> tuple[float, float]:
-    """Return by how much the mean loss of `theirs` lies above that of `ours`, and its paired standard error.
+    """Return the mean loss of `theirs` minus that of `ours`, and the paired standard error of this difference.
 
-    The pairs are groups of neighbouring blocks, each a mean over the seeds that both have: the error is that of the
-    choice of held-out text, not of the seeds.
+    The pairs are groups of neighbouring blocks. Each group's loss is the mean over the seeds that both sides have, so
+    the error covers the choice of held-out text, but not the variation between seeds.
+
+    Args:
+        groups: name of a text in `checks`; the held-out novels if None.
     """
 
     def read(line: Line) -> Any:
@@ -61,7 +66,7 @@ def paired(ours: list[Line], theirs: list[Line], groups: str | None = None) -> t
 
 
 def screened(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
-    """Yield the screening: each recipe's loss at each rate, and at its best beside plain KL at its best."""
+    """Yield the screening table: each recipe's loss at each rate, and its best loss compared with that of plain KL."""
     screen, recipes = plan["screen"], plan["recipes"]
     asked = {recipe: how.get("rates", screen["rates"]) for recipe, how in recipes.items()}
     rates = sorted({rate for own in asked.values() for rate in own})
@@ -69,9 +74,9 @@ def screened(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
     for line in of(lines, stage="screen"):
         found[line["recipe"]][line["rate"]] = line
     best = {recipe: min(own.values(), key=lambda line: line["loss"]) for recipe, own in found.items() if own}
-    yield f"## Screening: {screen['size']}, {screen['tokens']:,} tokens, seed {screen['seed']}, nats per token"
+    yield f"## Screening: {screen['size']}, {screen['tokens']:,} tokens, seed {screen['seed']}, loss in nats per token"
     yield ""
-    yield "| recipe | " + " | ".join(f"{rate:g}" for rate in rates) + f" | above {PLAIN} |"
+    yield "| recipe | " + " | ".join(f"{rate:g}" for rate in rates) + f" | loss above {PLAIN} |"
     yield "|---" * (2 + len(rates)) + "|"
     for recipe in sorted(recipes, key=lambda name: best[name]["loss"] if name in best else math.inf):
         cells = ["not measured" if rate in asked[recipe] else "" for rate in rates]
@@ -87,12 +92,12 @@ def screened(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
 
 
 def speeds(lines: list[Line], size: str) -> dict[tuple[str, bool], float]:
-    """Return tokens per second by recipe and whether the teacher's states were read from the cache."""
+    """Return tokens per second, keyed by recipe and by whether the teacher's states were read from the cache."""
     return {(line["recipe"], line["cached"]): line["tokens_per_second"] for line in of(lines, stage="time", size=size)}
 
 
 def ranked(lines: list[Line], plan: dict[str, Any], size: str) -> dict[str, list[Line]]:
-    """Return a size's finals by recipe, the best first: each at its best rate, a line for each seed."""
+    """Return the final runs of one size, best recipe first: each recipe at its best rate, with one line per seed."""
     found: dict[str, list[Line]] = {}
     for line in of(lines, stage="final", size=size):
         if line["rate"] == min(tried(lines, plan, size, line["recipe"]))[1]:
@@ -101,18 +106,18 @@ def ranked(lines: list[Line], plan: dict[str, Any], size: str) -> dict[str, list
 
 
 def tried(lines: list[Line], plan: dict[str, Any], size: str, recipe: str) -> list[tuple[float, float]]:
-    """Return loss and rate of a recipe's finals with the seed that chose between its rates."""
+    """Return (loss, rate) of a recipe's final runs with the seed that chooses its rate."""
     own = of(lines, stage="final", size=size, recipe=recipe, seed=plan["final"]["seeds"][0])
     return [(line["loss"], line["rate"]) for line in own]
 
 
 def mean_loss(lines: list[Line]) -> float:
-    """Return the mean over seeds."""
+    """Return the mean loss over seeds."""
     return statistics.mean(float(line["loss"]) for line in lines)
 
 
 def finals(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
-    """Yield for each size the recipes at equal tokens, each beside the default one, and what equal time says."""
+    """Yield, for each size, the comparison with the default recipe at equal tokens and at equal time."""
     for size in plan["sizes"]:
         by = ranked(lines, plan, size)
         if plan["default"] not in by:
@@ -121,8 +126,8 @@ def finals(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
         first, seeds = default[0], ", ".join(str(line["seed"]) for line in default)
         yield f"## {size}: {first['parameters']:,} parameters, {first['tokens']:,} tokens, seeds {seeds}"
         yield ""
-        above = f"above {plan['default']}"
-        yield f"| recipe | rate | other rate | loss | by seed | perplexity | {above} | tokens/s | cached |"
+        above = f"loss above {plan['default']}"
+        yield f"| recipe | rate | other rates | loss | loss by seed | perplexity | {above} | tokens/s | with cache |"
         yield "|---" * 9 + "|"
         for recipe, own in by.items():
             others = [f"{rate:g}: {loss:.3f}" for loss, rate in sorted(tried(lines, plan, size, recipe))[1:]]
@@ -142,48 +147,51 @@ def finals(lines: list[Line], plan: dict[str, Any]) -> Iterator[str]:
 
 
 def by_rule(lines: list[Line], size: str, default: list[Line]) -> Iterator[str]:
-    """Say what the default recipe comes to at the rate that `distill` takes by itself, as last measured."""
+    """Yield the loss of the default recipe at the default learning rate of `distill`, from the last measurement."""
     for line in of(lines, stage="rule", size=size)[-1:]:
         gap, error = paired(default, [line])
         yield (
-            f"At {line['rate']:.3g}, the rate that `distill` takes by itself, {line['recipe']} comes to "
-            f"{line['loss']:.4f}: {gap:+.4f} +- {error:.4f}."
+            f"At {line['rate']:.3g}, the default learning rate of `distill`, {line['recipe']} reaches a loss of "
+            f"{line['loss']:.4f}: {gap:+.4f} +- {error:.4f} compared with the rate in the table and the same seed."
         )
         yield ""
 
 
 def equal_time(lines: list[Line], plan: dict[str, Any], size: str, default: list[Line]) -> Iterator[str]:
-    """Say what cross-entropy reaches with the tokens that fit into the default recipe's time, as last measured."""
+    """Yield the loss of cross-entropy with the tokens that fit into the default recipe's time, as last measured."""
     longer = of(lines, stage="equal-time", size=size)
     longer = of(longer, tokens=longer[-1]["tokens"]) if longer else []
     if longer:
         gap, error = paired(default, longer)
         yield (
-            f"In {plan['default']}'s time {longer[0]['recipe']} sees {longer[0]['tokens']:,} tokens and comes to "
-            f"{mean_loss(longer):.4f}: {gap:+.4f} +- {error:.4f} above {plan['default']}."
+            f"In the time of {plan['default']}, {longer[0]['recipe']} sees {longer[0]['tokens']:,} tokens and reaches "
+            f"a loss of {mean_loss(longer):.4f}: {gap:+.4f} +- {error:.4f} above {plan['default']}."
         )
         yield ""
 
 
 def reached(by: dict[str, list[Line]], default: str, speed: dict[tuple[str, bool], float]) -> Iterator[str]:
-    """Say when the default recipe passes below each other one's end, as a share of its time."""
+    """Yield when the default recipe reaches the final loss of each other recipe, as a share of that recipe's time."""
     for recipe, own in by.items():
         end = own[0]["curve"][-1]
         tokens = next((tokens for tokens, loss in by[default][0]["curve"] if loss <= end[1]), None)
         if recipe != default and tokens is not None and (recipe, False) in speed:
             share = (tokens / speed[default, False]) / (end[0] / speed[recipe, False])
-            yield f"{default} is below the end of {recipe} after {tokens:,} tokens: at most {share:.2f} of its time."
+            yield (
+                f"- {default} reaches the final loss of {recipe} after {tokens:,} tokens, "
+                f"in at most {share:.2f} times the time of {recipe}."
+            )
     yield ""
 
 
 def again(lines: list[Line]) -> Iterator[str]:
-    """Yield the smallest row with the texts that nothing was chosen on."""
+    """Yield the smallest comparison, with the losses on texts that no choice was based on."""
     rows = of(lines, stage="smallest")
     if not rows:
         return
     rows = sorted(rows, key=lambda line: float(line["loss"]))
     names = list(rows[0]["checks"])
-    yield f"## The smallest row: {rows[0]['size']}, {rows[0]['tokens']:,} tokens, seed {rows[0]['seed']}"
+    yield f"## Smallest comparison: {rows[0]['size']}, {rows[0]['tokens']:,} tokens, seed {rows[0]['seed']}"
     yield ""
     yield "| recipe | held-out novels | " + " | ".join(names) + " |"
     yield "|---" * (2 + len(names)) + "|"
@@ -198,7 +206,7 @@ def again(lines: list[Line]) -> Iterator[str]:
 
 
 def draw(lines: list[Line], plan: dict[str, Any]) -> None:
-    """Draw the curves against tokens and seconds, and perplexity against size."""
+    """Draw the loss against tokens and against seconds, and the perplexity against size."""
     from matplotlib.figure import Figure
 
     sizes = [size for size in plan["sizes"] if of(lines, stage="final", size=size)]

@@ -1,11 +1,15 @@
-"""Held-out loss of students right after the cut, before any training, by how they were cut.
+"""Measure the held-out loss of students right after the cut, before any training, for several ways to cut.
 
     python benchmarks/students.py --teacher TEACHER --data DATA --json
 
-Depth: every strategy at the same number of layers. Width: heads and inner units by activation, dimensions by the loss's
-first order (as truncate-student takes them) or by activation (as it does with `--refit`), beside the first ones and
-beside random ones. Each with its output projections fitted again, too. Importance and fits are measured on the
-dataset's training split, losses on its test split, in nats per token.
+Depth: every strategy at the same number of layers.
+
+Width: heads and inner units by activation, with dimensions by a first-order estimate of the loss (as truncate-student
+chooses them) or by activation (as it chooses them with `--refit`). These are compared with the first heads, units and
+dimensions, and with random ones.
+
+Each student is measured as cut and with refitted output projections. Importance and refits use the dataset's training
+split. Losses are measured on its test split, in nats per token.
 """
 
 from __future__ import annotations
@@ -31,16 +35,16 @@ STRATEGIES = ("first", "middle", "last", "alternate", "uniform", "distilgpt2")
 
 
 def main() -> None:
-    """Read the options, measure, print."""
+    """Read the options, measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--num-layers", type=int, help="half of the teacher's by default")
-    parser.add_argument("--n-embd", type=int, help="half of the teacher's by default")
+    parser.add_argument("--num-layers", type=int, help="number of layers to keep; half of the teacher's by default")
+    parser.add_argument("--n-embd", type=int, help="hidden size to keep; half of the teacher's by default")
     parser.add_argument("--calibration-sequences", type=int, default=64)
-    parser.add_argument("--sequences", type=int, default=256, help="blocks of the test split to measure on")
-    parser.add_argument("--seeds", type=int, default=3, help="of the random choices")
-    parser.add_argument("--json", action="store_true", help="on one line")
+    parser.add_argument("--sequences", type=int, default=256, help="number of blocks of the test split to measure on")
+    parser.add_argument("--seeds", type=int, default=3, help="number of random choices")
+    parser.add_argument("--json", action="store_true", help="print JSON on one line")
     options = parser.parse_args()
     with fast_products():
         found = measure(options)

@@ -1,9 +1,9 @@
-"""What `distill --teacher-cache` saves: the same training over 1, 2 and 4 epochs, with and without it.
+"""Measure the time that `distill --teacher-cache` saves: the same training over 1, 2 and 4 epochs, with and without it.
 
     python benchmarks/teacher_cache.py --teacher TEACHER --student STUDENT --data DATA --json
 
-Every run starts with an empty cache, so the first epoch fills it. `reused` is one epoch with the cache filled before,
-as a second student has it. Seconds are those of the training steps.
+Every run starts with an empty cache, so the first epoch fills it. `reused` is one epoch with a cache that is already
+full, as for a second student. The seconds are those of the training steps.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from tinygpt2.data.dataset import load_packed_dataset
 
 
 def main() -> None:
-    """Read the options, measure, print."""
+    """Read the options, measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--student", required=True)
-    parser.add_argument("--data", required=True, help="a small one: all of its training blocks are an epoch")
+    parser.add_argument(
+        "--data", required=True, help="pregenerated dataset; a small one, because an epoch is its whole training split"
+    )
     parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--json", action="store_true", help="on one line")
+    parser.add_argument("--json", action="store_true", help="print JSON on one line")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         found = measure(options, Path(place))
@@ -36,7 +38,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Train and time each variant, those with and without the cache in turn."""
+    """Train and time each variant. Runs with and without the cache take turns."""
     rows = []
     for epochs in (1, 2, 4):
         plain = seconds(options, place / f"plain-{epochs}", epochs, None)
@@ -53,7 +55,7 @@ def measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 def seconds(options: argparse.Namespace, out: Path, epochs: int, cache: Path | None) -> float:
-    """Return the seconds of one run's steps."""
+    """Return the seconds that the training steps of one run take."""
     result: Any = distill(
         DistillConfig(
             teacher=options.teacher, student=options.student, data=options.data, out=str(out), num_epochs=epochs,

@@ -1,7 +1,8 @@
-"""Variants of one job, each in its own process, that take turns.
+"""Run variants of one job in turns, each in its own process.
 
-So peak memory is a variant's own, and ratios hold on a machine whose speed varies. A variant is this same script with
-`--worker`: it prints one line of JSON when it is ready, and one for every line that it reads.
+So the peak memory of each variant is measured separately, and ratios are fair on a machine whose speed varies. A
+variant is the benchmark script itself, called with `--worker`. It prints one line of JSON when it is ready, and one for
+every line that it reads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def resident(key: str) -> int:
 
 
 def forget_peak() -> None:
-    """Let VmHWM count from now on."""
+    """Reset VmHWM, so that it counts from now on."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
@@ -28,9 +29,9 @@ class Worker:
     """One variant in its own process.
 
     Args:
-        script: to run.
-        arguments: for it, which make it a worker.
-        python: the interpreter to run it with.
+        script: the benchmark script to run.
+        arguments: its arguments, which make it a worker.
+        python: the Python interpreter to run it with.
     """
 
     def __init__(self, script: str, arguments: list[str], python: str = sys.executable) -> None:
@@ -44,16 +45,16 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
+            raise SystemExit(f"{self.process.args} ended with exit code {self.process.wait()}")
         return dict(json.loads(line))
 
     def turn(self) -> None:
-        """Let it do the job once."""
+        """Run the job once and keep the answer in `turns`."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         self.turns.append(self._read())
 
     def end(self) -> None:
-        """Let it go."""
+        """End the process."""
         self.process.communicate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import re
 import shlex
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -18,6 +20,7 @@ import yaml
 import tinygpt2
 from tinygpt2.cli.app import COMMANDS
 from tinygpt2.cli.options import resolve
+from tinygpt2.data.dataset import load_packed_dataset
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "tinygpt2"
@@ -216,7 +219,7 @@ def test_the_readmes_short_commands_run(
         (tmp_path / "my-texts" / f"{index}.txt").write_text(sentences(40, index), encoding="utf-8")
     (tmp_path / "mine.txt").write_text(sentences(80, 99), encoding="utf-8")
     shutil.copytree(teacher, tmp_path / "my-teacher")
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Your own text")[1].split("\n## ")[0]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## I have only text")[1].split("\n## ")[0]
     block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1]
     small = {"train-tokenizer": ["--vocab-size", "300"], "pregenerate": ["--sequence-length", "32"]}
     steps = ["--max-steps", "2"]
@@ -245,3 +248,52 @@ def test_the_readmes_short_commands_run(
         "generate",
         "verify",
     ]
+
+
+def example() -> ModuleType:
+    """examples/library.py as a module."""
+    spec = importlib.util.spec_from_file_location("library", ROOT / "examples" / "library.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_library_examples_are_those_of_the_program() -> None:
+    program = (ROOT / "examples" / "library.py").read_text(encoding="utf-8")
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## As a library")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert block[block.index("def ") :] in program
+
+
+def test_the_library_examples_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library = example()
+    data = library.make_data(str(corpus), str(tmp_path), vocab_size=300, sequence_length=32)
+    shape = tmp_path / "shape.yaml"
+    shape.write_text(yaml.safe_dump({"n_layer": 3, "n_embd": 16, "n_head": 2, "n_positions": 32}))
+    dataset = load_packed_dataset(data)
+    rows = [{"input_ids": dataset.train.row(index)} for index in range(16)]
+    teacher = library.train_on_rows(rows, rows[:2], dataset.tokenizer(), str(shape), str(tmp_path / "teacher"))
+    student = library.make_student(teacher.model, data, str(tmp_path), steps=2)
+    assert student.steps == 2
+    library.compare([teacher.model, student.model], data)
+    assert re.findall(r"perplexity ([\d.]+) per token", capsys.readouterr().out)
+
+
+def test_a_type_checker_finds_a_misspelled_option(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    file = tmp_path / "wrong.py"
+    file.write_text(
+        "import tinygpt2\n"
+        "right = tinygpt2.DistillConfig(teacher='t', student='s', data='d', out='o', temperature=2)\n"
+        "tinygpt2.DistillConfig(teacher='t', student='s', data='d', out='o', temprature=2)\n"
+        "tinygpt2.DistillConfig(teacher='t', student='s', out='o')\n"
+        "tinygpt2.PretrainConfig(model_config='gpt2', data='d', out='o', max_steps='many')\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "mypy", "--strict", str(file)], capture_output=True, text=True)
+    problems = [line.split("error: ")[1] for line in done.stdout.splitlines() if "wrong.py" in line]
+    assert len(problems) == 3, done.stdout
+    assert 'Unexpected keyword argument "temprature"' in problems[0]
+    assert 'Missing named argument "data"' in problems[1]
+    assert 'Argument "max_steps"' in problems[2]

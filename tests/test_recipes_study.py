@@ -132,8 +132,13 @@ def test_the_report_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.M
     assert "| kl-t2 | not measured | not measured | not measured |  | - |" in text
     assert "| ce | **5.000** | 5.000 | not measured |  | +0.500 +- 0.000 |" in text
     assert "| ce | 0.0005 | 0.00025: 5.502 | 4.5025 | 4.502 | 90.2 | +0.5025 +- 0.0025 | 200 | - |" in text
-    assert f"{default} is below the end of ce after 1,000 tokens: at most 1.00 of its time." in text
-    assert f"In {default}'s time ce sees 4,000 tokens and comes to 4.3000: +0.3000 +- 0.0000 above {default}." in text
+    assert (
+        f"- {default} reaches the final loss of ce after 1,000 tokens, in at most 1.00 times the time of ce.\n" in text
+    )
+    assert (
+        f"In the time of {default}, ce sees 4,000 tokens and reaches a loss of 4.3000: "
+        f"+0.3000 +- 0.0000 above {default}.\n" in text
+    )
     assert "| ce | 4.5025 | 4.5025 (+0.5025 +- 0.0025) |" in text
     assert len(list((tmp_path / "images").glob("recipes-*.png"))) == 3
 

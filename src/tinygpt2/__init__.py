@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
     from tinygpt2.decoding.generation import GenerateResult, Generation, generate
     from tinygpt2.errors import ConfigError, DataError, DivergedError, InterruptedRunError, ModelError, TinyGPT2Error
+    from tinygpt2.evaluation.named_tasks import TaskInfo, TaskList, list_tasks
     from tinygpt2.evaluation.perplexity import ppl
     from tinygpt2.evaluation.results import Paired, PplResult, PplRow
-    from tinygpt2.evaluation.tasks import TaskInfo, TaskList
     from tinygpt2.models import reference
     from tinygpt2.models.configuration import Preset, PresetList, presets
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
@@ -56,9 +56,9 @@ _HOME = {
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
     "decoding.generation": ["GenerateResult", "Generation", "generate"],
     "errors": ["ConfigError", "DataError", "DivergedError", "InterruptedRunError", "ModelError", "TinyGPT2Error"],
+    "evaluation.named_tasks": ["TaskInfo", "TaskList", "list_tasks"],
     "evaluation.perplexity": ["ppl"],
     "evaluation.results": ["Paired", "PplResult", "PplRow"],
-    "evaluation.tasks": ["TaskInfo", "TaskList"],
     "models": ["reference"],
     "models.configuration": ["Preset", "PresetList", "presets"],
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
@@ -120,6 +120,7 @@ __all__ = [
     "finetune",
     "from_map_style",
     "generate",
+    "list_tasks",
     "plan_budget",
     "plan_run",
     "ppl",

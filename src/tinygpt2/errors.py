@@ -1,7 +1,7 @@
-"""The error family: every expected failure is a message, a hint and an exit code.
+"""The exceptions of this package. Each expected failure has a message, a hint and an exit code.
 
-The library raises these; the command line prints them as a few lines and exits with `exit_code`. Anything
-else that escapes is a defect of ours and exits 1.
+The library raises these exceptions. The command line prints them in a few lines and exits with `exit_code`. Any other
+exception is a bug in this package; the command line then exits with 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ def one_line(error: object, limit: int | None = None) -> str:
 
 
 class TinyGPT2Error(Exception):
-    """An expected failure.
+    """Base class of all expected failures.
 
     Args:
         message: what went wrong and where, in one or a few lines.
@@ -32,41 +32,41 @@ class TinyGPT2Error(Exception):
 
 
 class ConfigError(TinyGPT2Error):
-    """Wrong usage or configuration: options, YAML, shapes, a non-empty output directory."""
+    """An option, a YAML file or a model shape is wrong, or the output directory is not empty."""
 
     exit_code = 2
 
 
 class DataError(TinyGPT2Error):
-    """Texts and datasets: missing, unreadable, empty, too short, made with another tokenizer."""
+    """A text or dataset is missing, unreadable, empty, too short, or was made with another tokenizer."""
 
     exit_code = 3
 
 
 class UnreadableError(DataError):
-    """A source that could not be read this time: a disk or a network failed, and another try may succeed."""
+    """A source could not be read this time because a disk or a network failed. Another try may succeed."""
 
 
 class ModelError(TinyGPT2Error):
-    """Models and checkpoints: Hub, weights, pickles, vocabularies that do not fit."""
+    """A model or checkpoint cannot be used: no download, broken weights, pickles, or the wrong vocabulary."""
 
     exit_code = 4
 
 
 class DivergedError(TinyGPT2Error):
-    """Training met a loss or gradient that is not finite."""
+    """The loss or the gradient became NaN or infinite during training."""
 
     exit_code = 5
 
 
 class InterruptedRunError(TinyGPT2Error):
-    """The run was stopped by a signal after its state was saved."""
+    """A signal stopped the run after its state was saved."""
 
     exit_code = 130
 
 
 def internal_error(error: BaseException, where: str = "") -> TinyGPT2Error:
-    """Return the message for an error that nobody expected: a bug to report."""
+    """Return the message for an unexpected error, which is a bug to report."""
     return TinyGPT2Error(
         f"{where}internal error: {type(error).__name__}: {one_line(error, 500)}",
         "this is a bug in tinygpt2: please run the command again with TINYGPT2_DEBUG=1 and report the traceback",

@@ -101,7 +101,7 @@ def test_names_with_brackets_are_shown_as_they_are(cli: Callable, teacher: Path,
     assert "student[v2]" in cli("generate", "--model", tmp_path / "student[v2]", "--max-new-tokens", 2).out
 
 
-def test_an_output_that_cannot_be_written_is_no_defect(
+def test_an_output_that_cannot_be_written_is_not_an_internal_error(
     cli: Callable, corpus: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("x")
@@ -227,7 +227,7 @@ def test_interactive_answers_until_end_of_input(teacher: Path) -> None:
 
 
 def test_settings_change_from_the_prompt(teacher: Path) -> None:
-    """The third answer comes with the seed of the first, the slash is text, and what is wrong changes nothing."""
+    """After /seed the third answer equals the first, // starts a prompt, and wrong settings change nothing."""
     command = [sys.executable, "-m", "tinygpt2", "generate", "--model", str(teacher), "--interactive", "--json"]
     lines = ["/max-new-tokens 6", "/temperature 1.5", "the cat", "the cat", "/top-k x", "/tempo 3", "/seed 42", "the cat",
              "/temperature", "/max-new-tokens 2", "//the", "/"]  # fmt: skip
@@ -239,13 +239,13 @@ def test_settings_change_from_the_prompt(teacher: Path) -> None:
     told = done.stderr.splitlines()
     assert "max-new-tokens 6, temperature 1.5, num-beams 1, num-samples 1, seed 42" in told
     assert any(line.startswith("error: --top-k x: ") for line in told)
-    assert "error: no setting /tempo" in told
+    assert "error: unknown setting /tempo" in told
     assert "max-new-tokens 2, num-beams 1, num-samples 1, seed 42" in told
 
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path, tokenizer_dir: Path) -> Path:
-    """Everything that can be wrong, in one folder."""
+    """Return a folder with every kind of faulty input."""
     from tinygpt2 import PregenerateConfig, TrainTokenizerConfig, pregenerate, train_tokenizer
 
     root = tmp_path_factory.mktemp("bad")
@@ -286,7 +286,7 @@ BAD = [
     (3, "broken.jsonl:2", "pregenerate {bad}/broken.jsonl --tokenizer {tok} --out {out}"),
     (3, "surrogate.jsonl:1: half of a surrogate", "pregenerate {bad}/surrogate.jsonl --tokenizer {tok} --out {out}"),
     (2, "leaves nothing to train", TRAIN + " --data {data} --freeze *"),
-    (2, "less than or equal to 4294967295", TRAIN + " --data {data} --seed 99999999999"),
+    (2, "--seed 99999999999: expected at most 4294967295", TRAIN + " --data {data} --seed 99999999999"),
     (4, "no tokenizer in", "pregenerate {corpus} --tokenizer {bad}/notok --out {out}"),
     (4, "HF_ENDPOINT", "pregenerate {corpus} --tokenizer no-such-tokenizer --out {out}"),
     (2, "not empty", "pregenerate {corpus} --tokenizer {tok} --out {bad}/full"),
@@ -295,31 +295,31 @@ BAD = [
     (2, "--vocab-size 10", "train-tokenizer {corpus} --out {out} --vocab-size 10"),
     (2, "did you mean 'learning_rate'", TRAIN + " --data {data} --config {bad}/unknown.yaml"),
     (2, "--max-steps many", "pretrain --model {teacher} --out {out} --data {data} --config {bad}/type.yaml"),
-    (2, "must hold", TRAIN + " --data {data} --config {bad}/list.yaml"),
+    (2, "must contain lines of 'option: value'", TRAIN + " --data {data} --config {bad}/list.yaml"),
     (2, "not valid YAML", TRAIN + " --data {data} --config {bad}/syntax.yaml"),
     (2, "cannot read", TRAIN + " --data {data} --config {bad}/nowhere.yaml"),
-    (2, "contradict", TRAIN + " --data {data} --num-epochs 1"),
-    (2, "one of --model-config", TRAIN + " --data {data} --model-config gpt2"),
+    (2, "cannot be combined", TRAIN + " --data {data} --num-epochs 1"),
+    (2, "give either --model-config (random weights) or --model", TRAIN + " --data {data} --model-config gpt2"),
     (2, "No such option", TRAIN + " --data {data} --no-such-option"),
-    (2, "missing --data", TRAIN),
+    (2, "--data is required", TRAIN),
     (2, "not empty", "pretrain --model {teacher} --out {bad}/full --max-steps 1 --data {data}"),
     (2, "positions", TRAIN + " --data {bad}/long"),
     (3, "another tokenizer", TRAIN + " --data {bad}/other"),
     (3, "no such dataset", TRAIN + " --data {bad}/nowhere"),
-    (3, "no pregenerated dataset", TRAIN + " --data {corpus}"),
+    (3, "is not a pregenerated dataset", TRAIN + " --data {corpus}"),
     (2, "no model configuration", "pretrain --model-config gpt7 --out {out} --data {data}"),
     (4, "HF_ENDPOINT", "pretrain --model no-such-model --out {out} --data {data}"),
     (4, "no weights", "pretrain --model {bad}/bare --out {out} --data {data}"),
     (4, "--allow-pickle", "pretrain --model {bad}/pickled --out {out} --data {data}"),
     (4, "vocabulary of 320", "distill --teacher {teacher} --student {bad}/v300 --out {out} --data {data}"),
     (2, "2 heads", "distill --recipe tinygpt2 --teacher {teacher} --student {bad}/heads --out {out} --data {data}"),
-    (2, "missing --teacher", "distill --student {teacher} --out {out} --data {data}"),
+    (2, "--teacher is required", "distill --student {teacher} --out {out} --data {data}"),
     (2, "names 2 layers", "distill --recipe tinygpt2 --layer-map 1,2 --teacher {teacher} --student {teacher} --out {out} --data {data}"),
     (2, "has only 4", "truncate-student --teacher {teacher} --num-layers 9 --out {out}"),
     (3, "no such file", "finetune --model {teacher} --data {bad}/nowhere.txt --out {out}"),
     (3, "no such file", "ppl --model {teacher} --task {bad}/nowhere.txt"),
     (2, "unknown task", "ppl --model {teacher} --task nonsense"),
-    (2, "beyond the window", "ppl --model {teacher} --task {corpus}/00.txt --stride 33"),
+    (2, "--stride 33 is larger than the window", "ppl --model {teacher} --task {corpus}/00.txt --stride 33"),
     (4, "--allow-pickle", "generate --model {bad}/pickled --prompt a"),
     (2, "positions", "generate --model {teacher} --prompt a --max-new-tokens 99"),
     (3, "no such directory", "verify {bad}/nowhere"),
@@ -380,16 +380,18 @@ def test_verify_exits_with_the_kind_of_fault_and_prints_its_result(
 def test_a_missing_tokenizer_is_a_note(cli: Callable, bad: Path) -> None:
     outcome = cli("verify", bad / "v300")
     assert outcome.code == 0
-    assert "note: no tokenizer" in outcome.out
+    assert "note: the directory does not contain a tokenizer" in outcome.out
 
 
-def test_a_defect_is_one_line_unless_debugging(cli: Callable, monkeypatch: pytest.MonkeyPatch, teacher: Path) -> None:
+def test_an_internal_error_is_one_line_unless_debugging(
+    cli: Callable, monkeypatch: pytest.MonkeyPatch, teacher: Path
+) -> None:
     import tinygpt2.workflows.verification
 
-    monkeypatch.setattr(tinygpt2.workflows.verification, "_check_files", lambda path: 1 / 0)
+    monkeypatch.setattr(tinygpt2.workflows.verification, "check_checksums", lambda path: 1 / 0)
     outcome = cli("verify", teacher)
     assert outcome.code == 1
-    assert "a defect of tinygpt2: ZeroDivisionError" in outcome.err
+    assert "internal error: ZeroDivisionError" in outcome.err
     assert "Traceback" not in outcome.err
     monkeypatch.setenv("TINYGPT2_DEBUG", "1")
     assert "Traceback" in cli("verify", teacher).err

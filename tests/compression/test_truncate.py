@@ -85,7 +85,8 @@ def test_weights_are_the_teachers(teacher: Path, tmp_path: Path) -> None:
         origin = name.replace(".h.1.", ".h.3.")
         assert torch.equal(tensor, plain_teacher.state_dict()[origin]), name
     assert len(AutoTokenizer.from_pretrained(str(tmp_path / "s"))) == 320
-    assert "0, 3 (as asked for)" in (tmp_path / "s" / "README.md").read_text()
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert "0, 3 (chosen with --layers)" in card
 
 
 @pytest.mark.parametrize(
@@ -295,23 +296,23 @@ def test_a_narrow_student_opens_where_this_package_is_not(trained: Path, data: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_layers": 5}, "only 4"),
+        ({"num_layers": 5}, "only 4 layers"),
         ({"layers": "0,4"}, "does not exist"),
-        ({"layers": "2,1"}, "must rise"),
-        ({"layers": "1,1"}, "must rise"),
-        ({}, "give one of"),
-        ({"num_layers": 2, "layers": "0"}, "contradict"),
+        ({"layers": "2,1"}, "in ascending order"),
+        ({"layers": "1,1"}, "each of them once"),
+        ({}, "give --num-layers or --layers, a width (--n-embd, --n-head, --n-inner) or --n-positions"),
+        ({"num_layers": 2, "layers": "0"}, "--num-layers and --layers cannot be combined"),
         ({"layers": "0", "strategy": "first"}, "already names"),
-        ({"num_layers": 2, "strategy": "importance"}, "missing --data"),
-        ({"n_embd": 16}, "missing --data"),
-        ({"num_layers": 2, "refit": True}, "missing --data"),
+        ({"num_layers": 2, "strategy": "importance"}, "--data is required to measure on: --strategy importance"),
+        ({"n_embd": 16}, "--data is required to measure on: a narrower student"),
+        ({"num_layers": 2, "refit": True}, "--data is required to measure on: --refit"),
         ({"num_layers": 2, "position": "first"}, "--n-positions"),
-        ({"num_layers": 2, "calibration_sequences": 8}, "does nothing without --data"),
-        ({"n_positions": 33}, "only 32"),
+        ({"num_layers": 2, "calibration_sequences": 8}, "--calibration-sequences has no effect without --data"),
+        ({"n_positions": 33}, "only 32 positions"),
         ({"n_embd": 20, "data": "DATA"}, "8/1, 16/2, 24/3, 32/4"),
         ({"n_embd": 16, "n_head": 4, "data": "DATA"}, "valid pairs"),
         ({"n_embd": 40, "data": "DATA"}, "valid pairs"),
-        ({"n_inner": 200, "data": "DATA"}, "only 128"),
+        ({"n_inner": 200, "data": "DATA"}, "only 128 inner units"),
     ],
 )
 def test_impossible_cuts(teacher: Path, data: Path, tmp_path: Path, options: dict, message: str) -> None:

@@ -68,7 +68,7 @@ def test_a_parameter_file_trains(cli: Callable, data: Path, tmp_path: Path) -> N
     options = yaml.safe_load(printed.out)
     assert (
         printed.err
-        == f"{file}: without a counterpart here, and left out: optimizer.betas, train_input.data_processor, train_input.num_workers\n"
+        == f"{file}: these keys have no counterpart and are ignored: optimizer.betas, train_input.data_processor, train_input.num_workers\n"
     )
     expected = {
         "max_steps": 8, "micro_batch_size": 4, "learning_rate": 0.003, "lr_schedule": "linear", "warmup_ratio": 0.25, "seed": 1,
@@ -91,7 +91,7 @@ def test_other_commands_do_not_take_it(cli: Callable, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(SMALL.format(data="d", out="o"))
     outcome = cli("ppl", "--config", tmp_path / "params.yaml")
     assert outcome.code == 2
-    assert "which pretrain alone takes" in outcome.err
+    assert "which only tinygpt2 pretrain reads" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_rates(rate: object, expected: tuple) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model__position_embedding_type": "rotary"}, "another model"),
-        ({"optimizer__optimizer_type": "sgd"}, "another model or another training"),
+        ({"model__position_embedding_type": "rotary"}, "a different model"),
+        ({"optimizer__optimizer_type": "sgd"}, "a different model or a different training run"),
         (
             {"optimizer__learning_rate": [{"scheduler": "Exponential", "initial_learning_rate": 0.1}]},
             "expected a linear warm-up",

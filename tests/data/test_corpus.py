@@ -201,7 +201,7 @@ def test_a_data_set_on_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(corpus_module, "stream_dataset", load)
     read = Corpus(["wikitext:wikitext-103-raw-v1"])
     assert [piece.text for piece in read.pieces()] == [text for index in range(3) for text in TEXTS[index : index + 2]]
-    assert len(read.units) == 3
+    assert len(read.items) == 3
     assert documents(["owner/set@validation"]) == TEXTS
     assert asked == [("wikitext", "wikitext-103-raw-v1"), ("owner/set", None)]
     with pytest.raises(DataError, match="no text in field 'body'"):

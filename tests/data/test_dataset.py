@@ -36,7 +36,7 @@ def test_every_epoch_is_another_permutation() -> None:
 @pytest.mark.parametrize(
     ("fault", "part"),
     [
-        ("counts", "sequences"), ("tokenizer", "fingerprint"), ("length", "blocks of 32"), ("truncated", "cannot open"),
+        ("counts", "sequences"), ("tokenizer", "fingerprint"), ("length", "the blocks have 32 tokens, but pregenerate.json says 31"), ("truncated", "cannot open"),
         ("vocabulary", "outside the vocabulary"), ("no manifest", "no pregenerate.json"), ("no tokenizer", "no such"),
     ],
 )  # fmt: skip
@@ -122,19 +122,19 @@ def test_hdf5_is_what_cerebras_gpt2_reads(stored: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("kind", "fault", "part"),
     [
-        ("arrow", "changed", "data-00000.arrow: its tokens are not those that were written"),
-        ("hdf5", "changed", "data-00000.h5: its tokens are not those that were written"),
-        ("jsonl", "changed", "train_dataset.json: its tokens are not those that were written"),
+        ("arrow", "changed", "data-00000.arrow: its tokens are not the ones that were written"),
+        ("hdf5", "changed", "data-00000.h5: its tokens are not the ones that were written"),
+        ("jsonl", "changed", "train_dataset.json: its tokens are not the ones that were written"),
         ("hdf5", "truncated", "data-00000.h5"),
         ("jsonl", "truncated", "ends in the middle of line"),
         ("hdf5", "missing", "data-00000.h5"),
         ("jsonl", "missing", "train_dataset.json"),
-        ("jsonl", "short", "sequences, pregenerate.json says"),
+        ("jsonl", "short", "sequences, but pregenerate.json says"),
         ("jsonl", "row", "train_dataset.json:3: not a block"),
-        ("jsonl", "length", "train_dataset.json:3: not 32 tokens"),
+        ("jsonl", "length", "train_dataset.json:3: expected 32 tokens"),
         ("jsonl", "metrics", "num_examples is 7"),
-        ("hdf5", "padding", "sequence 2 is padded before its end"),
-        ("hdf5", "range", "sequence 2 holds a token outside the vocabulary of 320"),
+        ("hdf5", "padding", "sequence 2 has padding before its end"),
+        ("hdf5", "range", "sequence 2 contains a token outside the vocabulary of 320"),
         ("hdf5", "shape", "input_mask has shape"),
     ],
 )  # fmt: skip
@@ -207,7 +207,7 @@ def test_any_map_style_dataset_trains(tokenizer_dir: Path, tmp_path: Path) -> No
     with pytest.raises(DataError, match="empty"):
         from_map_style([], [], load_tokenizer(str(tokenizer_dir)))
     empty = from_map_style([{"input_ids": [1, 2], "input_mask": [1, 1]}], [], load_tokenizer(str(tokenizer_dir)))
-    with pytest.raises(DataError, match="nothing but padding"):
+    with pytest.raises(DataError, match="contains only padding"):
         empty.train.batch([0])
     odd = from_map_style([{"input_ids": [1, -100], "input_mask": [0, 1]}], [], load_tokenizer(str(tokenizer_dir)))
     assert odd.train.batch([0]).input_ids.tolist() == [[1, 0]]
@@ -219,5 +219,5 @@ def test_any_map_style_dataset_trains(tokenizer_dir: Path, tmp_path: Path) -> No
 def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such dataset"):
         load_packed_dataset(str(tmp_path / "x"))
-    with pytest.raises(DataError, match="no pregenerated dataset"):
+    with pytest.raises(DataError, match="is not a pregenerated dataset"):
         load_packed_dataset(str(tmp_path))

@@ -260,7 +260,7 @@ def test_parts_hold_what_one_run_holds(corpus: Path, tokenizer_dir: Path, tmp_pa
     assert list(check_dataset(tmp_path / "parts")) == []
     shutil.rmtree(tmp_path / "parts" / "1")
     assert f"of {shards}" in " ".join(check_dataset(tmp_path / "parts"))
-    with pytest.raises(DataError, match="fewer documents than 41 parts"):
+    with pytest.raises(DataError, match="fewer documents than 41 shards"):
         pack(tmp_path / "none", corpus, tokenizer_dir, shard="41/41", **options)
 
 
@@ -273,7 +273,7 @@ def test_parts_with_held_out_text_of_its_own_and_of_too_few_documents(
     (tmp_path / "few").mkdir()
     for name in ("00.txt", "01.txt", "02.txt"):
         shutil.copy(corpus / name, tmp_path / "few" / name)
-    with pytest.raises(DataError, match="so few documents"):
+    with pytest.raises(DataError, match="too few documents"):
         pack(tmp_path / "e", tmp_path / "few", tokenizer_dir, sequence_length=8, shard="2/3")
     _, manifest = pack(tmp_path / "e", tmp_path / "few", tokenizer_dir, sequence_length=8, shard="2/3", test_fraction=0)
     assert manifest["splits"]["train"]["documents"] == 1

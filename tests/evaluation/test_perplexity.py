@@ -204,14 +204,14 @@ def test_bad_tasks(teacher: Path, tokenizer_dir: Path, data: Path, tmp_path: Pat
     (tmp_path / "text.txt").write_text("the cat sat")
     cases = [
         (ConfigError, "did you mean wikitext", {"task": "wikitxt"}),
-        (ConfigError, "missing --task", {"task": []}),
+        (ConfigError, "--task is required", {"task": []}),
         (DataError, "no such file", {"task": "nowhere.txt"}),
         (DataError, "no such file", {"task": "wikitext", "task_data": str(tmp_path / "x")}),
         (DataError, "no text", {"task": str(tmp_path / "empty.txt")}),
         (DataError, "1 tokens long", {"task": str(tmp_path / "one.txt")}),
         (DataError, "not UTF-8", {"task": str(tmp_path / "bad.txt")}),
-        (DataError, "no pregenerated dataset", {"task": str(tmp_path)}),
-        (ConfigError, "beyond the window", {"task": str(tmp_path / "text.txt"), "stride": 33}),
+        (DataError, "is not a pregenerated dataset", {"task": str(tmp_path)}),
+        (ConfigError, "--stride 33 is larger than the window", {"task": str(tmp_path / "text.txt"), "stride": 33}),
         (ConfigError, "--task-data", {"task": str(data), "task_data": str(tmp_path)}),
         (ConfigError, "do not overlap", {"task": str(tmp_path / "text.txt"), "stride": 8, "convention": "lm-eval"}),
         (ModelError, "only 300", {"task": str(tmp_path / "text.txt"), "model": str(tmp_path / "narrow")}),

@@ -97,7 +97,7 @@ def test_a_hub_id_comes_from_the_cache_or_says_what_helps(
         load_model("someone/tiny-gpt2")
     assert "local directory" in str(caught.value)
     assert "HF_ENDPOINT" in str(caught.value)
-    assert "REQUESTS_CA_BUNDLE" in str(caught.value)
+    assert "SSL_CERT_FILE" in str(caught.value)
     repo = tmp_path / "models--someone--tiny-gpt2"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40)
@@ -126,7 +126,7 @@ def test_shapes_from_files(tokenizer_dir: Path, teacher: Path, tmp_path: Path) -
     assert shape(n_layer=2, n_embd=8, n_head=2).vocab_size == 320
     for values, part in (
         ({"vocab_size": 100}, "vocab_size 100"),
-        ({"n_embd": 10, "n_head": 3}, "no multiple"),
+        ({"n_embd": 10, "n_head": 3}, "n_embd 10 is not a multiple of n_head 3"),
         ({"n_layers": 3}, "unknown keys: n_layers"),
         ({"model_type": "bert"}, "not gpt2"),
     ):

@@ -58,7 +58,7 @@ def test_a_step_that_is_not_finite_says_all_that_helps(teacher: Path, data: Path
     with pytest.raises(DivergedError) as caught:
         pretrain(options(teacher, data, tmp_path / "m"))
     blocks = Shuffle(len(load_packed_dataset(str(data)).train), 42)[16:20]
-    assert "step 5 is not finite: loss " in caught.value.message
+    assert "the loss or the gradient of step 5 is NaN or infinite: loss " in caught.value.message
     assert "loss/ce " in caught.value.message
     assert "gradient norm nan" in caught.value.message
     assert caught.value.message.endswith(f"training blocks {', '.join(map(str, blocks))}")
@@ -87,7 +87,7 @@ def test_out_of_memory_says_what_to_lower(teacher: Path, data: Path, tmp_path: P
     script = f"""
 import resource, sys
 from tinygpt2.cli.app import main
-import torch, transformers.models.gpt2.modeling_gpt2, tinygpt2.train, psutil
+import torch, transformers.models.gpt2.modeling_gpt2, tinygpt2.workflows.train, psutil
 limit = psutil.Process().memory_info().vms + 1_500_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 main(["pretrain", "--model", {str(teacher)!r}, "--data", {str(data)!r}, "--out", {str(tmp_path / "m")!r},
@@ -126,7 +126,8 @@ def test_validate_only_finds_what_does_not_fit(teacher: Path, data: Path, tmp_pa
     tensors = load_file(broken / "model.safetensors")
     tensors["transformer.wpe.weight"] = torch.zeros(8, 32)
     save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(ModelError, match=r"wpe.weight is of shape \[8, 32\], config.json says \[32, 32\]"):
+    expected = r"wpe.weight should have shape \[32, 32\] \(from config.json\), but the weight files have \[8, 32\]"
+    with pytest.raises(ModelError, match=expected):
         plan_run(PretrainConfig(model=str(broken), **common))
     text = tmp_path / "mine.txt"
     text.write_text(sentences(100, seed=3))
@@ -170,7 +171,7 @@ def test_auto_batch_size_keeps_the_global_batch(
             pretrain(config)
         return
     pretrain(config)
-    assert said == [f"--auto-batch-size: {expected} blocks at a time, {8 // expected} times a step"]
+    assert said == [f"--auto-batch-size: {expected} blocks in a micro-batch, {8 // expected} micro-batches in a step"]
     by_hand = {"micro_batch_size": expected, "gradient_accumulation_steps": 8 // expected, "dropout": 0}
     pretrain(options(teacher, data, tmp_path / "b", **by_hand))
     assert same(tmp_path / "a", tmp_path / "b")

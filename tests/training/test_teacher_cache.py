@@ -114,7 +114,10 @@ def test_a_full_disk_is_an_error_before_training(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"hidden_weight": 1.0}, "--hidden-weight looks at more"), ({"recipe": "truncation"}, "no objective looks at it")],
+    [
+        ({"hidden_weight": 1.0}, "--hidden-weight needs other states"),
+        ({"recipe": "truncation"}, "no objective uses the teacher"),
+    ],
 )
 def test_a_cache_that_would_not_do_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

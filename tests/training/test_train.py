@@ -231,7 +231,7 @@ def test_a_trained_model_is_measured_on_tasks(teacher: Path, data: Path, tmp_pat
     with pytest.raises(ConfigError, match="unknown task"):  # before a step is taken
         finetune(FinetuneConfig(**base, eval_task=["nonsense"], out=str(tmp_path / "g")))
     assert not (tmp_path / "g").exists()
-    with pytest.raises(ConfigError, match="does nothing"):
+    with pytest.raises(ConfigError, match="--task-data has no effect without --eval-task"):
         FinetuneConfig(**base, task_data=str(tmp_path), out=str(tmp_path / "g"))
 
 
@@ -305,7 +305,7 @@ def test_an_output_directory_that_is_not_empty_is_refused(data: Path, shape: str
 
 
 def test_divergence_stops_the_run_and_keeps_the_checkpoint(data: Path, shape: str, tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match=r"step \d+ is not finite: loss"):
+    with pytest.raises(DivergedError, match=r"gradient of step \d+ is NaN or infinite: loss"):
         pretrain(
             PretrainConfig(
                 model_config=shape, data=str(data), out=str(tmp_path / "m"), max_steps=50, learning_rate=1e30, grad_clip=0,

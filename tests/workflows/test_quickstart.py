@@ -78,7 +78,7 @@ def test_a_second_run_continues_and_redoes_nothing(run: tuple, scale: Quickstart
 
 
 def test_a_foreign_directory_or_another_seed_is_refused(run: tuple, scale: QuickstartSizes, corpus: Path) -> None:
-    with pytest.raises(ConfigError, match="another seed"):
+    with pytest.raises(ConfigError, match="a quickstart run with another seed"):
         quickstart(QuickstartConfig(out=str(run[0]), seed=1), scale)
-    with pytest.raises(ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="not empty and does not contain a quickstart run"):
         quickstart(QuickstartConfig(out=str(corpus)), scale)

@@ -63,14 +63,14 @@ def test_a_number_that_is_none(model: Path) -> None:
     name = "transformer.h.1.mlp.c_fc.bias"
     rewrite(model, lambda w: w[name].fill_(torch.nan), forget=True)
     result = check(model)
-    assert result.problems == [f"{name} holds numbers that are not finite"]
-    assert "no SHA256SUMS" in result.notes[0]
+    assert result.problems == [f"{name} contains NaN or infinite values"]
+    assert "there is no SHA256SUMS file" in result.notes[0]
 
 
 def test_swapped_tensors(model: Path, teacher: Path, tmp_path: Path) -> None:
     a, b = "transformer.h.0.mlp.c_fc.weight", "transformer.h.2.mlp.c_fc.weight"
     rewrite(model, swap(a, b))
-    assert any("its SHA-256 is not that of SHA256SUMS" in problem for problem in check(model).problems)
+    assert any("its SHA-256 differs from the one in SHA256SUMS" in problem for problem in check(model).problems)
     (model / "SHA256SUMS").unlink()
     assert check(model).ok  # nothing else can show it
     result = check(model, teacher)
@@ -84,14 +84,14 @@ def test_swapped_tensors(model: Path, teacher: Path, tmp_path: Path) -> None:
     for name in list(load_file(tmp_path / "cut" / "model.safetensors")):
         if ".h.0." in name:
             rewrite(tmp_path / "cut", swap(name, name.replace(".h.0.", ".h.1.")))
-    assert any("not in its order" in problem for problem in check(tmp_path / "cut", teacher).problems)
+    assert any("which are not in order" in problem for problem in check(tmp_path / "cut", teacher).problems)
 
 
 def test_an_untied_head_that_should_be_tied(model: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     untied = make_model(tmp_path / "untied", tokenizer_dir, tie_word_embeddings=False)
     assert check(untied).ok
     configure(untied, tie_word_embeddings=True)
-    assert any("lm_head.weight is not the embeddings" in problem for problem in check(untied).problems)
+    assert any("lm_head.weight differs from the embeddings" in problem for problem in check(untied).problems)
     rewrite(model, lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"].clone()}), forget=True)
     assert check(model).ok
 
@@ -103,7 +103,7 @@ def test_a_tokenizer_of_another_size(tokenizer_dir: Path, tmp_path: Path, size: 
     if ok:
         assert "rounded up" in result.notes[0]
     else:
-        assert result.problems == [f"the tokenizer has 320 tokens, the model {size}"]
+        assert result.problems == [f"the tokenizer has 320 tokens, but the model has {size}"]
 
 
 def test_a_truncated_file(model: Path) -> None:
@@ -141,7 +141,7 @@ def test_the_command_prints_it(cli: Callable, teacher: Path, data: Path) -> None
     assert found["copies"]["transformer.wte.weight"] == "transformer.wte.weight"
     text = cli("verify", teacher, "--teacher", teacher).out
     assert "same greedy text" in text
-    assert "block 3 is the teacher's block 3" in text
+    assert "block 3 is a copy of the teacher's block 3" in text
     with pytest.raises(DataError, match="is a dataset"):
         check(data, teacher)
 
@@ -159,5 +159,5 @@ def test_a_model_beside_its_data_is_a_model(model: Path, data: Path) -> None:
 def test_a_published_model_passes(shared_data: Path) -> None:
     sorting = check(shared_data / "models" / "gpt-nano-sort")
     assert sorting.ok
-    assert any("no tokenizer" in note for note in sorting.notes)
+    assert any("does not contain a tokenizer" in note for note in sorting.notes)
     assert check(shared_data / "models" / "novels-6x256").ok

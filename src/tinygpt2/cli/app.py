@@ -1,4 +1,4 @@
-"""The one Typer app: every command, its help and its exit codes. Nothing here imports torch."""
+"""The Typer app: all commands, their help and the exit codes. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _main(
 
 
 def _public(function: str) -> Run:
-    """Return what runs a command: the public function, loaded when it is called."""
+    """Return a function that runs a command: it imports the public function when it is called, and calls it."""
 
     def run(config: Any, as_json: bool) -> Any:
         start_session()
@@ -57,7 +57,7 @@ def _public(function: str) -> Run:
 
 
 def _training(function: str) -> Run:
-    """Return what runs a training command: the public function, or what a flag asks for in its place."""
+    """Return a function that runs a training command, or the planning function that a flag selects instead."""
 
     def run(config: Any, as_json: bool) -> Any:
         flags = {"validate_only": "plan_run", "compile_only": "compile_step", "plan": "plan_budget"}
@@ -77,6 +77,8 @@ def _generate(config: Any, as_json: bool) -> Any:
 def _ppl(config: Any, as_json: bool) -> Any:
     if as_json and (config.csv or config.markdown):
         raise ConfigError("--json cannot be combined with --csv or --markdown: give one of them")
+    if config.list_tasks:
+        return import_module("tinygpt2").list_tasks()
     result = _public("ppl")(config, as_json)
     if rank() or not (config.csv or config.markdown):
         return result
@@ -91,7 +93,7 @@ def _presets(config: Any, as_json: bool) -> Any:
 
 
 class Command(NamedTuple):
-    """A command: its name, options, help and examples, and what runs it."""
+    """A command: its name, options, help and examples, and the function that runs it."""
 
     name: str
     config: type[Config]
@@ -197,11 +199,11 @@ COMMANDS = [
 for _command in COMMANDS:
     add_command(app, *_command)
 
-_TURN = 3.0  # seconds
+_TURN = 3.0  # seconds that other processes wait before they report an error
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and leave with the promised exit code."""
+    """Run the command line and exit with the documented exit code."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     sys.exit(_run(arguments, as_json="--json" in arguments))
 
@@ -213,12 +215,13 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
     except TinyGPT2Error as error:
         failure = error
     except typer.TyperException as error:
-        failure = ConfigError(error.format_message(), "see tinygpt2 --help, or --help after the command")
+        failure = ConfigError(error.format_message(), "run tinygpt2 --help, or add --help to the command")
     except (KeyboardInterrupt, typer.Abort):
         failure = InterruptedRunError("interrupted")
     except OSError as error:
         failure = ConfigError(
-            f"{error.filename or 'input or output'}: {error.strerror or error}", "check paths, rights and space"
+            f"{error.filename or 'input or output'}: {error.strerror or error}",
+            "check the path, its permissions and the disk space",
         )
         if debug:
             traceback.print_exc()
@@ -229,7 +232,7 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
     else:
         return 0
     if rank():
-        time.sleep(_TURN)  # process 0 usually reports the same error, and then its launcher ends this process
+        time.sleep(_TURN)  # process 0 usually reports the same error first, and its launcher then ends this process
         failure = TinyGPT2Error(f"process {rank()}: {failure.message}", failure.hint)
     print_error(failure, as_json=as_json and not rank())
     return failure.exit_code

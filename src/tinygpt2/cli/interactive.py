@@ -1,4 +1,4 @@
-"""Generation on a terminal: texts as they are made, and a prompt that keeps its history and takes settings."""
+"""`generate` on a terminal: shows text while it is generated, and runs the interactive prompt."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tinygpt2.decoding.generation import (
 from tinygpt2.errors import ConfigError
 from tinygpt2.utils.progress import say
 
-_HELP = "/NAME VALUE changes a setting, /NAME takes it back to its default, // begins a prompt with a slash"
+_HELP = "/NAME VALUE changes a setting, /NAME resets it to its default, // starts a prompt that begins with a slash"
 
 
 def generate_on_terminal(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
-    """Run `generate`; return None where the texts were already shown while they were made."""
+    """Run `generate`. Return None if the texts were already shown while they were generated."""
     if config.interactive:
         return _converse(config, as_json=as_json)
     live = not as_json and sys.stdout.isatty() and _can_stream(config)
@@ -47,7 +47,7 @@ def _can_stream(config: GenerateConfig) -> bool:
 
 
 def _announce(loaded: LoadedModel, prompt: str) -> TextStreamer:
-    """Head a text with its model and prompt, and show its tokens as they come."""
+    """Print the model and the prompt, and return a streamer that prints the tokens as they are generated."""
     console = Console(highlight=False)
     console.rule(escape(loaded.name), align="left")
     console.print(prompt, markup=False, style="bold", end="", soft_wrap=True)
@@ -55,7 +55,7 @@ def _announce(loaded: LoadedModel, prompt: str) -> TextStreamer:
 
 
 def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
-    """Ask for prompts until end of input and answer each with every model; a line after a slash changes settings."""
+    """Read prompts until end of input and continue each with every model. A line such as `/seed 1` changes settings."""
     models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in config.model]
     console = Console(highlight=False)
     texts: list[Generation] = []
@@ -70,13 +70,13 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
                     print_error(error, as_json=False)
                 continue
             prompt, turn = line.removeprefix("/"), turn + 1
-            # Another seed for each turn: the same prompt asked again gives another sample.
+            # Each turn uses another seed, so that repeating a prompt gives another sample.
             settings = config.model_copy(update={"seed": config.seed + turn})
             for loaded in models:
                 live = not as_json and _can_stream(config)
                 try:
                     added = list(continue_prompt(loaded, prompt, settings, _announce(loaded, prompt) if live else None))
-                except ConfigError as error:  # a prompt that is too long ends no conversation
+                except ConfigError as error:  # a prompt that is too long must not end the session
                     print_error(error, as_json=False)
                     continue
                 texts += added
@@ -87,10 +87,10 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
 
 
 def _changed(config: GenerateConfig, line: str) -> GenerateConfig:
-    """Apply a line such as `/temperature 0.7` to the settings, and show them.
+    """Return the settings changed by a line such as `/temperature 0.7`, and show them.
 
     Raises:
-        ConfigError: there is no such setting, or not of that value.
+        ConfigError: the setting is unknown, or its value is invalid.
     """
     fields = {key: field for key, field in config.options().items() if extra(field, "panel") == DECODING}
     names = {flag_name(key)[2:]: key for key in fields}
@@ -99,7 +99,9 @@ def _changed(config: GenerateConfig, line: str) -> GenerateConfig:
         asked = {names[name]: value.strip() or fields[names[name]].default}
         config = GenerateConfig(**config.model_dump(by_alias=True) | asked)
     elif name:
-        raise ConfigError(f"no setting /{name}", f"there are /{', /'.join(names)}; / alone shows them")
+        raise ConfigError(
+            f"unknown setting /{name}", f"the settings are /{', /'.join(names)}; / alone shows their values"
+        )
     values = [f"{name} {getattr(config, key)}" for name, key in names.items() if getattr(config, key) is not None]
     say(", ".join(values) if name else f"{', '.join(values)}\n{_HELP}")
     return config
@@ -109,7 +111,7 @@ def _lines() -> Iterator[str]:
     while True:
         try:
             if sys.stdin.isatty() and not sys.stdout.isatty():
-                print("> ", end="", file=sys.stderr, flush=True)  # stdout is data
+                print("> ", end="", file=sys.stderr, flush=True)  # stdout is not a terminal: keep it free for results
             prompt = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
         except EOFError:
             return
@@ -119,10 +121,10 @@ def _lines() -> Iterator[str]:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Keep the prompts typed on a terminal from one session to the next."""
+    """Keep the history of the prompts typed on a terminal from one session to the next."""
     try:
         import readline
-    except ImportError:  # a Python built without it: no history
+    except ImportError:  # some builds of Python do not have readline: no history then
         yield
         return
     path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tinygpt2" / "history"

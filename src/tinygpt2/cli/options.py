@@ -1,7 +1,7 @@
-"""Make a command from a configuration class: its signature, help, defaults, YAML and flags come from the fields.
+"""Make a command from a configuration class, whose fields define its options, help, defaults and YAML keys.
 
-Typer sees every option as text. Types and bounds are checked once, by the configuration, so that all problems on the
-command line and in YAML are reported together.
+Typer reads every option as text. The configuration checks types and bounds, so that all problems on the command line
+and in YAML are reported together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tinygpt2.errors import ConfigError
 from tinygpt2.runtime.processes import rank
 
 Run = Callable[[Any, bool], Any]
-"""Called with the configuration and whether to print JSON; returns the result, or None if it is already printed."""
+"""Called with the configuration and whether to print JSON. Returns the result, or None if it has printed it."""
 
 PANELS = (
     "Options",
@@ -33,7 +33,8 @@ PANELS = (
     LENGTH,
     OPTIMISATION,
     RUN,
-)  # the order in which help lists them
+)
+"""Headings of the options, in the order in which help lists them."""
 
 
 def add_command(
@@ -42,7 +43,7 @@ def add_command(
     """Add a command to `app`: build its configuration, call `run` with it, and print the result.
 
     Args:
-        about: what the command does, in one sentence.
+        about: a sentence that describes the command.
         examples: command lines for the help, without the program's name.
     """
 
@@ -68,15 +69,15 @@ def add_command(
 
 
 def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) -> Config:
-    """Build a configuration: flags win over the file, the file wins over the defaults.
+    """Build a configuration. Command-line options override the file, and the file overrides the defaults.
 
     Raises:
-        ConfigError: all problems at once, with the file's name if an option of the file may be the cause.
+        ConfigError: options are invalid. The message lists all problems, and names the file if it may be the cause.
     """
     from_file = read_yaml(Path(file)) if file else {}
     if file and is_cerebras(from_file):
         from_file = _translated(config_type, from_file, file)
-    if "recipe" in given:  # named on the command line, it wins over all that the file says of the same things
+    if "recipe" in given:  # a recipe on the command line overrides the file's values of all its options
         given = config_type.layered(given)
     try:
         return config_type(**{**from_file, **given})
@@ -89,9 +90,9 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
 
 
 def _translated(config_type: type[Config], values: dict[str, Any], file: str) -> dict[str, Any]:
-    """Read a Cerebras parameter file as options, and print which of its keys are ignored."""
+    """Translate a Cerebras parameter file to options, and print the keys that are ignored."""
     if "model_config" not in config_type.options():
-        raise ConfigError(f"{file} is a Cerebras parameter file, which only pretrain reads")
+        raise ConfigError(f"{file} is a Cerebras parameter file, which only tinygpt2 pretrain reads")
     options, left = options_of(values, file)
     if left:
         typer.echo(f"{file}: these keys have no counterpart and are ignored: {', '.join(left)}", err=True)
@@ -115,7 +116,7 @@ def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Pa
 
 
 def _default(field: FieldInfo) -> str:
-    """Say what applies if the option is not given."""
+    """Return the text about the default that the help shows."""
     shown = extra(field, "shown")
     if field.is_required() and not extra(field, "positional"):
         return "required"

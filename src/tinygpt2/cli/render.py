@@ -1,4 +1,4 @@
-"""Results on standard output, for people or as one JSON object; errors on standard error."""
+"""Print results for people or as one JSON object on standard output, and errors on standard error."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from tinygpt2.evaluation.results import PplResult, PplRow
 
 
-PIPED_WIDTH = 400  # a table that goes to a file or a pipe is not folded
+PIPED_WIDTH = 400  # columns; wide enough that tables in files and pipes are not wrapped
 
 
 def print_result(result: Any, *, as_json: bool) -> None:
-    """Print what a command returned, a dataclass."""
+    """Print the result of a command, a dataclass."""
     if as_json:
         sys.stdout.write(json.dumps(to_json(result), ensure_ascii=False, allow_nan=False) + "\n")
     else:
@@ -38,7 +38,10 @@ def print_result(result: Any, *, as_json: bool) -> None:
 
 
 def print_error(error: TinyGPT2Error, *, as_json: bool) -> None:
-    """Print an expected failure: what, where, and what helps."""
+    """Print an expected failure: its message and, if there is one, its hint.
+
+    With --json the error goes to standard output as one JSON object.
+    """
     if as_json:
         body = {"code": error.exit_code, "message": error.message, "hint": error.hint}
         sys.stdout.write(json.dumps({"error": body}, ensure_ascii=False) + "\n")
@@ -53,7 +56,7 @@ def print_error(error: TinyGPT2Error, *, as_json: bool) -> None:
 
 
 def to_json(value: Any) -> Any:
-    """Turn a result into JSON's types; numbers that are not finite become null."""
+    """Return a result in JSON's types. NaN and infinite values become null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_json(getattr(value, field.name)) for field in _fields(value)}
     if isinstance(value, dict):
@@ -66,7 +69,7 @@ def to_json(value: Any) -> Any:
 
 
 def _fields(result: Any) -> list[dataclasses.Field[Any]]:
-    """Return a result's fields, without those that were not asked for: None by default, and still so."""
+    """Return a result's fields, without the optional ones that are None, because they were not requested."""
     every = dataclasses.fields(result)
     return [field for field in every if field.default is not None or getattr(result, field.name) is not None]
 
@@ -116,7 +119,7 @@ PPL_COLUMNS = {
 
 
 def as_csv(result: PplResult) -> str:
-    """Return every figure of `ppl` as CSV, in full precision, under the names that the JSON has."""
+    """Return all figures of `ppl` as CSV, in full precision. The columns have the names of the JSON keys."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     keys = [field.name for field in dataclasses.fields(result.results[0])]
@@ -140,7 +143,7 @@ def _render_ppl(result: PplResult, console: Console) -> None:
 
 
 def _ppl_table(rows: Sequence[PplRow]) -> tuple[list[str], list[list[Any]]]:
-    """Return headings and cells, without the columns that no row has a value for."""
+    """Return headings and cells, without columns that are empty in all rows."""
     keys = [key for key in PPL_COLUMNS if any(getattr(row, key) is not None for row in rows)]
     return [PPL_COLUMNS[key] for key in keys], [[getattr(row, key) for key in keys] for row in rows]
 
@@ -155,7 +158,9 @@ def _ppl_notes(result: PplResult) -> list[str]:
         )
     for pair in result.paired:
         if pair.difference is None:
-            lines.append(f"{pair.task}: {pair.a} and {pair.b} predict different tokens, so their losses do not compare")
+            lines.append(
+                f"{pair.task}: {pair.a} and {pair.b} predict different tokens, so their losses cannot be compared"
+            )
         else:
             error = f" ± {pair.stderr:.4f}" if pair.stderr is not None else ""
             lines.append(f"{pair.task}: loss of {pair.a} - {pair.b} = {pair.difference:+.4f}{error} nats per token")
@@ -180,15 +185,15 @@ def _render_generate(result: Any, console: Console) -> None:
 
 def _render_cut(result: Any, console: Console) -> None:
     _render_fields(dataclasses.replace(result, importance=None), console)
-    if (found := result.importance) is None:
+    if (importance := result.importance) is None:
         return
-    console.print(f"\nby how much the loss of {found.loss:.4f} nats per token rises without a block:", markup=False)
-    blocks = range(len(found.influence))
+    console.print(f"\nincrease of the loss ({importance.loss:.4f} nats per token) without each block:", markup=False)
+    blocks = range(len(importance.influence))
     rows = [
-        [f"round {number}, {one.removed} removed", *(one.costs.get(block) for block in blocks)]
-        for number, one in enumerate(found.rounds, 1)
+        [f"round {number}, block {one.removed} removed", *(one.costs.get(block) for block in blocks)]
+        for number, one in enumerate(importance.rounds, 1)
     ]
-    console.print(_table(["loss without block", *map(str, blocks)], [*rows, ["block influence", *found.influence]]))
+    console.print(_table(["block", *map(str, blocks)], [*rows, ["block influence", *importance.influence]]))
 
 
 def _render_presets(result: Any, console: Console) -> None:
@@ -203,21 +208,22 @@ def _render_verify(result: Any, console: Console) -> None:
     console.print(f"{result.path}: {result.kind}, {'ok' if result.ok else 'faulty'}", markup=False)
     for line in [*result.problems, *(f"note: {note}" for note in result.notes)]:
         console.print(f"- {line}", markup=False)
-    if (found := result.reference) is not None:
-        text = "the same greedy text" if found.same_greedy_text else "another greedy text"
+    if (agreement := result.reference) is not None:
+        text = "the same greedy text" if agreement.same_greedy_text else "a different greedy text"
         console.print(
-            f"beside the reference: logits within {found.logits:.2g} (largest {found.largest_logit:.3g}), "
-            f"hidden states within {found.states:.2g} (largest {found.largest_state:.3g}), "
-            f"{text} over {found.greedy_tokens} tokens",
+            f"compared with the reference: logits differ by at most {agreement.logits:.2g} "
+            f"(largest logit {agreement.largest_logit:.3g}), hidden states by at most {agreement.states:.2g} "
+            f"(largest value {agreement.largest_state:.3g}), {text} over {agreement.greedy_tokens} tokens",
             markup=False,
         )
     if result.copies is not None:
-        for line in _copied_blocks(result.copies) if result.copies else ["no tensor is exactly one of the teacher's"]:
+        lines = _copied_blocks(result.copies) if result.copies else ["no tensor is an exact copy of a teacher's tensor"]
+        for line in lines:
             console.print(line, markup=False)
 
 
 def _copied_blocks(copies: dict[str, str]) -> Iterator[str]:
-    """Say for each part of a student of which part of the teacher its exact copies are."""
+    """Yield a line for each part of a student that has exact copies of tensors of a part of the teacher."""
     parts: dict[str, list[str]] = {}
     for name, origin in copies.items():
         here, there = (re.sub(r"transformer\.h\.(\d+)\..*", r"block \1", key) for key in (name, origin))
@@ -225,18 +231,27 @@ def _copied_blocks(copies: dict[str, str]) -> Iterator[str]:
     for here, origins in parts.items():
         for there in dict.fromkeys(origins):
             count = f" ({origins.count(there)} tensors)" if here.startswith("block") else ""
-            yield f"{here} is the teacher's {there}{count}"
+            yield f"{here} is a copy of the teacher's {there}{count}"
 
 
 def _render_budget(result: Any, console: Console) -> None:
-    headings = ["student", "parameters", "tokens/s", "steps", "tokens", "passes", "tokens per parameter", "rate"]
+    headings = [
+        "student",
+        "parameters",
+        "tokens/s",
+        "steps",
+        "tokens",
+        "passes",
+        "tokens per parameter",
+        "learning rate",
+    ]
     rows = [
         [one.student, one.parameters, one.tokens_per_second, one.steps, one.tokens, one.passes,
          one.tokens / one.parameters, one.learning_rate]
         for one in result.candidates
     ]  # fmt: skip
     console.print(_table(headings, rows))
-    console.print(f"\nwithin {result.minutes:g} minutes: {result.chosen}", markup=False)
+    console.print(f"\nchosen for {result.minutes:g} minutes: {result.chosen}", markup=False)
     for command in result.commands:
         console.print(command, markup=False, soft_wrap=True)
 

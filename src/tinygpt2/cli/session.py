@@ -1,4 +1,4 @@
-"""What the command line sets up once, before a command runs."""
+"""Settings of the process that the command line makes once, before a command runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tinygpt2.utils import progress
 
 
 def start_session() -> None:
-    """Show progress, keep freed memory, treat SIGTERM as Ctrl-C, and silence the libraries' own progress and logs.
+    """Show progress, keep freed memory, treat SIGTERM like Ctrl-C, and silence the libraries' progress bars and logs.
 
-    Processes that a command starts do the same.
+    The processes that a command starts call this function too.
     """
     import datasets
     import transformers

@@ -1,1 +1,1 @@
-"""Cutting a student out of a teacher."""
+"""Cut a student out of a teacher."""

@@ -1,4 +1,4 @@
-"""Blocks of text to measure a model on, and its loss on them."""
+"""Choose the blocks of text that a model is measured on, and compute its loss on them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from tinygpt2.models.lm_head import target_losses
 
 Batches = list[Int[Tensor, "B T"]]
 
-_TOKENS = 2048  # in a forward pass
+_TOKENS = 2048  # at most, in one forward pass
 
 
 def calibration_batches(blocks: Blocks, count: int, device: torch.device) -> Batches:
-    """Return up to `count` blocks, evenly spaced, in batches: of padded ones the longest, without padding."""
+    """Return up to `count` evenly spaced blocks, in batches.
+
+    If blocks are padded, only the longest ones are used, without their padding.
+    """
     lengths = blocks.lengths(range(len(blocks))) if blocks.padded else []
     longest = max(lengths, default=None)
     whole = [index for index, length in enumerate(lengths) if length == longest] or range(len(blocks))
@@ -31,7 +34,7 @@ def calibration_batches(blocks: Blocks, count: int, device: torch.device) -> Bat
 
 @torch.no_grad()
 def mean_loss(model: GPT2LMHeadModel, batches: Batches) -> float:
-    """Return the cross-entropy in nats per token of every token but the first of a block."""
+    """Return the cross-entropy in nats per token, over all tokens but the first of each block."""
     total, count = 0.0, 0
     for ids in batches:
         losses, _ = target_losses(model, model.lm_head.weight, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""The cut itself: which of a teacher's parts a student keeps, and their weights."""
+"""Choose which parts of a teacher a student keeps, and copy their weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tinygpt2.errors import ConfigError
 
 @dataclass(frozen=True)
 class KeptParts:
-    """Which parts of a teacher a student is made of.
+    """The parts of a teacher that a student keeps. All indices count from 0 and are in ascending order.
 
     Attributes:
-        layers: blocks, rising.
-        dimensions: of the residual stream, the same everywhere, rising.
-        heads, inner: for each kept block its heads and inner units, rising.
-        positions: how many, and how they are taken.
+        layers: indices of the blocks.
+        dimensions: indices of the residual stream's dimensions, the same for the whole model.
+        heads, inner: for each kept block, the indices of its heads and of its inner units.
+        positions: number of positions, and how their embeddings are chosen.
     """
 
     layers: list[int]
@@ -36,16 +36,17 @@ class KeptParts:
 def choose_layers(total: int, keep: int, strategy: Strategy) -> list[int]:
     """Return which of `total` blocks to keep, counted from 0.
 
-    `uniform` keeps both ends, evenly spaced. `alternate` takes floor(i * total / keep): 0,2,4,6,8,10 of 12, as Li et
-    al. 2021, arXiv:2110.08460. `distilgpt2` takes that for the lower half and its mirror image for the upper:
-    0,2,4,7,9,11 of 12, as Hugging Face's DistilGPT2. `first`, `middle` and `last` are blocks in a row.
+    `uniform` keeps evenly spaced blocks, with the first and the last. `alternate` keeps floor(i * total / keep):
+    0,2,4,6,8,10 of 12, as in Li et al. 2021, arXiv:2110.08460. `distilgpt2` uses this rule for the lower half and its
+    mirror image for the upper half: 0,2,4,7,9,11 of 12, as in Hugging Face's DistilGPT2. `first`, `middle` and `last`
+    keep consecutive blocks.
 
     Raises:
-        ConfigError: more layers than there are.
-        ValueError: `importance`, which has to be measured.
+        ConfigError: `keep` is larger than `total`.
+        ValueError: the strategy is `importance`, which needs a measurement.
     """
     if keep > total:
-        raise ConfigError(f"--num-layers {keep}: the teacher has only {total}")
+        raise ConfigError(f"--num-layers {keep}: the teacher has only {total} layers")
     alternate = [i * total // keep for i in range(keep)]
     if strategy == "alternate":
         return alternate
@@ -56,12 +57,12 @@ def choose_layers(total: int, keep: int, strategy: Strategy) -> list[int]:
         return [round(i * (total - 1) / (keep - 1)) for i in range(keep)] if keep > 1 else [0]
     starts = {"first": 0, "middle": (total - keep) // 2, "last": total - keep}
     if strategy not in starts:
-        raise ValueError(f"{strategy} is measured, see calibration.depth_importance")
+        raise ValueError(f"strategy {strategy} needs a measurement: use importance.depth_importance")
     return list(range(starts[strategy], starts[strategy] + keep))
 
 
 def cut_model(teacher: GPT2LMHeadModel, kept: KeptParts) -> GPT2LMHeadModel:
-    """Return a new model of a teacher's parts, all weights copied, in evaluation mode."""
+    """Return a new model made of the kept parts of a teacher, with copied weights, in evaluation mode."""
     config, width = teacher.config, len(kept.dimensions)
     head_width = config.n_embd // config.n_head
     inner = len(kept.inner[0])
@@ -82,7 +83,8 @@ def cut_model(teacher: GPT2LMHeadModel, kept: KeptParts) -> GPT2LMHeadModel:
         for name, tensor in teacher.transformer.h[layer].state_dict().items():
             part = _part(name, tensor, dims, columns, fused, units)
             if config.scale_attn_by_inverse_layer_idx and name.startswith("attn.c_attn."):
-                scale = torch.ones(len(fused))  # the queries', because the block's number has changed
+                # This option divides the scores by the block's number, which has changed: scale the queries to match.
+                scale = torch.ones(len(fused))
                 scale[: len(columns)] = (new + 1) / (layer + 1)
                 part = part * scale
             weights[f"transformer.h.{new}.{name}"] = part
@@ -93,7 +95,7 @@ def cut_model(teacher: GPT2LMHeadModel, kept: KeptParts) -> GPT2LMHeadModel:
 def _part(
     name: str, tensor: Tensor, dims: Int[Tensor, " Ds"], heads: Tensor, fused: Tensor, units: Int[Tensor, " Fs"]
 ) -> Tensor:
-    """Return the kept rows and columns of one of a block's tensors; Conv1D's matrices are (in, out)."""
+    """Return the kept rows and columns of one tensor of a block. Conv1D's matrices have shape (in, out)."""
     inputs = {
         "attn.c_attn.weight": dims,
         "attn.c_proj.weight": heads,
@@ -107,7 +109,7 @@ def _part(
 
 
 def _positions(table: Float[Tensor, "P D"], count: int, how: Position) -> Float[Tensor, "Ps D"]:
-    """Return fewer position embeddings: the first ones, or as many evenly between the first and the last."""
+    """Return fewer position embeddings: the first ones, or ones that are interpolated evenly from all."""
     if how == "first" or count == len(table):
         return table[:count]
     return F.interpolate(table.T[None], size=count, mode="linear", align_corners=True)[0].T
@@ -117,10 +119,10 @@ def sizes_of(config: TruncateStudentConfig, teacher: Any) -> tuple[int, int, int
     """Return the student's width, heads and inner units.
 
     Args:
-        teacher: its configuration.
+        teacher: the teacher's configuration.
 
     Raises:
-        ConfigError: wider than the teacher, or heads that would not stay whole.
+        ConfigError: the student would be wider than the teacher, or would keep only a part of a head.
     """
     head_width = teacher.n_embd // teacher.n_head
     heads = config.n_head or (config.n_embd or teacher.n_embd) // head_width
@@ -128,11 +130,12 @@ def sizes_of(config: TruncateStudentConfig, teacher: Any) -> tuple[int, int, int
     if width != heads * head_width or not 0 < heads <= teacher.n_head:
         pairs = ", ".join(f"{count * head_width}/{count}" for count in range(1, teacher.n_head + 1))
         raise ConfigError(
-            f"--n-embd {width} with --n-head {heads}: the teacher's heads are {head_width} wide and are kept whole",
-            f"valid pairs of width and heads: {pairs}",
+            f"--n-embd {width} with --n-head {heads}: the teacher's heads have {head_width} dimensions each, "
+            "and a head cannot be cut",
+            f"valid pairs of --n-embd and --n-head: {pairs}",
         )
     whole = teacher.n_inner or 4 * teacher.n_embd
     inner = config.n_inner or max(1, whole * width // teacher.n_embd)
     if inner > whole:
-        raise ConfigError(f"--n-inner {inner}: the teacher has only {whole}")
+        raise ConfigError(f"--n-inner {inner}: the teacher has only {whole} inner units")
     return width, heads, inner

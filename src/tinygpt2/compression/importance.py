@@ -1,6 +1,6 @@
-"""What calibration texts say of a model's parts: which blocks, heads, inner units and dimensions matter.
+"""Measure on calibration texts which blocks, heads, inner units and dimensions of a model matter.
 
-Everything is measured on blocks of a pregenerated dataset's training split, so that its test split stays unseen.
+All measurements use blocks from the training split of a pregenerated dataset, so that its test split stays unseen.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from tinygpt2.models.activations import by_head, collect_activations
 from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_loss
 from tinygpt2.utils.progress import track
 
-_ROUNDS = 16  # in which dimensions go
+_ROUNDS = 16  # number of rounds in which dimensions are removed
 
 
 @contextmanager
 def run_blocks(model: GPT2LMHeadModel, layers: Sequence[int]) -> Iterator[None]:
-    """Let a model run with some of its blocks alone, which stay its own."""
+    """Let a model run with only some of its blocks. Afterwards it has all of its blocks again."""
     every = model.transformer.h
     model.transformer.h = nn.ModuleList([every[layer] for layer in layers])
     try:
@@ -45,8 +45,8 @@ class RemovalRound:
     """One round of greedy removal.
 
     Attributes:
-        costs: by block that is still there, by how many nats per token the loss rises without it.
-        removed: the block that costs least.
+        costs: for each block that is left, by how many nats per token the loss rises without it.
+        removed: the block with the lowest cost, which is removed.
     """
 
     costs: dict[int, float]
@@ -58,10 +58,10 @@ class DepthImportance:
     """How much each block matters.
 
     Attributes:
-        loss: of the whole model, in nats per token.
-        influence: block influence, the mean over tokens of 1 - cos(a block's input, its output).
-        rounds: of greedy removal, measured anew after each.
-        kept: the blocks that are left.
+        loss: loss of the whole model in nats per token.
+        influence: block influence: for each block, the mean over tokens of 1 - cos(input, output).
+        rounds: the rounds of greedy removal. Each round measures all blocks that are left.
+        kept: the blocks that are left after the last round.
     """
 
     loss: float
@@ -71,15 +71,15 @@ class DepthImportance:
 
 
 def depth_importance(model: GPT2LMHeadModel, batches: Batches, keep: int) -> DepthImportance:
-    """Remove the block whose loss costs least, again and again, until `keep` are left.
+    """Remove one block at a time, always the one whose removal raises the loss least, until `keep` blocks are left.
 
-    Source: block influence: ShortGPT, Men et al. 2024, arXiv:2403.03853, section 2.2.
+    Source: for block influence, ShortGPT, Men et al. 2024, arXiv:2403.03853, section 2.2.
     """
     present = list(range(model.config.n_layer))
     whole = current = mean_loss(model, batches)
     rounds = []
     trials = sum(range(keep + 1, len(present) + 1))
-    with track("loss without each block", trials) as progress:
+    with track("measure the loss without each block", trials) as progress:
         while len(present) > keep:
             losses = {}
             for block in present:
@@ -112,11 +112,11 @@ def block_influence(model: GPT2LMHeadModel, batches: Batches) -> list[float]:
 
 @dataclass(frozen=True)
 class WidthImportance:
-    """How much heads and inner units matter, by layer; larger is more.
+    """How much the heads and inner units of each layer matter. Larger numbers mean more.
 
     Attributes:
-        heads: mean norm of what a head adds to the residual stream.
-        inner: mean absolute activation.
+        heads: for each head, the norm of the vector that it adds to the residual stream, summed over tokens.
+        inner: for each inner unit, its absolute activation, summed over tokens.
     """
 
     heads: list[Float[Tensor, " H"]]
@@ -125,7 +125,7 @@ class WidthImportance:
 
 @torch.no_grad()
 def width_importance(model: GPT2LMHeadModel, batches: Batches) -> WidthImportance:
-    """Measure which heads and inner units are active.
+    """Measure how active the heads and inner units are.
 
     Source: Minitron, Muralidharan et al. 2024, arXiv:2407.14679, section 2.2.
     """
@@ -133,7 +133,7 @@ def width_importance(model: GPT2LMHeadModel, batches: Batches) -> WidthImportanc
     device = model.lm_head.weight.device
     heads = [torch.zeros(config.n_head, device=device) for _ in blocks]
     inner = [torch.zeros(block.mlp.c_fc.weight.shape[1], device=device) for block in blocks]
-    # the norm of m_h W_h is that of m_h under W_h W_h^T, which is K x K
+    # A head adds m_h W_h to the stream. Its squared norm is m_h (W_h W_h^T) m_h^T, and W_h W_h^T is only K x K.
     outputs = [block.attn.c_proj.weight.view(config.n_head, -1, config.n_embd) for block in blocks]
     gram = [output @ output.mT for output in outputs]  # (H, K, K)
 
@@ -156,11 +156,11 @@ def width_importance(model: GPT2LMHeadModel, batches: Batches) -> WidthImportanc
 
 @torch.no_grad()
 def active_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) -> Int[Tensor, " Ds"]:
-    """Return the residual stream's dimensions with the largest mean absolute values after the layer norms, rising.
+    """Return the residual stream's dimensions with the largest mean absolute values after the layer norms, ascending.
 
-    They hold most of what a layer norm sees, which is what counts where the projections are fitted again.
+    These dimensions hold most of the layer norms' output. That is what matters if the projections are refitted.
 
-    Source: as `width_importance`.
+    Source: as for `width_importance`.
     """
     scores = torch.zeros(model.config.n_embd, device=model.lm_head.weight.device)
     blocks = model.transformer.h
@@ -170,27 +170,28 @@ def active_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) -> In
 
     for ids in batches:
         last = _tap(model, ids, {reader: see for block in blocks for reader in _readers(block)})
-        see(last)  # which the head reads
+        see(last)  # the output matrix reads the last state
     return scores.topk(keep).indices.sort().values.cpu()
 
 
 def _readers(block: GPT2Block) -> tuple[nn.Module, nn.Module]:
-    """Return what reads a block's layer norms."""
+    """Return the modules that read the outputs of a block's layer norms."""
     return block.attn.c_attn, block.mlp.c_fc
 
 
 def important_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) -> Int[Tensor, " Ds"]:
-    """Return the residual stream's dimensions that the loss misses most, rising.
+    """Return the residual stream's dimensions whose removal would raise the loss most, ascending.
 
-    A dimension's score is the first-order estimate of how the loss changes where all layer norms' outputs lose it:
-    minus the sum over tokens of activation times gradient. The lowest go, in several rounds, and the others are
-    measured again. Without a fit of the projections this loses less than `active_dimensions`: see docs/students.md.
+    A dimension's score is a first-order estimate of how the loss changes if the dimension is removed from the outputs
+    of all layer norms: minus the sum over tokens of activation times gradient. In each of several rounds, the
+    dimensions with the lowest scores are removed, and the others are measured again. If the projections are not
+    refitted, this loses less than `active_dimensions`: see docs/students.md.
 
     Source: Molchanov et al. 2019, arXiv:1906.10771, section 3.1, on activations.
     """
     total = model.config.n_embd
     kept, narrow = torch.arange(total), model
-    with track("residual dimensions", _ROUNDS) as progress:
+    with track("measure the residual dimensions", _ROUNDS) as progress:
         for number in range(1, _ROUNDS + 1):
             scores = _first_order(narrow, batches)
             size = total - (total - keep) * number // _ROUNDS
@@ -219,13 +220,14 @@ def _first_order(model: GPT2LMHeadModel, batches: Batches) -> Float[Tensor, " D"
             targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten()
             loss, _ = prediction_loss(last.flatten(0, 1), head, targets, None, PredictionObjective(0.0, 1.0))
             for output, gradient in zip(seen, torch.autograd.grad(loss, seen), strict=True):
-                scores -= len(ids) * (output.detach() * gradient).sum((0, 1))  # the loss is a mean over the batch
+                # The loss is a mean over the batch: weight it by the batch's size.
+                scores -= len(ids) * (output.detach() * gradient).sum((0, 1))
     return scores
 
 
 @torch.no_grad()
 def _narrowed(model: GPT2LMHeadModel, dims: Int[Tensor, " Ds"]) -> GPT2LMHeadModel:
-    """Return a copy of a model with some of its residual dimensions, heads and inner units as they are."""
+    """Return a copy of a model with only some of its residual dimensions. Heads and inner units stay as they are."""
     narrow, dims = copy.deepcopy(model), dims.to(model.lm_head.weight.device)
     transformer = narrow.transformer
     tied = narrow.lm_head.weight is transformer.wte.weight
@@ -236,7 +238,7 @@ def _narrowed(model: GPT2LMHeadModel, dims: Int[Tensor, " Ds"]) -> GPT2LMHeadMod
         elif isinstance(module, nn.LayerNorm):
             module.weight, module.bias = nn.Parameter(module.weight[dims]), nn.Parameter(module.bias[dims])
             module.normalized_shape = (len(dims),)
-        elif isinstance(module, Conv1D):  # the projections back
+        elif isinstance(module, Conv1D):  # projections back to the residual stream
             module.weight, module.bias = nn.Parameter(module.weight[:, dims]), nn.Parameter(module.bias[dims])
             module.nf = len(dims)
         elif isinstance(module, nn.Embedding | nn.Linear):
@@ -249,7 +251,7 @@ def _narrowed(model: GPT2LMHeadModel, dims: Int[Tensor, " Ds"]) -> GPT2LMHeadMod
 def _tap(
     model: GPT2LMHeadModel, ids: Int[Tensor, "B T"], inputs: dict[nn.Module, Callable[[Tensor], object]]
 ) -> Float[Tensor, "B T D"]:
-    """Run the transformer once, show what goes into some of its modules, and return the last state."""
+    """Run the transformer once, pass the input of each given module to its function, and return the last state."""
     with ExitStack() as hooks:
         for module, see in inputs.items():
             hooks.enter_context(_removed(module.register_forward_pre_hook(lambda _, x, see=see: _shown(see, x[0]))))
@@ -258,7 +260,7 @@ def _tap(
 
 
 def _shown(see: Callable[[Tensor], object], x: Tensor) -> None:
-    see(x)  # and return nothing, which a hook would put in the place of the input
+    see(x)  # return nothing, because a hook's return value would replace the module's input
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""Output projections of a cut model, fitted again so that its residual stream follows its teacher's.
+"""Refit the output projections of a cut model, so that its residual stream follows its teacher's.
 
-Closed form, one pass: student and teacher go through the calibration texts block by block. What is missing to the
-teacher's stream, in the dimensions that the student has kept, is regressed on what the student's heads hold, and then
-on its inner units. After its MLP a student's block aims at what the next kept block got in the teacher, so that it
-makes up for the blocks between.
+The fit has a closed form and needs one pass. Student and teacher read the calibration texts block by block. The
+difference between the teacher's stream and the student's, in the dimensions that the student keeps, is regressed on the
+outputs of the student's attention heads, and then on the activations of its inner units. The target after a student
+block's MLP is the stream that enters the next kept block in the teacher. This way, the student's block also makes up
+for the teacher's blocks in between.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tinygpt2.compression.calibration import Batches
 from tinygpt2.models.activations import mixed_heads
 from tinygpt2.utils.progress import track
 
-RIDGE = 1e-2  # of the activations' mean square: how much the weights are held where they were
+RIDGE = 1e-2  # ridge penalty in units of the activations' mean square; it keeps weights close to their old values
 
 
 @torch.no_grad()
@@ -33,29 +34,32 @@ def refit(
     dimensions: Int[Tensor, " Ds"],
     batches: Batches,
 ) -> None:
-    """Fit the student's attention and MLP output projections, in place.
+    """Fit the output projections of the student's attention and MLPs, in place.
 
     Args:
-        student: cut from the teacher.
-        layers: the teacher's blocks that it keeps, rising.
-        dimensions: the teacher's dimensions that it keeps.
-        batches: calibration texts, no longer than the student's positions; both models' states of all are held.
+        student: a model that was cut from the teacher.
+        layers: the teacher's blocks that the student keeps, ascending.
+        dimensions: the teacher's dimensions that the student keeps.
+        batches: calibration texts, not longer than the student's positions. Both models' states for all of them are
+            held in memory.
     """
-    ours, theirs = ([_embedded(model, ids) for ids in batches] for model in (student, teacher))
-    reached = 0  # the teacher's block that `theirs` go into
+    student_states, teacher_states = ([_embedded(model, ids) for ids in batches] for model in (student, teacher))
+    reached = 0  # the teacher's block that `teacher_states` enter next
     ends = [*layers[1:], teacher.config.n_layer]
     with track("refit output projections", len(layers)) as progress:
         for block, layer, end in zip(student.transformer.h, layers, ends, strict=True):
             for other in teacher.transformer.h[reached:layer]:
-                theirs = [_mlp(other, _attention(other, x)) for x in theirs]
+                teacher_states = [_mlp(other, _attention(other, x)) for x in teacher_states]
             template = teacher.transformer.h[layer]
-            theirs = [_attention(template, x) for x in theirs]
-            ours = _fitted(block.attn.c_proj, partial(_mixed, block), ours, theirs, dimensions)
-            theirs = [_mlp(template, x) for x in theirs]
+            teacher_states = [_attention(template, x) for x in teacher_states]
+            heads = partial(_mixed, block)
+            student_states = _fitted(block.attn.c_proj, heads, student_states, teacher_states, dimensions)
+            teacher_states = [_mlp(template, x) for x in teacher_states]
             for other in teacher.transformer.h[layer + 1 : end]:
-                theirs = [_mlp(other, _attention(other, x)) for x in theirs]
+                teacher_states = [_mlp(other, _attention(other, x)) for x in teacher_states]
             reached = end
-            ours = _fitted(block.mlp.c_proj, partial(_inner, block), ours, theirs, dimensions)
+            units = partial(_inner, block)
+            student_states = _fitted(block.mlp.c_proj, units, student_states, teacher_states, dimensions)
             progress.advance()
 
 
@@ -66,9 +70,9 @@ def _fitted(
     targets: list[Float[Tensor, "B T D"]],
     dimensions: Int[Tensor, " Ds"],
 ) -> list[Float[Tensor, "B T Ds"]]:
-    """Fit one projection by ridge regression on what is missing, add what it gives to the states, and return them."""
-    weight, bias = projection.weight, projection.bias  # of a Conv1D: (in, out)
-    size = len(weight) + 1  # and a column of ones, for the bias
+    """Fit one projection to the missing part of the targets by ridge regression, and return the states after it."""
+    weight, bias = projection.weight, projection.bias  # Conv1D's weight has shape (in, out)
+    size = len(weight) + 1  # one more for a column of ones, which fits the bias
     square = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(size, len(bias), dtype=torch.float64, device=weight.device)
     for state, target in zip(states, targets, strict=True):
@@ -90,7 +94,7 @@ def _embedded(model: GPT2LMHeadModel, ids: Int[Tensor, "B T"]) -> Float[Tensor, 
 
 
 def _mixed(block: GPT2Block, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-    """Return what the heads hold, before their output projection."""
+    """Return the outputs of the heads, before their output projection."""
     return mixed_heads(block, x)[0]
 
 

@@ -1,4 +1,4 @@
-"""A student cut from a teacher: chosen blocks, heads, inner units, dimensions and positions, weights copied."""
+"""Cut a student from a teacher: choose blocks, heads, inner units, dimensions and positions, and copy the weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ PICTURE = "importance.png"
 
 @dataclass(frozen=True)
 class CutPerplexity:
-    """Held-out perplexity per token right after the cut, and the teacher's, on the same `sequences` blocks."""
+    """Held-out perplexity per token of the student right after the cut and of the teacher.
+
+    Both are measured on the same blocks; `sequences` is their number.
+    """
 
     student: float
     teacher: float
@@ -50,12 +53,12 @@ class CutPerplexity:
 
 @dataclass(frozen=True)
 class TruncateStudentResult:
-    """What was cut.
+    """The result of `truncate-student`.
 
     Attributes:
         layers: the teacher's blocks that were kept, counted from 0.
-        importance: what --strategy importance measured; None without it.
-        perplexity: None without --data.
+        importance: the measurements of --strategy importance; None for other strategies.
+        perplexity: None without --data, or if the test split of --data is empty.
     """
 
     model: str
@@ -71,15 +74,15 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     """Cut a student's starting weights from a teacher and save them as a plain GPT-2 with its tokenizer.
 
     Raises:
-        ConfigError: parts that do not exist or do not fit, or an output directory that is not empty.
-        DataError: the calibration data is missing or another tokenizer's.
+        ConfigError: chosen parts do not exist or do not fit together, or the output directory is not empty.
+        DataError: the calibration data is missing or empty, or was made with another tokenizer.
         ModelError: the teacher cannot be loaded.
     """
     out = Path(config.out)
     require_free(out, "give another --out")
     teacher, directory = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle)
     tokenizer = model_tokenizer(directory)
-    sizes_of(config, teacher.config)  # before anything is measured
+    sizes_of(config, teacher.config)  # find impossible sizes before anything is measured
     _check_depth(config, teacher.config.n_layer)
     positions = _position_count(config, teacher.config.n_positions)
     data = None
@@ -109,32 +112,32 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
 
 
 def _check_depth(config: TruncateStudentConfig, total: int) -> None:
-    """Check the layers asked for.
+    """Check the layers that the options ask for.
 
     Raises:
-        ConfigError: a block that does not exist, a repeated one, or an order that is not the teacher's.
+        ConfigError: a block does not exist, is repeated, or is not in ascending order.
     """
     if config.num_layers is not None and config.num_layers > total:
-        raise ConfigError(f"--num-layers {config.num_layers}: the teacher has only {total}")
+        raise ConfigError(f"--num-layers {config.num_layers}: the teacher has only {total} layers")
     if config.layers is None:
         return
     layers = [int(number) for number in config.layers.split(",")]
     if bad := [layer for layer in layers if layer >= total]:
         raise ConfigError(f"--layers: block {bad[0]} does not exist, the teacher has blocks 0 to {total - 1}")
     if sorted(set(layers)) != layers:
-        raise ConfigError(f"--layers {config.layers}: blocks must rise, without repetition")
+        raise ConfigError(f"--layers {config.layers}: list the blocks in ascending order, each of them once")
 
 
 def _position_count(config: TruncateStudentConfig, total: int) -> tuple[int, Position]:
     if (config.n_positions or 0) > total:
-        raise ConfigError(f"--n-positions {config.n_positions}: the teacher has only {total}")
+        raise ConfigError(f"--n-positions {config.n_positions}: the teacher has only {total} positions")
     return config.n_positions or total, config.position or "first"
 
 
 def _choose(
     config: TruncateStudentConfig, teacher: GPT2LMHeadModel, batches: Batches, positions: tuple[int, Position]
 ) -> tuple[KeptParts, DepthImportance | None]:
-    """Return the parts to keep; what is not measured is chosen by rule."""
+    """Return the parts to keep, and the importance of the blocks if --strategy importance measured it."""
     total, importance = teacher.config.n_layer, None
     if config.layers is not None:
         layers = [int(number) for number in config.layers.split(",")]
@@ -147,25 +150,25 @@ def _choose(
     if not config.cuts_width:
         whole = [torch.arange(size) for size in (width, heads, inner)]
         return KeptParts(layers, whole[0], [whole[1]] * len(layers), [whole[2]] * len(layers), positions), importance
-    found = width_importance(teacher, batches)
+    scores = width_importance(teacher, batches)
     dimensions = torch.arange(width)
     if width < teacher.config.n_embd:
         dimensions = (active_dimensions if config.refit else important_dimensions)(teacher, batches, width)
     return KeptParts(
-        layers, dimensions, [_top(found.heads[layer], heads) for layer in layers],
-        [_top(found.inner[layer], inner) for layer in layers], positions,
+        layers, dimensions, [_top(scores.heads[layer], heads) for layer in layers],
+        [_top(scores.inner[layer], inner) for layer in layers], positions,
     ), importance  # fmt: skip
 
 
 def _top(scores: Float[Tensor, " N"], count: int) -> Int[Tensor, " n"]:
-    """Return the indices of the largest scores, rising."""
+    """Return the indices of the largest scores, in ascending order."""
     return scores.topk(count).indices.sort().values.cpu()
 
 
 def _perplexity(
     student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, data: PackedDataset, count: int
 ) -> CutPerplexity | None:
-    """Measure both models on blocks of the test split, as long as the student's positions."""
+    """Measure both models on blocks of the test split, shortened to the student's positions."""
     if not len(data.test):
         return None
     device = default_device()
@@ -178,13 +181,15 @@ def _perplexity(
 def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult) -> str:
     figures = {"parameters": f"{result.parameters:,}", "teacher's parameters": f"{result.teacher_parameters:,}"}
     figures |= dict(_reasons(config, kept, result))
-    if (found := result.perplexity) is not None:
-        figures["perplexity before any training"] = f"{found.student:,.2f} (teacher {found.teacher:,.2f})"
-        figures["measured on"] = f"{found.sequences} blocks of the test split of {config.data}"
+    if (perplexity := result.perplexity) is not None:
+        figures["perplexity before any training"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"
+        figures["measured on"] = f"{perplexity.sequences} blocks of the test split of {config.data}"
+    plural = "" if len(kept.layers) == 1 else "s"
     how = (
-        f"A GPT-2 of {len(kept.layers)} layers of {len(kept.dimensions)}, cut from {config.teacher} and not trained "
-        f"since: its blocks {', '.join(map(str, kept.layers))}, weights copied"
-        + (", output projections fitted again." if config.refit else ".")
+        f"A GPT-2 with {len(kept.layers)} layer{plural} and hidden size {len(kept.dimensions)}, cut from "
+        f"{config.teacher} and not trained since. It consists of the teacher's block{plural} "
+        f"{', '.join(map(str, kept.layers))}, with copied weights"
+        + (" and refitted output projections." if config.refit else ".")
     )
     return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags()}")
 
@@ -192,18 +197,18 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
 def _reasons(
     config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult
 ) -> Iterator[tuple[str, str]]:
-    """Yield what was kept, and why."""
-    why = "as asked for" if config.layers is not None else f"strategy {config.strategy or 'uniform'}"
+    """Yield rows for the model card: which parts were kept, and why."""
+    why = "chosen with --layers" if config.layers is not None else f"strategy {config.strategy or 'uniform'}"
     if result.importance is not None:
         removed = ", ".join(f"{one.removed} (+{one.costs[one.removed]:.4f})" for one in result.importance.rounds)
-        why += f": removed in this order, loss in nats per token: {removed}"
-    yield "blocks kept, from 0", f"{', '.join(map(str, kept.layers))} ({why})"
+        why += f"; removed in this order, with the rise of the loss in nats per token: {removed}"
+    yield "blocks kept (counted from 0)", f"{', '.join(map(str, kept.layers))} ({why})"
     if config.cuts_width:
         yield (
-            "width, heads, inner units",
+            "hidden size, heads, inner units",
             (
                 f"{len(kept.dimensions)}, {len(kept.heads[0])}, {len(kept.inner[0])}: "
-                f"those that matter most on up to {config.calibration_sequences} blocks of {config.data}"
+                f"the ones that matter most on up to {config.calibration_sequences} blocks of {config.data}"
             ),
         )
         yield "dimensions kept", ", ".join(map(str, kept.dimensions.tolist()))
@@ -214,11 +219,12 @@ def _reasons(
 
 
 def _plot(importance: DepthImportance, path: Path) -> None:
-    """Draw what removing each block costs, round by round, and block influence."""
+    """Draw how much the loss rises without each block, round by round, and the block influence."""
     figure, axes = figure_of(2)
     for number, one in enumerate(importance.rounds, 1):
-        axes[0].plot(list(one.costs), list(one.costs.values()), marker=".", label=f"round {number}: {one.removed} goes")
-    axes[0].set(xlabel="block", ylabel="loss without it - with it (nats per token)", yscale="symlog")
+        label = f"round {number}: removes {one.removed}"
+        axes[0].plot(list(one.costs), list(one.costs.values()), marker=".", label=label)
+    axes[0].set(xlabel="block", ylabel="rise of the loss without the block (nats per token)", yscale="symlog")
     if importance.rounds:
         axes[0].legend(fontsize=7)
     axes[1].bar(range(len(importance.influence)), importance.influence)

@@ -7,6 +7,7 @@ help are declared once. The command line, the YAML keys and `--print-config` fol
 from __future__ import annotations
 
 import difflib
+import inspect
 import shlex
 import types
 from collections.abc import Iterator, Mapping
@@ -63,7 +64,7 @@ def extra(field: FieldInfo, key: str) -> Any:
 
 
 def flag_name(key: str) -> str:
-    """Spell a field's name as its option: `max_steps` is `--max-steps`."""
+    """Return the option for a field's name, such as `--max-steps` for `max_steps`."""
     return "--" + key.replace("_", "-")
 
 
@@ -87,10 +88,25 @@ class Config(BaseModel):
         extra="forbid", frozen=True, defer_build=True, populate_by_name=True, protected_namespaces=()
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Give the class the signature that pydantic makes only when the first configuration is built."""
+        cls.__signature__ = inspect.Signature(
+            [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if field.is_required() else field.default,
+                    annotation=field.annotation,
+                )
+                for name, field in cls.options().items()
+            ]
+        )
+
     @field_validator("*", mode="before")
     @classmethod
     def _accept_natural_yaml(cls, value: Any, info: ValidationInfo) -> Any:
-        """Accept one value for a list, and a YAML list for numbers between commas; refuse yes and no as numbers."""
+        """Accept one value for a list, and a YAML list for numbers between commas. Refuse yes and no as numbers."""
         field = cls.model_fields[info.field_name or ""]
         kind = plain_type(field)
         if extra(field, "commas") and isinstance(value, list | int) and not isinstance(value, bool):
@@ -111,7 +127,7 @@ class Config(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _validate(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """Add what lies between defaults and given values, and report all problems as one ConfigError."""
+        """Complete the values with `layered`, and report all problems as one ConfigError."""
         values = cls.layered(values)
         try:
             return handler(values)
@@ -120,7 +136,7 @@ class Config(BaseModel):
 
     @classmethod
     def layered(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the given values, laid over values that win over the defaults (such as a recipe's)."""
+        """Return the given values together with values that replace defaults, such as a recipe's. Given values win."""
         return values
 
     def conflicts(self) -> Iterator[str]:
@@ -148,7 +164,7 @@ class Config(BaseModel):
                 yield f"{name} is required: {options[key].description}"
             else:
                 yield f"{flag_name(key)} {item['input']}: {_reason(item)}"
-        if "" not in bad:  # pydantic has not looked for contradictions: look for them among the valid values
+        if "" not in bad:  # after an invalid value, pydantic skips the check for contradictions
             blank = {key: "?" for key, field in cls.options().items() if field.is_required()}
             valid = {key: value for key, value in values.items() if key in options and key not in bad}
             try:
@@ -178,7 +194,7 @@ class Config(BaseModel):
 
 
 def _reason(item: Any) -> str:
-    """Say in a few words what is wrong with one value."""
+    """Return in a few words why a value is invalid."""
     kinds = {"int": "a whole number", "float": "a number", "bool": "yes or no", "list": "a list", "string": "a text"}
     kind = next((words for name, words in kinds.items() if item["type"].startswith(f"{name}_")), None)
     if kind is not None:
@@ -200,22 +216,22 @@ def type_label(field: FieldInfo) -> str:
 
 
 def bounds_label(field: FieldInfo) -> str:
-    """Return the bounds that the help shows, such as `>= 1`, or an empty text."""
+    """Return the bounds that the help shows, such as `>= 1`, or an empty string."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    found = [
+    bounds = [
         f"{sign} {getattr(item, name)}"
         for item in field.metadata
         for name, sign in signs.items()
         if hasattr(item, name)
     ]
-    return ", ".join(found)
+    return ", ".join(bounds)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read options from a YAML file; their names may have dashes or underscores.
+    """Read options from a YAML file. Their names may have dashes or underscores.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or does not hold a mapping.
+        ConfigError: the file cannot be read, is not YAML, or does not contain a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -226,5 +242,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold lines of 'option: value', but holds a {type(values).__name__}")
+        raise ConfigError(f"{path} must contain lines of 'option: value', but contains a {type(values).__name__}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}

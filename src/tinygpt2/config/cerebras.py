@@ -1,7 +1,8 @@
-"""Cerebras' parameter files for GPT-2 (train_input, eval_input, model, optimizer, runconfig) as options of ours.
+"""Translate Cerebras' parameter files for GPT-2 into options of `pretrain`.
 
-docs/from-other-tools.md has the mapping in words. What has no counterpart here is named, never dropped in silence;
-what would train another model is an error.
+A parameter file has the sections train_input, eval_input, model, optimizer and runconfig.
+docs/from-other-tools.md describes the mapping. Keys without a counterpart here are returned, so that the caller can
+report them. A key that would lead to a different model or training run is an error.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _OPTIONS = {
     "runconfig.seed": "seed",
     "runconfig.model_dir": "out",
 }
-"""Keys that say the same as an option of ours."""
+"""Keys that mean the same as one of our options."""
 
 _SHAPE = {
     "vocab_size": "vocab_size",
@@ -42,7 +43,7 @@ _SHAPE = {
     "share_embedding_weights": "tie_word_embeddings",
     "initializer_range": "initializer_range",
 }
-"""Keys of `model` that are the shape."""
+"""Keys of `model` that describe the model's shape, with their names in config.json."""
 
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "train_input.shuffle": (True,),
@@ -57,25 +58,29 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
     "model.loss_weight": (1.0,),
     "optimizer.optimizer_type": ("adamw", "AdamW"),
 }
-"""What is so in any GPT-2, or in any run of this program."""
+"""Keys whose value is fixed for every GPT-2, or for every run of this program. They may have only these values."""
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "relu": "relu", "tanh": "tanh", "swish": "silu", "silu": "silu"}
 
 
 def is_cerebras(values: Mapping[str, Any]) -> bool:
-    """Say whether a file is one of Cerebras': its `model` is a section, and another section stands beside it."""
+    """Return whether these are Cerebras parameters: `model` is a section, and there is another known section."""
     return isinstance(values.get("model"), dict) and any(key in values for key in SECTIONS if key != "model")
 
 
 def shape_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the shape in a parameter file, under the names of config.json.
+    """Return the model shape in a parameter file, with the names of config.json.
+
+    Args:
+        values: the content of the file.
+        where: the file's path, for error messages.
 
     Raises:
-        ConfigError: it is not a GPT-2.
+        ConfigError: the file does not describe a GPT-2.
     """
     _check(values, where)
     model = values["model"]
-    shape = {ours: model[theirs] for theirs, ours in _SHAPE.items() if theirs in model}
+    shape = {name: model[key] for key, name in _SHAPE.items() if key in model}
     nonlinearity = model.get("nonlinearity", "gelu")
     if nonlinearity not in _ACTIVATIONS:
         raise ConfigError(f"{where}: model.nonlinearity {nonlinearity!r}: expected one of {', '.join(_ACTIVATIONS)}")
@@ -86,14 +91,15 @@ def options_of(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], l
     """Return options of `pretrain` for a parameter file, and the keys that have no counterpart.
 
     Args:
-        where: the file's path, which `model_config` becomes: the shape is read from it again.
+        values: the content of the file.
+        where: the file's path. It becomes `model_config`, because `pretrain` reads the shape from the file again.
 
     Raises:
-        ConfigError: it describes another model, another optimizer, or a schedule that there is none for.
+        ConfigError: the file describes another model, another optimizer, or an unsupported learning-rate schedule.
     """
     _check(values, where)
     flat = dict(_flat(values))
-    options = {ours: flat[theirs] for theirs, ours in _OPTIONS.items() if theirs in flat}
+    options = {name: flat[key] for key, name in _OPTIONS.items() if key in flat}
     options["model_config"] = where
     if "model.mixed_precision" in flat:
         options["precision"] = "bf16" if flat["model.mixed_precision"] else "fp32"
@@ -102,7 +108,7 @@ def options_of(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], l
     understood = {*_OPTIONS, *_MUST_BE, "model.mixed_precision", "model.nonlinearity", "optimizer.learning_rate"}
     understood |= {f"model.{key}" for key in _SHAPE}
     rates = ("model.attention_dropout_rate", "model.embedding_dropout_rate", "model.residual_dropout_rate")
-    understood |= {key for key in rates if flat.get(key) == flat.get("model.dropout_rate")}  # one rate for all, here
+    understood |= {key for key in rates if flat.get(key) == flat.get("model.dropout_rate")}  # here all rates are equal
     return options, sorted(key for key in flat if key not in understood)
 
 
@@ -122,16 +128,16 @@ def _check(values: Mapping[str, Any], where: str) -> None:
         if (allowed := _MUST_BE.get(key)) is not None and value not in allowed
     ]
     if wrong:
-        raise ConfigError(f"{where}: {'; '.join(wrong)}: that would be another model or another training")
+        raise ConfigError(f"{where}: {'; '.join(wrong)}: this would be a different model or a different training run")
 
 
 def _schedule(rate: Any, steps: int | None, where: str) -> dict[str, Any]:
-    """Return peak, warm-up and shape of a learning rate: a number, one phase, or a linear warm-up and a decay."""
+    """Return the options for a learning rate, given as a number, as one phase, or as a linear warm-up and a decay."""
     if isinstance(rate, int | float):
         return {"learning_rate": float(rate), "lr_schedule": "constant", "warmup_ratio": 0.0}
     phases = rate if isinstance(rate, list) else [rate]
     if not all(isinstance(phase, dict) for phase in phases) or not phases:
-        raise ConfigError(f"{where}: optimizer.learning_rate: expected a number or schedulers")
+        raise ConfigError(f"{where}: optimizer.learning_rate: expected a number or a list of schedulers")
     warmup = phases[0] if len(phases) > 1 else {"scheduler": "Linear", "initial_learning_rate": 0}
     decay = phases[-1]
     shapes = {"Linear": "linear", "CosineDecay": "cosine", "Constant": "constant"}
@@ -144,14 +150,15 @@ def _schedule(rate: Any, steps: int | None, where: str) -> dict[str, Any]:
         raise ConfigError(
             f"{where}: optimizer.learning_rate: expected a linear warm-up from 0, then Linear or CosineDecay to 0, "
             "or Constant",
-            "give the others by --lr-schedule, --learning-rate and --warmup-ratio in a file of this program's options",
+            "for other schedules, set lr_schedule, learning_rate and warmup_ratio in a YAML file of tinygpt2 options",
         )
     first, rest = _length(warmup), _length(decay)
     total = steps or (first + rest if rest else 0)
     if (name != "Constant" and rest and total != first + rest) or first > total:
         raise ConfigError(
-            f"{where}: optimizer.learning_rate: its phases take {first} + {rest} steps, runconfig.max_steps is {steps}",
-            "the rate reaches 0 with the last step here",
+            f"{where}: optimizer.learning_rate: its phases take {first} + {rest} steps, but "
+            f"runconfig.max_steps is {steps}",
+            "the phases must fit runconfig.max_steps, because here the learning rate reaches 0 at the last step",
         )
     return {"learning_rate": float(peak), "lr_schedule": shapes[name], "warmup_ratio": first / total if first else 0.0}
 

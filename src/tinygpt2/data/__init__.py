@@ -1,1 +1,1 @@
-"""From texts to blocks of tokens, and back into training."""
+"""Turn texts into datasets of token blocks, and read these blocks for training."""

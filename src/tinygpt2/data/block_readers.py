@@ -1,4 +1,4 @@
-"""Blocks where they lie: Arrow, HDF5, JSON lines, or any map-style dataset, read a few rows at a time."""
+"""Read stored blocks, a few rows at a time, from Arrow, HDF5, JSON lines or any map-style dataset."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tinygpt2.utils.types import Array
 
 
 class BlockPart(Protocol):
-    """Some blocks of one length."""
+    """A sequence of stored blocks that all have the same length."""
 
-    padded: bool  # whether any may be
+    padded: bool  # whether any block may be padded
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
-        """Return tokens (rows, T) as stored, and a mask with 1 on padding and 0 elsewhere, if there is one."""
+        """Return the tokens (rows, T) as stored, and their mask, if there is one: 1 on padding, 0 elsewhere."""
 
 
 class ArrowPart:
-    """A record batch, memory-mapped."""
+    """A memory-mapped Arrow record batch."""
 
     padded = False
 
@@ -36,12 +36,12 @@ class ArrowPart:
         return len(self._rows)
 
     def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
-        """See `Part`."""
+        """See `BlockPart`."""
         return self._rows[start:stop], None
 
 
 class Hdf5Part:
-    """A file with `input_ids` and `input_mask`."""
+    """An HDF5 file that contains `input_ids` and `input_mask`."""
 
     def __init__(self, file: Path, length: int, padded: bool) -> None:
         import h5py
@@ -61,12 +61,12 @@ class Hdf5Part:
         return len(self._ids)
 
     def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
-        """See `Part`."""
+        """See `BlockPart`."""
         return self._ids[start:stop], self._mask[start:stop]
 
 
 class JsonPart:
-    """JSON lines, found through an index of line ends that opening the file makes."""
+    """A file of JSON lines. Opening it builds an index of the line ends."""
 
     def __init__(self, file: Path, length: int, padded: bool) -> None:
         self._file, self._length, self.padded = file, length, padded
@@ -83,7 +83,7 @@ class JsonPart:
         return len(self._ends) - 1
 
     def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
-        """See `Part`."""
+        """See `BlockPart`."""
         rows = [self._row(index) for index in range(start, stop)]
         shape = (len(rows), self._length)
         ids = np.array([ids for ids, _ in rows], np.int64).reshape(shape)
@@ -95,14 +95,14 @@ class JsonPart:
             row = json.loads(self._text[self._ends[index] + 1 : self._ends[index + 1]])
             ids, mask = row["input_ids"], [1 - real for real in row["attention_mask"]]
             if not len(ids) == len(mask) == self._length or not all(type(token) is int for token in ids):
-                raise DataError(f"{where}: not {self._length} tokens and as many entries of the mask")
+                raise DataError(f"{where}: expected {self._length} tokens and as many entries in attention_mask")
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{where}: not a block with input_ids and attention_mask: {error}") from error
         return ids, mask
 
 
 class MapPart:
-    """A map-style dataset whose items hold `input_ids` and perhaps `input_mask` (1 on padding)."""
+    """A map-style dataset whose items contain `input_ids` and, if there is padding, `input_mask` (1 on padding)."""
 
     padded = True
 
@@ -113,23 +113,34 @@ class MapPart:
         return len(self._items)
 
     def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
-        """See `Part`."""
+        """See `BlockPart`."""
         rows = [self._items[index] for index in range(start, stop)]
         ids = np.array([np.asarray(row["input_ids"]) for row in rows], np.int64)
         if ids.shape != (len(rows), self._length):
-            raise DataError(f"item {start}: shape {ids.shape[1:]}, not {self._length} tokens as in the first one")
+            raise DataError(
+                f"item {start}: input_ids have shape {ids.shape[1:]}, not {self._length} tokens as in the first item"
+            )
         masks = [np.asarray(row["input_mask"]) if "input_mask" in row else np.zeros(self._length) for row in rows]
         return ids, np.array(masks, np.int64)
 
 
 def real_tokens(mask: Array, first: int) -> list[int]:
-    """Return how many tokens of each row are real; `first` is the number of the first row, for the message."""
+    """Return the number of real tokens in each row.
+
+    Args:
+        mask: rows (rows, T) with 1 on padding and 0 elsewhere.
+        first: the number of the first row, for error messages.
+
+    Raises:
+        DataError: a row contains only padding, or has padding before its end.
+    """
     lengths = (mask == 0).sum(-1)
     if not lengths.all():
-        raise DataError(f"sequence {first + int((lengths == 0).argmax())} holds nothing but padding")
+        raise DataError(f"sequence {first + int((lengths == 0).argmax())} contains only padding")
     wrong = (mask != (np.arange(mask.shape[1]) >= lengths[:, None])).any(-1)
     if wrong.any():
         raise DataError(
-            f"sequence {first + int(wrong.argmax())} is padded before its end", "only the end of a block may be padded"
+            f"sequence {first + int(wrong.argmax())} has padding before its end",
+            "padding is allowed only at the end of a block",
         )
     return [int(length) for length in lengths]

@@ -1,7 +1,7 @@
-"""Streams of tokens to blocks of one length on disk, in three formats.
+"""Write streams of tokens to disk as blocks of one length, in three formats.
 
-`arrow` is what plain `datasets` opens, `hdf5` what Cerebras' GPT-2 reads, `jsonl` what TinyGPT2 reads. To add
-a format, write a class like theirs and name it in `_FORMATS`; `parts` reads what is written here.
+`arrow` is for Hugging Face `datasets`, `hdf5` for Cerebras' GPT-2, and `jsonl` for TinyGPT2. To add a format, write a
+class like the ones here and add it to `_WRITERS`. `block_readers` reads the files back.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from tinygpt2.config.data import Format
 from tinygpt2.utils.files import write_json
 from tinygpt2.utils.types import Tokens
 
-FILE_TOKENS = 1 << 27  # in one file of a split, at most
-_ROW_TOKENS = 1 << 20  # gathered before they are written
+FILE_TOKENS = 1 << 27  # most tokens in one file of a split
+_ROW_TOKENS = 1 << 20  # number of tokens to collect before they are written
 
 
 @dataclass(frozen=True)
 class BlockFile:
-    """A file of blocks: its name in the data set, and the SHA-256 of its tokens as little-endian 32-bit numbers."""
+    """A file of blocks.
+
+    Attributes:
+        name: its path inside the dataset.
+        sequences: its number of blocks.
+        sha256: the SHA-256 of its tokens as little-endian 32-bit numbers.
+    """
 
     name: str
     sequences: int
@@ -35,7 +41,7 @@ class BlockFile:
 
 
 def content_of(rows: Tokens) -> bytes:
-    """Return the bytes that a file's SHA-256 is taken over: the same for every format."""
+    """Return the bytes from which a file's SHA-256 is computed. They are the same for every format."""
     return rows.astype("<u4").tobytes()
 
 
@@ -43,9 +49,9 @@ class _BlockWriter(Protocol):
     """Writes one file of blocks.
 
     Attributes:
-        name: the file's, in the data set.
-        pads: whether a mask tells padding from tokens, so that the last block may be padded.
-        file_tokens: in one file, at most.
+        name: the file's path inside the dataset.
+        pads: whether the format has a mask for padding, so that the last block may be padded.
+        file_tokens: most tokens in one file.
     """
 
     name: str
@@ -55,14 +61,14 @@ class _BlockWriter(Protocol):
     def __init__(self, split: Path, index: int, length: int, dtype: np.dtype[Any]) -> None: ...
 
     def write(self, rows: Tokens, padding: int) -> None:
-        """Write blocks (rows, length); the last `padding` tokens of the last one are none."""
+        """Write blocks (rows, length). The last `padding` tokens of the last block are padding."""
 
     def close(self) -> None:
         """Finish the file."""
 
     @staticmethod
     def finish(split: Path, length: int, dtype: np.dtype[Any], files: list[BlockFile]) -> None:
-        """Write what belongs beside a split's files."""
+        """Write the files of metadata that the format needs for a split."""
 
 
 class _ArrowWriter:
@@ -89,7 +95,7 @@ class _ArrowWriter:
 
     @staticmethod
     def finish(split: Path, length: int, dtype: np.dtype[Any], files: list[BlockFile]) -> None:
-        """Write what plain `datasets` looks for beside the blocks."""
+        """Write the metadata that `datasets` needs to open the split."""
         import datasets
 
         content = hashlib.sha256(" ".join([split.name, str(length), *(file.sha256 for file in files)]).encode())
@@ -97,7 +103,7 @@ class _ArrowWriter:
             split / "state.json",
             {
                 "_data_files": [{"filename": Path(file.name).name} for file in files],
-                "_fingerprint": content.hexdigest()[:16],  # from content: the library's own is random
+                "_fingerprint": content.hexdigest()[:16],  # from the content: the library's own is random
                 "_format_columns": None,
                 "_format_kwargs": {},
                 "_format_type": None,
@@ -140,7 +146,7 @@ class _Hdf5Writer:
 
     @staticmethod
     def finish(split: Path, length: int, dtype: np.dtype[Any], files: list[BlockFile]) -> None:
-        """Nothing more is needed."""
+        """Do nothing: the format needs no metadata."""
 
 
 class _JsonLinesWriter:
@@ -160,7 +166,7 @@ class _JsonLinesWriter:
 
     @staticmethod
     def finish(split: Path, length: int, dtype: np.dtype[Any], files: list[BlockFile]) -> None:
-        """Write the counts that TinyGPT2 reads first."""
+        """Write the file with the counts that TinyGPT2 reads first."""
         count = sum(file.sequences for file in files)
         write_json(split.parent / f"{split.name}_metrics.json", {"num_examples": count, "max_seq_len": length})
 
@@ -169,12 +175,20 @@ _WRITERS: dict[Format, type[_BlockWriter]] = {"arrow": _ArrowWriter, "hdf5": _Hd
 
 
 class SplitWriter:
-    """Cuts a stream of tokens into the blocks of one split and writes them, file by file.
+    """Cuts a stream of tokens into the blocks of one split, and writes these file by file.
 
     Args:
-        out: the data set's directory.
+        out: the dataset's directory.
         split: `train` or `test`.
-        length, stride: tokens of a block, and from one block's start to the next.
+        length: number of tokens in a block.
+        stride: number of tokens from the start of one block to the start of the next.
+        dtype: the number type of the tokens.
+        kind: the file format.
+
+    Attributes:
+        files: the finished files.
+        tokens: number of tokens that were added.
+        padding: number of padding tokens in the last block.
     """
 
     def __init__(self, out: Path, split: str, length: int, stride: int, dtype: np.dtype[Any], kind: Format) -> None:
@@ -190,18 +204,18 @@ class SplitWriter:
 
     @property
     def sequences(self) -> int:
-        """Blocks written so far."""
+        """Number of blocks written so far."""
         return sum(file.sequences for file in self.files) + self._rows
 
     @property
     def dropped(self) -> int:
-        """Tokens at the end that fill no block."""
+        """Number of tokens at the end that do not fill a block."""
         used = (self.sequences - 1) * self._stride + self._length - self.padding if self.sequences else 0
         return self.tokens - used
 
     def add(self, tokens: Tokens) -> None:
-        """Take in the next tokens of the stream."""
-        if not len(tokens):  # a view of nothing would keep what it is a view of
+        """Add the next tokens of the stream."""
+        if not len(tokens):  # even an empty view would keep its whole array in memory
             return
         self.tokens += len(tokens)
         self._pending.append(tokens)
@@ -239,7 +253,10 @@ class SplitWriter:
         self._file, self._rows, self._sha = None, 0, hashlib.sha256()
 
     def close(self) -> None:
-        """Write the rest, padded where the format has a mask for it; an empty split is one empty file."""
+        """Write the remaining tokens and finish the split. An empty split becomes one empty file.
+
+        The last block is padded if the format has a mask. Otherwise tokens that do not fill a block are dropped.
+        """
         self._write_whole_blocks()
         (rest,) = self._pending
         overlap = self._length - self._stride if self.sequences else 0
@@ -260,7 +277,7 @@ class SplitWriter:
             if kind is None:
                 self.close()
         finally:
-            if self._file is not None:  # something failed: what is there is of no use
+            if self._file is not None:  # after an error, the file is useless: only close it
                 with suppress(Exception):
                     self._file.close()
 

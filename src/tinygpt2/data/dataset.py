@@ -1,4 +1,4 @@
-"""Packed blocks to batches: memory-mapped, seeded, and restartable at any step in constant time."""
+"""Read batches from packed datasets: memory-mapped, shuffled by a seed, and from any step in constant time."""
 
 from __future__ import annotations
 
@@ -22,26 +22,31 @@ from tinygpt2.utils.files import read_json
 from tinygpt2.utils.types import Array
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+    from tinygpt2.utils.types import Tokenizer
 
 
 class Batch(NamedTuple):
-    """Blocks as tokens (B, T); `lengths` (B) are the real tokens of each, padding after them; None: all are."""
+    """A batch of blocks.
+
+    Attributes:
+        input_ids: the tokens (B, T).
+        lengths: the number of real tokens in each block (B), which padding follows. None if there is no padding.
+    """
 
     input_ids: Int[Tensor, "B T"]
     lengths: Int[Tensor, " B"] | None
 
     def to(self, device: Any) -> Batch:
-        """Move it."""
+        """Return the batch on another device."""
         return Batch(self.input_ids.to(device), None if self.lengths is None else self.lengths.to(device))
 
 
 class Blocks:
-    """One split's blocks, read where they lie.
+    """The blocks of one split, which are read from their files when they are needed.
 
     Args:
-        parts: in order.
-        length: tokens of a block.
+        parts: the stored parts of the split, in order.
+        length: number of tokens in a block.
     """
 
     def __init__(self, parts: Sequence[BlockPart], length: int) -> None:
@@ -54,7 +59,7 @@ class Blocks:
 
     @property
     def parts(self) -> list[BlockPart]:
-        """What it is made of."""
+        """The stored parts that the blocks are read from, in order."""
         return self._parts
 
     @property
@@ -63,10 +68,10 @@ class Blocks:
         return any(part.padded for part in self._parts)
 
     def _read(self, index: int) -> tuple[Array, int]:
-        """Return a block as stored and how many of its tokens are real.
+        """Return a block as stored, and the number of its real tokens.
 
         Raises:
-            DataError: there is padding before the end.
+            DataError: the block contains only padding, or has padding before its end.
         """
         at = int(np.searchsorted(self._ends, index, side="right"))
         first = index - (int(self._ends[at - 1]) if at else 0)
@@ -79,7 +84,7 @@ class Blocks:
         return ids[:length]
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
-        """Return how many tokens of each block are real."""
+        """Return the number of real tokens in each block."""
         return [self._read(index)[1] for index in indices] if self.padded else [self.sequence_length] * len(indices)
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -90,15 +95,15 @@ class Blocks:
         if min(lengths) == self.sequence_length:
             return Batch(ids, None)
         for row, length in zip(ids, lengths, strict=True):
-            row[length:] = 0  # whatever stands in the padding, a model looks it up
+            row[length:] = 0  # the model looks up an embedding for padding too, so it must be a valid token
         return Batch(ids, torch.tensor(lengths))
 
 
 class Shuffle:
-    """The endless order of training blocks: a seeded permutation for each epoch, one after another.
+    """The endless order of the training blocks: one seeded permutation after another, one for each epoch.
 
-    Position p of the order is known without walking there, so a run restarts at any step at once, and the
-    sequence of global batches does not depend on the number of processes.
+    The block at any position can be computed directly, so a run restarts at any step without delay. The sequence of
+    global batches does not depend on the number of processes.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -120,7 +125,15 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class PackedDataset:
-    """A data set of blocks: its two splits, what is known of it, and its tokenizer or the directory of that."""
+    """A dataset of blocks.
+
+    Attributes:
+        name: its directory, or a name for messages.
+        train: the training split.
+        test: the held-out split.
+        manifest: the description of the dataset, as in pregenerate.json.
+        made_with: its tokenizer, or the tokenizer's directory.
+    """
 
     name: str
     train: Blocks
@@ -130,12 +143,12 @@ class PackedDataset:
 
     @property
     def sequence_length(self) -> int:
-        """Tokens in a block."""
+        """Number of tokens in a block."""
         return self.train.sequence_length
 
     @property
     def content(self) -> str:
-        """Fingerprint of all blocks: equal for the same blocks, whatever the directory is called."""
+        """Fingerprint of all blocks. It does not depend on the name of the directory."""
         return str(self.manifest["content"])
 
     @property
@@ -144,19 +157,21 @@ class PackedDataset:
         return int(self.manifest["vocab_size"])
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that made the data set."""
-        found: Tokenizer = load_tokenizer(str(self.made_with)) if isinstance(self.made_with, Path) else self.made_with
-        return found
+        """Return the tokenizer with which the dataset was made."""
+        made_with: Tokenizer = (
+            load_tokenizer(str(self.made_with)) if isinstance(self.made_with, Path) else self.made_with
+        )
+        return made_with
 
 
-def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "data of one's own") -> PackedDataset:
-    """Wrap map-style datasets, for `pretrain`, `distill` and `finetune` as functions.
+def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "custom dataset") -> PackedDataset:
+    """Wrap map-style datasets, so that the functions `pretrain`, `distill` and `finetune` can use them.
 
     Args:
-        train, test: hold items with `input_ids`, all of one length, and perhaps `input_mask` (1 on padding, which
-            may only be at the end); `test` may be empty.
-        tokenizer: what made them.
-        name: for messages and the model card.
+        train, test: datasets whose items contain `input_ids`, all of one length, and optionally `input_mask` (1 on
+            padding, which is allowed only at the end). `test` may be empty.
+        tokenizer: the tokenizer that made the tokens.
+        name: a name for messages and the model card.
 
     Raises:
         DataError: `train` is empty.
@@ -177,29 +192,30 @@ def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "dat
 
 
 def is_packed_dataset(path: Path) -> bool:
-    """Say whether a directory is a pregenerated dataset, or holds parts of one."""
-    return (path / MANIFEST).is_file() or (path / "dataset_dict.json").is_file() or bool(_parts(path))
+    """Return whether a directory is a pregenerated dataset or contains shards of one."""
+    return (path / MANIFEST).is_file() or (path / "dataset_dict.json").is_file() or bool(shard_folders(path))
 
 
-def _parts(path: Path) -> list[Path]:
+def shard_folders(path: Path) -> list[Path]:
+    """Return the directories of the shards in a folder; empty if it is a dataset itself, or contains none."""
     return sorted(file.parent for file in path.glob(f"*/{MANIFEST}")) if not (path / MANIFEST).is_file() else []
 
 
 def load_packed_dataset(name: str) -> PackedDataset:
-    """Open a pregenerated dataset, or a folder that holds all parts of one.
+    """Open a pregenerated dataset, or a folder that contains all shards of one.
 
     Raises:
-        DataError: there is none at that path, or a part of it is missing or broken.
+        DataError: there is no dataset at that path, or a part of it is missing or broken.
     """
     path = Path(name)
     if not path.is_dir():
         raise DataError(
             f"no such dataset: {path}", "make one with: tinygpt2 pregenerate SOURCE --tokenizer T --out DIR"
         )
-    folders = _parts(path) or [path]
+    folders = shard_folders(path) or [path]
     if not (folders[0] / MANIFEST).is_file():
         raise DataError(
-            f"{path} is no pregenerated dataset: it has no {MANIFEST}", "make one with tinygpt2 pregenerate"
+            f"{path} is not a pregenerated dataset: it has no {MANIFEST}", "make one with tinygpt2 pregenerate"
         )
     try:
         manifests = [read_json(folder / MANIFEST) for folder in folders]
@@ -214,8 +230,10 @@ def load_packed_dataset(name: str) -> PackedDataset:
         return PackedDataset(str(path), Blocks(train, length), Blocks(test, length), manifest, folders[0] / "tokenizer")
     except DataError:
         raise
-    except Exception as error:  # whatever a broken file makes the library raise
-        raise DataError(f"cannot open the dataset {path}: {one_line(error)}", f"see tinygpt2 verify {path}") from error
+    except Exception as error:  # broken files raise many kinds of exceptions
+        raise DataError(
+            f"cannot open the dataset {path}: {one_line(error)}", f"for details, run tinygpt2 verify {path}"
+        ) from error
 
 
 def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[BlockPart]:
@@ -227,18 +245,18 @@ def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[BlockPart]
         return [JsonPart(folder / f"{split}_dataset.json", length, padded)]
     import datasets
 
-    found = datasets.load_from_disk(str(folder / split))
-    stored = found.features["input_ids"].length
+    dataset = datasets.load_from_disk(str(folder / split))
+    stored = dataset.features["input_ids"].length
     if stored != length:
-        raise DataError(f"{folder}: {split}: blocks of {stored} tokens, {MANIFEST} says {length}")
-    return [ArrowPart(chunk, length) for chunk in found.data.column("input_ids").chunks]
+        raise DataError(f"{folder}: {split}: the blocks have {stored} tokens, but {MANIFEST} says {length}")
+    return [ArrowPart(chunk, length) for chunk in dataset.data.column("input_ids").chunks]
 
 
 def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what is common to the parts of one data set.
+    """Return the part of the manifest that all shards of a dataset share.
 
     Raises:
-        DataError: one is missing, there twice, or of another data set.
+        DataError: a shard is missing, is there twice, or belongs to another dataset.
     """
     own = ("shard", "splits", "encoding_errors")
     first, folder = manifests[0], folders[0].parent
@@ -246,10 +264,13 @@ def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, A
         differ = [key for key in first if key not in own and manifest.get(key) != first[key]]
         if differ or manifest["shard"][1] != first["shard"][1]:
             raise DataError(
-                f"{folders[0]} and {other} are no parts of one data set: {', '.join(differ) or 'shard'} differ",
-                "a folder of parts holds those of one pregenerate --shard I/N, and nothing else",
+                f"{folders[0]} and {other} do not belong to the same dataset "
+                f"(they differ in: {', '.join(differ) or 'shard'})",
+                "a folder of shards may contain only the shards of one dataset, made with pregenerate --shard I/N",
             )
     there, count = sorted(manifest["shard"][0] for manifest in manifests), first["shard"][1]
     if there != list(range(1, count + 1)):
-        raise DataError(f"{folder} holds parts {', '.join(map(str, there))} of {count}", "each is needed, once")
-    return {**{key: value for key, value in first.items() if key not in own}, "parts": count}
+        raise DataError(
+            f"{folder} contains shards {', '.join(map(str, there))} of {count}", "each shard is needed exactly once"
+        )
+    return {**{key: value for key, value in first.items() if key not in own}, "shards": count}

@@ -1,7 +1,7 @@
-"""Texts to tokens: exactly the tokenizer's own, at the speed of the fastest engine that is the same function.
+"""Encode texts: exactly the tokens of the tokenizer, from the fastest library that returns the same tokens.
 
-tiktoken encodes for every byte-level BPE that it provably reproduces, `tokenizers` for all others. Special
-tokens inside a text are never interpreted: `<|endoftext|>` in a web page is thirteen characters.
+tiktoken encodes for every byte-level BPE that it provably reproduces, and `tokenizers` for all others. Special tokens
+inside a text are never interpreted: `<|endoftext|>` in a web page is thirteen ordinary characters.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from tinygpt2.utils.types import Tokens
 if TYPE_CHECKING:
     import tiktoken
     from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+    from tinygpt2.utils.types import Tokenizer
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-# White space as Unicode and both engines have it
+# The characters that Unicode, tiktoken and `tokenizers` all treat as white space
 _SPACE = np.zeros(0x3002, bool)
 _SPACE[[*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000]] = True
 
-# GPT-2's pre-tokeniser looks ahead: of a run of white space before a word, the last character stands by itself or
-# goes with the word. Looking ahead costs half the speed, so that place is marked by a character that stands in no
-# text, and this pattern is the same function of the marked text.
+# GPT-2's pre-tokenizer looks ahead: it separates the last character of a run of white space before a word from the rest
+# of the run. Looking ahead halves the speed. Therefore `_marked` puts a mark at this place, and this pattern, which
+# does not look ahead, splits the marked text in the same way. The mark is U+FFFF, which is not a character.
 _MARK = "\uffff"
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x{FFFF}]+|\s+|\x{FFFF}"
 
-# The letter that spells each byte in a byte-level vocabulary (GPT-2, `bytes_to_unicode`), and the way back
+# The letter that stands for each byte in a byte-level vocabulary (GPT-2, `bytes_to_unicode`), and the inverse
 _SHOWN = {*range(33, 127), *range(161, 173), *range(174, 256)}
 LETTERS = {byte: byte for byte in _SHOWN}
 LETTERS |= {byte: 256 + index for index, byte in enumerate(sorted(set(range(256)) - _SHOWN))}
@@ -43,17 +44,17 @@ _BYTES = dict.fromkeys(range(256), 0x10FFFF) | {letter: byte for byte, letter in
 
 
 class Encoder:
-    """Encodes texts as a tokenizer does, with no special token added and none interpreted. Safe in threads.
+    """Encodes texts as a tokenizer does. It neither adds nor interprets special tokens, and is thread-safe.
 
     Attributes:
-        reproduced: whether tiktoken encodes; then a text may also be encoded in parts, cut before white space
-            that follows anything else.
-        dtype: uint16 where the vocabulary fits, else int32.
+        reproduced: whether tiktoken encodes. A text may then be encoded in parts, if it is cut before white space that
+            follows another character.
+        dtype: uint16 if the vocabulary fits, otherwise int32.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._serialised = tokenizer.backend_tokenizer.to_str()
-        ranks = reproduce(parsed(self._serialised))
+        self._serialized = tokenizer.backend_tokenizer.to_str()
+        ranks = reproduce(parsed(self._serialized))
         self._mark = 1 + max(ranks.values()) if ranks else 0
         self._fast = _engine(ranks, self._mark) if ranks else None
         self.reproduced = self._fast is not None
@@ -61,7 +62,7 @@ class Encoder:
 
     @property
     def _backend(self) -> Backend:
-        return _plain(self._serialised)
+        return _plain(self._serialized)
 
     def __call__(self, texts: list[str]) -> list[Tokens]:
         """Return the token ids of each text."""
@@ -80,10 +81,10 @@ class Encoder:
 
 
 def _engine(ranks: dict[bytes, int], mark: int) -> tiktoken.Encoding:
-    """Build the engine that encodes marked texts."""
+    """Build the tiktoken encoding for marked texts."""
     import tiktoken
 
-    # A special token keeps tiktoken's search for special tokens fast; none is ever allowed in a text.
+    # With a special token, tiktoken's search for special tokens is fast. None is ever allowed in a text.
     return tiktoken.Encoding(
         "marked",
         pat_str=_PATTERN,
@@ -93,7 +94,7 @@ def _engine(ranks: dict[bytes, int], mark: int) -> tiktoken.Encoding:
 
 
 def _marked(text: str) -> str:
-    """Put the mark before the last character of each run of two and more white spaces that something follows."""
+    """Put the mark before the last character of each run of two or more white-space characters that text follows."""
     codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     space = _SPACE[np.minimum(codes, len(_SPACE) - 1)]
     borders = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
@@ -101,18 +102,18 @@ def _marked(text: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def parsed(serialised: str) -> dict[str, Any]:
-    """Read a tokenizer.json; not to be changed."""
-    found: dict[str, Any] = json.loads(serialised)
-    return found
+def parsed(serialized: str) -> dict[str, Any]:
+    """Return the content of a tokenizer.json. It is cached, so do not change it."""
+    content: dict[str, Any] = json.loads(serialized)
+    return content
 
 
 @lru_cache(maxsize=4)
-def _plain(serialised: str) -> Backend:
-    """Build a tokenizer's engine as nobody has changed it, with special tokens in a text left as text."""
+def _plain(serialized: str) -> Backend:
+    """Build a fresh backend from a tokenizer.json. It treats special tokens inside a text as text."""
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_str(serialised)
+    backend = Backend.from_str(serialized)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
@@ -120,21 +121,25 @@ def _plain(serialised: str) -> Backend:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Return the token ids of a few texts: no special token added, none interpreted."""
+    """Return the token ids of a few texts. Special tokens are neither added nor interpreted."""
     engine = _plain(tokenizer.backend_tokenizer.to_str())
     return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def reproduce(backend: dict[str, Any]) -> dict[bytes, int] | None:
-    """Return the ranks by which tiktoken is the same function as a byte-level BPE, or None.
+    """Return the ranks with which tiktoken encodes exactly like a byte-level BPE, or None if it does not.
 
-    It is the same function when the pre-tokeniser is GPT-2's, with no normaliser and no prefix space; every byte
-    is a token; and for every merge, merging that token's bytes by lower ranks ends in exactly the listed pair.
-    tiktoken merges the pair whose joined bytes have the lowest rank, `tokenizers` the pair listed first: checked
-    for the whole vocabulary, both choose alike in any text.
+    Both give the same tokens if three conditions hold:
+
+    - The pre-tokenizer is GPT-2's, without normalizer and prefix space.
+    - Every byte is a token.
+    - For every merge, merging that token's bytes with lower ranks ends in exactly the listed pair.
+
+    tiktoken merges the pair whose joined bytes have the lowest rank; `tokenizers` merges the pair that is listed first.
+    If the third condition holds for the whole vocabulary, both choose the same pair in any text.
 
     Args:
-        backend: a tokenizer as its tokenizer.json has it.
+        backend: the content of the tokenizer's tokenizer.json.
     """
     model, pre = backend["model"], backend["pre_tokenizer"] or {}
     plain = model["type"] == "BPE" and not any(
@@ -145,7 +150,7 @@ def reproduce(backend: dict[str, Any]) -> dict[bytes, int] | None:
     if not (plain and gpt2) or backend["normalizer"]:
         return None
     special = {item["content"] for item in backend["added_tokens"]}
-    if any(not item["special"] for item in backend["added_tokens"]):  # found in any text
+    if any(not item["special"] for item in backend["added_tokens"]):  # these are found inside any text
         return None
     vocabulary = {token: rank for token, rank in model["vocab"].items() if token not in special}
     try:
@@ -169,24 +174,24 @@ def reproduce(backend: dict[str, Any]) -> dict[bytes, int] | None:
 
 
 def merge_ends(token: bytes, limit: int, ranks: dict[bytes, int]) -> list[int]:
-    """Merge a token's bytes by ranks below `limit`, as tiktoken would; return where each of what is left ends."""
+    """Merge a token's bytes by ranks below `limit`, as tiktoken does. Return where each remaining piece ends."""
     ends = list(range(1, len(token) + 1))
-    found = [ranks.get(token[i : i + 2], limit) for i in range(len(token) - 1)]  # of each pair of neighbours
-    while found and (lowest := min(found)) < limit:
-        at = found.index(lowest)
-        del ends[at], found[at]
+    pair_ranks = [ranks.get(token[i : i + 2], limit) for i in range(len(token) - 1)]  # of neighbouring pieces
+    while pair_ranks and (lowest := min(pair_ranks)) < limit:
+        at = pair_ranks.index(lowest)
+        del ends[at], pair_ranks[at]
         for pair in (at - 1, at):
-            if 0 <= pair < len(found):
+            if 0 <= pair < len(pair_ranks):
                 start = ends[pair - 1] if pair else 0
-                found[pair] = ranks.get(token[start : ends[pair + 1]], limit)
+                pair_ranks[pair] = ranks.get(token[start : ends[pair + 1]], limit)
     return ends
 
 
 def in_order(work: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
-    """Yield work(item) for each item, in order, made by so many threads; few items wait at any time.
+    """Yield work(item) for each item, in order, computed by `workers` threads. Only a few items wait at any time.
 
-    The engines leave the interpreter's lock while they encode, so threads keep as many cores busy as processes
-    would, and share one vocabulary.
+    tiktoken and `tokenizers` release the interpreter's lock while they encode. Threads therefore use as many cores as
+    processes would, and they share one vocabulary.
     """
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Made]] = deque()

@@ -1,8 +1,9 @@
-"""Tokenised documents on disk, sorted: what lets a corpus of any size be shuffled, split and continued.
+"""Sort tokenized documents on disk, so that a corpus of any size can be shuffled, split and continued.
 
-Documents are gathered into runs of bounded size; a run is written in the order of its documents' keys, and is
-finished when its index is there. Reading merges the runs, a bounded number of tokens at a time (external merge
-sort: Knuth, The Art of Computer Programming, volume 3, section 5.4).
+Documents are collected into runs of limited size. A run is written in the order of its documents' keys, and is finished
+when its progress file (run-N.json) exists. Reading merges the runs, a limited number of tokens at a time.
+
+Source: external merge sort (Knuth, The Art of Computer Programming, volume 3, section 5.4).
 """
 
 from __future__ import annotations
@@ -20,33 +21,33 @@ from tinygpt2.data.corpus.text_splitting import LEAST_PART
 from tinygpt2.utils.files import atomic_path, read_json
 from tinygpt2.utils.types import Array, Tokens
 
-RUN_TOKENS, RUN_ENTRIES = 1 << 23, 1 << 20  # what a run holds at most, but for its last document
-GROUP_TOKENS = 1 << 22  # read at a time
+RUN_TOKENS, RUN_ENTRIES = 1 << 23, 1 << 20  # most in a run; its last batch may exceed them
+GROUP_TOKENS = 1 << 22  # number of tokens to read at a time
 _BINS = 1 << 16
 _LAST = 2**64 - 1  # the largest key
 
 _INDEX = np.dtype(
     [
-        ("key", "<u8"),  # the order in the result
+        ("key", "<u8"),  # documents are sorted by it
         ("document", "<u8"),  # its number in the corpus
         ("hash", "<u8"),  # of its content and the seed
-        ("start", "<u8"),  # of the tokens in the run's file
+        ("start", "<u8"),  # position of the tokens in the run's file
         ("tokens", "<u4"),
         ("bytes", "<u4"),
-        ("first", "?"),  # the document's first piece
-        ("own", "?"),  # tokenised here, not in another part of the data set
+        ("first", "?"),  # whether this is the document's first piece
+        ("own", "?"),  # whether it is tokenized here, not in another shard of the dataset
     ]
 )
 
 
 def content_hash(text: str, seed: int) -> int:
-    """Return 64 bits of a document's first part and the seed."""
+    """Return a 64-bit hash of the beginning of a document, which depends on the seed."""
     head = text[:LEAST_PART].encode()
     return int.from_bytes(hashlib.blake2b(head, digest_size=8, key=seed.to_bytes(8, "big")).digest(), "big")
 
 
 def shuffled_keys(documents: Array, seed: int) -> Array:
-    """Return 64 seeded bits for each document number: sorted by them, documents are shuffled.
+    """Return a 64-bit key for each document number and the seed. Sorting by the keys shuffles the documents.
 
     Source: SplitMix64 (Steele, Lea and Flood 2014), which maps numbers to numbers one to one.
     """
@@ -60,13 +61,13 @@ def shuffled_keys(documents: Array, seed: int) -> Array:
 
 @dataclass
 class EncodingProgress:
-    """How far reading has come: what `--resume` goes on from.
+    """How much of the sources has been read. `--resume` continues from here.
 
     Attributes:
-        pieces: read from the sources.
-        documents, bytes, tokens: in the runs of this part.
-        encoding_errors: documents with unreadable bytes.
-        done: whether the sources are at their end.
+        pieces: number of pieces read from the sources.
+        documents, bytes, tokens: sizes of the texts that belong to this shard.
+        encoding_errors: number of documents with bytes that are not UTF-8.
+        done: whether all sources have been read to the end.
     """
 
     pieces: int = 0
@@ -79,7 +80,12 @@ class EncodingProgress:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Pieces in corpus order: their index entries (key and start unset) and their tokens, one after another."""
+    """Some pieces in the order of the corpus.
+
+    Attributes:
+        entries: their index entries, in which `key` and `start` are not set yet.
+        tokens: their tokens, one piece after another.
+    """
 
     entries: Array
     tokens: Tokens
@@ -104,9 +110,12 @@ class ExternalSort:
         read:     the keys 0 to 4 of both runs, sorted: d, b;  then the keys 5 to 9: a, c
 
     Args:
-        folder: made if it is not there; finished runs in it are taken over.
-        dtype: of the tokens.
-        seed: None keeps the corpus' order, a number shuffles the documents by it.
+        folder: directory of the runs. It is made if it does not exist; finished runs in it are used.
+        dtype: number type of the tokens.
+        seed: None keeps the order of the corpus; a number shuffles the documents.
+
+    Attributes:
+        progress: how much has been read and written.
     """
 
     folder: Path
@@ -127,7 +136,7 @@ class ExternalSort:
         return self.folder / f"run-{run:06d}.{ending}"
 
     def add(self, batch: EncodedBatch) -> None:
-        """Take in the next pieces; write a run when enough are held."""
+        """Add the next pieces. Write a run when there are enough."""
         own = batch.entries[batch.entries["own"]]
         self.progress.pieces += len(batch.entries)
         self.progress.documents += int(own["first"].sum())
@@ -140,19 +149,19 @@ class ExternalSort:
             self._flush()
 
     def finish(self, encoding_errors: int) -> None:
-        """Write the last run: the sources are at their end."""
+        """Write the last run, after the sources have been read to the end."""
         self.progress.done, self.progress.encoding_errors = True, encoding_errors
         self._flush()
 
     def _flush(self) -> None:
-        """Write what is held as a run; it counts once its progress file is there."""
+        """Write the collected pieces as a run. The run counts as soon as its progress file exists."""
         entries = np.concatenate([batch.entries for batch in self._batches] or [np.empty(0, _INDEX)])
         tokens = np.concatenate([batch.tokens for batch in self._batches] or [np.empty(0, self.dtype)])
         self._batches, self._held = [], [0, 0]
         starts = _starts(entries["tokens"])
         numbers = entries["document"]
         entries["key"] = numbers if self.seed is None else shuffled_keys(numbers, self.seed)
-        order = np.lexsort((numbers, entries["key"]))  # stable: a long document's pieces keep their order
+        order = np.lexsort((numbers, entries["key"]))  # a stable sort: the pieces of a long document keep their order
         entries = entries[order]
         entries["start"] = _starts(entries["tokens"])
         with self._file(self._runs, "tokens").open("wb") as file:
@@ -164,10 +173,10 @@ class ExternalSort:
         self._runs += 1
 
     def threshold(self, fraction: float) -> int | None:
-        """Return the largest content hash to hold out, so that repeated documents are on one side.
+        """Return the largest content hash to hold out. Equal documents have equal hashes, so they share a split.
 
-        Of all documents, those of other parts included, a `fraction` has such a hash or a smaller one. None where
-        that is less than half a document, or would leave none to train on.
+        A `fraction` of all documents, including those of other shards, has this hash or a smaller one. The result is
+        None if that is less than half a document, or if no document would be left for training.
         """
         histogram, total, highest = np.zeros(_BINS, np.int64), 0, 0
         for hashes in self._hashes():
@@ -194,20 +203,20 @@ class ExternalSort:
         return entries
 
     def groups(self, *, shuffled: bool = True) -> Iterator[tuple[Array, Tokens]]:
-        """Yield this part's pieces: index entries, and their tokens one after another.
+        """Yield this shard's pieces in groups: their index entries, and their tokens one after another.
 
         Args:
-            shuffled: in the order of their keys, else in the corpus' own; that holds the whole index in memory,
-                and is for few documents.
+            shuffled: whether to sort by key. Otherwise the order is that of the corpus; this needs the whole index in
+                memory, and is meant for few documents.
         """
         borders = self._borders(shuffled)
         for slice_ in range(borders.shape[1] - 1):
-            found = []
+            slices = []
             for run in range(self._runs):
                 entries = self._entries(run)[borders[run, slice_] : borders[run, slice_ + 1]]
                 own = entries[entries["own"]]
-                found.append((own, np.full(len(own), run)))
-            entries, runs = (np.concatenate(column) for column in zip(*found, strict=True))
+                slices.append((own, np.full(len(own), run)))
+            entries, runs = (np.concatenate(column) for column in zip(*slices, strict=True))
             numbers = entries["document"]
             order = np.lexsort((numbers, entries["key"]) if shuffled else (numbers,))
             entries, runs = entries[order], runs[order]
@@ -215,7 +224,11 @@ class ExternalSort:
                 yield entries[chosen], self._gather(entries[chosen], runs[chosen])
 
     def _borders(self, shuffled: bool) -> Array:
-        """Return where ranges of keys that hold about as many entries as one run begin and end in each run."""
+        """Divide the keys into ranges that together have about as many entries as one run.
+
+        Returns:
+            One row for each run: the index at which each range begins there, and the number of entries.
+        """
         sizes = [len(self._entries(run)) for run in range(self._runs)]
         count = max(1, -(-sum(sizes) // RUN_ENTRIES)) if shuffled else 1
         last = _LAST
@@ -226,27 +239,27 @@ class ExternalSort:
         return np.array([[0, *inside, size] for inside, size in zip(inner, sizes, strict=True)], np.int64)
 
     def _gather(self, entries: Array, runs: Array) -> Tokens:
-        """Read pieces' tokens: what a group takes from one run lies close together there."""
+        """Read the tokens of pieces. Those that a group needs from one run are close together in its file."""
         parts, starts, held = [], np.empty(len(entries), np.int64), 0
         for run in np.unique(runs):
             here = runs == run
-            mine = entries[here]
-            first, last = int(mine["start"].min()), int((mine["start"] + mine["tokens"]).max())
+            in_run = entries[here]
+            first, last = int(in_run["start"].min()), int((in_run["start"] + in_run["tokens"]).max())
             offset = first * self.dtype.itemsize
             parts.append(np.fromfile(self._file(int(run), "tokens"), self.dtype, last - first, offset=offset))
-            starts[here] = mine["start"].astype(np.int64) - first + held
+            starts[here] = in_run["start"].astype(np.int64) - first + held
             held += last - first
         together = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return _take(together, starts, entries["tokens"])
 
 
 def _starts(sizes: Array) -> Array:
-    """Return where each of some things lies that follow one another."""
+    """Return the start of each piece, if pieces of these sizes follow one another."""
     return np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64))) if len(sizes) else np.empty(0, np.int64)
 
 
 def _take(tokens: Tokens, starts: Array, sizes: Array) -> Tokens:
-    """Return spans of tokens, one after another."""
+    """Return the spans of tokens with these starts and sizes, joined."""
     ends = starts + sizes
     if (starts[1:] == ends[:-1]).all():
         return tokens[int(starts[0]) : int(ends[-1])]
@@ -255,7 +268,7 @@ def _take(tokens: Tokens, starts: Array, sizes: Array) -> Tokens:
 
 
 def _groups(sizes: Array) -> Iterator[slice]:
-    """Yield slices of entries of about `GROUP_TOKENS` each."""
+    """Yield slices of entries that have about `GROUP_TOKENS` tokens each."""
     ends = np.cumsum(sizes, dtype=np.int64)
     start = 0
     while start < len(sizes):

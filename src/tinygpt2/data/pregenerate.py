@@ -1,7 +1,7 @@
-"""Documents to packed blocks on disk: `pregenerate`.
+"""Make a dataset of packed blocks from documents: the `pregenerate` command.
 
-One pass tokenises and spills the tokens in sorted runs, so that memory does not grow with the corpus and an
-interrupted run continues; a second pass merges the runs and writes each split's blocks.
+The first pass tokenizes the documents and writes the tokens to disk in sorted runs. Memory therefore does not grow with
+the corpus, and an interrupted run can continue. The second pass merges the runs and writes the blocks of each split.
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ from tinygpt2.utils.progress import say, track
 from tinygpt2.utils.types import Array, Tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+    from tinygpt2.utils.types import Tokenizer
 
-_BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 19  # tokenised at a time by one worker
+_BATCH_PIECES, _BATCH_CHARACTERS = 4096, 1 << 19  # most that one worker tokenizes at a time
 
 
 @dataclass(frozen=True)
 class PregenerateResult:
-    """What `pregenerate` made. `encoding_errors` counts documents of the whole corpus with bytes that are not UTF-8."""
+    """The sizes of the dataset that `pregenerate` made.
+
+    Attributes:
+        documents, bytes, tokens: sizes of the text in both splits together.
+        sequences: number of blocks in each split.
+        encoding_errors: number of documents in the whole corpus with bytes that are not UTF-8.
+        seconds: time that this run took.
+    """
 
     documents: int
     bytes: int
@@ -51,30 +58,30 @@ class PregenerateResult:
 
 
 def pregenerate(config: PregenerateConfig) -> PregenerateResult:
-    """Tokenise, split, shuffle and pack a corpus.
+    """Tokenize, split, shuffle and pack a corpus.
 
-    Train and test are split by document: the documents whose seeded content hashes are smallest are held
-    out, in the proportion asked for, so that a repeated document is never on both sides. Where that share
-    is less than half a document, the last part of the tokens is held out instead, cut at a block border.
+    The text is split by document: a share `test_fraction` of all documents is held out, namely those with the smallest
+    seeded content hashes. A repeated document is therefore never in both splits. If that share is less than half a
+    document, the last part of the tokens is held out instead, cut at a block border.
 
     Raises:
-        ConfigError: the output directory is not empty, the tokenizer has no end-of-text token, or `resume`
-            meets another run's work.
+        ConfigError: the output directory is not empty, the tokenizer has no end-of-text token, or the run to `resume`
+            had other settings.
         DataError: a source cannot be read, there is less text than one block, or the disk is full.
-        ModelError: the tokenizer cannot be had.
+        ModelError: the tokenizer was not found or cannot be loaded.
     """
     started = time.perf_counter()
     out = Path(config.out).resolve()
     if os.path.ismount(out):
-        raise ConfigError(f"--out {out} is a mount point, which cannot be put in place whole", "name a folder in it")
+        raise ConfigError(f"--out {out} is a mount point, which cannot be replaced in one step", "give a folder in it")
     replaced = staging_path(out) / "replaced"
     if replaced.exists() and not out.exists():  # an earlier run was killed between its two renames
         replaced.replace(out)
     complete = (out / MANIFEST).is_file()
     if config.overwrite and out.is_dir() and any(out.iterdir()) and not complete:
-        raise ConfigError(f"--out {out} holds no {MANIFEST}", "--overwrite replaces pregenerated datasets only")
+        raise ConfigError(f"--out {out} contains no {MANIFEST}", "--overwrite replaces only pregenerated datasets")
     if not config.overwrite and not (config.resume and complete):
-        require_free(out, "give another --out, --overwrite to replace it, or --resume to continue a run")
+        require_free(out, "give another --out, add --overwrite to replace it, or add --resume to continue a run")
     tokenizer = load_tokenizer(config.tokenizer)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")
@@ -85,18 +92,18 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     if config.resume and complete and not config.overwrite:
         manifest = read_json(out / MANIFEST)
         require_same({key: settings[key] for key in settings if key != "read"}, manifest, out)
-        say(f"{out} is complete")
+        say(f"{out} is already complete")
         discard(staging_path(out))
         return _result(manifest, time.perf_counter() - started)
     with staging_directory(out, settings, resume=config.resume) as work:
         encoder = Encoder(tokenizer)
         eos = tokenizer.eos_token_id if config.append_eos else None
-        read = _tokenise(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None)
-        kept = _tokenise(held_out, encoder, eos, config, work / "test", None) if held_out else None
+        read = _tokenize(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None)
+        kept = _tokenize(held_out, encoder, eos, config, work / "test", None) if held_out else None
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
-        del settings["read"]  # names and times of files: the result is of their content alone
+        del settings["read"]  # names and times of files: the result depends only on their content
         manifest = {**settings, **_write(result, read, kept, config, encoder.dtype)}
         tokenizer.save_pretrained(str(result / "tokenizer"))
         write_json(result / MANIFEST, manifest)
@@ -111,7 +118,7 @@ def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
     splits = manifest["splits"]
     if splits["test"]["sequences"] == 0 and (manifest["test_fraction"] or manifest["test_sources"]):
         say(
-            f"warning: the held-out text fills no block of {manifest['sequence_length']} tokens: "
+            f"warning: the held-out text is shorter than one block of {manifest['sequence_length']} tokens: "
             "the test split is empty"
         )
     return PregenerateResult(
@@ -125,8 +132,8 @@ def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
 def _settings(
     config: PregenerateConfig, tokenizer: Tokenizer, corpus: Corpus, held_out: Corpus | None
 ) -> dict[str, Any]:
-    """Return all that decides the result, as JSON has it."""
-    units = [unit for part in (corpus, held_out) if part for unit in part.items]
+    """Return everything that the result depends on, as JSON values."""
+    items = [item for part in (corpus, held_out) if part for item in part.items]
     return {
         "version": 2,
         "format": config.format,
@@ -145,13 +152,20 @@ def _settings(
         "seed": config.seed,
         "test_fraction": config.test_fraction,
         "shard": list(config.shard_numbers),
-        "read": hashlib.sha256(json.dumps([(unit.name, unit.mark) for unit in units]).encode()).hexdigest(),
+        "read": hashlib.sha256(json.dumps([(item.name, item.mark) for item in items]).encode()).hexdigest(),
     }
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A piece to encode. `hash` is of its document's beginning, `own` says whether it belongs to this part."""
+    """A piece to encode.
+
+    Attributes:
+        piece: the text.
+        hash: the hash of its document's beginning.
+        first: whether it is the first piece of its document.
+        own: whether it belongs to this shard.
+    """
 
     piece: Piece
     hash: int
@@ -161,15 +175,15 @@ class _Item:
 
 def _items(pieces: Iterable[Piece], config: PregenerateConfig) -> Iterator[_Item]:
     shard, shards = config.shard_numbers
-    first, found = True, 0
+    first, hash_ = True, 0
     for piece in pieces:
-        found = content_hash(piece.text, config.seed) if first else found
-        yield _Item(piece, found, first, piece.number % shards == shard - 1)
+        hash_ = content_hash(piece.text, config.seed) if first else hash_
+        yield _Item(piece, hash_, first, piece.number % shards == shard - 1)
         first = piece.last
 
 
 def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    """Group items so that a batch is worth a thread's while and small beside the memory."""
+    """Group items into batches that are large enough for a thread and small compared to the memory."""
     batch: list[_Item] = []
     held = 0
     for item in items:
@@ -194,10 +208,10 @@ def _encode(batch: list[_Item], encoder: Encoder, eos: Tokens) -> EncodedBatch:
     return EncodedBatch.of(rows, parts)
 
 
-def _tokenise(
+def _tokenize(
     corpus: Corpus, encoder: Encoder, eos: int | None, config: PregenerateConfig, folder: Path, seed: int | None
 ) -> ExternalSort:
-    """Tokenise what is not tokenised yet.
+    """Tokenize the documents that an earlier run has not tokenized yet.
 
     Raises:
         DataError: a source cannot be read, or there is no text.
@@ -211,7 +225,7 @@ def _tokenise(
         workers = config.num_workers or os.cpu_count() or 1
         encode = partial(_encode, encoder=encoder, eos=end)
         size = corpus.size_hint()
-        with track("tokenise", size and size // shards) as task:
+        with track("tokenize", size and size // shards) as task:
             task.advance(sort.progress.bytes)
             for batch in in_order(encode, _batches(items), workers):
                 sort.add(batch)
@@ -225,20 +239,20 @@ def _tokenise(
 def _write(
     out: Path, read: ExternalSort, kept: ExternalSort | None, config: PregenerateConfig, dtype: np.dtype[Any]
 ) -> dict[str, Any]:
-    """Choose what is held out and write both splits; return what the manifest says of them.
+    """Choose the held-out text and write both splits. Return the entries of the manifest that describe them.
 
     Raises:
-        DataError: the training text is shorter than one block.
+        DataError: the training text is shorter than one block, or there are too few documents for the shards.
     """
     length, fraction = config.sequence_length, 0.0 if kept else config.test_fraction
     last, total, shards = read.threshold(fraction), read.progress.tokens, config.shard_numbers[1]
     if not read.progress.documents:
-        raise DataError(f"--shard {config.shard} holds no document", f"there are fewer documents than {shards} parts")
+        raise DataError(f"--shard {config.shard} has no documents", f"there are fewer documents than {shards} shards")
     if last is None and fraction and shards > 1:
         raise DataError(
-            f"--test-fraction {fraction} of so few documents is none: one run would hold out the end of the text, "
-            "which its parts cannot",
-            "give --test-fraction 0, --test-source, or leave --shard out",
+            f"there are too few documents for --test-fraction {fraction} to hold out any, and a shard cannot hold out "
+            "the end of the text instead",
+            "give --test-fraction 0 or --test-source, or leave --shard out",
         )
     how = "source" if kept else "position" if last is None else "document"
     cut = _border(total, length, fraction) if last is None else None
@@ -250,7 +264,7 @@ def _write(
         sizes[0, 1] -= sizes[1, 1]
     if train.tokens < length:
         raise DataError(
-            f"the text is {total} tokens, {train.tokens} of them for training: shorter than one block of {length}",
+            f"the training text has {train.tokens} of the {total} tokens: it is shorter than one block of {length}",
             "give more text or a smaller --sequence-length",
         )
     splits = {
@@ -277,7 +291,7 @@ def _divide(
     train: SplitWriter,
     test: SplitWriter,
 ) -> Array:
-    """Write every token to its split; return the documents and bytes of train and test, as two rows.
+    """Write every token to its split. Return the documents and bytes of train and test, as two rows.
 
     Documents A, B and C come in one group. They have 3, 2 and 4 tokens, and the hashes 12, 90 and 40:
 
@@ -286,9 +300,11 @@ def _divide(
 
     Args:
         read: the corpus.
-        kept: held-out text from a source of its own, which goes to test.
-        last: the largest hash of a held-out document.
-        cut: where the training tokens end.
+        kept: the held-out text from --test-source, if there is one. It goes to test.
+        last: the largest hash of a held-out document, for a split by document.
+        cut: the number of training tokens, for a split by position.
+        train: writes the training split.
+        test: writes the test split.
     """
     sizes, total = np.zeros((2, 2), np.int64), read.progress.tokens
     with track("pack", total) as task:
@@ -301,7 +317,7 @@ def _divide(
                 sizes[0] += _sizes(entries)
             else:
                 held_out = entries["hash"] <= last
-                in_test = np.repeat(held_out, entries["tokens"])  # for each token
+                in_test = np.repeat(held_out, entries["tokens"])  # for each token, not for each document
                 train.add(tokens[~in_test])
                 test.add(tokens[in_test])
                 sizes += _sizes(entries[~held_out]), _sizes(entries[held_out])
@@ -313,12 +329,15 @@ def _divide(
 
 
 def _sizes(entries: Array) -> tuple[int, int]:
-    """Return the documents and the bytes of some index entries."""
+    """Return the number of documents and of bytes in some index entries."""
     return int(entries["first"].sum()), int(entries["bytes"].sum(dtype=np.int64))
 
 
 def _border(total: int, length: int, fraction: float) -> int:
-    """Return where the training tokens end, at a block border: one block at least is held out, if any is asked for."""
+    """Return the number of training tokens, for a split by position.
+
+    If `fraction` is 0, these are all tokens. Otherwise they are whole blocks, and at least one of several is held out.
+    """
     blocks = total // length
     held_out = min(max(1, round(fraction * blocks)), blocks - 1) if fraction and blocks else 0
     return (blocks - held_out) * length if held_out else total

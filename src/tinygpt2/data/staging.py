@@ -1,4 +1,4 @@
-"""Unfinished work beside its result: what an interrupted `pregenerate` leaves for `--resume`."""
+"""The directory of unfinished work, which an interrupted `pregenerate` leaves next to --out for `--resume`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ _SETTINGS = "settings.json"
 
 
 def staging_path(out: Path) -> Path:
-    """Return where a dataset is made before it is put in place."""
+    """Return the directory in which a dataset is made before it is moved to `out`."""
     return out.parent / f".{out.name}.unfinished"
 
 
 @contextmanager
 def staging_directory(out: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[Path]:
-    """Yield the directory of unfinished work: an earlier run's to continue, else an empty one.
+    """Yield the directory of unfinished work: that of an earlier run to continue, otherwise an empty one.
 
-    It goes when the result is in place, or when the data are at fault; what is finished is kept otherwise.
+    The directory is removed when the block ends normally, or after an error in the data or the options. It is kept
+    after an interruption, a full disk or a source that could not be read this time, so that the run can continue.
 
     Args:
-        out: where the result will be put.
-        settings: all that decides the result; a run is continued only under the same.
-        resume: continue, rather than start over.
+        out: the directory of the result.
+        settings: everything that the result depends on. A run continues only with equal settings.
+        resume: continue an earlier run, if there is one, instead of starting over.
+
+    Raises:
+        ConfigError: the run to continue has other settings.
+        DataError: the disk is full, or cannot be written for another reason.
     """
     work = staging_path(out)
     if resume and (work / _SETTINGS).is_file():
@@ -50,27 +55,27 @@ def staging_directory(out: Path, settings: dict[str, Any], *, resume: bool) -> I
         raise
     except OSError as error:
         raise DataError(
-            f"cannot write to {work}: {error.strerror or error}", "make room, then add --resume to go on"
+            f"cannot write to {work}: {error.strerror or error}", "free some disk space, then add --resume to continue"
         ) from error
     discard(work)
 
 
 def discard(work: Path) -> None:
     """Remove unfinished work."""
-    (work / _SETTINGS).unlink(missing_ok=True)  # first: what is left of a half removed one is continued by nobody
+    (work / _SETTINGS).unlink(missing_ok=True)  # first, so that no run continues from a partly removed directory
     shutil.rmtree(work, ignore_errors=True)
 
 
 def require_same(settings: dict[str, Any], before: dict[str, Any], where: Path) -> None:
-    """Check that a run to continue is the same.
+    """Check that the run to continue has the same settings.
 
     Raises:
-        ConfigError: something that decides the result differs (it is named).
+        ConfigError: some settings differ (the message names them).
     """
     changed = sorted(key for key in settings if settings[key] != before.get(key))
     if changed:
         words = ", ".join("the sources' files" if key == "read" else key for key in changed)
         raise ConfigError(
             f"--resume: {words} differ from the run in {where}",
-            "leave --resume out to start over, or name another --out",
+            "leave --resume out to start over, or give another --out",
         )

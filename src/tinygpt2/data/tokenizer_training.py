@@ -19,14 +19,21 @@ from tinygpt2.utils.progress import track
 
 _PASSAGE, _BORDER = 2000, re.compile(r"\S(?=\s)")
 
-_REPORT = 1 << 24  # bytes of held-out text that the report is measured on, at most
+_REPORT = 1 << 24  # most bytes of held-out text on which bytes per token is measured
 
 
 @dataclass(frozen=True)
 class TrainTokenizerResult:
-    """What `train_tokenizer` did.
+    """The result of `train_tokenizer`.
 
-    `bytes_per_token` is measured on the `test_bytes` of held-out text; both say nothing where none is held out.
+    Attributes:
+        tokenizer: the tokenizer's directory.
+        vocab_size: its number of tokens.
+        documents, bytes: sizes of the corpus, including held-out text.
+        test_bytes: bytes of held-out text that were measured; 0 if no text was held out.
+        bytes_per_token: measured on the held-out text; None if no text was held out.
+        encoding_errors: number of documents with bytes that are not UTF-8.
+        seconds: time that the training took.
     """
 
     tokenizer: str
@@ -44,7 +51,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
 
     Raises:
         ConfigError: the output directory is not empty.
-        DataError: no text, or too little for the size asked for.
+        DataError: there is no text, or too little for a vocabulary of `vocab_size` tokens.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -94,7 +101,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
 
 
 class _HeldOut:
-    """A corpus in passages of about a page, some of which are kept from training, chosen by their content."""
+    """Divides a corpus into passages of about a page and holds some of them out. Their content decides which."""
 
     def __init__(self, fraction: float) -> None:
         self._limit = int(fraction * 2**32)
@@ -107,7 +114,7 @@ class _HeldOut:
             self.documents += piece.last
             start = 0
             while start < len(piece.text):
-                # cut where the pre-tokeniser cuts too
+                # cut only where the pre-tokenizer cuts too
                 end = _BORDER.search(piece.text, start + _PASSAGE)
                 passage = piece.text[start : end.end() if end else None]
                 start += len(passage)

@@ -1,4 +1,4 @@
-"""Whether a pregenerated dataset is what its manifest says."""
+"""Check that a pregenerated dataset agrees with its manifest."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from tinygpt2.data.block_readers import real_tokens
 from tinygpt2.data.block_writers import MANIFEST, content_of
-from tinygpt2.data.dataset import Blocks, _parts, load_packed_dataset
+from tinygpt2.data.dataset import Blocks, load_packed_dataset, shard_folders
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import DataError, one_line
 from tinygpt2.utils.files import read_json
 
 
 def check_dataset(path: Path) -> Iterator[str]:
-    """Yield one message per fault of a pregenerated dataset or a folder of its parts."""
-    folders = _parts(path)
+    """Yield one message for each fault of a pregenerated dataset, or of a folder with its shards."""
+    folders = shard_folders(path)
     if folders:
         try:
             load_packed_dataset(str(path))
@@ -29,7 +29,7 @@ def check_dataset(path: Path) -> Iterator[str]:
 
 
 def _check_folder(path: Path) -> Iterator[str]:
-    """Check lengths, counts, range of tokens, padding, tokenizer and content."""
+    """Check the lengths, counts, range of tokens, padding, tokenizer and content of one dataset or shard."""
     try:
         packed = load_packed_dataset(str(path))
         tokenizer = packed.tokenizer()
@@ -37,11 +37,11 @@ def _check_folder(path: Path) -> Iterator[str]:
         yield str(error)
         return
     if fingerprint(tokenizer) != packed.manifest.get("tokenizer_fingerprint"):
-        yield f"tokenizer/ is not the one that made the dataset: its fingerprint differs from {MANIFEST}'s"
+        yield f"tokenizer/ did not make this dataset: its fingerprint differs from the one in {MANIFEST}"
     for name, blocks in (("train", packed.train), ("test", packed.test)):
         counts = packed.manifest.get("splits", {}).get(name, {})
         if len(blocks) != counts.get("sequences"):
-            yield f"{name}: {len(blocks)} sequences, {MANIFEST} says {counts.get('sequences')}"
+            yield f"{name}: there are {len(blocks)} sequences, but {MANIFEST} says {counts.get('sequences')}"
             continue
         if packed.manifest["format"] == "jsonl":
             yield from _check_metrics(path, name, len(blocks), packed.sequence_length)
@@ -53,20 +53,21 @@ def _check_folder(path: Path) -> Iterator[str]:
 
 def _check_metrics(path: Path, split: str, sequences: int, length: int) -> Iterator[str]:
     try:
-        found = read_json(path / f"{split}_metrics.json")
+        metrics = read_json(path / f"{split}_metrics.json")
     except (OSError, ValueError) as error:
         yield f"{split}_metrics.json: {error}"
         return
     for key, expected in (("num_examples", sequences), ("max_seq_len", length)):
-        if found.get(key) != expected:
-            yield f"{split}_metrics.json: {key} is {found.get(key)}, not {expected}"
+        if metrics.get(key) != expected:
+            yield f"{split}_metrics.json: {key} is {metrics.get(key)}, not {expected}"
 
 
 def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocabulary: int) -> Iterator[str]:
     """Read every block, some at a time, and compare each file's tokens with its SHA-256."""
     waiting, sha, left, number = list(files), hashlib.sha256(), 0, 0
     if sum(file["sequences"] for file in files) != len(blocks):
-        yield f"{split}: {len(blocks)} sequences, {MANIFEST} lists files with {sum(f['sequences'] for f in files)}"
+        listed = sum(file["sequences"] for file in files)
+        yield f"{split}: there are {len(blocks)} sequences, but the files in {MANIFEST} have {listed}"
         return
     step = max(1, (1 << 20) // blocks.sequence_length)
     for part in blocks.parts:
@@ -79,11 +80,11 @@ def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocab
             outside = (ids < 0) | (ids >= vocabulary)
             if outside.any():
                 row = number + int(outside.any(-1).argmax())
-                yield f"{split}: sequence {row} holds a token outside the vocabulary of {vocabulary}"
+                yield f"{split}: sequence {row} contains a token outside the vocabulary of {vocabulary}"
                 return
             if mask is not None:
                 real_tokens(mask, number)
             sha.update(content_of(ids))
             start, left, number = start + len(ids), left - len(ids), number + len(ids)
             if not left and sha.hexdigest() != current["sha256"]:
-                yield f"{current['name']}: its tokens are not those that were written (SHA-256 differs)"
+                yield f"{current['name']}: its tokens are not the ones that were written (the SHA-256 differs)"

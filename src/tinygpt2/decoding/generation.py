@@ -1,4 +1,4 @@
-"""Text from one or several models, side by side."""
+"""`generate`: text from one or several models, side by side."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ from tinygpt2.runtime.devices import default_device
 from tinygpt2.utils.files import absolute, read_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+    from tinygpt2.utils.types import Tokenizer
 
 DEFAULT_NEW_TOKENS = 100
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One text: `text` is what the model added to the prompt, `tokens` how many tokens that is."""
+    """One continuation of a prompt by a model.
+
+    Attributes:
+        text: the text that the model added to the prompt.
+        tokens: the number of tokens of `text`.
+        seconds: time of generation, divided by the number of samples of the prompt.
+    """
 
     model: str
     prompt: str
@@ -39,7 +45,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """Every model's texts for every prompt, prompt by prompt."""
+    """The texts of every model for every prompt, prompt by prompt."""
 
     results: list[Generation]
 
@@ -54,28 +60,28 @@ class LoadedModel:
 
 
 OnText = Callable[[LoadedModel, str], TextStreamer | None]
-"""Called with model and prompt before a text begins; may return a streamer that receives its tokens."""
+"""Called with the model and the prompt before a text is generated. It may return a streamer for the text's tokens."""
 
 
 def load_with_tokenizer(name: str, *, allow_pickle: bool = False) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Raises:
-        ModelError: either cannot be had, or they do not fit each other.
+        ModelError: the model or its tokenizer was not found, or they do not fit each other.
     """
     model, directory = load_model(name, allow_pickle=allow_pickle)
     tokenizer = require_tokenizer(model_tokenizer(directory), model.config, name)
-    model.generation_config = GenerationConfig()  # the directory's own would fill what the options leave open
+    model.generation_config = GenerationConfig()  # do not use the directory's generation_config.json
     return LoadedModel(name, model.to(default_device()), tokenizer)
 
 
 def continue_prompt(
     loaded: LoadedModel, prompt: str, config: GenerateConfig, streamer: Any = None
 ) -> Iterator[Generation]:
-    """Yield `config.num_samples` continuations; the same seed gives the same texts.
+    """Yield `config.num_samples` continuations of a prompt. The same seed gives the same texts.
 
     Raises:
-        ConfigError: prompt and new tokens are more than the model's positions.
+        ConfigError: the prompt and the new tokens together exceed the model's positions.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = encode(tokenizer, [prompt])[0] or _start(model, tokenizer)
@@ -105,7 +111,7 @@ def continue_prompt(
 
 
 def _start(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> list[int]:
-    """Return what an empty prompt begins with: the token that stands between documents."""
+    """Return the token ids of an empty prompt: the token that separates documents."""
     start = next(
         (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id) if i is not None),
         None,
@@ -119,7 +125,7 @@ def _decoding(config: GenerateConfig, model: GPT2LMHeadModel, tokenizer: Tokeniz
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
     sampling: dict[str, Any] = {"do_sample": False}
     if config.samples:
-        # top_k is the library's 50 unless said otherwise: 0 is the whole vocabulary
+        # 0 keeps the whole vocabulary; without top_k, transformers would keep only the 50 likeliest tokens
         sampling = {
             "do_sample": True,
             "temperature": config.temperature or 1.0,
@@ -137,7 +143,7 @@ def _decoding(config: GenerateConfig, model: GPT2LMHeadModel, tokenizer: Tokeniz
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
-    """Return the prompts that were given, an empty one if none.
+    """Return the prompts of --prompt or --prompt-file, or one empty prompt.
 
     Raises:
         DataError: the prompt file is missing or not UTF-8.
@@ -153,15 +159,15 @@ def generate(config: GenerateConfig, on_text: OnText = lambda loaded, prompt: No
 
     Args:
         config: models, prompts and decoding.
-        watch: told of each text before it begins.
+        on_text: called before each text; see `OnText`.
 
     Raises:
-        ConfigError: a prompt that does not fit, or --interactive, which is the command line's own.
+        ConfigError: a prompt does not fit the model, or --interactive is set, which only the command line supports.
         DataError: the prompt file cannot be read.
-        ModelError: a model or its tokenizer cannot be had.
+        ModelError: a model or its tokenizer was not found.
     """
     if config.interactive:
-        raise ConfigError("--interactive is for the command line")
+        raise ConfigError("--interactive works only on the command line")
     prompts = read_prompts(config)
     models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in config.model]
     texts = [

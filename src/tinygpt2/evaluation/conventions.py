@@ -1,8 +1,12 @@
-"""Conventions of perplexity: which tokens are scored, with what before them, and what the loss is spread over.
+"""Conventions of perplexity: which tokens are scored, in which context, and which units the loss is divided by.
 
-Every convention makes a `Sheet` of a task: token ids, windows over them, and the units to divide by. `hf` is that of
-transformers' page "Perplexity of fixed-length models"; `gpt2-paper` of Radford et al. 2019, section 3; `lm-eval` of
-lm-evaluation-harness' tasks `wikitext` and `lambada_openai`; `tinygpt2` of the program calc_ppl of TinyGPT2.
+Every convention turns a task into a `TokenizedTask`: token ids, windows over them, and the number of units.
+
+Source:
+    `hf`: the transformers page "Perplexity of fixed-length models".
+    `gpt2-paper`: Radford et al. 2019, section 3.
+    `lm-eval`: the tasks `wikitext` and `lambada_openai` of lm-evaluation-harness.
+    `tinygpt2`: the program calc_ppl of TinyGPT2.
 """
 
 from __future__ import annotations
@@ -26,14 +30,14 @@ from tinygpt2.evaluation.tasks import Task
 from tinygpt2.models.compatibility import check_fits, require_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+    from tinygpt2.utils.types import Tokenizer
 
-_AT_ONCE = 1000  # passages tokenized at a time: lists of numbers take much memory
+_AT_ONCE = 1000  # passages tokenized at a time; more would use too much memory, because token ids are Python lists here
 
 
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """The model as its texts see it: name, configuration, tokenizer (None where it has none)."""
+    """A model's name, configuration and tokenizer (None if it has none): enough to lay out texts without weights."""
 
     name: str
     config: Any
@@ -41,41 +45,46 @@ class ModelTokenizer:
 
     @property
     def positions(self) -> int:
-        """Tokens that the model takes at once."""
+        """The longest sequence that the model can process, in tokens."""
         return int(self.config.n_positions)
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of texts.
 
         Raises:
-            ModelError: there is no tokenizer, or it knows more tokens than the model.
+            ModelError: there is no tokenizer, or its vocabulary is larger than the model's.
         """
         return encode(require_tokenizer(self.tokenizer, self.config, self.name), list(texts))
 
     @property
     def prefix(self) -> int:
-        """The token that stands before a text.
+        """The token before a text: start of text or, if the tokenizer does not have one, end of text.
 
         Raises:
-            ModelError: the tokenizer has neither a start nor an end of text.
+            ModelError: the tokenizer has neither of them.
         """
         for token in (getattr(self.tokenizer, "bos_token_id", None), getattr(self.tokenizer, "eos_token_id", None)):
             if token is not None:
                 return int(token)
-        raise ModelError(f"model {self.name}: its tokenizer has no token for the end of text, which has to stand first")
+        raise ModelError(
+            f"model {self.name}: the tokenizer has neither a start-of-text nor an end-of-text token, "
+            "one of which must precede a text"
+        )
 
 
 @dataclass(frozen=True)
 class TokenizedTask:
-    """What is to be scored, and over what the loss is spread.
+    """A task, tokenized and divided into windows, with the sizes that the loss is divided by.
 
     Attributes:
-        tokens: token ids of all texts, one after the other.
-        spans: the windows over them.
-        unit, units: what perplexity is per, and how many there are; for `token` the targets count.
-        words, characters, bytes: of the text.
-        stride: from one window's start to the next; None where every passage is its own window.
-        right: for each question the number of the right one among its `candidates` windows.
+        tokens: token ids of all texts, one text after the other.
+        spans: the windows over `tokens`.
+        unit: perplexity is per token, word, character or byte.
+        units: the number of units in the text. Not used for `token`, where the number of targets counts.
+        words, characters, bytes: sizes of the text.
+        stride: tokens from one window's start to the next; None if every passage is one window.
+        right: for each question, the index of the right answer among its candidates.
+        candidates: the number of candidates of each question. Each candidate is one window.
     """
 
     tokens: Integer[np.ndarray, " N"]
@@ -90,36 +99,38 @@ class TokenizedTask:
     candidates: int = 0
 
     def same_targets(self, other: TokenizedTask) -> bool:
-        """Say whether losses on both sheets compare window by window."""
+        """Return whether both tasks have the same windows and tokens, so that losses compare window by window."""
         return self.spans == other.spans and np.array_equal(self.tokens, other.tokens)
 
 
-def tokenize_task(task: Task, reader: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
-    """Lay a task out for a model.
+def tokenize_task(task: Task, model: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
+    """Tokenize a task for a model and divide it into windows.
 
     Args:
-        stride: tokens from one window's start to the next; None takes the window's length.
+        stride: tokens from one window's start to the next; None means the length of a window.
 
     Raises:
-        ConfigError: the stride is beyond the window, blocks are longer than the model's positions, or the convention
-            does not know tasks of this kind.
-        DataError: there is nothing to predict, or a dataset is another tokenizer's.
+        ConfigError: the stride is larger than the window, blocks are longer than the model's positions, or the
+            convention does not support tasks of this kind.
+        DataError: there is nothing to predict, or a dataset was made with another tokenizer.
         ModelError: there is no tokenizer, or it does not fit the model.
     """
     if task.questions:
         if convention in ("lm-eval", "tinygpt2"):
-            raise ConfigError(f"convention {convention} has no {task.name}", "take --convention gpt2-paper or hf")
-        tokenized = _choices(task, reader, convention)
+            raise ConfigError(
+                f"--convention {convention} does not support the task {task.name}", "use --convention gpt2-paper or hf"
+            )
+        tokenized = _choices(task, model, convention)
     elif task.passages and convention != "tinygpt2":
-        tokenized = _last_words(task, reader, convention)
+        tokenized = _last_words(task, model, convention)
     elif task.packed is not None:
-        tokenized = _blocks(task.packed, reader, convention, stride)
+        tokenized = _blocks(task.packed, model, convention, stride)
     elif convention in ("hf", "tinygpt2"):
         text = task.joined()
-        (tokens,) = reader.tokens([text])
-        tokenized = _per_token(np.array(tokens), text, reader.positions, stride)
+        (tokens,) = model.tokens([text])
+        tokenized = _per_token(np.array(tokens), text, model.positions, stride)
     else:
-        tokenized = _per_unit(task, reader, convention, stride)
+        tokenized = _per_unit(task, model, convention, stride)
     if not tokenized.spans:
         raise DataError(f"{task.name} is {len(tokenized.tokens)} tokens long: there is nothing to predict")
     return tokenized
@@ -129,16 +140,16 @@ def headline_loss(tokenized: TokenizedTask, scores: Scores, convention: Conventi
     """Return the loss in nats per unit of the convention; `perplexity` is its exponential.
 
     Args:
-        scores: of the windows that count; see `counted`.
+        scores: the scores that `counted` returns.
     """
-    if convention == "tinygpt2":  # calc_ppl's flaw: the mean over n - 1 targets is multiplied by n
+    if convention == "tinygpt2":  # calc_ppl multiplies the mean over n - 1 targets by n
         lengths = scores.counts + 1
         return float((scores.sums / scores.counts * lengths).sum() / lengths.sum())
     return scores.loss if tokenized.unit == "token" else float(scores.sums.sum()) / max(tokenized.units, 1)
 
 
 def counted(tokenized: TokenizedTask, scores: Scores) -> Scores:
-    """Return the scores that count: of a question's candidates the right one, and whether it scored best."""
+    """Return the scores that the figures use: for a question, those of the right answer and whether it scored best."""
     if not len(tokenized.right):
         return scores
     sums, counts = (x.reshape(-1, tokenized.candidates) for x in (scores.sums, scores.counts))
@@ -152,8 +163,8 @@ def _per_token(tokens: Integer[np.ndarray, " N"], text: str, window: int, stride
     return TokenizedTask(tokens, spans, "token", 0, len(text.split()), len(text), len(text.encode()), step)
 
 
-def _per_unit(task: Task, reader: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
-    """Score every token of every document, the first after the end of text; windows share at least one token."""
+def _per_unit(task: Task, model: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
+    """Score every token of every document; a prefix token precedes each, and windows share at least one token."""
     text, style = task.text, task.spec.style
     if convention == "lm-eval":
         originals = pages(text) if style == "wikitext" else [text]
@@ -166,34 +177,35 @@ def _per_unit(task: Task, reader: ModelTokenizer, convention: Convention, stride
         words = len(text.split()) + (text.count("\n") if task.spec.lines else 0)
         characters, size, unit = len(text), len(text.encode()), task.spec.unit
         units = {"word": words, "character": characters, "byte": size}[unit]
-    step = _stride(stride, reader.positions)
-    documents = [[reader.prefix, *tokens] for tokens in reader.tokens(texts)]
+    step = _stride(stride, model.positions)
+    documents = [[model.prefix, *tokens] for tokens in model.tokens(texts)]
     spans, offset = [], 0
     for document in documents:
-        for span in windows(len(document), reader.positions + 1, step, full=True):
+        for span in windows(len(document), model.positions + 1, step, full=True):
             spans.append(Window(span.start + offset, span.stop + offset, span.first))
         offset += len(document)
     tokens = np.concatenate([np.array(document) for document in documents])
     return TokenizedTask(tokens, spans, unit, units, words, characters, size, step)
 
 
-def _last_words(task: Task, reader: ModelTokenizer, convention: Convention) -> TokenizedTask:
-    """Score the last word of every passage, after all that stands before it."""
+def _last_words(task: Task, model: ModelTokenizer, convention: Convention) -> TokenizedTask:
+    """Score the last word of every passage, with the rest of the passage as its context."""
     cut = [passage.rsplit(" ", 1) for passage in task.passages]
     endings = [f" {word}" for _, word in cut]
-    tokens, spans = _continued(reader, [context for context, _ in cut], endings)
+    tokens, spans = _continued(model, [context for context, _ in cut], endings)
     whole = "".join(endings)
     unit: Any = "token" if convention == "hf" else "word"
     return TokenizedTask(tokens, spans, unit, len(spans), len(spans), len(whole), len(whole.encode()), None)
 
 
-def _choices(task: Task, reader: ModelTokenizer, convention: Convention) -> TokenizedTask:
-    """Score every candidate of every question with what follows it."""
+def _choices(task: Task, model: ModelTokenizer, convention: Convention) -> TokenizedTask:
+    """Score every candidate of every question together with the text that follows it."""
     candidates = {len(question.endings) for question in task.questions}
     if len(candidates) != 1:
-        raise DataError(f"{task.name}: questions with {' and '.join(map(str, sorted(candidates)))} candidates")
+        counts = " and ".join(map(str, sorted(candidates)))
+        raise DataError(f"{task.name}: all questions need the same number of candidates, but they have {counts}")
     contexts = [question.context for question in task.questions for _ in question.endings]
-    tokens, spans = _continued(reader, contexts, [end for q in task.questions for end in q.endings])
+    tokens, spans = _continued(model, contexts, [end for q in task.questions for end in q.endings])
     right = [question.endings[question.right] for question in task.questions]
     words, whole = sum(len(ending.split()) for ending in right), "".join(right)
     unit: Any = "token" if convention == "hf" else "word"
@@ -203,41 +215,45 @@ def _choices(task: Task, reader: ModelTokenizer, convention: Convention) -> Toke
 
 
 def _continued(
-    reader: ModelTokenizer, contexts: list[str], endings: list[str]
+    model: ModelTokenizer, contexts: list[str], endings: list[str]
 ) -> tuple[Integer[np.ndarray, " N"], list[Window]]:
-    """Return the tokens of contexts with their endings, and a window for each, whose targets are the ending's tokens.
+    """Return the tokens of every context with its ending, and one window for each, with the ending as its targets.
 
-    As the harness does it, white space at a context's end belongs to the ending, and both are tokenized together.
+    As in lm-evaluation-harness, context and ending are tokenized together, and white space at the end of a context
+    belongs to the ending.
     """
     parts, spans, offset = [], [], 0
     for index in range(0, len(contexts), _AT_ONCE):
         some = contexts[index : index + _AT_ONCE]
-        whole = reader.tokens([a + b for a, b in zip(some, endings[index : index + _AT_ONCE], strict=True)])
-        known = reader.tokens([context.rstrip() for context in some])
+        whole = model.tokens([a + b for a, b in zip(some, endings[index : index + _AT_ONCE], strict=True)])
+        known = model.tokens([context.rstrip() for context in some])
         for tokens, before in zip(whole, known, strict=True):
-            start = max(0, len(tokens) - reader.positions - 1)
+            start = max(0, len(tokens) - model.positions - 1)
             spans.append(Window(offset + start, offset + len(tokens), max(1, len(before) - start)))
             offset += len(tokens)
             parts.append(np.array(tokens, np.int32))
     return np.concatenate(parts), spans
 
 
-def _blocks(packed: PackedDataset, reader: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
+def _blocks(packed: PackedDataset, model: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
     """Read a dataset's test split as one text, in windows of its block length."""
-    check_fits(packed, reader.config, reader.tokenizer and fingerprint(reader.tokenizer), f"model {reader.name}")
+    check_fits(packed, model.config, model.tokenizer and fingerprint(model.tokenizer), f"model {model.name}")
     blocks = packed.test
     if not len(blocks):
         raise DataError(f"the test split of {packed.name} is empty")
-    # Blocks of sliding windows repeat what the one before had: each token counts once.
+    # Blocks that overlap repeat tokens of the block before. Each token has to count once.
     seen = packed.sequence_length - packed.manifest["stride"]
-    if seen and packed.manifest.get("parts", 1) > 1:
-        raise DataError(f"{packed.name}: the blocks of its parts overlap", "measure on one part at a time")
+    if seen and packed.manifest.get("shards", 1) > 1:
+        raise DataError(
+            f"{packed.name} has several shards with overlapping blocks, so its text cannot be restored",
+            "measure on one part at a time",
+        )
     tokens = np.concatenate([blocks.row(0), *(blocks.row(index)[seen:] for index in range(1, len(blocks)))])
     text = packed.tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     if convention in ("hf", "tinygpt2"):
         return _per_token(tokens, text, packed.sequence_length, stride)
     step, words = _stride(stride, packed.sequence_length), len(text.split())
-    first = ModelTokenizer(reader.name, reader.config, packed.tokenizer()).prefix
+    first = ModelTokenizer(model.name, model.config, packed.tokenizer()).prefix
     tokens = np.concatenate([[first], tokens])
     spans = list(windows(len(tokens), packed.sequence_length + 1, step, full=True))
     return TokenizedTask(tokens, spans, "word", words, words, len(text), len(text.encode()), step)
@@ -246,6 +262,6 @@ def _blocks(packed: PackedDataset, reader: ModelTokenizer, convention: Conventio
 def _stride(stride: int | None, window: int) -> int:
     if (stride or 0) > window:
         raise ConfigError(
-            f"--stride {stride} is beyond the window of {window} tokens: text between windows would be lost"
+            f"--stride {stride} is larger than the window of {window} tokens: text between windows would be skipped"
         )
     return stride or window

@@ -1,9 +1,9 @@
-"""Text that was split for word-level models, put back as people write it, and split again.
+"""Detokenizers: turn text that was split for word-level models into normal text, and back.
 
-GPT-2's paper (Radford et al. 2019, section 3.1) measures such texts through invertible detokenizers: nothing is lost
-by them, so the log-probability of what they make is that of the original. Here `retokenize` undoes `detokenize`, line
-by line: a line that would not come back is left as it stands. lm-evaluation-harness has a
-detokenizer of its own, for which there is no inverse.
+GPT-2's paper (Radford et al. 2019, section 3.1) measures such texts with invertible detokenizers. These lose no
+information, so the detokenized text has the log-probability of the original. Here `retokenize` undoes `detokenize` line
+by line: `detokenize` leaves a line unchanged if `retokenize` would not restore it. The detokenizer of
+lm-evaluation-harness (`detokenize_page`) is not invertible.
 """
 
 from __future__ import annotations
@@ -13,34 +13,36 @@ from typing import Literal
 
 Style = Literal["wikitext", "news", "ptb"]
 
-_MARKS = {"@-@": "-", "@,@": ",", "@.@": "."}  # WikiText's own, for what stood inside a word or a number
-_LEFT = frozenset(", ; : ! ? ) ] %".split())  # written without a space before
-_RIGHT = frozenset("( [ $ £ ¥ ₱".split())  # without a space after
-_BOTH = frozenset("/ —".split())
+_MARKS = {"@-@": "-", "@,@": ",", "@.@": "."}  # WikiText's marks for punctuation inside a word or a number
+_LEFT = frozenset(", ; : ! ? ) ] %".split())  # no space before these
+_RIGHT = frozenset("( [ $ £ ¥ ₱".split())  # no space after these
+_BOTH = frozenset("/ —".split())  # no space on either side
 _ABBREVIATIONS = frozenset(
     "Adj Adm Adv Art Asst Bart Bldg Brig Bros Capt Cmdr Co Col Comdr Con Corp Cpl Dr Drs Ens Gen Gov Hon Hosp Hr Inc "
     "Insp Jr Lt Ltd Maj Messrs Mlle Mme Mr Mrs Ms Msgr No Nos Nr Op Ord Pfc Ph Prof Pvt Rep Reps Res Rev Rt Sen Sens "
     "Sfc Sgt Sr St Supt Surg al p pp rev v var vs".split()
 )
 _DASH = "\N{EN DASH}"
-_DIGIT = r"(?:\d|<unk>)"  # a number may be one of WikiText's unknown words
+_DIGIT = r"(?:\d|<unk>)"  # in WikiText a rare number is <unk>
 
 
 def detokenize(text: str, style: Style) -> str:
-    """Return a text of split words as people write it, line by line.
+    """Turn split words into normal text, line by line.
 
     Args:
-        text: words and punctuation between single spaces, lines as the file has them.
+        text: words and punctuation separated by single spaces; the lines are those of the file.
         style: `wikitext`, `news` (One Billion Word: WikiText's rules without its marks inside words) or `ptb`.
     """
     return "\n".join(_detokenized(line.strip(" "), style) for line in text.split("\n"))
 
 
 def retokenize(text: str, style: Style) -> str:
-    """Undo `detokenize`: in WikiText and the Penn Treebank every line stands between two spaces, an empty one is one.
+    """Undo `detokenize`.
+
+    In WikiText and the Penn Treebank every line has a space before and after it, and an empty line is one space.
 
     Args:
-        text: what `detokenize` made of a whole file, which ends with a line end.
+        text: the result of `detokenize` for a whole file that ends with a line end.
     """
     *lines, last = (_split(line, style) for line in text.split("\n"))
     if style != "news":
@@ -58,7 +60,7 @@ def _split(text: str, style: Style) -> str:
 
 
 def _join(line: str, style: Style | Literal["cbt"]) -> str:
-    """Glue what Moses' tokenizer, and WikiText's marks, have split."""
+    """Join the words that Moses' tokenizer and WikiText's marks have split."""
     tokens = line.split(" ")
     pieces: list[str] = []
     glued, quoted = True, False
@@ -105,14 +107,14 @@ def _split_moses(text: str, style: Style) -> str:
 
 
 def _keeps_period(word: str, after: str) -> bool:
-    """Say whether Moses leaves a period at the end of a word: abbreviations, initials, before a small letter."""
+    """Return whether Moses keeps a period on a word: abbreviations, initials, before a lower-case letter."""
     spelled = "." in word and any(letter.isalpha() for letter in word)
     initial = len(word) == 1 and word.isalpha() and word.isupper()
     return not word or spelled or initial or word in _ABBREVIATIONS or after[:1].islower()
 
 
 def _join_ptb(line: str) -> str:
-    """Glue what the Penn Treebank splits, as far as Mikolov's version of it has punctuation at all."""
+    """Join the words that the Penn Treebank splits. Mikolov's version of it has little punctuation."""
     line = re.sub(r"(?<=\w) (n't|'(?:s|re|ve|ll|d|m))(?= |$)", r"\1", line)
     line = re.sub(r"(?<=s) '(?= |$)", "'", line)
     return re.sub(r"(?<=[$#]) (?=\S)", "", line)
@@ -138,16 +140,16 @@ _CBT = {
 
 
 def detokenize_cbt(text: str) -> str:
-    """Return sentences of the Children's Book Test, which are split as the Penn Treebank is, as people write them."""
+    """Turn sentences of the Children's Book Test, which are split like the Penn Treebank, into normal text."""
     line = _join(" ".join(_CBT.get(word, word) for word in text.split()), "cbt")
     return re.sub(r"(?<=\w) n't(?!\w)", "n't", line)
 
 
 _HARNESS = [
     (r"s '", "s'"),
-    (r"/' [0-9]/", "/'[0-9]/"),  # as it stands there: meant for years such as '90, it never finds one
+    (r"/' [0-9]/", "/'[0-9]/"),  # copied as it is: meant for years such as '90, but never matches one
     (r" @-@ ", "-"), (r" @,@ ", ","), (r" @\.@ ", "."),
-    *((f" [{mark}] ", f"{mark} ") for mark in ":;.!?,"),  # one after the other: they share spaces
+    *((f" [{mark}] ", f"{mark} ") for mark in ":;.!?,"),  # one by one: adjacent marks share a space
     (r"\(\s*([^)]*?)\s*\)", r"(\1)"), (r"\[\s*([^\]]*?)\s*\]", r"[\1]"), (r"{\s*([^}]*?)\s*}", r"{\1}"),
     (r'"\s*([^"]*?)\s*"', r'"\1"'), (r"'\s*([^']*?)\s*'", r"'\1'"),
     (r"= = = =", "===="), (r"= = =", "==="), (r"= =", "=="),
@@ -156,14 +158,14 @@ _HARNESS = [
 
 
 def detokenize_page(page: str) -> str:
-    """Return a page of WikiText as lm-evaluation-harness' task `wikitext` scores it (preprocess_wikitext.py)."""
+    """Detokenize a page of WikiText like the task `wikitext` of lm-evaluation-harness (preprocess_wikitext.py)."""
     for pattern, replacement in _HARNESS:
         page = re.sub(pattern, replacement, page)
     return page
 
 
 def pages(text: str) -> list[str]:
-    """Divide WikiText into its articles as the data set `EleutherAI/wikitext_document_level` does."""
+    """Divide WikiText into its articles like the dataset `EleutherAI/wikitext_document_level`."""
     found: list[list[str]] = [[]]
     for line in text.split("\n"):
         title = line.replace("= = =", "===").replace("= =", "==").strip()

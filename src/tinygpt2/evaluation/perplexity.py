@@ -1,4 +1,4 @@
-"""`ppl`: zero-shot perplexity of models on tasks, and how two models differ."""
+"""`ppl`: zero-shot perplexity of models on tasks, and the differences between models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinygpt2.evaluation.plots import plot_comparison
 from tinygpt2.evaluation.results import Paired, PplResult, PplRow, make_row
 from tinygpt2.evaluation.scoring import Scorer, Scores
 from tinygpt2.evaluation.stopwords import STOP_WORDS
-from tinygpt2.evaluation.tasks import Task, TaskList, load_tasks, task_list
+from tinygpt2.evaluation.tasks import Task, load_tasks
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.cpu import fast_products
@@ -31,25 +31,23 @@ from tinygpt2.utils.files import absolute
 from tinygpt2.utils.progress import say, track
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+    from tinygpt2.utils.types import Tokenizer
 
 
-def ppl(config: PplConfig) -> PplResult | TaskList:
-    """Measure zero-shot perplexity of every model on every task.
+def ppl(config: PplConfig) -> PplResult:
+    """Measure the zero-shot perplexity of every model on every task.
 
-    Returns:
-        The figures; with `list_tasks` the named tasks instead.
+    Args:
+        config: its `list_tasks` must be off: see `list_tasks`.
 
     Raises:
-        ConfigError: unknown task, stride beyond the window, blocks longer than the model's positions.
-        DataError: a text is missing, empty or too short, or a dataset is another tokenizer's.
+        ConfigError: a task is unknown, the stride is larger than the window, or blocks are longer than the model's
+            positions.
+        DataError: a text is missing, empty or too short, or a dataset was made with another tokenizer.
         ModelError: a model cannot be loaded, or has no tokenizer for a text.
     """
-    return task_list() if config.list_tasks else measure(config)
-
-
-def measure(config: PplConfig) -> PplResult:
-    """Do what `ppl` does, unless it only lists the tasks."""
+    if config.list_tasks:
+        raise ConfigError("ppl measures, and list_tasks does not", "call tinygpt2.list_tasks instead")
     check_number(config.num_processes)
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
@@ -57,15 +55,17 @@ def measure(config: PplConfig) -> PplResult:
         result: PplResult = launch("ppl", config.num_processes or 1, config)
         return result
     joined = distributed.is_initialized()
-    if not joined:  # an earlier call's processes are gone, and their number is no longer true
+    if not joined:  # forget the processes of an earlier call: they no longer exist
         PartialState._reset_state()
     state = PartialState(cpu=not torch.cuda.is_available())
     try:
-        with state.main_process_first():  # the first may download, the others find it in the cache
+        with state.main_process_first():  # one process downloads, the others use its cache
             tasks = load_tasks(config.task, config.task_data)
         names = [task.name for task in tasks]
         if any(other != names for other in gather_object([names])):
-            raise DataError("the processes found different tasks", "name them, instead of all, or give --task-data")
+            raise DataError(
+                "the processes found different tasks", "name the tasks instead of using --task all, or use --task-data"
+            )
         with fast_products():
             measured = _measure_all(config, tasks, state.device)
         if config.plot and state.is_main_process:
@@ -77,21 +77,21 @@ def measure(config: PplConfig) -> PplResult:
 
 
 def tokenize_fitting_tasks(
-    tasks: list[Task], reader: ModelTokenizer, convention: Convention = "hf", stride: int | None = None
+    tasks: list[Task], model: ModelTokenizer, convention: Convention = "hf", stride: int | None = None
 ) -> dict[str, TokenizedTask]:
-    """Lay tasks out for a model, as far as its configuration and tokenizer are enough; those of `all` that fit.
+    """Tokenize tasks for a model. Tasks that were found by `all` and do not fit the model are skipped.
 
     Raises:
-        ConfigError, DataError, ModelError: see `make_sheet`; a task that was asked for by name does not fit.
+        ConfigError, DataError, ModelError: a task that was given by name does not fit; see `tokenize_task`.
     """
     tokenized_tasks = {}
     for task in tasks:
         try:
-            tokenized_tasks[task.name] = tokenize_task(task, reader, convention, stride)
+            tokenized_tasks[task.name] = tokenize_task(task, model, convention, stride)
         except TinyGPT2Error as error:
             if not task.optional:
                 raise
-            say(f"{task.name} is left out: {error.message}")
+            say(f"{task.name} is skipped: {error.message}")
     return tokenized_tasks
 
 
@@ -104,79 +104,81 @@ def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> 
         parameters = count_parameters(model)
         scorer = Scorer(model, config.precision, device)
         for task in tasks:
-            reader = ModelTokenizer(name, model.config, model_tokenizer(directory))
+            tokenizer = ModelTokenizer(name, model.config, model_tokenizer(directory))
             row, done[name, task.name] = _measure(
-                scorer, reader, task, tokenized_tasks[name, task.name], config, parameters
+                scorer, tokenizer, task, tokenized_tasks[name, task.name], config, parameters
             )
             rows.append(row)
-        del model, scorer  # before the next one is there
+        del model, scorer  # so that two models are never in memory at once
     paired = []
     for task in tasks:
         for a, b in combinations(names, 2):
-            found = (done[a, task.name], done[b, task.name])
+            scores = (done[a, task.name], done[b, task.name])
             same = tokenized_tasks[a, task.name].same_targets(tokenized_tasks[b, task.name])
-            paired.append(_pair(absolute(a), absolute(b), task.name, *found if same else (None, None)))
+            paired.append(_pair(absolute(a), absolute(b), task.name, *scores if same else (None, None)))
     return PplResult(rows, paired)
 
 
 def _tokenize_all(
     config: PplConfig, names: list[str], tasks: list[Task]
 ) -> tuple[list[Task], dict[tuple[str, str], TokenizedTask]]:
-    """Make every sheet before anything is measured, so that what does not fit costs no time.
+    """Tokenize every task for every model before anything is measured, so that errors are reported early.
 
     Returns:
-        The tasks that stay, and a sheet for each model and task. A task that `all` found is left out where it does not
-        fit a model or the convention.
+        The tasks to measure, and the tokenized task for each model and task. Tasks that were found by `all` and do not
+        fit every model and the convention are skipped.
     """
     tokenized_tasks: dict[tuple[str, str], TokenizedTask] = {}
     for name in names:
         model, directory = load_model(name, allow_pickle=config.allow_pickle, hollow=True)
-        reader = ModelTokenizer(name, model.config, model_tokenizer(directory))
-        found = tokenize_fitting_tasks(tasks, reader, config.convention, config.stride)
-        tokenized_tasks |= {(name, task): tokenized for task, tokenized in found.items()}
+        tokenizer = ModelTokenizer(name, model.config, model_tokenizer(directory))
+        fitting = tokenize_fitting_tasks(tasks, tokenizer, config.convention, config.stride)
+        tokenized_tasks |= {(name, task): tokenized for task, tokenized in fitting.items()}
     kept = [task for task in tasks if all((name, task.name) in tokenized_tasks for name in names)]
     if not kept:
-        raise DataError("no task is left that fits the models and the convention")
+        raise DataError("none of the tasks fits the models and the convention")
     if config.stride is not None and all(tokenized.stride is None for tokenized in tokenized_tasks.values()):
-        raise ConfigError("--stride does nothing: every passage of these tasks is a window of its own")
+        raise ConfigError("--stride has no effect: in these tasks every passage is one window")
     return kept, tokenized_tasks
 
 
 def _measure(
-    scorer: Scorer, reader: ModelTokenizer, task: Task, tokenized: TokenizedTask, config: PplConfig, parameters: int
+    scorer: Scorer, model: ModelTokenizer, task: Task, tokenized: TokenizedTask, config: PplConfig, parameters: int
 ) -> tuple[PplRow, Scores]:
     window = max(span.stop - span.start for span in tokenized.spans)
     budget = config.batch_size * window if config.batch_size else _budget(scorer.head.device.type)
     last_words = bool(task.passages) and config.convention != "tinygpt2"
-    ruled_out = _stop_words(reader.tokenizer, len(scorer.head)).to(scorer.head.device) if last_words else None
+    ruled_out = _stop_words(model.tokenizer, len(scorer.head)).to(scorer.head.device) if last_words else None
     started = time.perf_counter()
-    with track(f"{reader.name} on {task.name}", len(tokenized.spans)) as progress:
+    with track(f"{model.name} on {task.name}", len(tokenized.spans)) as progress:
         try:
             every = scorer(tokenized.tokens, tokenized.spans, budget, progress.advance, ruled_out)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"out of memory on {task.name}", "lower --batch-size, or take --precision bf16"
+                f"out of memory on {task.name}", "use a smaller --batch-size, or --precision bf16"
             ) from error
     seconds = time.perf_counter() - started
     scores = counted(tokenized, every)
     if math.isnan(scores.loss):
-        raise ModelError(f"model {reader.name}: its loss on {task.name} is not a number", "tinygpt2 verify says why")
-    row = make_row(reader.name, parameters, task, config.convention, tokenized, scores, seconds, every.targets)
+        raise ModelError(
+            f"model {model.name}: the loss on {task.name} is NaN", "check the model's files with tinygpt2 verify"
+        )
+    row = make_row(model.name, parameters, task, config.convention, tokenized, scores, seconds, every.targets)
     return row, scores
 
 
 def _budget(device: str) -> int:
-    """Return the tokens in a forward pass: enough for fast products, few enough for little memory."""
+    """Return the number of tokens in one forward pass: a compromise between speed and memory."""
     return 2**11 if device == "cpu" else 2**15
 
 
 def _stop_words(tokenizer: Tokenizer | None, vocabulary: int) -> Bool[Tensor, " V"]:
-    """Return which tokens are a stop word by themselves, with a space before it."""
+    """Return a mask of the tokens that are a whole stop word, with or without a space before it."""
     mask = torch.zeros(vocabulary, dtype=torch.bool)
     if tokenizer is not None:
         words = {f"{space}{word}" for word in STOP_WORDS for space in ("", " ")}
-        found = [ids[0] for ids in tokenizer(sorted(words), add_special_tokens=False)["input_ids"] if len(ids) == 1]
-        mask[found] = True
+        encoded = tokenizer(sorted(words), add_special_tokens=False)["input_ids"]
+        mask[[ids[0] for ids in encoded if len(ids) == 1]] = True
     return mask
 
 

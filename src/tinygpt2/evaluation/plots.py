@@ -1,4 +1,4 @@
-"""Perplexity of several models as a picture."""
+"""A plot that compares the perplexity of several models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinygpt2.utils.plotting import figure_of, save_figure
 
 
 def plot_comparison(rows: Sequence[PplRow], path: Path) -> None:
-    """Draw perplexity against parameters and against measured tokens/s, one line for each task, as a PNG."""
+    """Plot perplexity against parameters and against measured tokens/s, one line for each task, as a PNG."""
     figure, axes = figure_of(2)
     names, tasks = short_names([row.model for row in rows]), short_names([row.task for row in rows])
     for task in dict.fromkeys(row.task for row in rows):

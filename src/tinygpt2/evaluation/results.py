@@ -1,4 +1,4 @@
-"""Figures of several models beside each other: in rows and pairs, as CSV, as Markdown, as a picture."""
+"""The figures of `ppl`: one row for each model and task, and the differences between models."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ class PplRow:
     """One model on one task.
 
     Attributes:
-        model, task, convention: what was measured, and how.
-        perplexity: per `unit`, which the convention chooses.
-        loss: nats per token, over `tokens` targets; `stderr` is its standard error over windows.
-        bits_per_character, bits_per_byte, byte_perplexity, word_perplexity: the total loss of all targets, spread over
-            the whole text's `characters`, `bytes` and `words`, for models with different vocabularies (by `hf` the
-            first token of a window is no target, though its characters count).
-        accuracy: share of LAMBADA's last words, or of CBT's answers, that were right.
-        accuracy_without_stop_words: of last words, if the model may answer with no stop word.
-        unit, units: what perplexity is per, and how many of them the text has.
-        stride: tokens from one window's start to the next; None where every passage is a window of its own.
-        parameters: of the model.
+        model, task, convention: the model, the task and the convention of perplexity.
+        perplexity: per `unit`, which depends on the convention.
+        loss: mean loss of the `tokens` targets, in nats per token.
+        stderr: standard error of `loss` over windows; None for a single window.
+        bits_per_character, bits_per_byte, byte_perplexity, word_perplexity: the total loss of all targets, divided by
+            the `characters`, `bytes` or `words` of the whole text. They compare models with different vocabularies.
+            (With `hf`, the first token of a window is not a target, but its characters count.)
+        accuracy: share of LAMBADA's last words, or of CBT's answers, that the model predicted; None if not measured.
+        accuracy_without_stop_words: the same for last words, if the model must not answer with a stop word.
+        unit, units: the unit of perplexity, and how many of them the text has.
+        tokens: number of targets.
+        words, characters, bytes: sizes of the text.
+        stride: tokens from one window's start to the next; None if every passage is one window.
+        seconds: time that the forward passes took.
+        tokens_per_second: targets per second, including those of candidates that do not count.
+        parameters: number of the model's parameters.
         source: where the text came from.
     """
 
@@ -63,7 +68,7 @@ class PplRow:
 class Paired:
     """Difference of two models' losses on one task (a - b, nats per token), window by window.
 
-    Both are None where the models' windows hold different targets, so that losses do not compare.
+    `difference` and `stderr` are None if the models' windows have different targets: then their losses do not compare.
     """
 
     a: str
@@ -75,14 +80,14 @@ class Paired:
 
 @dataclass(frozen=True)
 class PplResult:
-    """Every model on every task, and every pair of models."""
+    """The figures of every model on every task, and the differences of every pair of models."""
 
     results: list[PplRow]
     paired: list[Paired]
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return names without the directories that all of them share."""
+    """Return each name without the directories that all names share."""
     paths = [name for name in names if Path(name).is_absolute()]
     if len(set(paths)) < 2:
         return {name: Path(name).name or name for name in names}
@@ -103,8 +108,9 @@ def make_row(
     """Compute all figures of one model on one task.
 
     Args:
-        scores: of the windows that count.
-        seconds: that the model took for `predicted` tokens, candidates that do not count included.
+        scores: the scores that the figures use, from `counted`.
+        seconds: time for all forward passes.
+        predicted: tokens predicted in that time, including those of candidates that do not count.
     """
     total, size = float(scores.sums.sum()), max(tokenized.bytes, 1)
     filtered = scores.filtered if convention == "gpt2-paper" else None

@@ -1,7 +1,7 @@
-"""Losses of given tokens under a model: windows batched, logits in chunks, each process its share.
+"""Losses of given tokens under a model. Windows are batched and shared among the processes.
 
-Nothing of size N x V is held: only the positions that predict a target go through the output matrix, a chunk of them
-at a time, and the softmax takes a few rows of a chunk, which stay in a CPU's cache.
+The logits of all tokens (N x V) are never in memory at once. Only positions that predict a target are multiplied by the
+output matrix, one chunk at a time. The softmax works on a few rows of a chunk, so that they stay in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tinygpt2.runtime.devices import DTYPES
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens [start, stop) of a text; those from `start + first` on are its targets."""
+    """Tokens [start, stop) of a text. The tokens from `start + first` on are its targets."""
 
     start: int
     stop: int
@@ -33,18 +33,18 @@ class Window:
 
     @property
     def targets(self) -> int:
-        """How many tokens are scored."""
+        """Number of tokens that are scored."""
         return self.stop - self.start - self.first
 
 
 def windows(count: int, size: int, stride: int, *, full: bool = False) -> Iterator[Window]:
-    """Yield the windows over a text of `count` tokens such that every token with context is a target once.
+    """Yield the windows over a text of `count` tokens, so that every token with context is a target exactly once.
 
     Args:
         count: tokens in the text.
         size: tokens in a window, at least 2.
         stride: tokens from one window's start to the next, 1 to `size`.
-        full: let the last window begin early enough to be a whole one.
+        full: let the last window begin earlier, so that it also has `size` tokens if the text is long enough.
     """
     scored = 0
     for start in range(0, count, stride):
@@ -60,11 +60,13 @@ def windows(count: int, size: int, stride: int, *, full: bool = False) -> Iterat
 
 @dataclass(frozen=True)
 class Scores:
-    """Per window: the summed loss of its targets (nats), how many there are, and whether all were predicted.
+    """Scores of each window.
 
     Attributes:
-        greedy: every target is its model's likeliest token.
-        filtered: the same, if the first target may be none of the ruled-out tokens.
+        sums: the summed loss of its targets, in nats.
+        counts: the number of its targets.
+        greedy: whether every target is the token to which the model gives the highest probability.
+        filtered: the same, with the ruled-out tokens excluded from the predictions of the first target.
     """
 
     sums: Float[np.ndarray, " W"]
@@ -74,7 +76,7 @@ class Scores:
 
     @property
     def targets(self) -> int:
-        """Number of tokens that were predicted."""
+        """Number of targets in all windows."""
         return int(self.counts.sum())
 
     @property
@@ -93,16 +95,16 @@ class Scores:
 
 
 def perplexity_of(loss: float) -> float:
-    """Return the perplexity of a loss in nats; infinite where a float cannot hold it."""
+    """Return the perplexity of a loss in nats; infinity if it is too large for a float."""
     return math.inf if loss >= 700 else math.exp(loss)
 
 
 class Scorer:
-    """A model made ready to score: on its device, in its precision, in evaluation mode.
+    """A model that is ready to score: on its device, in its precision, in evaluation mode.
 
     Args:
-        model: float32 weights; they are converted in place. In a short type the output matrix is kept a second time,
-            without its mean row: see `head_operand`.
+        model: a model with float32 weights, which are converted in place. With a 16-bit type a second copy of the
+            output matrix is kept, without its mean row: see `head_operand`.
     """
 
     def __init__(self, model: GPT2LMHeadModel, precision: Precision, device: torch.device) -> None:
@@ -120,14 +122,16 @@ class Scorer:
         advance: Callable[[int, str], None] = lambda windows, note: None,
         ruled_out: Bool[Tensor, " V"] | None = None,
     ) -> Scores:
-        """Score windows, those of one length together; every process takes its share and returns the whole.
+        """Score windows, in batches of similar length.
+
+        Every process scores its share of the windows and returns the scores of all of them.
 
         Args:
             tokens: the text's token ids.
             spans: its windows.
-            budget: tokens in a forward pass; a longer window is alone in its own.
-            advance: told how many windows were done, and the perplexity so far.
-            ruled_out: also look which targets were predicted, with and without these tokens.
+            budget: tokens in one forward pass; a longer window is scored alone.
+            advance: called with the number of windows just done and a note with the perplexity so far.
+            ruled_out: also check which targets were predicted, once with and once without these tokens allowed.
         """
         state = PartialState(cpu=not torch.cuda.is_available())
         found = np.zeros((3, len(spans)))
@@ -154,7 +158,7 @@ class Scorer:
 
 
 def _batches(spans: Sequence[Window], budget: int) -> Iterator[list[int]]:
-    """Yield the numbers of windows that go together, the longest first, so that little of a batch is padding."""
+    """Yield the indices of the windows of each batch, the longest windows first, so that there is little padding."""
     lengths = [span.stop - span.start for span in spans]
     batch: list[int] = []
     for index in sorted(range(len(spans)), key=lambda index: -lengths[index]):
@@ -169,7 +173,10 @@ def _batches(spans: Sequence[Window], budget: int) -> Iterator[list[int]]:
 def _padded(
     tokens: Integer[np.ndarray, " N"], spans: Sequence[Window], device: torch.device
 ) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B P"]]:
-    """Return windows side by side, and which positions predict their targets; causal attention hides the padding."""
+    """Return a batch of windows, and a mask of the positions that predict their targets.
+
+    The padding is at the end, so causal attention keeps it from changing the losses.
+    """
     longest = max(span.stop - span.start for span in spans)
     ids = np.zeros((len(spans), longest), np.int64)
     wanted = np.zeros((len(spans), longest - 1), bool)
@@ -181,7 +188,7 @@ def _padded(
 
 
 def _all_hit(hits: Bool[Tensor, "N 2"], counts: Iterable[int]) -> Bool[np.ndarray, "2 B"]:
-    """Say for each window whether its targets were predicted; the filter holds for the first of them alone."""
+    """Return for each window whether all targets were predicted. Tokens are ruled out for the first target only."""
     found = []
     for part in torch.split(hits, list(counts)):
         rest = bool(part[1:, 0].all())

@@ -1,4 +1,4 @@
-"""English stop words, which LAMBADA's last word hardly ever is: those of NLTK's list (Porter et al.), 2009."""
+"""English stop words of NLTK's list (Porter et al.), 2009. LAMBADA's last words are hardly ever stop words."""
 
 STOP_WORDS = frozenset(
     "i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself "

@@ -1,1 +1,1 @@
-"""GPT-2 models: configurations, weights, loading, and running them."""
+"""GPT-2 models: configurations, weights, loading, saving and forward passes."""

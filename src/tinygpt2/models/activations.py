@@ -1,8 +1,8 @@
-"""One forward pass that returns what the objectives compare: hidden states, queries, keys and values.
+"""Run a forward pass that returns what the objectives compare: hidden states, queries, keys and values.
 
-It runs GPT-2's own modules one after the other and returns what was asked for, as a function without side
-effects: so it can be compiled, checkpointed, and stopped after the last layer that anybody needs. No T x T
-matrix exists here (with dropout, torch makes one on a CPU).
+The pass runs GPT-2's own modules one after the other. It has no side effects, so it can be compiled and checkpointed,
+and it stops after the deepest layer that the caller asks for. It never holds a T x T matrix, except with dropout on a
+CPU, where torch makes one.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-ROWS = 128  # query rows in a block: large enough for fast products, small against T x T
+ROWS = 128  # query rows handled at a time: enough for fast matrix products, and few compared with T
 
 
 @dataclass
 class Activations:
-    """What one forward pass returned.
+    """The values that one forward pass returned.
 
     Attributes:
-        states: hidden states by number: 0 the embeddings, i the output of layer i, N the last one (after
-            the final layer norm), as `transformers` returns them.
-        attention: by layer, counted from 1, its queries, keys and values, side by side.
-        scale: by layer, what the products of queries and keys are multiplied by.
+        states: hidden states by number, as `transformers` numbers them: 0 is the embeddings, i the output of layer i,
+            and N (the last one) the output of the final layer norm.
+        attention: the queries, keys and values of each layer, concatenated. Layers are counted from 1.
+        scale: the factor by which each layer multiplies the products of queries and keys.
     """
 
     states: dict[int, Float[Tensor, "B T D"]] = field(default_factory=dict)
@@ -46,13 +46,13 @@ def collect_activations(
     *,
     checkpointing: bool = False,
 ) -> Activations:
-    """Run the transformer once, as deep as the deepest number asked for.
+    """Run the transformer once, up to the deepest layer or hidden state that is asked for.
 
     Args:
         input_ids: token ids.
-        states: numbers of hidden states, 0 to N.
-        attention: numbers of layers, 1 to N.
-        checkpointing: keep each layer's input only, and run the layer again in the backward pass.
+        states: numbers of the hidden states to return, 0 to N.
+        attention: numbers of the layers whose queries, keys and values to return, 1 to N.
+        checkpointing: keep only each layer's input, and run the layer again in the backward pass.
     """
     transformer = model.transformer
     layers = len(transformer.h)
@@ -77,7 +77,10 @@ def collect_activations(
 
 
 def _layer(block: GPT2Block, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T E"]]:
-    """Return a block's output, and its queries, keys and values side by side: E is 3 D unless the stream was cut."""
+    """Return a block's output, and its queries, keys and values concatenated.
+
+    E is 3 D, except in a model whose residual stream was narrowed.
+    """
     mixed, fused = mixed_heads(block, hidden)
     hidden = hidden + block.attn.resid_dropout(block.attn.c_proj(mixed))
     return hidden + block.mlp(block.ln_2(hidden)), fused
@@ -86,7 +89,7 @@ def _layer(block: GPT2Block, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tens
 def mixed_heads(
     block: GPT2Block, hidden: Float[Tensor, "B T D"]
 ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T E"]]:
-    """Return what a block's heads hold before their output projection, and queries, keys and values (E is 3 W)."""
+    """Return the outputs of a block's heads before their projection, and its queries, keys and values (E is 3 W)."""
     attention = block.attn
     fused = attention.c_attn(block.ln_1(hidden))
     query, key, value = (by_head(part, attention.num_heads) for part in fused.chunk(3, dim=-1))
@@ -107,7 +110,7 @@ def mixed_heads(
 def _attend_by_rows(
     query: Float[Tensor, "B H T K"], key: Float[Tensor, "B H T K"], value: Float[Tensor, "B H T K"], scale: float
 ) -> Float[Tensor, "B H T K"]:
-    """Causal attention without dropout, a block of query rows at a time.
+    """Return causal attention without dropout, computed for `ROWS` query rows at a time.
 
     For bfloat16 on a CPU this takes about two thirds of the time of torch's own kernel.
     """
@@ -117,7 +120,7 @@ def _attend_by_rows(
     future = query.new_full((ROWS, ROWS), -math.inf).triu(1)
     for start in range(0, length, ROWS):
         stop = min(start + ROWS, length)
-        # contiguous, and only then transposed: oneDNN would copy a transposed slice element by element
+        # Make the slice contiguous before transposing it: oneDNN would copy a transposed slice element by element.
         scores = torch.bmm(query[:, start:stop], key[:, :stop].contiguous().mT)  # (B H, rows, keys)
         scores[:, :, start:] += future[: stop - start, : stop - start]
         mixed[:, start:stop] = torch.bmm(scores.softmax(-1), value[:, :stop])
@@ -125,5 +128,5 @@ def _attend_by_rows(
 
 
 def by_head(x: Float[Tensor, "B T D"], heads: int) -> Float[Tensor, "B H T K"]:
-    """Split the last axis by heads, without a copy."""
+    """Split the last axis into heads, without a copy."""
     return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)

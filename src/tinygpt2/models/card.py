@@ -7,7 +7,14 @@ from typing import Any
 
 
 def model_card(title: str, how: str, figures: Mapping[str, Any], command: str) -> str:
-    """Render a model card: what it is, how it was made, what was measured, how to run it again."""
+    """Render a model card: what the model is, how it was made, what was measured, and the command that made it.
+
+    Args:
+        title: heading of the card.
+        how: sentences that say how the model was made.
+        figures: rows of the card's table.
+        command: the command and its options, without `tinygpt2`.
+    """
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return f"""---
 library_name: transformers
@@ -19,13 +26,13 @@ tags:
 
 # {title}
 
-{how} Plain `transformers` opens it: `GPT2LMHeadModel.from_pretrained(...)`, `AutoTokenizer.from_pretrained(...)`.
+{how} Plain `transformers` loads it: `GPT2LMHeadModel.from_pretrained(...)`, `AutoTokenizer.from_pretrained(...)`.
 
 | | |
 |---|---|
 {rows}
 
-The command that made it; all its options are in config.yaml, which `tinygpt2 {command.split()[0]} --config` takes:
+The following command made this model. config.yaml holds all its options, for `tinygpt2 {command.split()[0]} --config`:
 
     tinygpt2 {command}
 """

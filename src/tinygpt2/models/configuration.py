@@ -1,4 +1,4 @@
-"""Shapes of GPT-2: presets by name (YAML files beside this one), files of one's own, Cerebras' parameter files."""
+"""Model configurations of GPT-2: presets (the YAML files in presets/), the user's files, Cerebras' parameter files."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from tinygpt2.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+
+    from tinygpt2.utils.types import Tokenizer
 
 GPT2_VOCABULARY = 50257
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A shape by name; `parameters` with GPT-2's vocabulary, tied embeddings counted once."""
+    """A built-in model configuration. `parameters` assumes GPT-2's vocabulary and counts tied embeddings once."""
 
     name: str
     parameters: int
@@ -36,13 +37,13 @@ class Preset:
 
 @dataclass(frozen=True)
 class PresetList:
-    """Every preset, the smallest first."""
+    """All presets, the smallest first."""
 
     presets: list[Preset]
 
 
 def presets(config: PresetsConfig | None = None) -> PresetList:
-    """Describe every preset."""
+    """List the presets."""
     found = []
     for name in preset_names():
         values = yaml.safe_load(_preset(name).read_text(encoding="utf-8"))
@@ -51,7 +52,7 @@ def presets(config: PresetsConfig | None = None) -> PresetList:
 
 
 def parameters_of(shape: dict[str, Any]) -> int:
-    """Count the weights of a shape, GPT-2's vocabulary where it names none, tied embeddings once."""
+    """Count the weights of a configuration. Tied embeddings count once; without `vocab_size`, GPT-2's is used."""
     width, layers, vocabulary = shape["n_embd"], shape["n_layer"], shape.get("vocab_size", GPT2_VOCABULARY)
     inner = shape.get("n_inner") or 4 * width
     attention, mlp, norms = 4 * width * width + 4 * width, 2 * width * inner + inner + width, 4 * width
@@ -63,7 +64,7 @@ def _preset(name: str) -> Path:
 
 
 def preset_names() -> list[str]:
-    """Return the names of the shipped shapes."""
+    """Return the names of the presets."""
     return sorted(
         Path(item.name).stem
         for item in files("tinygpt2.models").joinpath("presets").iterdir()
@@ -72,30 +73,34 @@ def preset_names() -> list[str]:
 
 
 def is_model_config(name: str) -> bool:
-    """Say whether a name means a shape (preset or config file) and not a directory of weights."""
+    """Return whether a name means a configuration (a preset or a file) and not a directory with weights."""
     return not Path(name).is_dir() and (name in preset_names() or Path(name).suffix in (".json", ".yaml", ".yml"))
 
 
 def read_model_config(name: str, tokenizer: Tokenizer) -> GPT2Config:
     """Read a preset, a config.json, a YAML file or a Cerebras parameter file as GPT-2's configuration.
 
-    Start and end of text are the tokenizer's. A preset takes the size of the vocabulary from it too; a file that
-    gives one must agree.
+    The ids of the start and the end of text come from the tokenizer. So does the size of the vocabulary, unless a file
+    sets it; then it must be the tokenizer's.
 
     Raises:
-        ConfigError: no such preset or file, no GPT-2, unknown or impossible values, another vocabulary.
+        ConfigError: there is no such preset or file, it does not describe a GPT-2, it has unknown or impossible values,
+            or its vocabulary size is not the tokenizer's.
     """
     path = _preset(name) if name in preset_names() else Path(name)
     if not path.is_file():
-        raise ConfigError(f"no model configuration {name!r}", f"a file, or one of: {', '.join(preset_names())}")
+        raise ConfigError(
+            f"no model configuration {name!r}: there is no such preset or file",
+            f"give a file, or one of: {', '.join(preset_names())}",
+        )
     try:
-        # JSON apart: YAML 1.1 reads its 1e-05 as text
+        # JSON needs its own parser: YAML 1.1 reads a JSON number such as 1e-05 as text.
         read = json.loads if path.suffix == ".json" else yaml.safe_load
         values = read(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} does not hold a model configuration")
+        raise ConfigError(f"{path} does not contain a model configuration")
     if is_cerebras(values):
         values = shape_of(values, str(path))
     values.pop("source", None)
@@ -104,16 +109,21 @@ def read_model_config(name: str, tokenizer: Tokenizer) -> GPT2Config:
     if config.vocab_size != len(tokenizer):
         raise ConfigError(
             f"{path}: vocab_size {config.vocab_size}, but the data's tokenizer has {len(tokenizer)} tokens",
-            "leave vocab_size out to take it from the data",
+            "leave vocab_size out, so that it follows from the data",
         )
     return config
 
 
 def make_model_config(values: dict[str, Any], where: str) -> GPT2Config:
-    """Build GPT-2's configuration and check that it makes sense.
+    """Build GPT-2's configuration and check its values.
+
+    Args:
+        values: keys and values as in config.json.
+        where: where they come from, for error messages.
 
     Raises:
-        ConfigError: it is not GPT-2's, has unknown keys, or the heads do not divide the width.
+        ConfigError: the configuration is not GPT-2's, it has unknown keys, or its width is not a multiple of its
+            number of heads.
     """
     from transformers import GPT2Config
 
@@ -133,5 +143,5 @@ def make_model_config(values: dict[str, Any], where: str) -> GPT2Config:
     except Exception as error:
         raise ConfigError(f"{where}: {one_line(error)}") from error
     if config.n_embd % config.n_head:
-        raise ConfigError(f"{where}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+        raise ConfigError(f"{where}: n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     return config

@@ -1,4 +1,4 @@
-"""The output matrix: how logits are made in chunks, and losses of given next tokens."""
+"""The output matrix (lm_head.weight): how many logits to compute at a time, and the losses of given next tokens."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from tinygpt2.models.activations import collect_activations
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """Return the type for sums and softmaxes: float32, or float64 where the numbers are."""
+    """Return the type for sums and softmaxes: float64 for float64 numbers, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def default_chunk(vocabulary: int, device: str) -> int:
-    """Return how many tokens' logits to hold at a time: 2**25 of them on a CPU, 2**28 on a GPU."""
+    """Return for how many tokens to hold logits at a time.
+
+    These are at most 2**25 logits on a CPU and 2**28 on a GPU, but always at least 64 tokens.
+    """
     return max(64, (2**25 if device == "cpu" else 2**28) // vocabulary)
 
 
 def rows_at_once(vocabulary: int, device: str) -> int:
-    """Return how many rows of logits to work on element-wise at a time: 2 MiB of float32 on a CPU, 256 on a GPU."""
+    """Return how many rows of logits to process element-wise at a time: 2 MiB of float32 on a CPU, 256 MiB on a GPU."""
     return max(1, (2**19 if device == "cpu" else 2**26) // vocabulary)
 
 
 def head_operand(head: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
-    """Return the output matrix as its products take it: in autocast's type, and centred if that is a short one.
+    """Return the output matrix for matrix products: in autocast's type, and centred if that has fewer than 32 bits.
 
-    GPT-2's logits share a large offset, about -100, which a softmax ignores and bfloat16 would round to
-    halves. Without the matrix' mean row it is gone; neither the losses nor their gradients change by it.
+    GPT-2's logits share a large offset of about -100. A softmax ignores the offset, but at that size bfloat16 rounds
+    to multiples of 0.5. Subtracting the matrix's mean row removes the offset; losses and gradients stay the same.
     """
     device = head.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
@@ -48,22 +51,23 @@ def target_losses(
     wanted: Bool[Tensor, "B P"],
     ruled_out: Bool[Tensor, " V"] | None = None,
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
-    """Return the loss in nats of the wanted next tokens, in float32, row by row.
+    """Return the loss of each wanted next token, in nats and at least float32, row by row.
 
     Args:
         head: the output matrix, as `head_operand` returns it.
-        input_ids: token ids; the last one of a row is only predicted.
-        wanted: which of the P = T - 1 positions predict a target, N in all.
+        input_ids: token ids; the last one of each row is only a target.
+        wanted: marks the N positions, of P = T - 1 in each row, that predict a target.
         ruled_out: tokens that do not count as predictions in the second column of the hits.
 
     Returns:
-        The losses; and if `ruled_out` is given, whether each target is the likeliest token.
+        The losses, and the hits if `ruled_out` is given (else None). The hits tell whether each target is the likeliest
+        token: of all tokens (first column), and of those that are not ruled out (second column).
     """
     last = len(model.transformer.h)
     states = collect_activations(model, input_ids[:, :-1], states=[last]).states[last][wanted]
     targets = input_ids[:, 1:][wanted]
     vocabulary, device = len(head), head.device.type
-    # a quarter of what training takes: as fast without a backward pass
+    # A quarter of the chunk that training uses is as fast here, because there is no backward pass.
     chunk, rows = max(1, default_chunk(vocabulary, device) // 4), rows_at_once(vocabulary, device)
     losses = torch.empty(len(targets), dtype=wide(head), device=head.device)
     hits = None if ruled_out is None else torch.empty(len(targets), 2, dtype=torch.bool, device=head.device)

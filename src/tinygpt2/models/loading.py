@@ -1,4 +1,4 @@
-"""GPT-2 models: random weights, loading, freezing, saving. Always plain `transformers` models."""
+"""Load GPT-2 models, or make them with random weights. They are always plain `transformers` models."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from tinygpt2.models.weights import PICKLES, stored_shapes, weight_files
 from tinygpt2.utils.hub import local_directory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+    from tinygpt2.utils.types import Tokenizer
 
 
 def random_model(config: GPT2Config, seed: int, *, hollow: bool = False) -> GPT2LMHeadModel:
-    """Make a model with GPT-2's initial weights, the same for the same seed; `hollow` is one of shapes alone."""
+    """Make a model with GPT-2's random initial weights; the same seed gives the same weights.
+
+    With `hollow`, the model is on the meta device: its tensors have shapes but no values.
+    """
     if hollow:
         with torch.device("meta"):
             return _fast(GPT2LMHeadModel(config))
@@ -36,17 +39,17 @@ def load_model(
     """Load float32 weights, in evaluation mode, from a local directory or the Hub.
 
     Args:
-        name: where from.
-        role: what it is, for messages.
-        allow_pickle: read pickled weights where there are no others.
-        hollow: read shapes alone, on the meta device; a Hub id's weights are not fetched for that.
+        name: a local directory or a Hub id.
+        role: what error messages call the model, such as `teacher`.
+        allow_pickle: read pickled weights if there are no safetensors.
+        hollow: load only the shapes, on the meta device; the weights of a Hub id are not downloaded then.
 
     Returns:
-        The model, and the directory that it came from.
+        The model, and the directory that it was loaded from.
 
     Raises:
-        ModelError: no model, no weights, pickled weights without `allow_pickle`, another architecture,
-            weights that are missing, left over or of another shape.
+        ModelError: there is no such model, it has no weights, or only pickled ones without `allow_pickle`, it is not a
+            GPT-2, or weights are missing, left over or of another shape.
     """
     directory = local_directory(name, role, allow_pickle=allow_pickle, weights=not hollow)
     config = _directory_config(directory, role)
@@ -55,15 +58,15 @@ def load_model(
     if not weight_files(directory):
         pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
         if not pickles:
-            raise ModelError(f"no weights in {role} {directory}: model.safetensors is missing")
+            raise ModelError(f"there are no weights in {role} {directory}: model.safetensors is missing")
         if not allow_pickle:
             raise ModelError(
-                f"{role} {directory} holds pickled weights only ({', '.join(pickles)}), which can run code when read",
+                f"{role} {directory} has pickled weights only ({', '.join(pickles)}), and loading them can run code",
                 "convert them to safetensors, or add --allow-pickle if you trust their author",
             )
     if hollow:
         return _check_shapes(random_model(config, 0, hollow=True), directory, role), directory
-    unset_hf_deepspeed_config()  # in a run with ZeRO-3 a process would get nothing but its shard
+    unset_hf_deepspeed_config()  # with ZeRO-3, each process would otherwise load only its shard of the weights
     try:
         model, info = GPT2LMHeadModel.from_pretrained(
             str(directory),
@@ -73,7 +76,7 @@ def load_model(
             output_loading_info=True,
             use_safetensors=None if allow_pickle else True,
         )
-    except Exception as error:  # whatever broken weights make the library raise
+    except Exception as error:  # broken weights can make the library raise any exception
         raise ModelError(f"cannot load {role} {directory}: {one_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(item) for item in info.get(what) or ()):
@@ -83,17 +86,20 @@ def load_model(
 
 
 def _check_shapes(model: GPT2LMHeadModel, directory: Path, role: str) -> GPT2LMHeadModel:
-    """Compare a hollow model with the headers of the weights' files, where there are safetensors."""
+    """Compare a hollow model's shapes with the headers of its safetensors files, if there are any."""
     found: dict[str, list[int]] = {}
     for file in weight_files(directory):
         try:
             found |= stored_shapes(file)
-        except Exception as error:  # whatever a broken file makes the library raise
+        except Exception as error:  # a broken file can make the library raise any exception
             raise ModelError(f"cannot load {role} {file}: {one_line(error)}") from error
     for name, tensor in model.transformer.state_dict(prefix="transformer.").items():
         if found and found.get(name) != list(tensor.shape):
-            have, want = found.get(name, "nothing"), list(tensor.shape)
-            raise ModelError(f"{role} {directory}: {name} is of shape {have}, config.json says {want}")
+            have, want = found.get(name, "no such tensor"), list(tensor.shape)
+            raise ModelError(
+                f"{role} {directory}: {name} should have shape {want} (from config.json), "
+                f"but the weight files have {have}"
+            )
     return model.eval()
 
 
@@ -104,9 +110,9 @@ def _directory_config(directory: Path, role: str) -> GPT2Config:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path}: {error}") from error
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
     if values.get("model_type") != "gpt2":
-        raise ModelError(f"{role} {directory} is of type {values.get('model_type')!r}, not gpt2")
+        raise ModelError(f"{role} {directory} has the model type {values.get('model_type')!r}, not gpt2")
     try:
         return GPT2Config(**values)
     except Exception as error:
@@ -114,7 +120,7 @@ def _directory_config(directory: Path, role: str) -> GPT2Config:
 
 
 def _fast(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Let GPT-2's tanh GELU run as torch's one kernel; the configuration keeps the name it came with."""
+    """Run GPT-2's tanh GELU as a single torch kernel. The configuration keeps the activation's original name."""
     if model.config.activation_function == "gelu_new":
         for block in model.transformer.h:
             block.mlp.act = nn.GELU(approximate="tanh")
@@ -122,5 +128,5 @@ def _fast(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 
 def model_tokenizer(directory: Path) -> Tokenizer | None:
-    """Load the tokenizer beside a model's weights, if there is one."""
+    """Load the tokenizer in a model's directory; return None if there is none."""
     return load_tokenizer(str(directory)) if has_tokenizer(directory) else None

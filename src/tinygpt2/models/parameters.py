@@ -1,4 +1,4 @@
-"""A model's parameters: counting, freezing, dropout."""
+"""Count and freeze a model's parameters, and set its dropout."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from tinygpt2.errors import ConfigError
 
 
 def set_dropout(model: GPT2LMHeadModel, rate: float) -> None:
-    """Use one dropout rate for embeddings, attention and residuals while training; the configuration stays."""
+    """Set one dropout rate for embeddings, attention and residuals. The model's configuration is not changed."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = rate
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
-    """Exclude the parameters whose names match a pattern (as in a shell) from training.
+    """Exclude from training all parameters whose names match a shell-style pattern.
 
     Raises:
-        ConfigError: a pattern matches nothing, or all together leave nothing to train.
+        ConfigError: a pattern matches no parameter, or no parameter is left to train.
     """
     for pattern in patterns:
         matched = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
@@ -37,5 +37,5 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count weights, tied ones once."""
+    """Count a model's weights. Tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters())

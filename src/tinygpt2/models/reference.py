@@ -1,10 +1,11 @@
-"""GPT-2 from first principles, in plain PyTorch: the whole model, to be read from top to bottom.
+"""GPT-2 from first principles, in plain PyTorch. This file is the whole model; read it from top to bottom.
 
-It shares no code with `transformers` or with the rest of this package, reads the same files (config.json,
-model.safetensors), and computes the same numbers: the oracle that `verify` and the tests hold models against. It is
-written to be clear, not fast. docs/gpt2-from-scratch.md walks through it.
+It shares no code with `transformers` or with the rest of this package. It reads the same files (config.json,
+model.safetensors) and computes the same numbers, so `verify` and the tests compare other models with it. It is written
+to be clear, not fast. docs/gpt2-from-scratch.md explains it step by step.
 
-Axis letters: B batch, T time, V vocabulary, D width, H heads, K head width (D = H K), F inner width.
+Letters for tensor axes: B batch, T time (positions), V vocabulary, D width, H heads, K head width (D = H K), F inner
+width (of the MLP).
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """What has to be known of a GPT-2 besides its weights, under the names that config.json has."""
+    """The values that describe a GPT-2 apart from its weights, under the names that config.json uses."""
 
     vocab_size: int
     n_positions: int
@@ -41,14 +42,14 @@ class Shape:
         """Read config.json.
 
         Raises:
-            ValueError: it asks for something that this GPT-2 does not have.
+            ValueError: config.json asks for a feature that this GPT-2 does not have.
         """
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         for key, plain in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
             if config.get(key, plain) != plain:
-                raise ValueError(f"{key}: {config[key]} is not what GPT-2 does")
+                raise ValueError(f"config.json sets {key} to {config[key]}, but this GPT-2 supports only {plain}")
         if (name := config.get("activation_function", "gelu_new")) not in ACTIVATIONS:
-            raise ValueError(f"activation_function: {name} is not known here")
+            raise ValueError(f"config.json sets activation_function to {name}, but known are {', '.join(ACTIVATIONS)}")
         return cls(
             vocab_size=config.get("vocab_size", 50257),
             n_positions=config.get("n_positions", 1024),
@@ -63,9 +64,10 @@ class Shape:
 
 
 class Output(NamedTuple):
-    """What a forward pass returns: logits (B, T, V), and N + 1 hidden states (B, T, D).
+    """The result of a forward pass: logits (B, T, V), and N + 1 hidden states (B, T, D) of a model with N blocks.
 
-    State 0 is the embeddings, state i the output of block i; the last one is after the final layer norm.
+    State 0 is the sum of the embeddings, and state i is the output of block i. But the last state, N, is the output of
+    the final layer norm, which follows block N.
     """
 
     logits: Tensor
@@ -73,12 +75,12 @@ class Output(NamedTuple):
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by Hendrycks and Gimpel's tanh formula (arXiv:1606.08415, section 2), which GPT-2 was trained with."""
+    """Compute GELU with Hendrycks and Gimpel's tanh formula (arXiv:1606.08415, section 2), as GPT-2 does."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def gelu_erf(x: Tensor) -> Tensor:
-    """GELU as it is defined, x times the normal distribution's function: not GPT-2's, but near."""
+    """Compute GELU exactly: x times the standard normal distribution function. GPT-2 uses the tanh formula instead."""
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
@@ -93,7 +95,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LayerNorm(nn.Module):
-    """Bring every position's vector to mean 0 and variance 1, then scale and shift each of its dimensions."""
+    """Normalize the vector of each position to mean 0 and variance 1, then scale and shift each dimension.
+
+    The scale (`weight`) and the shift (`bias`) are learned.
+    """
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -101,14 +106,14 @@ class LayerNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        """Normalise every vector by itself."""
+        """Normalize each vector separately."""
         mean = x.mean(-1, keepdim=True)
         variance = ((x - mean) ** 2).mean(-1, keepdim=True)  # divided by D, not by D - 1
         return (x - mean) / torch.sqrt(variance + self.epsilon) * self.weight + self.bias
 
 
 class Attention(nn.Module):
-    """Every position gathers from itself and the earlier ones, H times side by side."""
+    """Causal self-attention with H heads: each position gathers information from itself and earlier positions."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -117,19 +122,19 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(shape.n_embd, shape.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        """Let every position gather from those up to it."""
+        """Return, for each position, a mixture of the values of this position and all earlier ones."""
         B, T, D = x.shape
         K = D // self.heads
         query, key, value = (part.view(B, T, self.heads, K).transpose(1, 2) for part in self.c_attn(x).split(D, dim=-1))
-        scores = query @ key.transpose(-1, -2) / math.sqrt(K)  # (B, H, T, T): row t looks at column s
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # s > t
+        scores = query @ key.transpose(-1, -2) / math.sqrt(K)  # (B, H, T, T): how much position t attends to position s
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # (T, T): true where s > t
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
         mixed = weights @ value  # (B, H, T, K)
         return self.c_proj(mixed.transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
-    """Every position by itself: up to F dimensions, a bend, and back."""
+    """A small network that handles each position separately: from D to F dimensions, an activation, and back to D."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -138,12 +143,15 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[shape.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        """Bend every vector by itself."""
+        """Apply the network to each vector separately."""
         return self.c_proj(self.activation(self.c_fc(x)))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
-    """Two corrections to the residual stream; each reads it through a layer norm, and none norms the stream itself."""
+    """One layer: attention and an MLP, whose outputs are added to the residual stream.
+
+    Both read the stream through a layer norm. The stream itself is not normalized.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -153,13 +161,16 @@ class Block(nn.Module):
         self.mlp = MLP(shape)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        """Add what attention and the MLP have to say."""
+        """Add the output of attention to the stream, then the output of the MLP."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
 class GPT2(nn.Module):
-    """The whole model: embeddings, N blocks, a last layer norm, and the embeddings again as output matrix."""
+    """The whole model: embeddings, N blocks, a final layer norm and the output matrix.
+
+    If embeddings are tied, the output matrix is the matrix of token embeddings.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -174,7 +185,7 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Output:  # (B, T)
-        """Return the logits of the next token at every position, and the hidden states."""
+        """Return the logits of the next token at each position, and the hidden states."""
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
         states = [x]
         for block in self.h:
@@ -184,7 +195,7 @@ class GPT2(nn.Module):
         return Output(self.lm_head(states[-1]), states)
 
     def greedy(self, ids: Tensor, count: int) -> Tensor:  # (B, T) -> (B, T + count)
-        """Add the likeliest token, again and again; the model sees the last `n_positions` tokens at most."""
+        """Append the likeliest next token, `count` times. The model sees at most the last `n_positions` tokens."""
         for _ in range(count):
             logits = self(ids[:, -self.shape.n_positions :]).logits
             ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -192,18 +203,20 @@ class GPT2(nn.Module):
 
 
 def load(directory: Path | str) -> GPT2:
-    """Read a model directory: config.json and one or several .safetensors files.
+    """Load a model directory: config.json and one or more .safetensors files.
 
-    The files hold Conv1D's matrices, which are (in, out) and multiply from the right; nn.Linear has (out, in).
+    The files store the blocks' matrices for `transformers`' Conv1D: with shape (in, out), to multiply from the right.
+    nn.Linear needs (out, in), so they are transposed here.
 
     Raises:
-        ValueError: the weights are not those of such a shape.
+        ValueError: the weights do not fit config.json.
     """
     directory = Path(directory)
     model = GPT2(Shape.read(directory))
     weights: dict[str, Tensor] = {}
     for file in sorted(directory.glob("model*.safetensors")):
         weights |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    # Some older files also store the causal mask, which is not a weight.
     weights = {
         name: tensor for name, tensor in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))
     }

@@ -1,4 +1,4 @@
-"""Write a model directory that plain `transformers` opens."""
+"""Save a model in a directory that plain `transformers` can load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinygpt2.models.weights import write_checksums
 from tinygpt2.utils.files import atomic_contents, write_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast as Tokenizer
+    from tinygpt2.utils.types import Tokenizer
 
 
 def save_model(
@@ -25,17 +25,17 @@ def save_model(
     weights: dict[str, Tensor] | None = None,
     run: str | None = None,
 ) -> None:
-    """Write a directory that plain `transformers` opens; each file appears whole.
+    """Save a model in a directory that plain `transformers` can load. No half-written file is left behind.
 
     Args:
-        card: the model card, README.md.
-        weights: the model's, where it holds only a shard of them itself.
-        run: the resolved configuration, config.yaml.
+        card: text of the model card, saved as README.md.
+        weights: all weights of the model, if `model` itself holds only a shard of them.
+        run: the resolved options, saved as config.yaml.
 
     Raises:
-        ModelError: the disk is full, or does not let us write.
+        ModelError: the disk is full, or the directory is not writable.
     """
-    model.config.n_ctx = model.config.n_positions  # an older name of it, which llama.cpp's conversion reads
+    model.config.n_ctx = model.config.n_positions  # the older name of n_positions, which llama.cpp's converter reads
     try:
         with atomic_contents(out) as temporary:
             model.save_pretrained(str(temporary), state_dict=weights)
@@ -47,4 +47,4 @@ def save_model(
             write_text(out / "config.yaml", run)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ModelError(f"cannot save the model in {out}: {reason}", "check rights and space") from error
+        raise ModelError(f"cannot save the model in {out}: {reason}", "check permissions and disk space") from error

@@ -1,4 +1,4 @@
-"""Files of weights: finding tensors by name, and the checksums that are saved beside them."""
+"""Weight files: finding tensors by name, and the checksums that are saved next to the files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinygpt2.utils.files import sha256_of
 
-CHECKSUMS = "SHA256SUMS"  # of the files of weights; `sha256sum -c` reads it
+CHECKSUMS = "SHA256SUMS"  # checksums of the weight files, in the format of `sha256sum -c`
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -23,9 +23,9 @@ def weight_files(directory: Path) -> list[Path]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Open a safetensors file; yield it, and for each tensor's name in the model its name in the file.
+    """Open a safetensors file. Yield it, and a mapping from each tensor's name in the model to its name in the file.
 
-    The names in the model begin with `transformer.`, but some files leave that out.
+    Names in the model begin with `transformer.`, but some files leave that out.
     """
     with safe_open(file, "pt") as weights:
         prefix = "transformer."
@@ -49,7 +49,7 @@ def stored_tensor(directory: Path, name: str) -> Tensor | None:
 
 
 def write_checksums(directory: Path) -> None:
-    """Write the SHA-256 of every safetensors file in a directory beside them."""
+    """Write the SHA-256 of every safetensors file in a directory to its SHA256SUMS file."""
     lines = [f"{sha256_of(file)}  {file.name}\n" for file in sorted(directory.glob("*.safetensors"))]
     (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
@@ -66,6 +66,6 @@ def check_checksums(directory: Path) -> Iterator[str]:
 
 
 def block_of(name: str) -> str:
-    """Return the block in a tensor's name, such as `transformer.h.3`; an empty text for tensors outside the blocks."""
+    """Return the block in a tensor's name, such as `transformer.h.3`; an empty string for tensors outside blocks."""
     parts = name.split(".")
     return ".".join(parts[:3]) if parts[:2] == ["transformer", "h"] else ""

@@ -1,1 +1,1 @@
-"""What a student learns to match."""
+"""The objectives: losses that compare a student with its teacher or with the data."""

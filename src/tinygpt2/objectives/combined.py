@@ -1,7 +1,7 @@
-"""The objectives and their weighted sum.
+"""The weighted sum of all objectives.
 
-To add one: write its function in a module here with its source, give it an option in `DistillConfig`, a
-term in `Objectives.forward`, and a float64 reference in the tests.
+To add an objective, write its function with its source in a module of this package, add an option to `DistillConfig`
+and a term to `Objectives.forward`, and compare it with a float64 reference in the tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights, by the names of the terms, and choices; the defaults are plain language modelling."""
+    """The weight of each term, under the term's name, and the settings. The defaults are plain language modelling."""
 
     attention: float = 0.0
     hidden: float = 0.0
@@ -44,7 +44,7 @@ class LossWeights:
 
     @classmethod
     def of(cls, config: DistillConfig) -> LossWeights:
-        """Take them from the options of `distill`."""
+        """Return the weights and settings that the options of `distill` hold."""
         return cls(
             attention=config.attention_weight,
             hidden=config.hidden_weight,
@@ -62,7 +62,13 @@ class LossWeights:
 
 
 class Counts(NamedTuple):
-    """What means are taken over: positions, targets (next tokens), and pairs of a position and one not after it."""
+    """The counts that means divide by.
+
+    Attributes:
+        positions: number of positions.
+        targets: number of next tokens to predict.
+        pairs: number of pairs of a position with itself or an earlier position.
+    """
 
     positions: float
     targets: float
@@ -70,29 +76,29 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Counts:
-        """Count in blocks with so many real tokens each."""
+        """Count them in blocks that have the given numbers of real tokens."""
         return cls(sum(lengths), sum(max(0, length - 1) for length in lengths), sum(n * (n + 1) // 2 for n in lengths))
 
     def over(self, count: int) -> Counts:
-        """Divide all by a number; none is left at 0, where there is nothing to take a mean of."""
+        """Divide all counts by a number. A count of 0 is replaced by 1, so that nothing is divided by 0."""
         return Counts(*(max(value, 1) / count for value in self))
 
 
 class Objectives(nn.Module):
-    """The weighted sum of the active objectives; holds the learned map of hidden states.
+    """Computes the weighted sum of the active objectives, and holds the learned map of hidden states.
 
     Args:
-        weights: the active objectives.
+        weights: weights and settings of the objectives.
         student: the student's configuration.
-        teacher: the teacher's; None where no active objective looks at one.
-        chunk: tokens whose logits are held at a time; None takes what suits the device.
+        teacher: the teacher's configuration; None if no active objective uses a teacher.
+        chunk: for how many tokens logits are held at a time; None chooses a number that suits the device.
 
     Attributes:
         student_states, teacher_states: numbers of the hidden states to capture.
         student_attention, teacher_attention: numbers of the layers whose attention to capture.
 
     Raises:
-        ConfigError: the two shapes do not fit an active objective.
+        ConfigError: the shapes of student and teacher do not fit an active objective.
     """
 
     def __init__(
@@ -102,8 +108,8 @@ class Objectives(nn.Module):
         self.weights, self.chunk, self.heads = weights, chunk, student.n_head
         self.projection: nn.Module = nn.Identity()
         self._last = (student.n_layer, 0 if teacher is None else teacher.n_layer)
-        self._group = 1  # teacher heads whose mean score one student head learns
-        # what is compared, each as (student's number, teacher's number)
+        self._group = 1  # number of teacher heads whose mean score one student head learns
+        # Pairs to compare: (number in the student, number in the teacher).
         self._scores: list[tuple[int, int]] = []
         self._relations: list[tuple[int, int]] = []
         self._states: list[tuple[int, int]] = []
@@ -136,14 +142,16 @@ class Objectives(nn.Module):
         lengths: Int[Tensor, " B"] | None = None,
         share: Counts | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        """Return the weighted sum, and each active term unweighted and detached, by its name.
+        """Return the weighted sum, and each active term by its name, unweighted and detached.
 
         Args:
             student_head: the student's output matrix.
-            teacher_head: the teacher's, as `head_operand` returns it.
-            lengths: real tokens of each row, padding after them; None: all are. Padding counts in no term.
-            share: what the means are taken over, if not what is here: a global batch's counts, divided by the
-                number of micro-batches, make the mean of the micro-batches' terms the global batch's.
+            teacher_head: the teacher's output matrix, as `head_operand` returns it.
+            lengths: number of real tokens in each row; the rest is padding, which no term counts. None if there is no
+                padding.
+            share: the counts that means divide by; None uses the counts of this batch. With the counts of a global
+                batch divided by its number of micro-batches, the mean of the micro-batches' terms is the global
+                batch's term.
         """
         weights = self.weights
         size, length = input_ids.shape
@@ -170,17 +178,17 @@ class Objectives(nn.Module):
                 self.chunk,
             )
             hidden = _kept(student.states[self._last[0]], real)
-            total, found = prediction_loss(hidden, student_head, _kept(targets, real), labels, objective)
+            total, unweighted = prediction_loss(hidden, student_head, _kept(targets, real), labels, objective)
             loss = loss + total
-            terms |= {name: term * parts[name] for name, term in found.items()}
+            terms |= {name: term * parts[name] for name, term in unweighted.items()}
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _compare(
         self, student: Activations, teacher: Activations, real: Tensor | None, own: Counts, share: Counts
     ) -> dict[str, Tensor]:
-        """Return the active terms that compare what the two models captured, unweighted.
+        """Return the active terms that compare the activations of the two models, unweighted.
 
-        Attention's queries, keys and values are 0 on padding, which adds nothing to their losses' sums.
+        On padding, queries, keys and values are set to 0, so that padding adds nothing to the sums of their losses.
         """
         terms: dict[str, list[Tensor]] = {}
         for i, j in self._scores:
@@ -208,9 +216,10 @@ class Objectives(nn.Module):
         return {name: torch.stack(parts).sum() * factors[name] for name, parts in terms.items()}
 
     def _by_head(self, fused: Float[Tensor, "B T D"], real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Split queries, keys and values by the student's heads; teacher heads of a group lie side by side.
+        """Split queries, keys and values into the student's number of heads.
 
-        The product of two such long heads is the sum of the group's scores.
+        If the teacher has more heads, each of the resulting long heads contains a group of teacher heads. The product
+        of two long heads is then the sum of the group's scores.
         """
         fused = fused if real is None else fused * real.unsqueeze(-1)
         query, key, value = (by_head(part, self.heads) for part in fused.chunk(3, dim=-1))
@@ -218,31 +227,31 @@ class Objectives(nn.Module):
 
 
 def _kept(x: Shaped[Tensor, "B T ..."], real: Bool[Tensor, "B T"] | None) -> Shaped[Tensor, "N ..."]:
-    """Return the real positions, one after another."""
+    """Return the positions that are not padding, one after another."""
     return x.flatten(0, 1) if real is None else x[real]
 
 
 def _check_shapes(weights: LossWeights, student: GPT2Config, teacher: GPT2Config) -> None:
     if weights.attention and student.n_head != teacher.n_head:
-        what = f"the student has {student.n_head} heads, the teacher {teacher.n_head}"
+        counts = f"the student has {student.n_head} heads, the teacher {teacher.n_head}"
         if weights.head_map == "equal":
             raise ConfigError(
-                f"--attention-weight compares head by head: {what}",
-                f"take a student with {teacher.n_head} heads, --head-map average, or --attention-weight 0",
+                f"--attention-weight compares head by head, which needs equal numbers of heads: {counts}",
+                f"use a student with {teacher.n_head} heads, --head-map average, or --attention-weight 0",
             )
         if teacher.n_head % student.n_head:
             raise ConfigError(
-                f"--head-map average needs groups of equal size: {what}",
-                f"take a student whose number of heads divides {teacher.n_head}, or --attention-weight 0",
+                f"--head-map average divides the teacher's heads into groups of equal size: {counts}",
+                f"use a student whose number of heads divides {teacher.n_head}, or --attention-weight 0",
             )
     if weights.relation and teacher.n_embd % student.n_head:
         raise ConfigError(
-            f"--relation-weight splits both widths by the student's {student.n_head} heads, "
+            f"--relation-weight splits both hidden sizes into the student's {student.n_head} heads, "
             f"which do not divide the teacher's {teacher.n_embd}",
             "use --relation-weight 0",
         )
     if weights.cosine and student.n_embd != teacher.n_embd:
         raise ConfigError(
-            f"--cosine-weight needs equal widths: the student has {student.n_embd}, the teacher {teacher.n_embd}",
+            f"--cosine-weight needs equal hidden sizes: the student has {student.n_embd}, the teacher {teacher.n_embd}",
             "use --cosine-weight 0",
         )

@@ -1,4 +1,4 @@
-"""Hidden states through one learned map, and DistilGPT2's cosine of the last ones."""
+"""Losses on hidden states: the squared error after one learned map, and DistilGPT2's cosine of the final states."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from tinygpt2.models.lm_head import wide
 def hidden_loss(
     student: Float[Tensor, "*N D"], teacher: Float[Tensor, "*N D"], scale: HiddenScale
 ) -> Float[Tensor, ""]:
-    """Mean squared error between one hidden state of the student and one of the teacher.
+    """Return the mean squared error between one hidden state of the student and one of the teacher.
 
     Args:
-        student: mapped to the teacher's width.
-        teacher: as it is.
-        scale: `variance` divides by the teacher state's variance over all its entries: a pre-LN residual
-            stream grows with depth, and deep states would drown the rest. Its entries are those of the
-            micro-batch, so another split of the same global batch divides by slightly other numbers.
+        student: the student's state, mapped to the teacher's width.
+        teacher: the teacher's state, unchanged.
+        scale: `variance` divides the error by the variance of the teacher's state over all its entries. The residual
+            stream of a pre-LN model grows with depth, so without this the deep states would dominate the loss. The
+            variance is that of the micro-batch, so splitting the same global batch differently gives slightly
+            different losses.
     Source: TinyBERT, arXiv:1909.10351, eq. 8; scaling: TinyGPT2's README, "Objective scaling".
     """
     mapped, target = student.to(wide(student)), teacher.to(wide(student))
@@ -29,12 +30,12 @@ def hidden_loss(
 
 
 def cosine_loss(student: Float[Tensor, "*N D"], teacher: Float[Tensor, "*N D"]) -> Float[Tensor, ""]:
-    """Mean over positions of 1 - cos between last hidden states, in [0, 2].
+    """Return 1 - cos between the final hidden states, as the mean over positions, in [0, 2].
 
     Raises:
         ValueError: the widths differ.
     Source: DistilBERT, arXiv:1910.01108, section 3; used for DistilGPT2.
     """
     if student.shape != teacher.shape:
-        raise ValueError(f"cosine needs equal widths, not {student.shape[-1]} and {teacher.shape[-1]}")
+        raise ValueError(f"the cosine loss needs equal hidden sizes, not {student.shape[-1]} and {teacher.shape[-1]}")
     return 1 - F.cosine_similarity(student.to(wide(student)), teacher.to(wide(student)), dim=-1).mean()

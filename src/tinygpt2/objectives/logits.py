@@ -1,9 +1,9 @@
-"""Losses on predictions, chunk by chunk over tokens, so that no N x V tensor outlives its chunk.
+"""Losses on predictions, computed for a chunk of tokens at a time, so that the full N x V logits are never held.
 
-Student and teacher logits are made from the last hidden states and the two output matrices for some tokens
-at a time; the loss and the gradients for hidden states and output matrix come out of the same pass. A chunk
-is large enough for fast matrix products; within it, the element-wise work goes over a few rows at a time,
-which stay in a CPU's cache from the first pass over them to the last.
+For each chunk, the logits of student and teacher are computed from their final hidden states and output matrices. The
+same pass computes the loss and its gradients for the hidden states and the output matrix. A chunk is large enough for
+fast matrix products. Within a chunk, element-wise work handles a few rows at a time, so that these rows stay in a CPU's
+cache until all of that work is done.
 """
 
 from __future__ import annotations
@@ -21,33 +21,39 @@ from torch.autograd.function import once_differentiable
 from tinygpt2.config.distillation import PredictionLoss
 from tinygpt2.models.lm_head import default_chunk, head_operand, rows_at_once, wide
 
-IGNORED = -100  # a target that is none: the last position of every block
+IGNORED = -100  # stands for "no target", such as at the last position of every block
 
 
 def soft_ce(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Sum over tokens of the cross-entropy of the student under the teacher's distribution, in nats.
+    """Return the cross-entropy of the student under the teacher's distribution, summed over tokens, in nats.
 
     Args:
         student, teacher: logits.
 
     Returns:
-        The sum, and its gradient for the student's logits; so do the other losses.
-    Source: Hinton et al. 2015, arXiv:1503.02531, section 2. TinyBERT's code takes the mean over the
-    vocabulary too, which makes the loss V times smaller.
+        The sum, and its gradient for the student's logits. The other losses return the same two values.
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2. TinyBERT's code also takes the mean over the
+    vocabulary, which makes the loss V times smaller.
     """
     p_t = teacher.softmax(-1)
     return -_dot(p_t, student.log_softmax(-1)), student.softmax(-1).sub_(p_t)
 
 
 def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Sum over tokens of KL(teacher || student), in nats. Source: as `soft_ce`, less the teacher's entropy."""
+    """Return KL(teacher || student), summed over tokens, in nats, and its gradient.
+
+    Source: as `soft_ce`, minus the teacher's entropy.
+    """
     p_t = teacher.softmax(-1)
     value = _dot(p_t, teacher.log_softmax(-1).sub_(student.log_softmax(-1)))
     return value, student.softmax(-1).sub_(p_t)
 
 
 def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Sum over tokens of KL(student || teacher), in nats. Source: MiniLLM, arXiv:2306.08543, section 2."""
+    """Return KL(student || teacher), summed over tokens, in nats, and its gradient.
+
+    Source: MiniLLM, arXiv:2306.08543, section 2.
+    """
     log_s = student.log_softmax(-1)
     p_s = log_s.exp()
     ratio = log_s.sub_(teacher.log_softmax(-1))
@@ -56,7 +62,7 @@ def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> 
 
 
 def jsd(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Sum over tokens of the Jensen-Shannon divergence, both sides weighed 1/2, in nats.
+    """Return the Jensen-Shannon divergence (weights 1/2 and 1/2), summed over tokens, in nats, and its gradient.
 
     Source: Agarwal et al. 2023, arXiv:2306.13649, eq. 1 with beta 1/2.
     """
@@ -79,7 +85,7 @@ LOSSES: dict[PredictionLoss, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] 
 def cross_entropy(
     student: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
-    """Sum over targets of -log p(target), in nats, and its gradient for the logits; `IGNORED` targets count nothing."""
+    """Return -log p(target), summed over targets, in nats, and its gradient. `IGNORED` targets add nothing."""
     real = (targets != IGNORED).unsqueeze(-1)
     index = targets.unsqueeze(-1).where(real, 0)
     value = -(student.log_softmax(-1).gather(-1, index) * real).sum()
@@ -88,19 +94,19 @@ def cross_entropy(
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of the products; uses `b` up. On a CPU oneDNN's torch.dot takes ten times as long."""
+    """Return the sum of a * b; overwrites `b`. On a CPU, oneDNN's torch.dot takes ten times as long."""
     return b.mul_(a).sum()
 
 
 @dataclass(frozen=True)
 class PredictionObjective:
-    """What to compute from logits: weights of 0 cost nothing.
+    """The losses to compute from logits. A loss whose weight is 0 is not computed.
 
     Attributes:
-        prediction_weight, ce_weight: weights in the returned total.
-        loss: what compares student and teacher.
-        temperature: divides both logits; the loss is multiplied by its square.
-        chunk: tokens whose logits are held at a time; None takes `default_chunk`.
+        prediction_weight, ce_weight: weights of the two losses in the returned total.
+        loss: the loss between the predictions of student and teacher.
+        temperature: divides both models' logits; the loss is multiplied by its square.
+        chunk: for how many tokens logits are held at a time; None uses `default_chunk`.
     """
 
     prediction_weight: float
@@ -117,18 +123,21 @@ def prediction_loss(
     teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "V Dt"]] | None,
     objective: PredictionObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """Weighted sum of the prediction loss and next-token cross-entropy, and the two terms by themselves.
+    """Return the weighted sum of the prediction loss and the next-token cross-entropy, and both terms unweighted.
 
     Args:
-        hidden, head: the student's last hidden states and output matrix.
-        targets: next tokens, `IGNORED` where there is none.
-        teacher: the teacher's last hidden states, and its output matrix as `head_operand` returns it; None if only
-            ce is asked for.
+        hidden, head: the student's final hidden states and output matrix.
+        targets: next tokens; `IGNORED` at positions without one.
+        teacher: the teacher's final hidden states, and its output matrix as `head_operand` returns it; None if only
+            the cross-entropy is computed.
         objective: weights, loss, temperature and chunk.
 
     Returns:
-        The total, with gradients; the unweighted terms: `prediction` is the mean over all N tokens, times
-        temperature squared; `ce` the mean over the targets.
+        The total, which has gradients, and the unweighted terms with a weight above 0: `prediction` is the mean over
+        all N tokens, times the temperature squared; `ce` is the mean over the targets.
+
+    Raises:
+        ValueError: the prediction loss has a weight above 0, but there is no teacher.
     """
     if teacher is None and objective.prediction_weight:
         raise ValueError("a prediction weight above 0 needs a teacher")
@@ -145,7 +154,7 @@ def prediction_loss(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Value and gradients in one pass over chunks; backward only multiplies."""
+    """Computes the value and the gradients in one pass over chunks; backward only multiplies the gradients."""
 
     @staticmethod
     def forward(
@@ -168,7 +177,7 @@ class _ChunkedLoss(torch.autograd.Function):
         means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum()]).clamp(min=1).to(wide(hidden))
         values = torch.zeros_like(means)
         turns = max(1, math.ceil(count / (objective.chunk or default_chunk(len(head), device))))
-        chunk = max(1, math.ceil(count / turns))  # equal chunks: a small last one would be slow
+        chunk = max(1, math.ceil(count / turns))  # chunks of equal size, because a small last one would be slow
         with torch.autocast(device, enabled=False):
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)
@@ -182,7 +191,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 elif head_grad is not None:
                     head_grad += logits.mT @ states[part]
         prediction, ce = values * means
-        # The mean's 1/N waits for backward, where a loss scale has made the incoming gradient large.
+        # Apply the mean's 1/N only in backward: there, a loss scale has made the incoming gradient large.
         ctx.factor = 1 / max(1, count)
         ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(head.dtype))
         ctx.mark_non_differentiable(prediction, ce)
@@ -203,9 +212,9 @@ def _differentiate(
     objective: PredictionObjective,
     ce_scale: Tensor,
 ) -> Tensor:
-    """Replace the student's logits by the gradient of the weighted sum of the two sums; return these.
+    """Overwrite the student's logits with the gradient of the weighted total, and return the sums of the two losses.
 
-    The softmax and the sums are taken in float32 at least, whatever the logits' type.
+    Softmax and sums use at least float32, whatever type the logits have.
     """
     tau, rows = objective.temperature, rows_at_once(logits.shape[-1], logits.device.type)
     values = logits.new_zeros(2, dtype=wide(logits))

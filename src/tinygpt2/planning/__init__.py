@@ -1,1 +1,1 @@
-"""What a run will take, before it starts."""
+"""Estimates of the time, memory and disk space of a run."""

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: `plan_run` estimates it, `compile_step` compiles and times one step."""
+"""Before a run: `plan_run` estimates its time, memory and disk space, `compile_step` compiles and times one step."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.step import Step, step_seconds
 from tinygpt2.training.teacher_cache import cache_bytes
 
-_REACHED = 0.4  # of a device's rate, by a whole step: between what small and large models reach
+_REACHED = 0.4  # share of a device's rate that a whole step reaches: small models reach less, large ones more
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will take. Memory (of one process), disk space and seconds are estimates."""
+    """The size of a run. Memory (of one process), disk space and seconds are estimates."""
 
     command: str
     parameters: int
@@ -52,11 +52,11 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What `compile_step` measured.
+    """The results of `compile_step`.
 
     Attributes:
-        compile_seconds: of the first step, which compiles.
-        step_seconds: of the next step.
+        compile_seconds: the time of the first step, which compiles.
+        step_seconds: the time of the second step.
         cache: the directory of the compiled code.
     """
 
@@ -66,9 +66,9 @@ class CompiledStep:
 
 
 def plan_run(config: TrainOptions, data: PackedDataset | None = None) -> RunPlan:
-    """Check a run's options and files, and estimate its time, memory and disk space: `--validate-only`.
+    """Check a run's options and files, and estimate its time, memory and disk space (`--validate-only`).
 
-    Only shapes are loaded, and nothing is written.
+    It loads the models' shapes but not their weights, and does not write any files.
 
     Args:
         config: of `pretrain`, `distill` or `finetune`.
@@ -91,16 +91,16 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
     tokens = steps * job.sequences(processes) * data.sequence_length
     device = accelerator.device
     rate = device_peak(device, config.precision) or measured_rate(device, config.precision)
-    # processes share a CPU, and have a GPU each
+    # processes share one CPU, but each has its own GPU
     rate *= _REACHED * (processes if device.type == "cuda" else 1)
-    # weights and AdamW's moments: the newest, the best, and one that is being written
+    # checkpoints with weights and AdamW's moments: the newest `keep`, the best, and one that is being written
     disk, free = (
         12 * parameters * (config.keep + 2) + 4 * parameters + _cached(job),
         shutil.disk_usage(_existing(Path(config.out))).free,
     )
     if disk > free:
         raise ConfigError(
-            f"--out {config.out}: the run needs about {disk / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"--out {config.out}: the run needs about {disk / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free",
             "free some space, or lower --keep",
         )
     return RunPlan(
@@ -126,7 +126,7 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
 
 
 def _cached(job: Job) -> int:
-    """Return the bytes of the cache of the teacher's states, if there is to be one."""
+    """Return the bytes of the cache of the teacher's states, or 0 if the run does not use one."""
     config, teacher = job.config, job.teacher
     if teacher is None or not isinstance(config, DistillConfig) or config.teacher_cache is None:
         return 0
@@ -139,7 +139,7 @@ def _existing(path: Path) -> Path:
 
 
 def compile_step(config: TrainOptions, data: PackedDataset | None = None) -> CompiledStep:
-    """Compile one training step into torch's cache on disk, and time the step after it: `--compile-only`.
+    """Compile one training step into torch's cache on disk, and time the step after it (`--compile-only`).
 
     Args, Raises:
         As `plan_run`; also ConfigError if there is no C++ compiler.

@@ -1,4 +1,4 @@
-"""What a training step costs, from shapes alone: floating-point operations, memory, and a device's rate."""
+"""Estimate the memory of a training step from the shapes of the models."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from tinygpt2.training.step import Step
 def saved_bytes(
     student: GPT2Config, teacher: GPT2Config | None, weights: LossWeights, config: TrainOptions, size: int, length: int
 ) -> int:
-    """Return the bytes that a forward pass keeps for its backward pass, parameters left out.
+    """Return the bytes that a forward pass keeps for its backward pass, without the parameters.
 
-    One micro-batch goes through the real step with tensors that have shapes and no content, so every objective,
-    precision and gradient checkpointing count as they are.
+    The real training step runs on one micro-batch of fake tensors, which have shapes but no values. So the result
+    includes the effects of objectives, precision and gradient checkpointing.
 
     Args:
-        size, length: blocks in the micro-batch, and tokens in a block.
+        size: blocks in the micro-batch.
+        length: tokens in a block.
 
     Raises:
         ConfigError: the shapes do not fit an objective.
@@ -59,7 +60,7 @@ def saved_bytes(
 
 
 class _Flash(TorchFunctionMode):
-    """Takes the attention kernel without T x T matrices, which tensors without content do not find by themselves."""
+    """Uses the attention kernel without T x T matrices, which PyTorch does not choose for fake tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -71,10 +72,10 @@ class _Flash(TorchFunctionMode):
 def step_memory(
     student: GPT2LMHeadModel, teacher: GPT2LMHeadModel | None, weights: LossWeights, config: TrainOptions, length: int
 ) -> tuple[int, int]:
-    """Estimate the memory of a run in bytes: what it takes whatever the micro-batch, and per block of one.
+    """Estimate the memory of a run in bytes: a fixed part, and a part for each block of the micro-batch.
 
-    The first is weights, gradients, AdamW's two moments, the teacher and the logits of a chunk; the second what
-    `saved_bytes` counts and as much as one layer works with.
+    The fixed part is for weights, gradients, AdamW's two moments, the teacher and the logits of a chunk. The part for
+    each block is what `saved_bytes` counts, plus the temporary tensors of one layer.
     """
     fixed = 16 * count_parameters(student) + 4 * (2**29 if torch.cuda.is_available() else 2**26)
     if teacher is not None:

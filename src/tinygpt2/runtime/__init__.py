@@ -1,1 +1,1 @@
-"""The machine and the processes that run on it."""
+"""Processes, devices, memory and signals of this machine."""

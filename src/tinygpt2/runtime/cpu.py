@@ -1,4 +1,4 @@
-"""What makes training on a CPU fast: oneDNN's exact float32 products, and memory kept from step to step."""
+"""Make training on a CPU faster: oneDNN's exact float32 products, and memory that is reused from step to step."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def keep_memory() -> None:
-    """Let this process keep the memory it frees, for the next step to use.
+    """Let this process keep the memory that it frees, so that the next step can use it.
 
-    A step takes and frees the same hundreds of megabytes over and over; by default the system takes them back
-    each time and clears them page by page for the next. Does nothing where the C library is not glibc.
+    Every step allocates and frees the same hundreds of megabytes. By default, the system takes them back each time
+    and clears them page by page for the next step. Does nothing if the C library is not glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        # older versions refuse more than 32 MiB
+        # older versions of glibc refuse more than 32 MiB
         if libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25):
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Make float32 matrix products with oneDNN where those are exact: on some CPUs half as long as MKL's.
+    """Use oneDNN for float32 matrix products if they are exact: on some CPUs they take half as long as MKL's.
 
-    Torch takes oneDNN for them only if a lower internal precision is allowed, but on a CPU without bfloat16
-    matrix units oneDNN then still computes in float32. A product whose result shows the rounding decides.
-    The earlier setting comes back at the end; meanwhile torch.get_float32_matmul_precision() raises, as torch
-    does not let its two ways of setting a precision be mixed. Does nothing where there is a GPU.
+    Torch uses oneDNN for them only if a lower internal precision is allowed. On a CPU without bfloat16 matrix units,
+    oneDNN still computes in float32 then. This function tries a product whose result shows any rounding, and uses
+    oneDNN only if it was not rounded.
+
+    The earlier setting returns at the end of the block. Inside it, torch.get_float32_matmul_precision() raises an
+    error, because torch does not allow its two ways of setting a precision to be mixed. Does nothing if there is a
+    GPU.
     """
     import torch
 

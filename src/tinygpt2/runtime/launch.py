@@ -1,6 +1,7 @@
-"""One command on several processes of this machine: start them, pass on signals, and let none outlive another.
+"""Run one command in several processes on this machine: start them, pass on signals, and end them together.
 
-Each process is told its place as torchrun would tell it, so that everything below knows one kind of launch only.
+Each process gets its rank and the number of processes in the same environment variables as from torchrun. So the rest
+of the package need not know which launcher started it.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, int
 from tinygpt2.runtime.processes import launched, rank
 from tinygpt2.runtime.signals import raise_interrupt
 
-_PATIENCE = 20.0  # seconds that the others have to notice that a process is gone
+_PATIENCE = 20.0  # seconds in which the other processes must end after one has failed
 _set_up: Callable[[], None] | None = None  # what a started process calls first
 
 
 def check_number(asked: int | None) -> None:
-    """Check that as many processes run as an option asks for, and that each can have a GPU where there are any.
+    """Check that the number of processes is the one asked for, and that there are enough GPUs for them, if any.
 
     Raises:
-        ConfigError: another launcher started another number, or there are fewer GPUs.
+        ConfigError: another launcher started a different number of processes, or there are fewer GPUs than processes.
     """
     import torch
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     devices = torch.cuda.device_count()
     if not launched() and devices and (asked or 1) > devices:
-        raise ConfigError(f"--num-processes {asked}, but there are {devices} GPUs: each process takes one")
+        raise ConfigError(f"--num-processes {asked}, but there are {devices} GPUs: each process needs one")
     if launched() and asked not in (None, 1, world):
         raise ConfigError(
-            f"--num-processes {asked}, but {world} processes were launched", "leave it out under another launcher"
+            f"--num-processes {asked}, but {world} processes were launched",
+            "leave out --num-processes if another launcher starts the processes",
         )
 
 
@@ -60,7 +62,7 @@ def launch(name: str, processes: int, *arguments: Any) -> Any:
     """
     context = get_context("spawn")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
-    # as torchrun does: with as many processes as cores, more threads make each of them slower
+    # the processes share the cores: with more threads than cores, all of them would be slower
     address["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     started: list[SpawnProcess] = []
     receivers = []
@@ -117,7 +119,7 @@ class _Watch:
     Args:
         processes: by number.
         receivers: the pipe from each process, which carries one result or one error.
-        signals: those that this process received so far.
+        signals: the signals that this process has received so far.
     """
 
     def __init__(self, processes: list[SpawnProcess], receivers: list[Any], signals: list[int]) -> None:
@@ -183,7 +185,7 @@ def _killed(number: int, count: int, signal_number: int) -> TinyGPT2Error:
     name = signal.Signals(signal_number).name
     return TinyGPT2Error(
         f"process {number} of {count} was killed by {name}; the others were stopped",
-        "training goes on from its last checkpoint with --resume; a SIGKILL out of nowhere often means out of memory",
+        "continue from the last checkpoint with --resume; an unexpected SIGKILL often means that memory ran out",
     )
 
 
@@ -196,7 +198,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables that libraries read when they are imported, for processes started meanwhile."""
+    """While the block runs, set environment variables for the processes that are started in it."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:
@@ -211,9 +213,9 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _forwarded_signals(started: list[SpawnProcess]) -> Iterator[list[int]]:
-    """Pass Ctrl-C and SIGTERM on to the processes, which finish their step and save; a second one kills them.
+    """Pass Ctrl-C and SIGTERM on to the processes, which finish their step and save; a second signal kills them.
 
-    Yields the signals that came.
+    Yields the list of the signals received so far.
     """
     asked: list[int] = []
 

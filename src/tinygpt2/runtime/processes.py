@@ -1,4 +1,4 @@
-"""Which of several processes this one is."""
+"""The place of this process among several that a launcher started."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def launched() -> bool:
-    """Say whether this process is one of several that somebody started together."""
+    """Return whether this process is one of several that a launcher started together."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def rank() -> int:
-    """Return this process's number among all."""
+    """Return this process's number, or 0 if it is the only one."""
     return int(os.environ.get("RANK", "0")) if launched() else 0

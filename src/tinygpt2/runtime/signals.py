@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the loop finishes its step, saves and leaves."""
+"""Treat Ctrl-C and SIGTERM as a request to stop: the loop finishes its step, saves a checkpoint and ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinygpt2.utils.progress import say
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop."""
+    """True as soon as a signal has asked the run to stop."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -25,9 +25,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request while the block runs; a second one acts at once.
+    """While the block runs, turn the first SIGINT or SIGTERM into a request to stop; a second one stops immediately.
 
-    Where a launcher started several processes, Ctrl-C reaches each of them twice: from the terminal and from it.
+    If a launcher started several processes, a second signal does not stop them: Ctrl-C reaches each of them twice,
+    from the terminal and from the launcher.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -57,5 +58,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def raise_interrupt(number: int, frame: Any) -> None:
-    """Handle a signal as Ctrl-C."""
+    """Handle a signal in the same way as Ctrl-C."""
     raise KeyboardInterrupt

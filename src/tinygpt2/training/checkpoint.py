@@ -1,10 +1,12 @@
-"""Training checkpoints: OUT/checkpoints/step-N, whole and proved to be so, or never trusted.
+"""Training checkpoints in OUT/checkpoints/step-N. A run resumes only from a checkpoint whose checksums are right.
 
-A checkpoint is written under a hidden name, by a thread beside the training, from a copy of what it holds; its last
-file, state.json, lists the SHA-256 of the others, and one rename makes it visible. Weights and optimizer are
-safetensors; what Accelerate shards (FSDP, DeepSpeed) it writes and reads itself, while the training waits.
+A thread writes each checkpoint from a copy of the tensors, while the training continues. It writes into a hidden
+directory. The last file, state.json, lists the SHA-256 of the others; then one rename makes the checkpoint visible.
+Weights and optimizer state are safetensors. With FSDP and DeepSpeed, Accelerate writes and reads the shards, and the
+training waits for it.
 
-Nothing is kept of random generators and data loaders: dropout and the order of the data are functions of seed and step.
+A checkpoint does not hold random generators or data loaders: dropout and the order of the data are functions of seed
+and step.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safete
 
 
 class Checkpoints:
-    """A run's checkpoints: saves, finds and restores them, and keeps the newest few and the best.
+    """Saves, finds and restores a run's checkpoints, and deletes all but the newest few and the best.
 
     Args:
         out: the run's directory.
         module, optimizer: as Accelerate prepared them.
-        keep: how many of the newest to keep; the best by evaluation is always kept.
-        on_error: whether a checkpoint that cannot be written ends the run.
+        keep: how many of the newest to keep; the one with the lowest evaluation loss is always kept.
+        on_error: whether the run stops or continues if a checkpoint cannot be written.
     """
 
     def __init__(
@@ -62,16 +64,16 @@ class Checkpoints:
         self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
-        self._best: Path | None = None  # the best checkpoint that is on the disk
+        self._best: Path | None = None  # the best checkpoint, if it is on the disk
         if accelerator.is_main_process:
-            for left in self._root.glob(".*"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for unfinished in self._root.glob(".*"):  # a process that was killed left it
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def save(self, state: RunState) -> None:
-        """Begin to write the checkpoint of `state`, once the one before is finished.
+        """Wait until the previous checkpoint is written, then start to write the one of `state`.
 
         Raises:
-            ModelError: something before could not be written, and the run is to stop then.
+            ModelError: an earlier file could not be written, and `on_error` is "stop".
         """
         failure = self._finish()
         self._begin(state)
@@ -93,15 +95,15 @@ class Checkpoints:
         elif self._accelerator.is_main_process:
             parts = self._parts()
         if self._accelerator.is_main_process and self._failure is None:
-            copied, beside = _copied(parts)
+            copied, in_background = _copied(parts)
             arguments = (temporary, copied, asdict(state))
             self._writer = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._writer.start()
-            if not beside:
+            if not in_background:
                 self._writer.join()
 
     def _save_shards(self, temporary: Path) -> None:
-        """Let Accelerate write, in all processes: a shard that one of them cannot write is missing for all."""
+        """Let Accelerate write the shards. If one process cannot write its shard, the checkpoint fails in all."""
         if self._any(self._failure) is None:
             try:
                 self._accelerator.save_state(str(temporary), safe_serialization=True)
@@ -112,24 +114,24 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def settle(self) -> None:
-        """Wait for the checkpoint that is being written; all processes learn whether it could be.
+        """Wait for the checkpoint that is being written. Every process learns whether that failed.
 
         Raises:
-            ModelError: it could not, and the run is to stop then.
+            ModelError: it could not be written, and `on_error` is "stop".
         """
         self._report(self._finish())
 
     def close(self) -> None:
-        """Wait for what is being written, in this process alone: when the run ends by an error."""
+        """Wait for this process's writing thread, but not for other processes: the run may have ended by an error."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
 
     def _finish(self) -> str | None:
-        """Wait for what is being written; return what any process could not write."""
+        """Wait for the checkpoint that is being written; return a message if any process could not write a file."""
         self.close()
-        mine, self._failure = self._failure, None
-        return self._any(mine)
+        failure, self._failure = self._failure, None
+        return self._any(failure)
 
     def _report(self, failure: str | None) -> None:
         if failure and self._on_error == "stop":
@@ -137,45 +139,45 @@ class Checkpoints:
             raise ModelError(
                 f"cannot save: {failure}",
                 "earlier checkpoints are intact: free some space and continue with --resume, "
-                "or go on without saving by --on-save-error continue",
+                "or use --on-save-error continue to train on even if a checkpoint cannot be saved",
             )
         if failure:
-            say(f"warning: cannot save: {failure}; earlier checkpoints are intact, going on")
+            say(f"warning: cannot save: {failure}; earlier checkpoints are intact, the training continues")
 
     @contextmanager
     def may_fail(self, what: str) -> Iterator[None]:
-        """Treat a file that cannot be written in the block as a checkpoint that cannot."""
+        """If the block cannot write its file, report that as for a checkpoint that cannot be written."""
         try:
             yield
         except OSError as error:
             self._failure = f"{what}: {_reason(error)}"
 
     def resume(self, state: RunState) -> RunState:
-        """Restore the newest whole checkpoint; return its state, or `state` where there is none.
+        """Restore the newest undamaged checkpoint and return its state; return `state` if there is none.
 
         Raises:
-            ConfigError: the run had another global batch or other data.
-            ModelError: the checkpoint is another model's.
+            ConfigError: the run had another global batch size or other data.
+            ModelError: the checkpoint belongs to another model.
         """
         path = self._everywhere(self._newest() if self._accelerator.is_main_process else None)
         if path is None:
             return state
-        found = RunState.of(read_json(Path(path) / STATE)["run"])
-        if found.global_batch != state.global_batch:
+        saved = RunState.of(read_json(Path(path) / STATE)["run"])
+        if saved.global_batch != state.global_batch:
             raise ConfigError(
-                f"--resume: steps of {found.global_batch} sequences became steps of {state.global_batch}",
-                "keep processes x --micro-batch-size x --gradient-accumulation-steps as it was",
+                f"--resume: the run had steps of {saved.global_batch} sequences, now they have {state.global_batch}",
+                "keep the product of processes, --micro-batch-size and --gradient-accumulation-steps as it was",
             )
-        if found.data != state.data:
-            raise ConfigError("--resume: the data set's content is not what it was", "give another --out")
-        self._restore(Path(path), found)
-        best = found.best and self._root / f"step-{found.best.step}"
+        if saved.data != state.data:
+            raise ConfigError("--resume: the content of the dataset has changed", "give another --out")
+        self._restore(Path(path), saved)
+        best = saved.best and self._root / f"step-{saved.best.step}"
         self._best = best if best and best.is_dir() else None
         say(f"resuming from {path}")
-        return found
+        return saved
 
     def restore_best(self, state: RunState) -> bool:
-        """Restore the weights that evaluated best; say whether their checkpoint is there and whole."""
+        """Restore the weights with the lowest evaluation loss; return whether their checkpoint could be used."""
         if state.best is None or state.best.step == state.step:
             return state.best is not None
         path = self._root / f"step-{state.best.step}"
@@ -183,13 +185,13 @@ class Checkpoints:
         if problem is None:
             self._restore(path, state)
         else:
-            say(f"warning: the best weights, {path}, cannot be had: {problem}; keeping the last ones")
+            say(f"warning: cannot restore the best weights from {path}: {problem}; using those of the last step")
         return problem is None
 
     def _any(self, failure: str | None) -> str | None:
-        """Return a failure of any process, alike in all."""
-        all_ = gather_object([failure]) if self._accelerator.num_processes > 1 else [failure]
-        return next((one for one in all_ if one), None)
+        """Return the first failure of any process: the same one in every process."""
+        failures = gather_object([failure]) if self._accelerator.num_processes > 1 else [failure]
+        return next((one for one in failures if one), None)
 
     def _everywhere(self, value: Any) -> Any:
         """Return the main process's value in every process."""
@@ -200,15 +202,15 @@ class Checkpoints:
             problem = damage(path)
             if problem is None:
                 return str(path)
-            say(f"warning: passing over the checkpoint {path}: {problem}")
+            say(f"warning: ignoring the damaged checkpoint {path}: {problem}")
         return None
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of each file, as they lie in the training."""
+        """Return the tensors of each file. They are not copies: the training changes them."""
         weights = self._accelerator.unwrap_model(self._module).state_dict()
         seen: dict[int, str] = {}
         for name, tensor in weights.items():
-            seen.setdefault(tensor.data_ptr(), name)  # tied weights once
+            seen.setdefault(tensor.data_ptr(), name)  # tied weights are saved once
         moments = self._optimizer.state_dict()["state"]
         return {
             WEIGHTS: {name: weights[name] for name in seen.values()},
@@ -227,21 +229,21 @@ class Checkpoints:
             metrics = self._root.parent / METRICS
             for file in [temporary, *temporary.rglob("*"), *([metrics] if metrics.is_file() else [])]:
                 flush_to_disk(file)
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one that resume() ignored may be there
             temporary.replace(final)
             flush_to_disk(self._root)
-        except Exception as error:  # full disks make the libraries raise errors of their own
+        except Exception as error:  # on a full disk, libraries also raise other errors than OSError
             shutil.rmtree(temporary, ignore_errors=True)
             self._failure = f"{final}: {_reason(error)}"
             return
         if state["best"] and state["best"]["step"] == state["step"]:
             self._best = final
-        # a later one is damaged, and was passed over: it neither counts nor goes
+        # a checkpoint of a later step is damaged, and resume() ignored it: do not count it, and do not delete it
         for old in [path for path in finished(self._root) if _step(path) <= state["step"]][: -self._keep]:
             if old != self._best:
                 hidden = old.with_name(f".{old.name}.old")
-                with suppress(OSError):  # the next one tries again
-                    old.replace(hidden)  # never half a checkpoint under its name
+                with suppress(OSError):  # the next checkpoint tries again
+                    old.replace(hidden)  # so that its name never stands for a half-deleted checkpoint
                 shutil.rmtree(hidden, ignore_errors=True)
 
     def _restore(self, path: Path, state: RunState) -> None:
@@ -256,7 +258,7 @@ class Checkpoints:
             tied = {own[name].data_ptr() for name in weights if name in own}
             lost = [name for name in missing if own[name].data_ptr() not in tied]
             if lost or unexpected:
-                raise ValueError(f"its weights are another model's: {', '.join([*lost, *unexpected][:3])}")
+                raise ValueError(f"its weights belong to another model: {', '.join([*lost, *unexpected][:3])}")
             moments: dict[int, dict[str, Tensor]] = {}
             for name, tensor in load_file(path / OPTIMIZER).items():
                 index, key = name.split(".", 1)
@@ -265,14 +267,14 @@ class Checkpoints:
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
             if self._accelerator.scaler is not None and state.scaler is not None:
                 self._accelerator.scaler.load_state_dict(state.scaler)
-        except _library_errors() as error:  # whatever another model's file makes the libraries raise
+        except _library_errors() as error:  # files of another model make the libraries raise many kinds of errors
             raise ModelError(f"cannot resume from {path}: {_reason(error)[:300]}", "give another --out") from error
 
 
 def finished(root: Path) -> list[Path]:
     """Return the checkpoints that look finished, oldest first."""
-    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=_step)
+    paths = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(paths, key=_step)
 
 
 def _step(path: Path) -> int:
@@ -280,7 +282,7 @@ def _step(path: Path) -> int:
 
 
 def damage(path: Path) -> str | None:
-    """Say what is wrong with a checkpoint, or None: every file is there and has its SHA-256."""
+    """Return the first fault of a checkpoint, or None if every file is there and has the right SHA-256."""
     try:
         saved = read_json(path / STATE)
         if saved["sha256"] != _digest(saved["run"], saved["files"]):
@@ -298,7 +300,7 @@ def damage(path: Path) -> str | None:
 
 
 def _library_errors() -> tuple[type[BaseException], ...]:
-    """Return what libraries raise where a file cannot be written or read: torch's own is no Exception."""
+    """Return the errors that libraries raise for files: torch's CheckpointException is not an Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     return Exception, CheckpointException
@@ -313,7 +315,7 @@ def _digest(run: dict[str, Any], files: dict[str, str]) -> str:
 
 
 def _copied(parts: dict[str, dict[str, Tensor]] | None) -> tuple[dict[str, dict[str, Tensor]] | None, bool]:
-    """Return a copy that training leaves alone, and True; or the thing itself where memory is short, and False."""
+    """Return copies that the training does not change, and True; if memory is short, return `parts` and False."""
     if parts is None:
         return None, True
     tensors = [tensor for part in parts.values() for tensor in part.values()]

@@ -1,4 +1,4 @@
-"""What may go wrong in a step, said with the numbers that help: not finite, not enough memory."""
+"""Errors of a training step and the numbers that help to find the cause: NaN, infinity, too little memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def may_step(
     indices: list[int],
     config: TrainOptions,
 ) -> bool:
-    """Say whether the optimizer may take this step; count in `state` the step that it may not.
+    """Return whether the optimizer may take this step; if not, count it in `state.skipped`.
 
     Args:
         terms: loss and parts, the means over the global batch.
@@ -34,31 +34,32 @@ def may_step(
         indices: of the batch's blocks.
 
     Raises:
-        DivergedError: loss or gradient is not finite, and no more such steps may be skipped.
+        DivergedError: loss or gradient is NaN or infinite, and --skip-non-finite does not allow another skipped step.
     """
-    # fp16's loss scaler meets infinite gradients by design, until there is nothing left to scale
+    # infinite gradients are normal while fp16's loss scaler lowers its scale; at a scale of 1 they are an error
     scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
     if math.isfinite(terms["loss"]) and (scaling or math.isfinite(norm)):
         return True
-    if accelerator.scaler is not None:  # the norm has unscaled the gradients; the optimizer would have closed that
+    if accelerator.scaler is not None:  # the norm has unscaled the gradients: without a step, only this resets it
         accelerator.scaler.update()
     state.skipped += 1
     parts = ", ".join(f"{name} {term:g}" for name, term in terms.items())
     shown = ", ".join(map(str, indices[:_SHOWN])) + (f" and {len(indices) - _SHOWN} more" if indices[_SHOWN:] else "")
-    what = f"step {state.step + 1} is not finite: {parts}, gradient norm {norm:g}; training blocks {shown}"
+    values = f"{parts}, gradient norm {norm:g}; training blocks {shown}"
+    message = f"the loss or the gradient of step {state.step + 1} is NaN or infinite: {values}"
     if state.skipped <= config.skip_non_finite:
-        say(f"warning: {what}: skipped ({state.skipped} of --skip-non-finite {config.skip_non_finite})")
+        say(f"warning: {message}: skipped ({state.skipped} of --skip-non-finite {config.skip_non_finite})")
         return False
     raise DivergedError(
-        what,
-        "lower --learning-rate, lengthen --warmup-ratio or lower --grad-clip; a bad batch now and then passes by with "
-        "--skip-non-finite N. Checkpoints saved so far are intact",
+        message,
+        "lower --learning-rate, raise --warmup-ratio or lower --grad-clip; if it happens rarely, skip up to N such "
+        "steps with --skip-non-finite N. The checkpoints saved so far are intact",
     )
 
 
 @contextmanager
 def memory_explained(config: TrainOptions, length: int) -> Iterator[None]:
-    """Turn a lack of memory into an error that says what to lower.
+    """Turn an out-of-memory error into one that names the options which reduce memory.
 
     Raises:
         ConfigError: there was not enough memory for a step.
@@ -71,14 +72,14 @@ def memory_explained(config: TrainOptions, length: int) -> Iterator[None]:
             raise
         if on_gpu:
             free, total = torch.cuda.mem_get_info()
-            there = f"{(total - free) / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB were in use"
+            usage = f"{(total - free) / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB were in use"
         else:
             free, own = available_memory(), memory_in_use()
-            there = f"the process held {own / 1e9:.1f} GB, {free / 1e9:.1f} GB were free"
+            usage = f"the process held {own / 1e9:.1f} GB, {free / 1e9:.1f} GB were free"
         lower = [f"--micro-batch-size (with more --gradient-accumulation-steps; now {config.micro_batch_size})"]
         lower += [] if config.gradient_checkpointing else ["or add --gradient-checkpointing"]
-        lower += [] if config.precision != "fp32" else ["or --precision bf16"]
+        lower += [] if config.precision != "fp32" else ["or use --precision bf16"]
         raise ConfigError(
-            f"out of memory in a step of {config.micro_batch_size} x {length} tokens: {there}",
-            f"lower {', '.join(lower)}; --auto-batch-size finds what fits",
+            f"out of memory in a step of {config.micro_batch_size} x {length} tokens: {usage}",
+            f"lower {', '.join(lower)}; --auto-batch-size finds a size that fits",
         ) from error

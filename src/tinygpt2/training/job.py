@@ -1,4 +1,4 @@
-"""One training run: its model, data and objectives, and how `pretrain`, `distill` and `finetune` set them up."""
+"""A training run's model, data and objectives, and how `pretrain`, `distill` and `finetune` set them up."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ class Job:
     """One training run, ready to start.
 
     Attributes:
-        command: its name.
-        how: one sentence for the model card: how the model was made.
+        command: `pretrain`, `distill` or `finetune`.
+        how: one sentence for the model card, which says how the model was made.
         evaluated: the blocks to evaluate on.
+        weights: the objectives and their weights.
     """
 
     command: str
@@ -84,7 +85,7 @@ def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Ite
     with fast_products(), training_setup(config, loss_weights(config)) as setup:
         job = make_job(config, data, setup)
         freeze(job.model, config.freeze)
-        if config.eval_task:  # a task that does not fit the model is reported before the training
+        if config.eval_task:  # report a task that does not fit the model now, not after the training
             tokenizer = ModelTokenizer(config.out, job.model.config, job.data.tokenizer())
             tokenize_fitting_tasks(load_tasks(config.eval_task, config.task_data), tokenizer)
         yield job, setup.accelerator
@@ -112,11 +113,11 @@ def pretraining_job(config: PretrainConfig, data: PackedDataset | None, setup: T
         shape = read_model_config(config.shape, data.tokenizer())
         model = random_model(shape, config.seed, hollow=config.validate_only)
         check_fits(data, model.config, None, f"the configuration {config.shape}")
-        how = f"A GPT-2 of shape {config.shape}, trained from random weights on {_sources(data)}."
+        how = f"A GPT-2 with the configuration {config.shape}, trained from random weights on {_sources(data)}."
     else:
         model, directory = load_model(config.model or "", allow_pickle=config.allow_pickle, hollow=config.validate_only)
         check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
-        how = f"A GPT-2, trained further from {config.model} on {_sources(data)}."
+        how = f"A GPT-2 that continued the training of {config.model} on {_sources(data)}."
     return Job("pretrain", config, how, model, data, setup.evaluated(data, model.config, config))
 
 
@@ -126,7 +127,7 @@ def distillation_job(
     """Set up `distill`: read the dataset, load student and teacher.
 
     Args:
-        shape: a student with random weights of this shape takes the place of `config.student`.
+        shape: uses a student of this shape with random weights instead of `config.student`.
     """
     data, hollow = data or load_packed_dataset(config.data), config.validate_only
     start = config.student or ""
@@ -143,8 +144,8 @@ def distillation_job(
         teacher.requires_grad_(False).to(DTYPES[config.teacher_dtype])
     check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")
     how = (
-        f"A GPT-2 that learned from {config.teacher} by recipe {config.recipe}, "
-        f"started from {config.student}, on {_sources(data)}."
+        f"A GPT-2 distilled from {config.teacher} with the recipe {config.recipe} on {_sources(data)}. "
+        f"The training started from {config.student}."
     )
     evaluated = setup.evaluated(data, student.config, config)
     return Job("distill", config, how, student, data, evaluated, LossWeights.of(config), teacher)
@@ -156,11 +157,11 @@ def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: Tr
     if data is None and is_packed_dataset(Path(config.data)):
         data = load_packed_dataset(config.data)
     elif data is None:
-        freeze(model, config.freeze)  # here already: a pattern that matches nothing stops before a text is packed
+        freeze(model, config.freeze)  # before packing: it raises an error if a pattern matches no parameter
         length = config.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, model.config.n_positions)
         if length > model.config.n_positions:
             raise ConfigError(
-                f"--sequence-length {length} is beyond the {model.config.n_positions} positions of {config.model}"
+                f"--sequence-length {length} is more than the {model.config.n_positions} positions of {config.model}"
             )
         data = load_packed_dataset(setup.packed("data", config.data, str(directory), length, config, config))
     check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")

@@ -1,4 +1,4 @@
-"""The one training loop: gradients of a global batch, a step, figures, evaluation, checkpoints."""
+"""The training loop of every command: gradients, optimizer step, metrics, evaluation, checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tinygpt2.utils.progress import ProgressStage, say, track
 
 
 def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState, nn.Module]:
-    """Train to the last step, from the newest checkpoint if the run resumes.
+    """Train to the last step; with --resume, start from the newest checkpoint.
 
     Returns:
         The final state, and `module` as Accelerate wrapped it. Its weights are those of the last step; with early
@@ -72,7 +72,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
 
 
 class _Outcome(NamedTuple):
-    """What one optimizer step gave: the same in every process.
+    """The results of one optimizer step, which are the same in every process.
 
     Attributes:
         terms: loss and its parts, means over the global batch.
@@ -86,12 +86,12 @@ class _Outcome(NamedTuple):
 
 
 class _Run:
-    """A training run in progress: what stepping, logging, evaluating and saving share.
+    """A training run in progress, with methods for stepping, logging, evaluating and saving.
 
     Attributes:
         module: as Accelerate wrapped it.
         total: optimizer steps of the whole run.
-        state: how far the run is.
+        state: the progress so far.
     """
 
     def __init__(self, job: Job, accelerator: Accelerator, module: Step) -> None:
@@ -125,7 +125,7 @@ class _Run:
         return self.state.step >= self.total or (patience is not None and self.state.worse >= patience)
 
     def due(self, every: int | None) -> bool:
-        """Say whether something is due that happens every N steps and at the end."""
+        """Return whether something that happens every `every` steps and at the end is due now."""
         return self.finished or (every is not None and self.state.step % every == 0)
 
     def step(self, *, stop: bool) -> _Outcome:
@@ -153,7 +153,7 @@ class _Run:
         return _Outcome(terms, rate, norm, stop)
 
     def log(self, outcome: _Outcome, progress: ProgressStage) -> dict[str, float]:
-        """Show how the run goes; return the step's figures for metrics.jsonl."""
+        """Show the progress to the user; return the step's metrics for metrics.jsonl."""
         step, speed = self.state.step, self._meter.lap(self.state.step)
         progress.line(f"step {step}/{self.total}  {self._meter.note(outcome.terms, speed, self.total - step)}")
         progress.advance(0, self._meter.note(outcome.terms, speed))
@@ -161,15 +161,15 @@ class _Run:
         return row | ({"skipped": self.state.skipped} if self.state.skipped else {})
 
     def evaluate(self) -> tuple[dict[str, float], bool]:
-        """Evaluate; return the figures for metrics.jsonl, and whether the loss is the lowest so far."""
+        """Evaluate; return the metrics for metrics.jsonl, and whether the loss is the lowest so far."""
         with self._meter.paused():
-            found = asdict(
+            result = asdict(
                 evaluate(self._accelerator, self.module, self._job.evaluated, self._job.config.micro_batch_size)
             )
-        return {f"eval/{name}": value for name, value in found.items()}, self.state.evaluated(**found)
+        return {f"eval/{name}": value for name, value in result.items()}, self.state.evaluated(**result)
 
     def record(self, row: dict[str, float]) -> None:
-        """Write figures to metrics.jsonl and to the trackers, if there are any, and the time into the state."""
+        """Write metrics to metrics.jsonl and to the trackers, if there are any; update the time in the state."""
         if row and self._metrics is not None:
             with self.checkpoints.may_fail("metrics.jsonl"):
                 self._metrics.write({"step": self.state.step, "tokens": self.state.tokens, **row})
@@ -185,7 +185,7 @@ class _Run:
 
 
 def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
-    """Tell DeepSpeed, if it is used, what it would learn from a data loader, and overwrite what its file says."""
+    """If DeepSpeed is used, set the options it would read from a data loader; they override those in its file."""
     if accelerator.state.deepspeed_plugin is None:
         return
     options = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -195,7 +195,7 @@ def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
         "gradient_clipping": config.grad_clip,
     }
     if options.get("zero_optimization", {}).get("stage") == 3:
-        options["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # whatever their type
+        options["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # also gathers 32-bit ones
 
 
 def _peak_tokens_per_second(job: Job, accelerator: Accelerator) -> float | None:
@@ -205,7 +205,7 @@ def _peak_tokens_per_second(job: Job, accelerator: Accelerator) -> float | None:
 
 
 def _agree(accelerator: Accelerator, parts: dict[str, torch.Tensor], stop: bool) -> tuple[dict[str, float], bool]:
-    """Return loss and parts over the global batch, and whether any process was asked to stop: the same in all."""
+    """Return the mean loss and its parts over all processes, and whether any process was asked to stop."""
     both = torch.stack([*parts.values(), parts["loss"].new_tensor(float(stop))])
     *means, asked = accelerator.reduce(both, "mean").tolist()
     return dict(zip(parts, means, strict=True)), asked > 0

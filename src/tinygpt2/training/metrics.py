@@ -1,4 +1,4 @@
-"""What a run measures: metrics.jsonl, the picture of its curves, the model card."""
+"""The metrics of a run: metrics.jsonl, and plots of its curves."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ METRICS, CURVES = "metrics.jsonl", "curves.png"
 
 
 class MetricsLog:
-    """metrics.jsonl: one object per logged step, appended as it happens, whole or not at all.
+    """Appends one line of JSON for each logged step to metrics.jsonl, and never a part of a line.
 
     Args:
         out: the run's directory.
-        step: the step that the run continues from; later lines of an earlier attempt are dropped.
+        step: the step that the run continues from. Lines of later steps, from an earlier attempt, are deleted.
     """
 
     def __init__(self, out: Path, step: int) -> None:
@@ -30,23 +30,23 @@ class MetricsLog:
         self._waiting = b""
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append one step's figures, and those that could not be written before; what is not finite becomes null.
+        """Append one step's metrics, after those that could not be written before. NaN and infinity become null.
 
         Raises:
-            OSError: the disk is full; the figures wait.
+            OSError: the disk is full. The next call tries to write these metrics again.
         """
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._waiting += (json.dumps(finite) + "\n").encode()
         with self._path.open("r+b", buffering=0) as stream:
             end = stream.seek(0, os.SEEK_END)
-            if stream.write(self._waiting) != len(self._waiting):  # the disk took only a part
+            if stream.write(self._waiting) != len(self._waiting):  # the disk is full, and only a part was written
                 stream.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         self._waiting = b""
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
-    """Read a run's metrics; a last line that was cut short by a crash is passed over."""
+    """Read a run's metrics; ignore a last line that was cut short by a crash."""
     rows = []
     path = out / METRICS
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -58,7 +58,7 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
 
 
 def plot_runs(runs: Mapping[str, Path], key: str, path: Path, title: str) -> None:
-    """Draw one metric of several runs against tokens, as a PNG."""
+    """Plot one metric of several runs against the number of tokens, as a PNG."""
     figure, axes = figure_of(1)
     for name, out in runs.items():
         rows = [row for row in read_metrics(out) if key in row]
@@ -69,7 +69,7 @@ def plot_runs(runs: Mapping[str, Path], key: str, path: Path, title: str) -> Non
 
 
 def plot_curves(out: Path) -> None:
-    """Draw a run's losses and learning rate against tokens into its directory."""
+    """Plot a run's losses and learning rate against the number of tokens, as curves.png in its directory."""
     rows = read_metrics(out)
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if "loss" in key]
     figure, axes = figure_of(2)

@@ -20,9 +20,9 @@ BETAS = (0.9, 0.95)  # GPT-3's, arXiv:2005.14165, appendix B: steadier than 0.99
 
 
 def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    """Make AdamW over what is trainable, or Muon over the layers' matrices and AdamW over the rest.
+    """Make AdamW for all trainable parameters, or Muon for the matrices of the layers and AdamW for the rest.
 
-    Matrices and embeddings decay, biases and layer norms never do.
+    Weight decay applies to matrices and embeddings, and never to biases and layer norms.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     layers = {m.weight for m in module.modules() if isinstance(m, Conv1D)} if options.optimizer == "muon" else set()
@@ -31,56 +31,56 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Opti
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    rate = options.learning_rate or DEFAULT_RATE  # until the loop sets that of the step
+    rate = options.learning_rate or DEFAULT_RATE  # the loop sets the rate of each step
     adamw = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True) if groups else None
     matrices = [parameter for parameter in trainable if parameter in layers]
     if not matrices:
-        assert adamw is not None  # something is trainable
+        assert adamw is not None  # at least one parameter is trainable
         return adamw
-    own = {m.c_attn.weight for m in module.modules() if isinstance(m, GPT2Attention)}
-    split = ([p for p in matrices if p not in own], 1), ([p for p in matrices if p in own], 3)
-    muon = [LayerMuon(found, rate, options.weight_decay, parts) for found, parts in split if found]
+    attention = {m.c_attn.weight for m in module.modules() if isinstance(m, GPT2Attention)}
+    split = ([p for p in matrices if p not in attention], 1), ([p for p in matrices if p in attention], 3)
+    muon = [LayerMuon(some, rate, options.weight_decay, parts) for some, parts in split if some]
     return CombinedOptimizer([*muon, *([adamw] if adamw else [])])
 
 
 class LayerMuon(torch.optim.Muon):
-    """Muon for GPT-2's matrices, which lie as (in, out), some of them several side by side.
+    """Muon for GPT-2's matrices, which are stored as (in, out); c_attn.weight holds three of them side by side.
 
-    Each of a matrix's parts is made orthogonal by itself and counts as (out, in). An update is as large as AdamW's
-    would be, so one learning rate serves both (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    Muon transposes each part to (out, in) and orthogonalizes it separately. An update is as large as AdamW's would
+    be, so both can use the same learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2).
 
     Args:
-        parts: matrices side by side in one: 3 for queries, keys and values.
+        parts: the number of matrices side by side in one tensor: 3 for queries, keys and values, else 1.
     """
 
     def __init__(self, matrices: list[nn.Parameter], rate: float, decay: float, parts: int) -> None:
         super().__init__(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         self._parts = parts
-        self.grad_scale: Tensor | None = None  # as AdamW's
+        self.grad_scale: Tensor | None = None  # gradients are divided by it, as in fused AdamW
 
     def _init_group(self, group: Any, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> bool:
-        """Give the update views of the parts, of parameters, gradients and momentum alike."""
+        """Pass views of the parts to Muon's update, for parameters, gradients and momentum."""
         whole: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
         super()._init_group(group, *whole)
         if self.grad_scale is not None:
             for gradient in whole[1]:
                 gradient.div_(self.grad_scale)
-        for found, wanted in zip(whole, (params, grads, buffers), strict=True):
-            wanted += [part.T for matrix in found for part in matrix.chunk(self._parts, dim=1)]
+        for matrices, views in zip(whole, (params, grads, buffers), strict=True):
+            views += [part.T for matrix in matrices for part in matrix.chunk(self._parts, dim=1)]
         return False
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers, each of its own parameters, as one: one list of groups, one state."""
+    """Several optimizers with different parameters that act as one, with one list of groups and one state."""
 
     def __init__(self, members: list[torch.optim.Optimizer]) -> None:
         self._members = members
-        self.grad_scale: Tensor | None = None  # what the gradients of the next step are divided by
+        self.grad_scale: Tensor | None = None  # the next step divides the gradients by it
         super().__init__([group for member in members for group in member.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        """Make the members' groups and states those of the whole."""
+        """Let the members use the groups and the state of the whole."""
         start = 0
         for member in self._members:
             count = len(member.param_groups)
@@ -89,7 +89,7 @@ class CombinedOptimizer(torch.optim.Optimizer):
             start += count
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load, as every optimizer does."""
+        """Load a state, as every optimizer does."""
         super().load_state_dict(state_dict)
         self._share()
 
@@ -104,23 +104,28 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 
 def unwrapped(accelerator: Accelerator, optimizer: Any) -> Any:
-    """Return the optimizer that Accelerate wrapped, where its wrapper has nothing to do but cost time.
+    """Return the optimizer without Accelerate's wrapper if the wrapper is not needed: it only costs time then.
 
-    It serves loss scaling; DeepSpeed's is another one. Each of its steps looks for optional packages on the disk.
+    The wrapper is needed for loss scaling, and DeepSpeed has a different one. In each step the wrapper looks for
+    optional packages on the disk.
     """
     return optimizer.optimizer if type(optimizer) is AcceleratedOptimizer and accelerator.scaler is None else optimizer
 
 
 def clip_gradients(accelerator: Accelerator, optimizer: Any, parameters: list[nn.Parameter], limit: float) -> float:
-    """Return the gradients' norm; have the optimizer's next step scale them down to `limit` (0: never) if it is above.
+    """Return the norm of the gradients. If it is above `limit`, the optimizer's next step scales them down to it.
 
-    The scaling is part of the fused step, by the attribute that torch's loss scaler uses: no pass of its own.
+    The scaling is part of the fused optimizer step and does not need a separate pass over the gradients: it uses the
+    attribute `grad_scale`, as torch's loss scaler does.
+
+    Args:
+        limit: the largest norm; 0 turns clipping off.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine clips; what is not finite it calls -1
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it clips, and returns -1 for NaN and infinity
         norm = float(accelerator.clip_grad_norm_(parameters, limit) or 0)
         return norm if norm >= 0 else math.inf
     accelerator.unscale_gradients()
     norm = float(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
     scale = torch.full((), norm / limit, device=accelerator.device) if limit and norm > limit else None
-    getattr(optimizer, "optimizer", optimizer).grad_scale = scale  # where losses are scaled, it is still wrapped
+    getattr(optimizer, "optimizer", optimizer).grad_scale = scale  # with loss scaling it is still wrapped
     return norm

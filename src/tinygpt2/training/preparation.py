@@ -1,4 +1,4 @@
-"""What a run needs before its first step: a free directory, an accelerator, texts packed once for all processes."""
+"""Prepare a run: check its directory, make the accelerator, and pack texts once for all processes."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.utils.files import require_free
 
 RUN_FILE = "config.yaml"
-PACKED = ("data", "eval-data")  # what a run may pack for itself, in its directory
-_TRIED = 1 << 26  # bytes of text that --validate-only packs, to count it
+PACKED_TEXTS = ("data", "eval-data")  # datasets that a run may pack, in its directory
+_TRIED = 1 << 26  # largest text in bytes that --validate-only packs to count its tokens
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """Where a run takes place: its processes, and the directory for texts that it packs."""
+    """A run's processes (`accelerator`), and the directory for the texts that it packs (`place`)."""
 
     accelerator: Accelerator
     place: Path
@@ -49,22 +49,23 @@ class TrainingSetup:
     def packed(
         self, name: str, source: str, tokenizer: str, length: int, config: TrainOptions, how: PackOptions
     ) -> str:
-        """Pack a text into blocks, once: the main process does it, the others wait. Return the data set's path.
+        """Pack a text into blocks and return the dataset's path. The main process packs, the others wait.
 
         Args:
-            name: of the directory.
+            name: of the dataset's directory.
             source: the text.
             tokenizer, length: of the blocks.
-            config: of the run, for its seed and whether it continues.
-            how: the text becomes documents, and which are held out.
+            config: of the run, for its seed and whether it resumes.
+            how: options for splitting the text into documents and for the test split.
         """
         out = self.place / name
-        mine = self.accelerator.is_main_process or config.dry_run  # into a directory of its own
-        if mine and not ((config.resume or config.dry_run) and is_packed_dataset(out)):
+        # in a dry run every process packs, into its own temporary directory
+        packs = self.accelerator.is_main_process or config.dry_run
+        if packs and not ((config.resume or config.dry_run) and is_packed_dataset(out)):
             if config.validate_only and (Corpus.of([source], how).size_hint() or 0) > _TRIED:
                 raise ConfigError(
-                    f"--validate-only counts the tokens of texts of up to {_TRIED >> 20} MiB: {source} is larger",
-                    "make a dataset of it first, with tinygpt2 pregenerate",
+                    f"--validate-only counts the tokens of texts of up to {_TRIED >> 20} MiB, but {source} is larger",
+                    "make a dataset from it first, with tinygpt2 pregenerate",
                 )
             options = {key: getattr(how, key) for key in PackOptions.model_fields}
             pregenerate(
@@ -73,28 +74,31 @@ class TrainingSetup:
                     resume=config.resume, **options,
                 )
             )  # fmt: skip
-        # not by a barrier, which gives up after minutes
+        # a barrier instead of this loop would time out after some minutes
         while not is_packed_dataset(out):
             time.sleep(0.2)
         return str(out)
 
     def evaluated(self, data: PackedDataset, model: GPT2Config, config: TrainOptions) -> Blocks:
-        """Return the blocks to evaluate on: the dataset's own test split, or those of --eval-data.
+        """Return the blocks to evaluate on: those of --eval-data, or the test split of the training dataset.
 
         Raises:
-            DataError, ConfigError: there are none, or they do not fit the model.
+            DataError, ConfigError: there are no such blocks, or they do not fit the model.
         """
         if config.eval_data is None:
             if not len(data.test) and (config.eval_every or config.early_stopping_patience):
                 raise DataError(
-                    f"the test split of {data.name} is empty: there is nothing to evaluate on", "give --eval-data"
+                    f"the test split of {data.name} is empty: there are no blocks to evaluate on",
+                    "add --eval-data with a held-out text",
                 )
             return data.test
         if is_packed_dataset(Path(config.eval_data)):
             packed = load_packed_dataset(config.eval_data)
             check_fits(packed, model, data.manifest["tokenizer_fingerprint"], f"dataset {data.name}")
             if not len(packed.test):
-                raise DataError(f"the test split of {config.eval_data} is empty", "give the held-out text itself")
+                raise DataError(
+                    f"the test split of {config.eval_data} is empty", "give the held-out text as --eval-data"
+                )
             return packed.test
         with tempfile.TemporaryDirectory() as scratch:
             data.tokenizer().save_pretrained(scratch)
@@ -106,15 +110,15 @@ class TrainingSetup:
 
 @contextmanager
 def training_setup(config: TrainOptions, weights: LossWeights) -> Iterator[TrainingSetup]:
-    """Check the start and make the accelerator, before anything is loaded.
+    """Check options, machine and output directory, and make the accelerator, before anything is loaded.
 
     Raises:
-        ConfigError: it would overwrite, continue another run, or asks for what the machine cannot do.
+        ConfigError: the run would overwrite files or continue another run, or the machine lacks a GPU or a compiler.
     """
     accelerator = _accelerator(config, weights)
     if accelerator.is_main_process:
         _check_start(config)
-    accelerator.wait_for_everyone()  # nobody writes before that
+    accelerator.wait_for_everyone()  # no process writes before the check is done
     if not config.dry_run:
         yield TrainingSetup(accelerator, Path(config.out))
         return
@@ -124,18 +128,21 @@ def training_setup(config: TrainOptions, weights: LossWeights) -> Iterator[Train
 
 def _check_start(config: TrainOptions) -> None:
     if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
+        raise ConfigError("--precision fp16 needs a GPU", "use --precision bf16 or fp32 on a CPU")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if (config.compile or config.compile_only) and shutil.which(compiler) is None:
         raise ConfigError(
-            f"--compile needs a C++ compiler: {compiler} was not found", "install it, or set CXX to another"
+            f"--compile needs a C++ compiler: {compiler} was not found", "install it, or set CXX to another compiler"
         )
-    load_tasks(config.eval_task, config.task_data)  # what is missing is said before anything is loaded
+    load_tasks(config.eval_task, config.task_data)  # report a missing task before anything is loaded
     out = Path(config.out)
     run = out / RUN_FILE
-    left = [path for path in out.glob(".*.tmp") if path.is_dir()] if config.resume else []  # by a killed process
-    # a text may be packed before the run begins
-    begun = run.is_file() or any(is_packed_dataset(out / name) or staging_path(out / name).is_dir() for name in PACKED)
+    # a process that was killed left these temporary directories
+    left = [path for path in out.glob(".*.tmp") if path.is_dir()] if config.resume else []
+    # a run that was interrupted while it packed a text has no config.yaml yet
+    begun = run.is_file() or any(
+        is_packed_dataset(out / name) or staging_path(out / name).is_dir() for name in PACKED_TEXTS
+    )
     if left and (begun or len(left) == len(list(out.iterdir()))):
         for path in left:
             shutil.rmtree(path, ignore_errors=True)
@@ -144,17 +151,17 @@ def _check_start(config: TrainOptions) -> None:
     elif run.is_file():
         earlier = yaml.safe_load(run.read_text(encoding="utf-8"))
         if not isinstance(earlier, dict) or set(earlier) != set(config.options()):
-            raise ConfigError(f"--resume: {run} is not of a run of this command", "give another --out")
+            raise ConfigError(f"--resume: {run} was written by a different command", "give another --out")
         changed = changed_mathematics(config, earlier)
         if changed:
             raise ConfigError(
                 f"--resume: {', '.join(changed)} differ from the run in {out}",
-                f"its options are in {run}; or give another --out",
+                f"use the options in {run}, or give another --out",
             )
 
 
 def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process may train twice, in another precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process may train again with another precision
     # objectives that never reach the logits may leave the top of the student without gradients
     whole = bool(weights.ce or weights.prediction)
     accelerator = Accelerator(
@@ -164,18 +171,20 @@ def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
         log_with=list(config.report_to) or None,
         project_dir=config.out,
     )
-    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # whatever a launcher's file says
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # overrides a launcher's file
     _check_sharding(accelerator, config)
     if (fsdp := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
-        fsdp.mixed_precision_policy = None  # it would round losses and sums of gradients: the step autocasts instead
+        fsdp.mixed_precision_policy = None  # it would round losses and sums of gradients; `Step` runs under autocast
     return accelerator
 
 
 def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
-    """Refuse what would not show objectives and Muon whole matrices, or the teacher to every process.
+    """Refuse forms of sharding that do not work here.
+
+    Objectives and Muon need whole matrices, and every process needs the teacher.
 
     Raises:
-        ConfigError: Accelerate's configuration asks for it.
+        ConfigError: Accelerate's configuration asks for such a form.
     """
     fsdp, deepspeed = getattr(accelerator.state, "fsdp_plugin", None), accelerator.state.deepspeed_plugin
     if fsdp is None and deepspeed is None:
@@ -188,18 +197,18 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
         )
     if config.optimizer == "muon":
         raise ConfigError(
-            "Muon needs whole matrices, FSDP and DeepSpeed split them", "add --optimizer adamw, or take DDP"
+            "Muon needs whole matrices, but FSDP and DeepSpeed split them", "add --optimizer adamw, or use DDP"
         )
     if config.dry_run and not config.validate_only:
-        raise ConfigError("FSDP and DeepSpeed are for runs: this one only tries steps", "take DDP, or one process")
+        raise ConfigError("--compile-only and --plan do not support FSDP or DeepSpeed", "use DDP or a single process")
 
 
 def changed_mathematics(config: TrainOptions, earlier: dict[str, Any]) -> list[str]:
-    """Return the options that differ from an earlier run's and alter what a resumed run computes."""
+    """Return the options that differ from those of an earlier run and change the results of a resumed run."""
     now = config.model_dump(mode="json", by_alias=True)
-    free = {"out", "micro_batch_size", "gradient_accumulation_steps"}  # their product is checked where it is known
+    free = {"out", "micro_batch_size", "gradient_accumulation_steps"}  # Checkpoints.resume checks the global batch
     keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key not in free]
     changed = [flag_name(key) for key in keys if key in earlier and earlier[key] != now[key]]
-    # wherever it is, states that were kept are rounded
+    # the cache's directory may change, but not whether there is one: cached states are rounded
     cached = [bool(options.get("teacher_cache")) for options in (earlier, now)]
     return changed + ["--teacher-cache"] * (cached[0] != cached[1])

@@ -16,9 +16,9 @@ DECAY_SHARE = 0.2  # wsd decays in this share of the steps after the warm-up (Hu
 def peak_learning_rate(options: TrainOptions, width: int) -> float:
     """Return the peak learning rate: the one that is given, or a default.
 
-    The default is 5e-4. `distill` divides a constant by the student's width, within bounds: the constant lies between
-    what was best for both optimizers at widths of 128 and 256 (docs/recipes.md), and the best rate falls as one over
-    the width (Yang et al. 2022, arXiv:2203.03466, table 3).
+    The default is 5e-4. `distill` divides a constant by the student's width and keeps the result between 1e-4 and
+    4e-3. The best rate is proportional to 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3); the constant of
+    each optimizer lies between those that were best at widths of 128 and 256 (docs/recipes.md).
     """
     if options.learning_rate:
         return options.learning_rate
@@ -30,9 +30,9 @@ def peak_learning_rate(options: TrainOptions, width: int) -> float:
 def passes_over_data(options: TrainOptions, parameters: int, tokens: int) -> float:
     """Return the number of passes over `tokens` of training data: the one that is given, or a default.
 
-    The default is 1. `distill` makes as many as give 20 tokens for each parameter, 1 to 4: 20 are what a model of its
-    size needs (Hoffmann et al. 2022, arXiv:2203.15556, table 3), and up to 4 passes are nearly as good as new text
-    (Muennighoff et al. 2023, arXiv:2305.16264, section 6).
+    The default is 1. `distill` makes as many passes as give 20 tokens for each parameter, but at least 1 and at most
+    4. About 20 tokens for each parameter are optimal (Hoffmann et al. 2022, arXiv:2203.15556, table 3), and up to 4
+    passes are nearly as good as new text (Muennighoff et al. 2023, arXiv:2305.16264, section 6).
     """
     if options.num_epochs:
         return options.num_epochs

@@ -1,4 +1,4 @@
-"""What a run knows of itself beyond weights and optimizer: what a checkpoint keeps, and what the loop goes by."""
+"""The progress of a run, which checkpoints keep in addition to weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class BestEvaluation:
 
 @dataclass
 class RunState:
-    """What a run knows of itself beyond weights and optimizer.
+    """The progress of a run: everything that it needs to continue, except weights and optimizer state.
 
     Attributes:
         step, tokens, seconds: done so far.
-        loss: of the last step, the mean over the global batch; None where it was not finite.
+        loss: of the last step, the mean over the global batch; None if it was NaN or infinite.
         eval: the last evaluation's loss and perplexity.
-        best: the best evaluation.
-        worse: evaluations since then.
-        skipped: steps whose loss or gradient was not finite.
+        best: the evaluation with the lowest loss so far.
+        worse: the number of evaluations since then.
+        skipped: the number of steps that were skipped because the loss or gradient was NaN or infinite.
         global_batch: sequences in a step.
-        data: fingerprint of the data set.
-        scaler: fp16's loss scaling.
+        data: fingerprint of the dataset's content.
+        scaler: state of fp16's loss scaler.
     """
 
     global_batch: int
@@ -46,11 +46,11 @@ class RunState:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> RunState:
-        """Take what a checkpoint's file holds."""
+        """Make a state from the values in a checkpoint's state.json."""
         return cls(**{**values, "best": values["best"] and BestEvaluation(**values["best"])})
 
     def evaluated(self, loss: float, perplexity: float) -> bool:
-        """Take note of an evaluation; say whether it is the best so far."""
+        """Record an evaluation; return whether its loss is the lowest so far."""
         self.eval = {"loss": loss, "perplexity": perplexity}
         improved = math.isfinite(loss) and (self.best is None or loss < self.best.loss)
         if improved:

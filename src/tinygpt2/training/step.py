@@ -1,4 +1,4 @@
-"""One training step's gradients, and evaluation: what the loop does with batches."""
+"""Gradients of one training step, and evaluation."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ class Evaluation:
 
 
 class Step(nn.Module):
-    """One micro-batch to one loss. The student and the learned map are its parameters, the teacher is not.
+    """Computes the loss of one micro-batch.
 
-    Everything goes through `forward`, so that a wrapper which shards parameters has them whole meanwhile.
+    The student and the learned map between hidden sizes are its parameters; the teacher is not. All computations go
+    through `forward`, because wrappers that shard parameters gather them only there.
 
     Args:
-        student, teacher: the teacher may be None where no objective looks at one.
-        weights: the objectives.
-        config: how to run: compiled, with gradient checkpointing, with which chunk of logits.
-        cache: of the teacher's last hidden states, where nothing else of it is looked at.
+        student, teacher: the teacher may be None if no objective needs one.
+        weights: the objectives and their weights.
+        config: for compilation, gradient checkpointing and the size of a chunk of logits.
+        cache: of the teacher's last hidden states; only for objectives that need no other states of the teacher.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Step(nn.Module):
         super().__init__()
         self.student = student
         self.objectives = Objectives(weights, student.config, teacher.config if teacher else None, config.logit_chunk)
-        # in a tuple and a list: not registered, so never trained, wrapped or saved
+        # in a tuple and a list, so that nn.Module does not register them: they are not trained, wrapped or saved
         self._teacher = (teacher,)
         self._teacher_head: list[Tensor] = []
         self._cache = cache
@@ -65,7 +66,7 @@ class Step(nn.Module):
         self._checkpointing = config.gradient_checkpointing
 
     def tie_weights(self) -> None:
-        """Make embeddings and output matrix one again, as FSDP asks for after sharding."""
+        """Tie embeddings and output matrix again; FSDP calls this after sharding."""
         self.student.tie_weights()
 
     def forward(
@@ -77,14 +78,15 @@ class Step(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
 
-        `rows` are the blocks' numbers in the data set, for the cache.
+        In evaluation mode, return the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms.
 
-        In evaluation mode: the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms.
+        Args:
+            rows: the numbers of the blocks in the dataset, for the cache.
         """
         if not self.training:
             with torch.autocast(input_ids.device.type, enabled=False):
                 every = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
-                head = head_operand(self.student.lm_head.weight)  # in 16 bits under DeepSpeed
+                head = head_operand(self.student.lm_head.weight)  # the weight is in 16 bits under DeepSpeed
                 losses, _ = target_losses(self.student, head, input_ids, every)
                 return losses.view(every.shape), {}
         wanted = self.objectives
@@ -101,18 +103,20 @@ class Step(nn.Module):
             loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
         else:
             with torch.no_grad():
-                seen = self._teacher_activations(teacher, input_ids, rows)
+                activations = self._teacher_activations(teacher, input_ids, rows)
                 if wanted.weights.prediction and not self._teacher_head:
                     self._teacher_head = [head_operand(teacher.lm_head.weight)]
-            loss, terms = wanted(input_ids, student, head, seen, *self._teacher_head, lengths=lengths, share=share)
+            loss, terms = wanted(
+                input_ids, student, head, activations, *self._teacher_head, lengths=lengths, share=share
+            )
         if not loss.requires_grad:
-            raise ConfigError("no objective reaches a parameter that is trained", "name fewer with --freeze")
+            raise ConfigError("no objective depends on a trainable parameter", "freeze fewer parameters (--freeze)")
         return loss, terms
 
     def _teacher_activations(
         self, teacher: GPT2LMHeadModel, input_ids: Tensor, rows: Sequence[int] | None
     ) -> Activations:
-        """Run the teacher, as deep as anything looks at it, or read what it returned before."""
+        """Run the teacher up to the last layer that an objective needs, or read its states from the cache."""
         wanted = self.objectives
         if self._cache is None or rows is None:
             return self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
@@ -122,9 +126,9 @@ class Step(nn.Module):
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
-    """Make the random numbers of a step, dropout's, a function of seed, step and process: nothing to save."""
+    """Seed dropout from seed, step and process, so that checkpoints need not hold the state of the generators."""
     number = int.from_bytes(hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=7).digest())
-    # torch.manual_seed would ask for every kind of device there might be, which takes a millisecond
+    # torch.manual_seed takes a millisecond, because it looks for every kind of device
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(number)
@@ -137,24 +141,26 @@ def gradients(
 
     Args:
         module: a `Step`, as Accelerate prepared it.
-        indices: of the global batch's blocks: the same for any number of processes, each takes its slice of it.
+        indices: of the global batch's blocks, which do not depend on the number of processes; each process uses a
+            share of them.
         size: blocks in a process's micro-batch.
 
     Returns:
-        This process's share of the loss and its parts: the mean over processes is the mean over the batch.
+        Loss and parts over this process's micro-batches; their mean over processes is the mean over the batch.
     """
-    count = len(indices) // size  # micro-batches, on all processes
+    count = len(indices) // size  # micro-batches of all processes
     turns = range(accelerator.process_index, count, accelerator.num_processes)
     share = None
-    if blocks.padded:  # a mean over the global batch, whatever padding falls into which micro-batch
+    if blocks.padded:  # micro-batches have different numbers of tokens, and the mean is over the global batch
         share = Counts.of(blocks.lengths(indices)).over(count)
     names: list[str] = []
     means = torch.zeros((), device=accelerator.device)
     for turn in turns:
         rows = indices[turn * size : (turn + 1) * size]
         batch = blocks.batch(rows).to(accelerator.device)
-        with accelerator.accumulate(module):  # divides by their number, and waits with the other processes' gradients
-            with accelerator.autocast():  # which Accelerate itself sees to, but not where it shards
+        # divides the loss by the number of micro-batches, and averages over processes only after the last one
+        with accelerator.accumulate(module):
+            with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
                 loss, terms = module(*batch, share, rows)
             accelerator.backward(loss)
         names = ["loss", *(f"loss/{name}" for name in terms)]
@@ -171,12 +177,14 @@ def step_seconds(
     size: int,
     steps: int,
 ) -> list[float]:
-    """Take some steps, and return the seconds of each: the first ones warm up.
+    """Take some steps and return the seconds of each. The first ones are slower than the rest.
 
     Args:
-        module, optimizer: as Accelerate prepared them; without an optimizer no weight changes.
-        sequences: of a global batch; the blocks are taken in their order, and again from the first one.
+        module, optimizer: as Accelerate prepared them; without an optimizer, no weight changes.
+        blocks: used in their order, and from the first one again after the last.
+        sequences: blocks in a global batch.
         size: blocks in a process's micro-batch.
+        steps: how many to take.
     """
     seconds = []
     for step in range(steps):
@@ -194,7 +202,7 @@ def step_seconds(
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: int) -> Evaluation:
-    """Measure cross-entropy on held-out blocks, in float32, each process on its share.
+    """Measure the cross-entropy on held-out blocks in float32; each process evaluates a share of them.
 
     Args:
         module: a `Step`, as Accelerate prepared it.
@@ -203,12 +211,13 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
     module.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    # every process makes as many forward passes, which those that share parameters need: the last block again
+    # processes that share a sharded model must make equally many forward passes: some repeat the last block,
+    # which then does not count
     for start in range(0, math.ceil(len(blocks) / world), size):
-        mine = range(start * world + rank, min(start + size, math.ceil(len(blocks) / world)) * world, world)
-        batch = blocks.batch([min(index, len(blocks) - 1) for index in mine]).to(accelerator.device)
+        numbers = range(start * world + rank, min(start + size, math.ceil(len(blocks) / world)) * world, world)
+        batch = blocks.batch([min(index, len(blocks) - 1) for index in numbers]).to(accelerator.device)
         losses, _ = module(batch.input_ids)  # (B, T - 1)
-        counted = torch.tensor([[index < len(blocks)] for index in mine], device=losses.device).expand_as(losses)
+        counted = torch.tensor([[index < len(blocks)] for index in numbers], device=losses.device).expand_as(losses)
         if batch.lengths is not None:
             counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None])
         sums += torch.stack([losses[counted].double().sum(), counted.sum().double()])

@@ -1,9 +1,9 @@
-"""A teacher's last hidden states on disk, for several students or epochs: computed once, read back memory-mapped.
+"""A cache on disk for a teacher's last hidden states: they are computed once and serve several epochs and students.
 
-The states are kept in bfloat16; the logits are made from them again, chunk by chunk, at a fraction of their size.
-A state has passed through bfloat16 whether it was read or has just been computed, so a run that finds its states and
-one that makes them learn the same, if they are made by the same products: with another micro-batch, device or with
---compile a few roundings differ.
+The states are stored in bfloat16, which takes a fraction of the space that logits would take; each step computes the
+logits from them, chunk by chunk. States are rounded to bfloat16 whether they were read or have just been computed. So
+a run that fills the cache and a run that reads it learn the same, if the teacher computed the same products: with
+another micro-batch or device, or with --compile, a few values are rounded differently.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from tinygpt2.errors import ConfigError
 from tinygpt2.utils.files import write_json
 from tinygpt2.utils.types import Array
 
-_FIGURES = (  # beyond the weights
+_FIGURES = (  # settings that change the states, in addition to the weights
     "n_head", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
 )  # fmt: skip
 
 
 class TeacherCache:
-    """The last hidden states of one teacher on one data set's training blocks.
+    """The last hidden states of one teacher on the training split of one dataset.
 
-    A file holds the states of all blocks, one after another, another a CRC-32 for each block, 0 where it was not
-    computed yet. A block whose bytes and checksum differ, after a crash or on a bad disk, is computed again; so
-    processes may share a cache while they fill it.
+    states.bin holds the states of all blocks, one after another. checksums.bin holds a CRC-32 for each block, or 0 if
+    its states are not computed yet. A block whose states do not match the checksum, after a crash or on a bad disk, is
+    computed again. For the same reason, several processes may fill a cache at the same time.
 
     Args:
-        root: directory of all caches; this one gets a directory of its own, named after what it depends on.
-        teacher, data, precision: the name comes from the weights and their type, the blocks' content, and the
-            arithmetic of the products.
+        root: the directory of all caches; this one gets a subdirectory.
+        teacher, data, precision: the subdirectory's name is computed from the teacher's weights and their type, the
+            content of the blocks, and the precision of the products.
 
     Raises:
-        ConfigError: it cannot be made there: no space, or no right to write.
+        ConfigError: the files cannot be made: there is too little space, or no permission to write.
     """
 
     def __init__(self, root: Path, teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precision) -> None:
@@ -60,25 +60,25 @@ class TeacherCache:
         except OSError as error:
             raise ConfigError(
                 f"--teacher-cache {root}: {size / 1e9:.1f} GB cannot be reserved there: {error.strerror or error}",
-                "free some space, give another directory, or leave the option out",
+                "free some space, give another directory, or leave out --teacher-cache",
             ) from error
         self._states: Array = np.memmap(self.path / "states.bin", np.int16, "r+", shape=self._shape)
         self._checksums: Array = np.memmap(self.path / "checksums.bin", np.uint32, "r+", shape=self._shape[:1])
 
     @property
     def filled(self) -> float:
-        """The share of the blocks that were computed."""
+        """The share of the blocks whose states are in the cache."""
         return float((self._checksums != 0).mean())
 
     def states(
         self, rows: Sequence[int], input_ids: Int[Tensor, "B T"], compute: Callable[[Tensor], Float[Tensor, "B T D"]]
     ) -> Float[Tensor, "B T D"]:
-        """Return the states of some blocks in bfloat16, computed and kept where they were not there.
+        """Return the states of some blocks in bfloat16. States that are not in the cache are computed and stored.
 
         Args:
-            rows: the blocks' numbers.
+            rows: the numbers of the blocks.
             input_ids: their tokens.
-            compute: runs the teacher.
+            compute: runs the teacher on tokens and returns its last hidden states.
         """
         kept = [self._states[row] for row in rows]
         lost = [i for i, row in enumerate(rows) if _checksum(kept[i]) != self._checksums[row]]
@@ -91,12 +91,12 @@ class TeacherCache:
 
 
 def cache_bytes(teacher: GPT2Config, data: PackedDataset) -> int:
-    """Return the size of all states."""
+    """Return the size of all states in bytes."""
     return 2 * len(data.train) * data.sequence_length * int(teacher.n_embd)
 
 
 def cache_name(teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precision) -> str:
-    """Return a name that is the same for the same teacher, in the same arithmetic, on the same blocks."""
+    """Return a name that depends only on the teacher, the precision and the content of the blocks."""
     digest = hashlib.sha256(f"{data.content} {precision}".encode())
     digest.update(repr([getattr(teacher.config, key) for key in _FIGURES]).encode())
     for name, tensor in teacher.transformer.state_dict().items():
@@ -106,11 +106,11 @@ def cache_name(teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precisi
 
 
 def _checksum(block: Array) -> int:
-    return zlib.crc32(np.ascontiguousarray(block).data) or 1  # 0 says that there is none
+    return zlib.crc32(np.ascontiguousarray(block).data) or 1  # 0 means that the block is not computed yet
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Make a file of this size, whole on the disk: a write into a map would kill the process on a full one."""
+    """Make a file and reserve its space: writing to a memory map on a full disk would kill the process."""
     if path.is_file() and path.stat().st_size == size:
         return
     try:

@@ -1,4 +1,4 @@
-"""How fast a run is and what it takes: steps, tokens, memory, and the share of the device's peak."""
+"""The speed of a run (tokens per second, share of the device's peak), and the operations of a training step."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tinygpt2.training.state import RunState
 
 
 class ThroughputMeter:
-    """Times a run, the time before a resume included.
+    """Measures the time and the speed of a run. The time includes that before a resume.
 
     Args:
-        state: where the run begins.
-        step_tokens: in the global batch.
-        bound: tokens per second at the peak of all devices, where that is known.
+        state: the state in which the run starts or continues.
+        step_tokens: the number of tokens in a global batch.
+        bound: tokens per second at the peak rate of all devices, or None if it is not known.
     """
 
     def __init__(self, state: RunState, step_tokens: int, bound: float | None) -> None:
@@ -31,7 +31,7 @@ class ThroughputMeter:
         return self._before + time.perf_counter() - self._start
 
     def lap(self, step: int) -> dict[str, float]:
-        """Return tokens per second since the last lap, and MFU (model FLOPs utilisation) where a peak is known."""
+        """Return tokens per second since the last lap, and MFU (model FLOPs utilisation) if the peak is known."""
         now = time.perf_counter()
         speed = (step - self._step) / (now - self._mark) * self._step_tokens
         self._mark, self._step = now, step
@@ -45,7 +45,7 @@ class ThroughputMeter:
         self._mark += time.perf_counter() - before
 
     def note(self, terms: dict[str, float], speed: dict[str, float], left: int = 0) -> str:
-        """Say for people how it goes; `left` is the number of steps to come, where that is worth saying."""
+        """Return a line for the user with losses, speed and memory; with `left` steps, also the remaining time."""
         parts = [f"{name.removeprefix('loss/')} {value:.4g}" for name, value in terms.items()]
         shown = parts[:1] + ([f"({', '.join(parts[1:])})"] if parts[2:] else [])
         rate = speed["tokens_per_second"]
@@ -56,7 +56,7 @@ class ThroughputMeter:
 
 
 def layer_operations(shape: GPT2Config, length: int) -> int:
-    """Return one layer's forward operations per token: two per weight, and causal attention."""
+    """Return the operations per token of a layer's forward pass: two per weight, and those of causal attention."""
     width: int = shape.n_embd
     inner: int = shape.n_inner or 4 * width
     return 2 * (4 * width * width + 2 * width * inner) + 2 * length * width
@@ -65,8 +65,9 @@ def layer_operations(shape: GPT2Config, length: int) -> int:
 def step_operations(student: GPT2Config, teacher: GPT2Config | None, weights: LossWeights, length: int) -> int:
     """Return the operations per token of one training step.
 
-    The student's forward pass counts three times (backward costs twice as much: Kaplan et al. 2020,
-    arXiv:2001.08361, section 2.1), the teacher's once, as deep as it is at all; element-wise work is not counted.
+    The student's forward pass counts three times, because the backward pass costs twice as much (Kaplan et al. 2020,
+    arXiv:2001.08361, section 2.1). The teacher's forward pass counts once, with all its layers. Element-wise
+    operations are not counted.
     """
     logits = weights.ce or weights.prediction
     total: int = 3 * student.n_layer * layer_operations(student, length)

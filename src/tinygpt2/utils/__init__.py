@@ -1,1 +1,1 @@
-"""What every floor uses: files, progress, the Hub."""
+"""Helpers that all other modules use: files, figures, progress reports, and access to the Hub."""

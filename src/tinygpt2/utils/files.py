@@ -1,4 +1,7 @@
-"""Writing without surprises: temporary names, renames, and output directories that are really free."""
+"""Read and write files safely.
+
+Writers use a temporary name and then rename, so that no half-written file is left. Output directories must be empty.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,9 @@ from tinygpt2.errors import ConfigError, DataError, UnreadableError
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` that becomes `path` if the block succeeds, else vanishes.
+    """Yield a temporary path next to `path`. It becomes `path` if the block succeeds; otherwise it is removed.
 
-    Works for a file and for a directory alike; the block decides which it makes. An existing directory
-    at `path` is replaced.
+    The block may make a file or a directory there. An existing file or directory at `path` is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -41,13 +43,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file in one rename."""
+    """Write a UTF-8 file under a temporary name and rename it."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON in one rename."""
+    """Write indented JSON under a temporary name and rename it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -63,7 +65,7 @@ def sha256_of(path: Path) -> str:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file or a directory's list of names is on the disk itself."""
+    """Wait until a file's content, or a directory's list of files, is physically on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,7 +75,7 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def atomic_contents(directory: Path) -> Iterator[Path]:
-    """Yield a temporary directory whose files move into `directory`, one rename each, on success."""
+    """Yield a temporary directory. If the block succeeds, its files move into `directory`, with one rename each."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=directory) as scratch:
         yield Path(scratch)
@@ -82,27 +84,33 @@ def atomic_contents(directory: Path) -> Iterator[Path]:
 
 
 def absolute(name: str) -> str:
-    """Return a name that is a path here as an absolute path, and any other name as it is."""
+    """Return the absolute path if a file or directory of that name exists, otherwise the name unchanged."""
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def require_free(out: Path, hint: str) -> None:
-    """Check that nothing would be overwritten in `out`.
+    """Check that writing to `out` would not overwrite anything.
 
     Raises:
         ConfigError: `out` is a file, or a directory that is not empty.
     """
     if out.is_file():
-        raise ConfigError(f"--out {out} is a file", "name a directory")
+        raise ConfigError(f"--out {out} is a file", "give a directory")
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is not empty", hint)
 
 
 def not_utf8(name: str, error: UnicodeDecodeError, offset: int = 0) -> DataError:
-    """Return the error that names file and byte."""
+    """Return an error with the file's name and the position of the first invalid byte.
+
+    Args:
+        name: the file's name.
+        error: the decoding error.
+        offset: position in the file of the bytes that were decoded.
+    """
     return DataError(
         f"{name}: not UTF-8: {error.reason} at byte {offset + error.start}",
-        "convert it, for example with iconv -t UTF-8; a corpus may be read with --encoding-errors replace",
+        "convert the file, for example with iconv -t UTF-8; for a corpus, --encoding-errors replace also helps",
     )
 
 
@@ -110,7 +118,7 @@ def open_file(path: Path) -> IO[bytes]:
     """Open a file for reading.
 
     Raises:
-        DataError: it cannot be read.
+        UnreadableError: the file cannot be read.
     """
     try:
         return path.open("rb")
@@ -119,10 +127,10 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def read_text(path: Path) -> str:
-    """Read a whole UTF-8 file, line ends as they are.
+    """Read a whole UTF-8 file without changing its line ends.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8 (the byte offset is named).
+        DataError: the file cannot be read, or is not UTF-8 (the message gives the byte offset).
     """
     with open_file(path) as stream:
         try:

@@ -1,4 +1,4 @@
-"""Names to what they name: models and tokenizers to local directories, data sets to streams."""
+"""Find models, tokenizers and datasets by name, in local directories or on the Hub."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 from tinygpt2.errors import ModelError, UnreadableError, one_line
 
 _HINT = (
-    "give a local directory; for the Hub, check the network, HF_ENDPOINT (a mirror) and REQUESTS_CA_BUNDLE "
-    "(a proxy's certificate), or fill the cache elsewhere with `hf download` and copy it"
+    "give a local directory; to use the Hub, check the network, HF_ENDPOINT (a mirror) and SSL_CERT_FILE "
+    "(a proxy's certificate), or run `hf download` on another machine and copy its cache"
 )
 
 
 def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights: bool = False) -> Path:
-    """Return the directory that holds `name`, fetching a Hub id's files into the cache if need be.
+    """Return the directory with the files of `name`. Files of a Hub id are downloaded if they are not in the cache.
 
     Args:
         name: a directory, or a Hub id such as `gpt2` or `owner/name`.
-        role: what it is, for the message: `model`, `teacher`, `tokenizer`.
-        allow_pickle: fetch pickled weights too.
-        weights: fetch weights at all.
+        role: a word for the error message: `model`, `teacher` or `tokenizer`.
+        allow_pickle: with `weights`, download pickled weights too.
+        weights: download weights, not only configuration and tokenizer.
 
     Raises:
-        ModelError: no such directory, and nothing of that name in the cache or in reach on the Hub.
+        ModelError: there is no such directory, and the files are neither in the cache nor available from the Hub.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -41,37 +41,43 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise ModelError(f"{role} {name!r} is no local directory and cannot be had from the Hub", _HINT) from error
+        raise ModelError(
+            f"{role} {name!r} is not a local directory and could not be downloaded from the Hub", _HINT
+        ) from error
 
 
 def stream_dataset(name: str, configuration: str | None) -> tuple[Any, str]:
-    """Return a data set's splits on the Hub, by name, to be read as they come, and its revision.
+    """Return a Hub dataset's splits by name, read as a stream, and its revision.
 
     Raises:
-        UnreadableError: nothing of that name is here or in reach on the Hub.
+        UnreadableError: the dataset is not available from the Hub.
     """
     import datasets
     from huggingface_hub import HfApi
 
     try:
-        # fails at once where `datasets` would try again for long
+        # fails at once if the Hub does not answer; `datasets` would retry for a long time
         revision = str(HfApi().dataset_info(name, timeout=20).sha)
         return datasets.load_dataset(name, configuration, streaming=True, revision=revision), revision
-    except Exception as error:  # whatever the network makes the libraries raise
+    except Exception as error:  # network failures raise many kinds of exceptions
         problem = one_line(error, 200)
         raise UnreadableError(
-            f"no such file or directory: {name}; nor can it be had as a data set from the Hub: {problem}", _HINT
+            f"no such file or directory: {name}, and no dataset of that name could be read from the Hub: {problem}",
+            _HINT,
         ) from error
 
 
 def dataset_rows(name: str, configuration: str | None, split: str, *, parquet: bool = False) -> list[dict[str, Any]]:
-    """Return all rows of a data set's split, from the Hub or from the cache of earlier downloads.
+    """Return all rows of a dataset's split, from the Hub or from the cache of earlier downloads.
 
     Args:
-        parquet: read the Hub's own conversion to Parquet.
+        name: the dataset's Hub id.
+        configuration: one of its configurations, if it has several.
+        split: one of its splits.
+        parquet: read the Hub's own conversion of the dataset to Parquet.
 
     Raises:
-        UnreadableError: it is in neither.
+        UnreadableError: the dataset is neither on the Hub nor in the cache.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -82,15 +88,15 @@ def dataset_rows(name: str, configuration: str | None, split: str, *, parquet: b
     problem = ""
     try:
         HfApi().dataset_info(name, revision=where.get("revision"), timeout=20)
-    except Exception as error:  # whatever the network makes the library raise
+    except Exception as error:  # network failures raise many kinds of exceptions
         problem = one_line(error, 200)
     offline = datasets.config.HF_HUB_OFFLINE
     try:
-        # where the Hub does not answer, `datasets` would try again for long before it looks into its cache
+        # if the Hub does not answer, `datasets` would retry for a long time before it uses its cache
         datasets.config.HF_HUB_OFFLINE = offline or bool(problem)
         return list(datasets.load_dataset(name, split=split, **where))
     except Exception as error:
         problem = problem or one_line(error, 200)
-        raise UnreadableError(f"{name} cannot be had as a data set from the Hub: {problem}", _HINT) from error
+        raise UnreadableError(f"the dataset {name} could not be read from the Hub: {problem}", _HINT) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline

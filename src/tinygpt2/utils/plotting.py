@@ -1,4 +1,4 @@
-"""Pictures: empty panels, and PNG files written whole."""
+"""Create matplotlib figures and write them as PNG files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tinygpt2.utils.files import atomic_path
 
 
 def figure_of(columns: int) -> tuple[Any, Any]:
-    """Return an empty picture and its panels, side by side."""
+    """Return an empty figure and a list of its panels, which are side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -19,6 +19,6 @@ def figure_of(columns: int) -> tuple[Any, Any]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a picture as a PNG, whole or not at all."""
+    """Write a figure as a PNG file. If that fails, no partial file is left."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

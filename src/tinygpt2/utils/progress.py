@@ -1,7 +1,7 @@
-"""Progress for people: a live bar on a terminal, plain lines elsewhere, nothing unless asked for.
+"""Report progress: with a live bar on a terminal, with plain lines elsewhere.
 
-The library is silent. The command line calls `show()` once, and from then on every `track()` draws on
-stderr; stdout is left to results.
+The library itself reports nothing. The command line calls `show()` once; from then on every `track()` reports on
+stderr. stdout is only for results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _mode: Literal["silent", "plain", "live"] = "silent"
 
 
 def show() -> None:
-    """Report progress on stderr from now on; of several processes only the first does."""
+    """Report progress on stderr from now on. If there are several processes, only the first one reports."""
     global _mode
     if os.environ.get("RANK", "0") != "0":
         return
@@ -27,12 +27,12 @@ def show() -> None:
 
 
 def shown() -> bool:
-    """Say whether progress is reported."""
+    """Return whether progress is reported."""
     return _mode != "silent"
 
 
 def say(message: str) -> None:
-    """Print one line of talk on stderr."""
+    """Print one line on stderr if progress is reported."""
     if _mode != "silent":
         from rich.console import Console
 
@@ -40,28 +40,28 @@ def say(message: str) -> None:
 
 
 class ProgressStage:
-    """One stage of work; `advance` it, and give `note` what a watcher wants to see now."""
+    """One stage of work. Call `advance` when some of it is done; a live bar shows its `note`."""
 
     def __init__(self, bar: Progress | None, description: str, total: int | None) -> None:
         self._bar = bar
         self._id = bar.add_task(description, total=total, note="") if bar else None
 
     def advance(self, amount: int = 1, note: str | None = None) -> None:
-        """Move on by `amount` of the task's unit."""
+        """Report that `amount` more units are done. `note` replaces the text next to the bar."""
         if self._bar is not None and self._id is not None:
             self._bar.advance(self._id, amount)
             if note is not None:
                 self._bar.update(self._id, note=note)
 
     def line(self, message: str) -> None:
-        """Print a plain line where there is no live bar to carry it."""
+        """Print a plain line if there is no live bar."""
         if self._bar is None:
             say(message)
 
 
 @contextmanager
 def track(description: str, total: int | None) -> Iterator[ProgressStage]:
-    """Show a stage of `total` units of work (None: unknown) while the block runs."""
+    """Report a stage of work while the block runs. `total` is its number of units, or None if it is unknown."""
     if _mode != "live":
         say(description)
         yield ProgressStage(None, description, total)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    Tokenizer = PreTrainedTokenizerFast
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Tokens = np.ndarray[Any, np.dtype[Any]]

@@ -1,1 +1,1 @@
-"""Commands that train or open several things in a row."""
+"""Commands that combine other parts: training, planning within a time, quickstart and verification."""

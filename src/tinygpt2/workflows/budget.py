@@ -1,4 +1,4 @@
-"""`distill --plan`: which student, and how many steps, fit into a time, found by timing a few steps of each."""
+"""`distill --plan`: find which student and how many steps fit into a given time, by timing a few steps."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from tinygpt2.training.step import Step, step_seconds
 from tinygpt2.utils.progress import say
 
 DEFAULT_MINUTES = 60.0
-_TIMED = 3  # steps, after one that warms up
-_KEPT = 0.9  # of the time, for steps and evaluations: the rest goes on start, checkpoints and the machine's moods
-_DEPTHS = (3 / 4, 1 / 2, 1 / 3, 1 / 6)  # of the teacher's layers
+_TIMED = 3  # steps to time, after one that warms up
+_KEPT = 0.9  # share of the time for steps and evaluations; start, checkpoints and slower steps need the rest
+_DEPTHS = (3 / 4, 1 / 2, 1 / 3, 1 / 6)  # shares of the teacher's layers
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A student, and what fits into the time.
+    """A student that was timed, and the training that fits into the time.
 
     Attributes:
-        student: the cut, or the one that was given.
-        num_layers: of a cut; None for a student that was given.
-        tokens_per_second: of training steps.
+        student: the given student, or a description of a cut of the teacher, such as "6 of 12 layers".
+        num_layers: the layers of a cut; None for a student that was given.
+        tokens_per_second: the speed of training steps.
         passes: over the data.
     """
 
@@ -59,7 +59,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """What fits into the time: every student that was timed, the one to take, and the commands that make it."""
+    """The students that were timed, the chosen one, and the commands that train it within the time."""
 
     minutes: float
     candidates: list[Candidate]
@@ -68,19 +68,19 @@ class BudgetPlan:
 
 
 def cuts(teacher: GPT2Config) -> list[int]:
-    """Return the depths that are worth a try, deepest first."""
+    """Return the numbers of layers to try, largest first."""
     depths = {max(1, round(share * teacher.n_layer)) for share in _DEPTHS}
     return sorted((depth for depth in depths if depth < teacher.n_layer), reverse=True)
 
 
 def plan_budget(config: DistillConfig, data: PackedDataset | None = None) -> BudgetPlan:
-    """Find the student, and the number of steps, that fit into `config.budget_minutes`: `distill --plan`.
+    """Find the student and the number of steps that fit into `config.budget_minutes` (`distill --plan`).
 
-    A few steps of each candidate are timed: of `config.student`, or of several cuts of the teacher. The choice is the
-    largest student that sees at least as many tokens as it has parameters. A cut student starts from what the teacher
-    knows, so a larger one leads from the first step; one token for each parameter (a rule of thumb) makes sure that
-    it also learns. If no student sees so many, the smallest is chosen. At most four passes over the data are planned
-    (see `schedule.passes_over_data`).
+    A few steps of each candidate are timed. The candidates are `config.student`, or several cuts of the teacher. The
+    choice is the largest student that sees at least as many tokens as it has parameters. A student that is cut from
+    the teacher starts with the teacher's weights, so a larger one is better from the first step. One token for each
+    parameter (a rule of thumb) makes sure that it also learns. If no student sees that many tokens, the smallest is
+    chosen. At most four passes over the data are planned (see `schedule.passes_over_data`).
 
     Args:
         config: with `plan=True`, which makes `student` optional.
@@ -91,7 +91,7 @@ def plan_budget(config: DistillConfig, data: PackedDataset | None = None) -> Bud
         DataError, ModelError: the dataset or a model is wrong.
     """
     if launched():
-        raise ConfigError("--plan uses one process", "start it without a launcher")
+        raise ConfigError("--plan uses one process", "run the command without a launcher")
     config = config.model_copy(update={"plan": True})
     with fast_products(), training_setup(config, LossWeights.of(config)) as setup:
         return _choose(_jobs(config, data, setup), setup.accelerator, config)
@@ -100,14 +100,14 @@ def plan_budget(config: DistillConfig, data: PackedDataset | None = None) -> Bud
 def _jobs(
     config: DistillConfig, data: PackedDataset | None, setup: TrainingSetup
 ) -> Iterator[tuple[str, int | None, Job]]:
-    """Yield name, number of layers and job of each candidate: the given student, or cuts of the teacher."""
+    """Yield each candidate's name, number of layers and job: the given student, or cuts of the teacher."""
     if config.student is not None:
         yield config.student, None, distillation_job(config, data, setup)
         return
     teacher, _ = load_model(config.teacher or "", "teacher", allow_pickle=config.allow_pickle, hollow=True)
     for layers in cuts(teacher.config):
         shape = GPT2Config.from_dict({**teacher.config.to_dict(), "n_layer": layers})
-        # from random weights: a step takes as long
+        # with random weights: its steps take as long as those of the real cut
         yield f"{layers} of {teacher.config.n_layer} layers", layers, distillation_job(config, data, setup, shape)
 
 
@@ -118,10 +118,10 @@ def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerato
     for name, layers, job in jobs:
         with memory_explained(config, job.data.sequence_length):
             candidates.append(_timed(name, layers, job, accelerator, minutes))
-        del job  # before the next one is made
+        del job  # free its memory before the next job is made
         accelerator.free_memory()
     if not candidates:
-        raise ConfigError("a teacher of one layer cannot be cut in depth", "give a --student")
+        raise ConfigError("a teacher with one layer cannot be cut in depth", "give a student with --student")
     able = [candidate for candidate in candidates if candidate.steps]
     if not able:
         raise ConfigError(
@@ -133,7 +133,7 @@ def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerato
 
 
 def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, minutes: float) -> Candidate:
-    """Take a few steps as the loop would, and count what fits."""
+    """Time a few steps like those of the training loop, and compute how many fit into the time."""
     config, data, parameters = job.config, job.data, count_parameters(job.model)
     say(f"timing {name}")
     freeze(job.model, config.freeze)
@@ -156,7 +156,7 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
 
 
 def _evaluation(job: Job, accelerator: Accelerator, module: torch.nn.Module) -> float:
-    """Return the seconds of an evaluation, from those of its first batch."""
+    """Return the estimated seconds of an evaluation, from those of its first batch."""
     count = len(job.evaluated)
     size = min(job.config.micro_batch_size, count)
     if not count:

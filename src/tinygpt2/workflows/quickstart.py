@@ -1,7 +1,7 @@
-"""`quickstart`: the whole pipeline on text that every CPython brings along.
+"""`quickstart`: the whole pipeline on text that is part of every CPython.
 
-It calls the same functions as the commands, and does nothing that a user could not do with them. What is
-finished is written down in OUT/quickstart.json, so that a second run continues where the first one stopped.
+It only calls the functions behind the commands, so a user can do the same with the commands. OUT/quickstart.json
+lists the finished stages, so that a second run continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from tinygpt2.data.pregenerate import pregenerate
 from tinygpt2.data.tokenizer_training import train_tokenizer
 from tinygpt2.decoding.generation import generate
 from tinygpt2.errors import ConfigError, InterruptedRunError
-from tinygpt2.evaluation.perplexity import measure
-from tinygpt2.training.metrics import plot_runs
+from tinygpt2.evaluation.perplexity import ppl
+from tinygpt2.training.metrics import CURVES, plot_runs
 from tinygpt2.utils.files import read_json, write_json, write_text
 from tinygpt2.utils.progress import say
 from tinygpt2.workflows.train import distill, pretrain
 
-JOURNAL, REPORT, CURVES = "quickstart.json", "report.md", "curves.png"
+JOURNAL, REPORT = "quickstart.json", "report.md"
 PROMPT = "The following example shows how to"
 
 
 @dataclass(frozen=True)
 class QuickstartSizes:
-    """Sizes of the run; the defaults fill a few minutes of two cores."""
+    """Sizes of the run; with the defaults it takes a few minutes on two cores."""
 
     vocab_size: int = 2048
     sequence_length: int = 128
@@ -58,7 +58,13 @@ class QuickstartSizes:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """One row of the table. `bytes` is the size of the weights on disk, `tokens_per_second` of greedy text."""
+    """One row of the report's table.
+
+    Attributes:
+        bytes: the size of the weights on disk.
+        tokens_per_second: the speed of greedy decoding.
+        sample: a generated text that continues `PROMPT`.
+    """
 
     model: str
     layers: int
@@ -71,7 +77,13 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """What `quickstart` made and measured."""
+    """The models that `quickstart` trained, with their measurements.
+
+    Attributes:
+        baselines: `truncated` started from the same weights as the student, `random` from random ones.
+        seconds: the time of all stages.
+        report: the path of report.md.
+    """
 
     teacher: ModelSummary
     student: ModelSummary
@@ -81,23 +93,23 @@ class QuickstartResult:
 
     @property
     def summary(self) -> str:
-        """The report, for people."""
+        """The text of the report."""
         return Path(self.report).read_text(encoding="utf-8")
 
 
 def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -> QuickstartResult:
-    """Train tokenizer, teacher, student and two baselines, measure them, and write a report.
+    """Train a tokenizer, a teacher, a student and two baselines, measure the models, and write a report.
 
-    The student is distilled from the teacher; the baselines have its shape and see the same tokens in the same
-    order, by the same optimizer, rate and schedule, but learn from the text alone: one from the same truncated
-    start, one from random weights.
+    The student is distilled from the teacher. The baselines have the student's shape and see the same tokens in the
+    same order, with the same optimizer, learning rate and schedule, but they learn from the text alone. One baseline
+    starts from the same truncated teacher as the student, the other from random weights.
 
     Args:
-        config: where to, and the seed.
-        scale: sizes; the default fills a few minutes of two cores.
+        config: the output directory and the seed.
+        scale: the sizes of the run; by default it takes a few minutes on two cores.
 
     Raises:
-        ConfigError: the output directory holds something else, or an earlier run of other sizes or seed.
+        ConfigError: the output directory holds other files, or a quickstart run with other sizes or another seed.
     """
     scale = scale or QuickstartSizes()
     out = Path(config.out).resolve()
@@ -144,19 +156,19 @@ def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -
 
 
 def _shape(file: Path, scale: QuickstartSizes, layers: int) -> str:
-    """Write a model configuration of so many layers; return its path."""
+    """Write a model configuration with this number of layers; return its path."""
     shape = {"n_layer": layers, "n_head": scale.n_head, "n_embd": scale.n_embd, "n_positions": scale.sequence_length}
     write_text(file, yaml.safe_dump(shape, sort_keys=False))
     return str(file)
 
 
 def _training(config: QuickstartConfig, scale: QuickstartSizes, out: Path, tokens: int) -> dict[str, Any]:
-    """Return the options of a training run: all four share them, so that the comparison is fair."""
+    """Return the options that all four training runs share, so that the comparison is fair."""
     steps = tokens // (scale.batch_size * scale.sequence_length)
     recipe = read_recipe("default")
     return {
         **{key: recipe[key] for key in ("lr_schedule", "warmup_ratio", "weight_decay")},
-        "optimizer": "adamw",  # Muon's own products weigh too much on steps of so few tokens
+        "optimizer": "adamw",  # Muon's matrix products take too long for steps of so few tokens
         "data": str(out / "data"),
         "max_tokens": tokens,
         "seed": config.seed,
@@ -169,35 +181,37 @@ def _training(config: QuickstartConfig, scale: QuickstartSizes, out: Path, token
 
 
 class _Stages:
-    """The journal of finished stages; a stage that is in it, and whose directory is there, is not run again."""
+    """Runs stages and keeps a journal of them. A stage in the journal does not run again if its directory exists."""
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self._out, self._file = out, out / JOURNAL
         if self._file.is_file():
             self._journal = read_json(self._file)
             if self._journal["settings"] != settings:
-                raise ConfigError(f"--out {out} holds a quickstart of another seed or size", "give another --out")
+                raise ConfigError(
+                    f"--out {out} contains a quickstart run with another seed or other sizes", "give another --out"
+                )
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"--out {out} holds something else than a quickstart", "give another --out")
+            raise ConfigError(f"--out {out} is not empty and does not contain a quickstart run", "give another --out")
         else:
             self._journal = {"settings": settings, "stages": {}}
             write_json(self._file, self._journal)
 
     @property
     def seconds(self) -> float:
-        """Seconds of the finished stages, each in the run that finished it."""
+        """Seconds of all finished stages. Each stage counts only the time of the run that finished it."""
         return float(sum(stage["seconds"] for stage in self._journal["stages"].values()))
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do a stage unless it is done; return what its work returned, as JSON."""
+        """Run a stage unless it is already finished; return the result of `work` as JSON."""
         stages = self._journal["stages"]
         if name in stages and ((self._out / name).is_dir() or name == "figures"):
-            say(f"{name}: done before")
+            say(f"{name}: already finished")
             return stages[name]["result"]
         started = time.perf_counter()
         directory = self._out / name
         if directory.is_dir() and not (directory / "checkpoints").is_dir():
-            shutil.rmtree(directory)  # what has no checkpoint to resume from starts again
+            shutil.rmtree(directory)  # without a checkpoint to resume from, the stage starts again
         try:
             result = work()
         except InterruptedRunError as error:
@@ -209,12 +223,12 @@ class _Stages:
 
 
 def _measure(out: Path, models: tuple[str, ...], scale: QuickstartSizes) -> dict[str, Any]:
-    """Measure the held-out perplexity, size and greedy speed of each model, and take a sample."""
+    """Measure each model's held-out perplexity, size and speed of greedy decoding, and generate a sample."""
     paths = [str(out / name) for name in models]
-    measured = measure(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size)).results
+    measured = ppl(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size)).results
     greedy = GenerateConfig(model=paths, prompt=[PROMPT], max_new_tokens=scale.new_tokens)
     samples = generate(greedy.model_copy(update={"temperature": 0.8, "top_p": 0.9})).results
-    texts = generate(greedy).results  # timed: second, when everything is warm
+    texts = generate(greedy).results  # this call is timed: it comes second, after a warm-up
     runs = {name: read_json(out / name / "config.json") for name in models}
     journal = read_json(out / JOURNAL)["stages"]
     return {
@@ -246,15 +260,20 @@ def _report(out: Path, result: QuickstartResult, scale: QuickstartSizes) -> str:
     student, length = out / "student", scale.sequence_length
     return f"""# quickstart
 
-A teacher trained on {scale.teacher_tokens:,} tokens of Python's own documentation, a student cut from it and
-distilled on {scale.student_tokens:,} tokens, and two baselines of the student's shape that saw the same tokens at
-the same learning rate, by the same optimizer and schedule.
+This run trained four models on Python's documentation:
+
+- The **teacher** was trained on {scale.teacher_tokens:,} tokens.
+- The **student** was cut from the teacher ({scale.student_layers} of its {scale.n_layer} layers) and then distilled on
+  {scale.student_tokens:,} tokens.
+- Two **baselines** have the student's shape, but learned from the text alone, without the teacher. They saw the same
+  tokens as the student, with the same optimizer, learning rate and schedule.
 
 | model | layers | parameters | on disk | held-out perplexity | greedy tokens/s |
 |---|---|---|---|---|---|
 {table}
 
-{result.seconds:.0f} seconds of work. Lower perplexity is better; the held-out documents were never trained on.
+Lower perplexity is better. It was measured on held-out documents that were not used for training. All stages together
+took {result.seconds:.0f} seconds.
 
 ![held-out loss of the four runs]({CURVES})
 
@@ -264,16 +283,16 @@ the same learning rate, by the same optimizer and schedule.
 
 ## What to try next
 
-Talk to the student:
+Try the student with your own prompts:
 
     tinygpt2 generate --model {student} --interactive
 
-Your own text (a file, a directory or .jsonl), with this teacher and tokenizer:
+Distil this teacher on your own text (a file, a directory or .jsonl):
 
     tinygpt2 pregenerate my-texts/ --tokenizer {out / "tokenizer"} --sequence-length {length} --out my-data
     tinygpt2 distill --teacher {out / "teacher"} --student {out / "truncated"} --data my-data --out my-student
 
-GPT-2 itself as the teacher (from the Hub, or a local directory instead of gpt2):
+Use GPT-2 itself as the teacher (`gpt2` is loaded from the Hub; offline, give a local directory instead):
 
     tinygpt2 pregenerate my-texts/ --tokenizer gpt2 --out gpt2-data
     tinygpt2 truncate-student --teacher gpt2 --num-layers 6 --refit --data gpt2-data --out gpt2-cut

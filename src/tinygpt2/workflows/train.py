@@ -1,4 +1,4 @@
-"""`pretrain`, `distill` and `finetune`: they run the one training loop on different jobs, and save the model."""
+"""`pretrain`, `distill` and `finetune`: they run the same training loop on different jobs and save the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
-from tinygpt2.evaluation.perplexity import measure
+from tinygpt2.evaluation.perplexity import ppl
 from tinygpt2.evaluation.results import short_names
 from tinygpt2.models.card import model_card
 from tinygpt2.models.parameters import count_parameters, set_dropout
@@ -37,11 +37,13 @@ from tinygpt2.utils.progress import say
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training run made.
+    """The model of a training run, and its measurements.
 
     Attributes:
-        loss: the last step's mean over the global batch.
-        tasks: perplexity on each --eval-task, by ppl's default convention; None without one.
+        model: the path of its directory.
+        loss: of the last step, the mean over the global batch.
+        eval: the last evaluation.
+        tasks: perplexity on each --eval-task, in the default convention of `ppl`; None without --eval-task.
     """
 
     model: str
@@ -60,7 +62,7 @@ def pretrain(config: PretrainConfig, data: PackedDataset | None = None) -> Train
     """Train a language model on a pregenerated dataset, from random weights or from existing ones.
 
     Args:
-        config: its `validate_only` and `compile_only` must be off: see `plan_run` and `compile_step`.
+        config: its `validate_only` and `compile_only` must be off; see `plan_run` and `compile_step`.
         data: replaces the dataset that `config.data` names; see `from_map_style`.
 
     Raises:
@@ -75,7 +77,7 @@ def distill(config: DistillConfig, data: PackedDataset | None = None) -> TrainRe
     """Distil a teacher into a student. The teacher is loaded only if an objective uses it.
 
     Args:
-        config: its `validate_only`, `compile_only` and `plan` must be off: see `plan_run`, `compile_step` and
+        config: its `validate_only`, `compile_only` and `plan` must be off; see `plan_run`, `compile_step` and
             `plan_budget`.
         data: replaces the dataset that `config.data` names; see `from_map_style`.
 
@@ -99,7 +101,7 @@ def _run(command: str, config: TrainOptions, data: PackedDataset | None) -> Trai
     """Train in this process, or in as many processes as the configuration asks for."""
     if config.dry_run:
         raise ConfigError(
-            f"{command} trains, and validate_only, compile_only and plan do not",
+            f"{command} trains a model, so validate_only, compile_only and plan must be off",
             "call tinygpt2.plan_run, tinygpt2.compile_step or tinygpt2.plan_budget instead",
         )
     check_number(config.num_processes)
@@ -124,7 +126,7 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
     if accelerator.is_main_process:
         write_text(out / RUN_FILE, config.to_yaml())
     _begin_tracking(accelerator, config)
-    tokenizer, parameters = job.data.tokenizer(), count_parameters(job.model)  # ZeRO-3 leaves shards
+    tokenizer, parameters = job.data.tokenizer(), count_parameters(job.model)  # before ZeRO-3 splits the parameters
     try:
         state, wrapped = run_loop(job, accelerator, module)
         weights = accelerator.get_state_dict(wrapped)
@@ -133,7 +135,7 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
             own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
             save_model(job.model, out, tokenizer, _card(job, result), own, config.to_yaml())
             plot_curves(out)
-        # the wrapper first: where it outlives the process group, its end waits for threads that wait for it
+        # free the wrapper before the process group: otherwise both can wait for each other at the end
         (wrapped,) = accelerator.free_memory(wrapped)
         if config.eval_task:
             result = _measured(job, result, accelerator)
@@ -146,26 +148,26 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
 
 
 def _cache(job: Job) -> TeacherCache | None:
-    """Open the cache of the teacher's states, if there is to be one."""
+    """Open the cache of the teacher's states, if the run uses one."""
     config = job.config
     if not isinstance(config, DistillConfig) or config.teacher_cache is None:
         return None
-    assert job.teacher is not None  # or the options contradict each other
+    assert job.teacher is not None  # DistillConfig refuses a cache without a teacher
     if not isinstance(job.data.made_with, Path):
-        raise ConfigError("--teacher-cache needs a pregenerated dataset, whose content has a fingerprint")
+        raise ConfigError("--teacher-cache needs a pregenerated dataset, because only its content has a fingerprint")
     cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, config.precision)
-    say(f"{cache.path}: {cache.filled:.0%} of the teacher's states are there")
+    say(f"{cache.path} holds {cache.filled:.0%} of the teacher's states")
     return cache
 
 
 def _measured(job: Job, result: TrainResult, accelerator: Accelerator) -> TrainResult:
-    """Measure the finished model on the tasks asked for, and write them into its card."""
+    """Measure the finished model on the tasks of --eval-task, and add the results to its card."""
     config = job.config
     if job.teacher is not None:
         job.teacher.to("cpu")
     job.model.to("cpu")
-    accelerator.wait_for_everyone()  # until the model is there
-    rows = measure(PplConfig(model=[config.out], task=config.eval_task, task_data=config.task_data)).results
+    accelerator.wait_for_everyone()  # until the main process has saved the model
+    rows = ppl(PplConfig(model=[config.out], task=config.eval_task, task_data=config.task_data)).results
     names = short_names([row.task for row in rows])
     result = replace(result, tasks={names[row.task]: row.perplexity for row in rows})
     if accelerator.is_main_process:
@@ -174,7 +176,10 @@ def _measured(job: Job, result: TrainResult, accelerator: Accelerator) -> TrainR
 
 
 def _fitted_before(job: Job, accelerator: Accelerator) -> bool:
-    """Take the micro-batch that the run found when it began, so that what it resumes computes the same."""
+    """With --resume, use the micro-batch that --auto-batch-size chose at first; return whether there was one.
+
+    So the resumed run computes the same as the run would have without the interruption.
+    """
     file, config = Path(job.config.out) / RUN_FILE, job.config
     if not (config.resume and file.is_file()):
         return False
@@ -188,7 +193,7 @@ def _fitted_before(job: Job, accelerator: Accelerator) -> bool:
 
 
 def _begin_tracking(accelerator: Accelerator, config: TrainOptions) -> None:
-    """Start the trackers: TensorBoard in OUT/tensorboard, or beside W&B's project tinygpt2 in OUT/tinygpt2."""
+    """Start the trackers. TensorBoard writes to OUT/tensorboard, or with W&B (project tinygpt2) to OUT/tinygpt2."""
     if not config.report_to:
         return
     options = config.model_dump(mode="json", by_alias=True)

@@ -1,6 +1,7 @@
-"""`verify`: whether a dataset or model is what it should be.
+"""`verify`: check whether a dataset or a model is intact and works as it should.
 
-A model is run under `transformers` and under this package's own GPT-2 (reference.py), which share no code.
+A model runs under `transformers` and under this package's own GPT-2 (reference.py). The two implementations do not
+share any code.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ from tinygpt2.models.compatibility import vocabulary_mismatch
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.models.weights import CHECKSUMS, block_of, check_checksums, stored_tensor
 
-TOLERANCE = 1e-4  # of the largest logit or state: float32 in another order
-_PROMPT, _TOKENS = 16, 32  # of the greedy text, where the positions allow it
+TOLERANCE = 1e-4  # relative to the largest logit or state: float32 sums depend on their order
+_PROMPT, _TOKENS = 16, 32  # tokens of the prompt and of the greedy text, if the model has enough positions
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two implementations are apart on one model, in float32.
+    """Differences between the outputs of two implementations for one model, in float32.
 
     Attributes:
         logits, states: the largest absolute difference.
-        largest_logit, largest_state: the largest absolute value, to compare it with.
-        greedy_tokens: how many tokens of greedy text were made, and `same_greedy_text` whether they are the same.
+        largest_logit, largest_state: the largest absolute value, to compare the difference with.
+        greedy_tokens: the number of tokens that each implementation generated greedily.
+        same_greedy_text: whether both generated the same tokens.
     """
 
     logits: float
@@ -49,11 +51,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was found: `problems` are faults, `notes` are not.
+    """The result of `verify`.
 
     Attributes:
-        reference: how a model agrees with the GPT-2 of `tinygpt2.reference`; None for a dataset.
-        copies: with a teacher, for each of the student's tensors that is one of the teacher's the name of that.
+        ok: whether there are no problems.
+        problems: the faults that were found.
+        notes: observations that are not faults.
+        reference: how well a model agrees with the GPT-2 of `tinygpt2.reference`; None for a dataset.
+        copies: with a teacher, the names of the student's tensors that are copies, each with the teacher's name.
     """
 
     path: str
@@ -66,32 +71,32 @@ class VerifyResult:
 
     @property
     def exit_code(self) -> int:
-        """What the command line exits with: 0, or the code of a faulty dataset or model."""
+        """The exit code of the command line: 0, or the code for a faulty dataset or model."""
         faulty = DataError.exit_code if self.kind == "dataset" else ModelError.exit_code
         return 0 if self.ok else faulty
 
 
 def verify(config: VerifyConfig) -> VerifyResult:
-    """Check a pregenerated dataset or a model directory and list every fault found.
+    """Check a pregenerated dataset or a model directory, and list every fault.
 
     Raises:
-        DataError: there is neither at that path.
+        DataError: there is neither a dataset nor a model at that path, or a dataset was given with a teacher.
         ModelError: the teacher cannot be loaded.
     """
     path = Path(config.path)
     if not path.is_dir():
         raise DataError(f"no such directory: {path}", "verify takes a pregenerated dataset or a model directory")
-    # a model first: what was fine-tuned on a text holds a dataset too
+    # look for a model first: the directory of a model that was fine-tuned on a text also holds a dataset
     if not any((path / name).is_file() for name in ("config.json", "model.safetensors", "pytorch_model.bin")):
         if not is_packed_dataset(path):
             raise DataError(f"{path} is neither a pregenerated dataset nor a model directory")
         if config.teacher is not None:
-            raise DataError(f"{path} is a dataset: --teacher goes with a student")
+            raise DataError(f"{path} is a dataset, but --teacher needs a student model")
         problems = list(check_dataset(path))
         return VerifyResult(str(path.resolve()), "dataset", not problems, problems)
     problems, notes = list(check_checksums(path)), []
     if not (path / CHECKSUMS).is_file():
-        notes.append(f"no {CHECKSUMS} beside the weights: whether they are those that were saved cannot be seen")
+        notes.append(f"there is no {CHECKSUMS} file, so the weights could not be checked for corruption")
     try:
         model, _ = load_model(str(path), allow_pickle=config.allow_pickle)
     except ModelError as error:
@@ -115,18 +120,18 @@ def verify(config: VerifyConfig) -> VerifyResult:
 
 
 def _check_loaded(directory: Path, model: GPT2LMHeadModel) -> Iterator[tuple[str, bool]]:
-    """Yield what is odd about weights, configuration and tokenizer, and whether it is a fault."""
+    """Yield a message for each oddity of weights, configuration and tokenizer, and whether it is a fault."""
     config = model.config
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            yield f"{name} holds numbers that are not finite", True
+            yield f"{name} contains NaN or infinite values", True
     head, embeddings = (stored_tensor(directory, name) for name in ("lm_head.weight", "transformer.wte.weight"))
     if head is not None and embeddings is not None:
         same = head.shape == embeddings.shape and bool(torch.equal(head, embeddings))
         if config.tie_word_embeddings and not same:
-            yield "lm_head.weight is not the embeddings, to which config.json ties it", True
+            yield "lm_head.weight differs from the embeddings, but config.json ties them", True
         if not config.tie_word_embeddings and same:
-            yield "lm_head.weight equals the embeddings, but config.json does not tie them", False
+            yield "lm_head.weight is equal to the embeddings, but config.json does not tie them", False
     yield from ((problem, True) for problem in _check_ends(directory, config))
     try:
         tokenizer = model_tokenizer(directory)
@@ -134,48 +139,48 @@ def _check_loaded(directory: Path, model: GPT2LMHeadModel) -> Iterator[tuple[str
         yield str(error), True
         return
     if tokenizer is None:
-        yield "no tokenizer beside the weights", False
+        yield "the directory does not contain a tokenizer", False
     elif (mismatch := vocabulary_mismatch(tokenizer, config)) is not None:
         yield mismatch
 
 
 def _check_ends(directory: Path, config: Any) -> Iterator[str]:
-    """Compare the tokens that begin and end a text with the vocabulary, in both configurations."""
-    found = {"config.json": {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id")}}
+    """Check that the special tokens of both configurations (begin, end and padding) are in the vocabulary."""
+    settings = {"config.json": {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id")}}
     file = directory / "generation_config.json"
     if file.is_file():
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
-            found[file.name] = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            settings[file.name] = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         except (ValueError, AttributeError) as error:
             yield f"{file.name}: {error}"
-    for name, ends in found.items():
-        for key, token in ends.items():
+    for name, tokens in settings.items():
+        for key, token in tokens.items():
             for one in token if isinstance(token, list) else [token]:
                 if one is not None and not 0 <= one < config.vocab_size:
-                    yield f"{name}: {key} {one} is beyond the vocabulary of {config.vocab_size}"
+                    yield f"{name}: {key} {one} is not in the vocabulary of {config.vocab_size} tokens"
 
 
 @torch.no_grad()
 def compare(model: GPT2LMHeadModel, other: reference.GPT2) -> Agreement:
-    """Run a model under both implementations, on fixed random tokens, and let both continue the first of them.
+    """Run both implementations of a model on fixed random tokens, and let both continue the first tokens greedily.
 
-    The library's own forward pass is used, GPT-2's tanh GELU as torch's one kernel.
+    `model` uses the forward pass of `transformers`, with torch's kernel for GPT-2's tanh GELU.
     """
     config = model.config
     generator = torch.Generator().manual_seed(0)
     length = min(config.n_positions, 256)
     ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
-    theirs, ours = model(ids, output_hidden_states=True), other(ids)
+    output, expected = model(ids, output_hidden_states=True), other(ids)
     prompt = ids[:1, : max(1, min(_PROMPT, config.n_positions // 2))]
     count = min(_TOKENS, config.n_positions - prompt.shape[1])
     text = prompt
     for _ in range(count):
         text = torch.cat([text, model(text).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-    pairs = list(zip(theirs.hidden_states, ours.states, strict=True))
+    pairs = list(zip(output.hidden_states, expected.states, strict=True))
     return Agreement(
-        logits=float((theirs.logits - ours.logits).abs().max()),
-        largest_logit=float(ours.logits.abs().max()),
+        logits=float((output.logits - expected.logits).abs().max()),
+        largest_logit=float(expected.logits.abs().max()),
         states=max(float((a - b).abs().max()) for a, b in pairs),
         largest_state=max(float(b.abs().max()) for _, b in pairs),
         greedy_tokens=count,
@@ -183,30 +188,30 @@ def compare(model: GPT2LMHeadModel, other: reference.GPT2) -> Agreement:
     )
 
 
-def _disagreements(found: Agreement) -> Iterator[str]:
+def _disagreements(agreement: Agreement) -> Iterator[str]:
     for name, gap, largest in (
-        ("logits", found.logits, found.largest_logit),
-        ("hidden states", found.states, found.largest_state),
+        ("logits", agreement.logits, agreement.largest_logit),
+        ("hidden states", agreement.states, agreement.largest_state),
     ):
-        if not gap <= TOLERANCE * largest:  # nor if either is not a number
-            yield f"the {name} differ from the reference's by {gap:.3g}, with {largest:.3g} the largest"
+        if not gap <= TOLERANCE * largest:  # also true if one of them is NaN
+            yield f"the {name} differ from the reference's by up to {gap:.3g} (the largest value is {largest:.3g})"
 
 
 def copied(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel) -> dict[str, str]:
     """Return which tensors of a student are exact copies: student's name -> teacher's name.
 
-    Equal tensors (biases of zeros, for example) have several candidates. The block decides: if most tensors of the
-    student's block 1 are copies from the teacher's block 3, an ambiguous one counts as a copy from there too:
+    A tensor may equal several tensors of the teacher, for example if it is a bias of zeros. The block decides: if most
+    tensors of the student's block 1 are copies from the teacher's block 3, such a tensor counts as a copy from there:
 
         h.1.attn.c_attn.weight: only h.3.attn.c_attn.weight is equal  ->  h.3.attn.c_attn.weight
         h.1.mlp.c_proj.weight:  only h.3.mlp.c_proj.weight is equal   ->  h.3.mlp.c_proj.weight
-        h.1.attn.c_attn.bias:   h.0, h.1, h.2 and h.3 have an equal   ->  h.3.attn.c_attn.bias
+        h.1.attn.c_attn.bias:   equal in h.0, h.1, h.2 and h.3        ->  h.3.attn.c_attn.bias
     """
     by_content: dict[bytes, list[str]] = {}
-    for name, tensor in teacher.named_parameters(remove_duplicate=False):  # a tied head under both of its names
+    for name, tensor in teacher.named_parameters(remove_duplicate=False):  # tied weights count under both names
         by_content.setdefault(_content(tensor), []).append(name)
     candidates = {name: by_content.get(_content(tensor), []) for name, tensor in student.named_parameters()}
-    blocks: dict[str, list[str]] = {}  # of the student: the teacher's blocks, once for every candidate
+    blocks: dict[str, list[str]] = {}  # for each block of the student, the teacher's block of every candidate
     for name, origins in candidates.items():
         if block_of(name):
             blocks.setdefault(block_of(name), []).extend(block_of(origin) for origin in origins)
@@ -242,7 +247,7 @@ def _misplaced(copies: dict[str, str]) -> Iterator[str]:
 
 
 def _in_block(name: str, block: str) -> str:
-    """Return a tensor's name with another block: `transformer.h.1.ln_1.bias` in h.3 is `transformer.h.3.ln_1.bias`."""
+    """Return the tensor's name in another block: h.1.ln_1.bias in block h.3 becomes h.3.ln_1.bias."""
     return block + name.removeprefix(block_of(name))
 
 

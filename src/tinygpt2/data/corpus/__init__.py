@@ -1,1 +1,1 @@
-"""From sources to documents."""
+"""Read documents from files, directories and datasets."""

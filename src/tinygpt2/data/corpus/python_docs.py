@@ -1,4 +1,4 @@
-"""The text that every CPython brings along: `help()` topics and the standard library's docstrings."""
+"""Read the text that comes with every CPython: `help()` topics and the standard library's docstrings."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tinygpt2.utils.progress import track
 def python_docs() -> tuple[str, ...]:
     """Return the `help()` topics and the standard library's docstrings, about 2 MB on CPython 3.11.
 
-    A topic is a document, and so are the docstrings of one module together. Files are parsed, never
-    imported. Installed packages and tests are left out, so that the text depends on the Python version alone.
+    Each topic is one document. All docstrings of a module together are one document. Files are parsed, never imported.
+    Installed packages and tests are left out, so that the text depends only on the Python version.
     """
     library = Path(sysconfig.get_path("stdlib"))
     topics = library / "pydoc_data" / "topics.py"
@@ -57,7 +57,7 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 def _parse(file: Path) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # escapes in other people's docstrings
+        warnings.simplefilter("ignore")  # invalid escapes in the parsed files cause warnings
         try:
             return ast.parse(file.read_bytes())
         except (SyntaxError, ValueError, OSError):

@@ -1,7 +1,7 @@
-"""Files to documents: packed or plain, one reader for each format, nothing held but what is being read.
+"""Read the documents of a file, compressed or not, without loading the whole file.
 
-How a file is packed (gz, bz2, xz, zst, tar) is told by its first bytes, what it holds by its name. To add a
-format, write a reader and name it in `_READERS`.
+The first bytes of a file show how it is packed (gz, bz2, xz, zst, tar); the ending of its name shows its format. To add
+a format, write a reader and add it to `_READERS`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from tinygpt2.data.corpus.text_splitting import RULES, TextPart, decoded_chunks,
 from tinygpt2.errors import DataError, UnreadableError, one_line
 from tinygpt2.utils.files import not_utf8
 
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz")
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files become documents.
+    """How files are divided into documents.
 
     Attributes:
-        document: what a document is in a text file: `file`, `line`, `blank-line` or `separator:REGEX`.
-        text_column: the field or column that holds the text of a row.
-        lenient: let bytes that are not UTF-8 through, as lone surrogates, for the caller to deal with.
+        document: what is one document in a text file: `file`, `line`, `blank-line` or `separator:REGEX`.
+        text_column: the field or column that contains the text of a row.
+        lenient: return bytes that are not UTF-8 as lone surrogates, which the caller handles, instead of an error.
     """
 
     document: str = "file"
@@ -49,14 +49,17 @@ class ReadOptions:
 
 
 def read_stream(stream: IO[bytes], name: str, how: ReadOptions) -> Iterator[TextPart]:
-    """Yield the documents of an open file, whatever it is packed with.
+    """Yield the documents of an open file, which may be compressed or an archive.
 
     Args:
-        stream: at its beginning; need not be seekable.
-        name: for messages, and its ending for the format.
+        stream: the file, at its beginning. It need not be seekable.
+        name: the file's name. Its ending shows the format, and error messages contain it.
+        how: how to divide the file into documents.
 
     Raises:
-        DataError: not UTF-8 (file and byte are named), a broken row (file and row are named), or damaged packing.
+        DataError: the text is not UTF-8 (the message gives file and byte), a row is broken (the message gives file and
+            row), or the compressed data or the archive is damaged.
+        UnreadableError: the disk or the stream failed.
     """
     try:
         with _opened(stream) as (inner, is_tar):
@@ -64,7 +67,7 @@ def read_stream(stream: IO[bytes], name: str, how: ReadOptions) -> Iterator[Text
                 yield from _tar(inner, name, how)
                 return
             plain = PurePath(name)
-            while plain.suffix.lower() in PACKED:
+            while plain.suffix.lower() in COMPRESSED:
                 plain = plain.with_suffix("")
             reader = _READERS.get(plain.suffix.lower(), _text)
             yield from reader(inner, name, how)
@@ -76,7 +79,7 @@ def read_stream(stream: IO[bytes], name: str, how: ReadOptions) -> Iterator[Text
 
 @contextmanager
 def _opened(stream: IO[bytes]) -> Iterator[tuple[io.BufferedReader, bool]]:
-    """Unpack a stream as often as its first bytes say; yield what is inside, and whether it is a tar archive."""
+    """Decompress a stream, repeatedly if needed; yield the result and whether it is a tar archive."""
     inner = stream if isinstance(stream, io.BufferedReader) else _buffered(stream)
     while (unpack := _unpacker(inner.peek(10)[:10])) is not None:
         inner = _buffered(unpack(inner))
@@ -102,13 +105,13 @@ def _unpacker(head: bytes) -> Callable[[IO[bytes]], Any] | None:
 def _tar(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
-            archive.members.clear()  # type: ignore[attr-defined]  # the library would remember every one
+            archive.members.clear()  # type: ignore[attr-defined]  # otherwise the library keeps every member in memory
             if member.isfile() and not hidden(member.name) and (file := archive.extractfile(member)) is not None:
                 yield from read_stream(file, f"{name}/{member.name}", how)
 
 
 def hidden(name: PurePath | str) -> bool:
-    """Say whether a file, or a folder that it lies in, is a hidden one."""
+    """Return whether a file or one of its folders is hidden."""
     return any(part.startswith(".") and part != "." for part in PurePath(name).parts)
 
 
@@ -123,7 +126,7 @@ def _text(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[Te
 
 
 def _lines(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[str]:
-    """Yield lines with their ends, reading as it goes; a byte-order mark is left out."""
+    """Yield the lines with their line ends, without a byte-order mark. Only one line is in memory at a time."""
     offset = _skip_mark(stream)
     for raw in stream:
         try:
@@ -134,7 +137,7 @@ def _lines(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[s
 
 
 def _skip_mark(stream: io.BufferedReader) -> int:
-    """Pass over a byte-order mark; return its length."""
+    """Skip a byte-order mark, if there is one; return its length in bytes."""
     return len(stream.read(3)) if stream.peek(3).startswith(codecs.BOM_UTF8) else 0
 
 
@@ -152,14 +155,14 @@ def _json_lines(stream: io.BufferedReader, name: str, how: ReadOptions) -> Itera
 
 
 def _json(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
-    """Read JSON lines, or one array of objects or of texts."""
+    """Read JSON lines, or one array of objects or texts."""
     _skip_mark(stream)
     if not stream.peek(1 << 12).lstrip().startswith(b"["):
         yield from _json_lines(stream, name, how)
         return
     import ijson
 
-    # What could not be read becomes an escape, which ijson's slow backend turns back and its fast ones refuse.
+    # Lone surrogates become escapes here. ijson's slow Python backend decodes these; its fast backends refuse them.
     backend = ijson.get_backend("python") if how.lenient else ijson
     text = (chunk.encode("utf-8", "backslashreplace") for chunk in decoded_chunks(stream, name, lenient=how.lenient))
     number = 0
@@ -172,7 +175,7 @@ def _json(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[Te
 
 
 class _Chunks:
-    """A byte stream made of an iterator."""
+    """A byte stream that reads from an iterator of chunks."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._held = chunks, b""
@@ -186,7 +189,7 @@ class _Chunks:
 
 
 def _csv(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
-    csv.field_size_limit(2**31 - 1)  # a field holds a whole document
+    csv.field_size_limit(2**31 - 1)  # a field may contain a whole document
     rows = csv.reader(_lines(stream, name, how), strict=True)
     try:
         header = next(filter(None, rows), [])
@@ -196,7 +199,7 @@ def _csv(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[Tex
             if len(row) == len(header):
                 yield row[header.index(how.text_column)], True
             elif row:
-                raise DataError(f"{name}:{rows.line_num}: {len(row)} fields where the header has {len(header)}")
+                raise DataError(f"{name}:{rows.line_num}: {len(row)} fields, but the header has {len(header)}")
     except csv.Error as error:
         raise DataError(f"{name}:{rows.line_num}: not valid CSV: {error}") from error
 
@@ -209,12 +212,17 @@ def _field(row: Any, where: str, how: ReadOptions, *, bare: bool = False) -> str
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}: half of a surrogate pair, which is no text", "see --encoding-errors") from error
+            raise DataError(
+                f"{where}: half of a surrogate pair, which is not valid text",
+                "use --encoding-errors replace or --encoding-errors skip",
+            ) from error
     return text
 
 
 def _no_text(where: str, how: ReadOptions, found: str) -> DataError:
-    return DataError(f"{where}: no text in field {how.text_column!r} (found: {found})", "name it with --text-column")
+    return DataError(
+        f"{where}: no text in field {how.text_column!r} (found: {found})", "give the field's name with --text-column"
+    )
 
 
 def _parquet(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
@@ -226,7 +234,7 @@ def _parquet(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator
 
 
 def _arrow(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[TextPart]:
-    """Read Arrow's file format or, as `datasets` writes it, its stream format."""
+    """Read Arrow's file format, or its stream format, which `datasets` writes."""
     with _seekable(stream) as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
@@ -237,10 +245,10 @@ def _arrow(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[T
 
 
 def check_column(schema: Any, name: str, how: ReadOptions) -> None:
-    """Check that a table has the text column, and that it holds text.
+    """Check that a table has the text column, and that the column contains text.
 
     Raises:
-        DataError: it does not.
+        DataError: the column is missing or has another type.
     """
     kind = schema.field(how.text_column).type if how.text_column in schema.names else None
     if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
@@ -248,7 +256,7 @@ def check_column(schema: Any, name: str, how: ReadOptions) -> None:
 
 
 def rows_of(batches: Iterator[Any], name: str, how: ReadOptions) -> Iterator[TextPart]:
-    """Yield the texts of a table's record batches; a row without a text is an empty document."""
+    """Yield the texts of a table's record batches. A row without a text is an empty document."""
     number = 0
     for batch in batches:
         for value in batch.column(how.text_column):
@@ -263,7 +271,7 @@ def rows_of(batches: Iterator[Any], name: str, how: ReadOptions) -> Iterator[Tex
 
 @contextmanager
 def _seekable(stream: io.BufferedReader) -> Iterator[IO[bytes]]:
-    """Yield the stream itself, or a copy on disk where it cannot be read in any order."""
+    """Yield the stream itself if it is a seekable file, otherwise a copy of it on disk."""
     if isinstance(stream.raw, io.FileIO) and stream.seekable():
         yield stream
         return

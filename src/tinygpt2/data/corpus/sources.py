@@ -1,8 +1,8 @@
-"""Where text comes from: sources in, documents out, one at a time.
+"""Read documents from sources, one at a time.
 
-A source is a file, a directory, a pattern such as `'texts/*.txt'`, `-` (standard input), `python-docs`, a data
-set saved by `datasets`, or a data set on the Hub (`wikitext:wikitext-103-raw-v1@validation`). What a file holds
-is `formats`' business. To add a source, give `_units` another branch.
+A source is a file, a directory, a pattern such as `'texts/*.txt'`, `-` (standard input), `python-docs`, a dataset saved
+by `datasets`, or a dataset on the Hub (`wikitext:wikitext-103-raw-v1@validation`). The module `readers` reads the
+formats of files. To add a kind of source, add a branch to `_source_items`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from tinygpt2.config.data import EncodingErrors, TextOptions
 from tinygpt2.data.corpus.python_docs import python_docs
-from tinygpt2.data.corpus.readers import PACKED, ReadOptions, check_column, hidden, read_stream, rows_of
+from tinygpt2.data.corpus.readers import COMPRESSED, ReadOptions, check_column, hidden, read_stream, rows_of
 from tinygpt2.data.corpus.text_splitting import TextPart
 from tinygpt2.errors import DataError, UnreadableError, one_line
 from tinygpt2.utils.files import open_file
@@ -29,11 +29,11 @@ PYTHON_DOCS = "python-docs"
 Rows = Callable[[ReadOptions], Iterator[TextPart]]
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?(@(?P<split>\w+))?")
-_HINT = "a SOURCE is a file, a directory, a pattern in quotes, - (stdin), python-docs or a data set on the Hub"
+_HINT = "a SOURCE is a file, a directory, a pattern in quotes, - (stdin), python-docs or a dataset on the Hub"
 
 
 class Piece(NamedTuple):
-    """A document, or the next part of a long one; `last` marks its end. `number` counts documents from 0."""
+    """A document, or the next part of a long one. `last` marks its last part; `number` counts documents from 0."""
 
     number: int
     text: str
@@ -42,16 +42,16 @@ class Piece(NamedTuple):
 
 @dataclass
 class Corpus:
-    """What `documents` reads, and how.
+    """A collection of documents: the sources to read, and how to read them.
 
     Attributes:
-        sources: see the module.
-        document: what a document is in a text file: `file`, `line`, `blank-line` or `separator:REGEX`.
-        text_column: the field or column that holds the text of a row.
-        errors: what to do with bytes that are not UTF-8 (and halves of surrogate pairs in JSON): stop, put
-            U+FFFD in their place, or leave the document out.
-        split: which split of a data set to read, of those named the first that is there.
-        encoding_errors: documents in which there were such bytes, so far.
+        sources: the names of the sources, as the module describes them.
+        document: what is one document in a text file: `file`, `line`, `blank-line` or `separator:REGEX`.
+        text_column: the field or column that contains the text of a row.
+        errors: what to do with bytes that are not UTF-8 (and halves of surrogate pairs in JSON): stop with an error,
+            replace them with U+FFFD, or leave the document out.
+        split: names of splits; the first one that a dataset has is read.
+        encoding_errors: number of documents with such bytes so far.
     """
 
     sources: list[str]
@@ -63,44 +63,44 @@ class Corpus:
 
     @classmethod
     def of(cls, sources: list[str], options: TextOptions, split: tuple[str, ...] = ("train",)) -> Corpus:
-        """Read sources as a command's options say."""
+        """Return the corpus of these sources, read with a command's options."""
         return cls(sources, options.document, options.text_column, options.encoding_errors, split)
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the documents of all sources, in order; blank ones are passed over.
+        """Yield the documents of all sources in order, without blank ones.
 
         Raises:
-            DataError: a source is missing, is not UTF-8 (file and byte are named), is damaged, or a row is broken
-                or lacks the field (file and row are named).
+            DataError: a source is missing or damaged, is not UTF-8 (the message gives file and byte), or has a row that
+                is broken or lacks the field (the message gives file and row).
         """
         how = ReadOptions(self.document or "file", self.text_column, self.errors != "strict")
         number = 0
-        for unit in self.items:
-            for parts in _by_document(unit.rows(how)):
+        for item in self.items:
+            for parts in _by_document(item.rows(how)):
                 for text, last in self._sound(parts):
                     yield Piece(number, text, last)
                     number += last
 
     @cached_property
     def items(self) -> list[SourceItem]:
-        """What the sources consist of, in order."""
-        return [unit for source in self.sources for unit in _source_items(source, self.split)]
+        """The files, streams and datasets that the sources consist of, in order."""
+        return [item for source in self.sources for item in _source_items(source, self.split)]
 
     def size_hint(self) -> int | None:
-        """Return about how many bytes the sources are, for a progress bar; None if nobody can know."""
-        sizes = [unit.size for unit in self.items]
+        """Return the approximate size of the sources in bytes, for a progress bar, or None if it is unknown."""
+        sizes = [item.size for item in self.items]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
     def _sound(self, parts: Iterator[TextPart]) -> Iterator[TextPart]:
-        """Deal with a document's unreadable bytes, and leave it out if it is blank."""
-        if self.errors == "skip":  # known only at its end
+        """Handle a document's invalid bytes as `errors` says, and leave the document out if it is blank."""
+        if self.errors == "skip":  # the last part may be the invalid one
             whole = list(parts)
             if any(_broken(text) for text, _ in whole):
                 self.encoding_errors += 1
                 return
             parts = iter(whole)
         counted = False
-        leading: list[TextPart] | None = []  # parts so far, all of them blank
+        leading: list[TextPart] | None = []  # the parts so far, if all of them are blank
         for text, last in parts:
             if self.errors == "replace" and _broken(text):
                 self.encoding_errors += not counted
@@ -117,12 +117,13 @@ class Corpus:
 
 @dataclass(frozen=True)
 class SourceItem:
-    """One thing to read: a file, a stream, a data set.
+    """A file, a stream or a dataset to read.
 
     Attributes:
-        size: of its text in bytes, None if nobody can know.
-        rows: reads it.
-        mark: changes when its content does, as far as can be told without reading it.
+        name: its path or name.
+        size: the size of its text in bytes, or None if it is unknown.
+        rows: a function that reads its documents.
+        mark: a text that changes with the content, as far as this can be seen without reading the content.
     """
 
     name: str
@@ -132,7 +133,7 @@ class SourceItem:
 
 
 def whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Put the parts of long documents together."""
+    """Join the parts of long documents, so that each piece is a whole document."""
     held: list[str] = []
     for piece in pieces:
         held.append(piece.text)
@@ -142,7 +143,7 @@ def whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _by_document(parts: Iterator[TextPart]) -> Iterator[Iterator[TextPart]]:
-    """Group parts by document; a group must be used up before the next is asked for."""
+    """Group parts by document. Asking for the next group skips what is unread of the current one."""
 
     def group(first: TextPart) -> Iterator[TextPart]:
         part = first
@@ -152,14 +153,14 @@ def _by_document(parts: Iterator[TextPart]) -> Iterator[Iterator[TextPart]]:
             yield part
 
     for first in parts:
-        rest = group(first)
-        yield rest
-        for _ in rest:
+        document = group(first)
+        yield document
+        for _ in document:
             pass
 
 
 def _broken(text: str) -> bool:
-    """Say whether a text holds halves of surrogate pairs, which stand for what could not be read."""
+    """Return whether a text contains lone surrogates, which stand for bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -205,7 +206,7 @@ def _file(path: Path) -> SourceItem:
             yield from read_stream(stream, str(path), how)
 
     status = path.stat()
-    size = None if path.suffix.lower() in (*PACKED, ".parquet") else status.st_size
+    size = None if path.suffix.lower() in (*COMPRESSED, ".parquet") else status.st_size
     return SourceItem(str(path), size, read, f"{status.st_size} {status.st_mtime_ns}")
 
 
@@ -214,59 +215,59 @@ def _is_saved(path: Path) -> bool:
 
 
 def _saved(path: Path, split: tuple[str, ...]) -> SourceItem:
-    """Read a data set that `datasets` saved to disk."""
+    """Read a dataset that `datasets` saved to disk."""
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever a broken file makes the library raise
-        raise DataError(f"cannot open the data set {path}: {one_line(error)}") from error
-    if isinstance(found, datasets.DatasetDict):
-        found = found[_choose(list(found), split, str(path))]
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # broken files raise many kinds of exceptions
+        raise DataError(f"cannot open the dataset {path}: {one_line(error)}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        dataset = dataset[_choose(list(dataset), split, str(path))]
 
     def read(how: ReadOptions) -> Iterator[TextPart]:
-        check_column(found.features.arrow_schema, str(path), how)
-        tables = found.with_format("arrow").iter(256)
+        check_column(dataset.features.arrow_schema, str(path), how)
+        tables = dataset.with_format("arrow").iter(256)
         yield from rows_of(chain.from_iterable(table.to_batches() for table in tables), str(path), how)
 
-    return SourceItem(str(path), found.data.nbytes, read, found._fingerprint)
+    return SourceItem(str(path), dataset.data.nbytes, read, dataset._fingerprint)
 
 
 def _on_the_hub(path: Path, source: str) -> re.Match[str] | None:
-    """Tell a data set's name from a path that is not there."""
+    """Match a source with a Hub dataset's name. Return None if it looks like the path of a missing file."""
     looks_local = path.suffix.lower() in {".txt", ".gz", ".xz", ".zst", ".bz2", ".tar", ".json", ".jsonl", ".csv"}
     return None if looks_local else _HUB_NAME.fullmatch(source)
 
 
 def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Iterator[SourceItem]:
-    """Read a data set from the Hub as it comes, each of its files a unit."""
+    """Stream a dataset from the Hub. Each of its shards is one item."""
     wanted = (name["split"],) if name["split"] else split
     splits, revision = stream_dataset(name["name"], name["configuration"])
-    found = splits[_choose(list(splits), wanted, source)]
+    dataset = splits[_choose(list(splits), wanted, source)]
 
     def rows(index: int) -> Rows:
         def read(how: ReadOptions) -> Iterator[TextPart]:
-            for number, row in enumerate(_reading(found.shard(found.num_shards, index), source)):
+            for number, row in enumerate(_reading(dataset.shard(dataset.num_shards, index), source)):
                 text = row.get(how.text_column)
                 if how.text_column not in row or not isinstance(text, str | None):
                     raise DataError(
-                        f"{source}: row {number} of part {index}: no text in field {how.text_column!r} "
+                        f"{source}: row {number} of shard {index}: no text in field {how.text_column!r} "
                         f"(found: {', '.join(row)})",
-                        "name it with --text-column",
+                        "give the field's name with --text-column",
                     )
                 yield text or "", True
 
         return read
 
-    for index in range(found.num_shards):
-        yield SourceItem(f"{source} ({index + 1} of {found.num_shards})", None, rows(index), revision)
+    for index in range(dataset.num_shards):
+        yield SourceItem(f"{source} ({index + 1} of {dataset.num_shards})", None, rows(index), revision)
 
 
 def _reading(rows: Iterable[Any], source: str) -> Iterator[Any]:
     try:
         yield from rows
-    except Exception as error:  # whatever the network makes the library raise
-        raise UnreadableError(f"reading {source} failed: {one_line(error, 200)}", "add --resume to go on") from error
+    except Exception as error:  # network failures raise many kinds of exceptions
+        raise UnreadableError(f"reading {source} failed: {one_line(error, 200)}", "add --resume to continue") from error
 
 
 def _choose(there: list[Any], wanted: Iterable[str], source: str) -> str:
@@ -275,5 +276,5 @@ def _choose(there: list[Any], wanted: Iterable[str], source: str) -> str:
             return name
     raise DataError(
         f"{source} has no split {' or '.join(wanted)} (it has: {', '.join(map(str, there))})",
-        "name one after an @, such as NAME@train",
+        "give one of them after an @, such as NAME@train",
     )

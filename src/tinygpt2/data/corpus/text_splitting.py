@@ -1,4 +1,4 @@
-"""A stream of text to documents, and a long document to parts: neither has to fit into memory."""
+"""Split a stream of text into documents, and a long document into parts. Neither has to fit into memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import IO
 
 from tinygpt2.utils.files import not_utf8
 
-CHUNK = 1 << 18  # bytes of text that are decoded at a time
-LEAST_PART = 1 << 16  # characters in a part of a document, at least; the last part may have fewer
+CHUNK = 1 << 18  # number of bytes that are decoded at a time
+LEAST_PART = 1 << 16  # least number of characters in a part of a document; the last part may have fewer
 _MARGIN = 1 << 12  # characters at the end of a chunk in which a separator may be incomplete
 RULES = {"line": r"\r?\n", "blank-line": r"\r?\n[ \t\r]*\n\s*"}
 
@@ -23,7 +23,8 @@ def decoded_chunks(stream: IO[bytes], name: str, *, lenient: bool = False) -> It
     """Yield the text of a UTF-8 stream, about 256 KiB at a time. Line ends are not changed.
 
     Args:
-        name: of the file, for the error.
+        stream: the file.
+        name: the file's name, for the error message.
         lenient: decode invalid bytes as lone surrogates.
 
     Raises:
@@ -49,8 +50,8 @@ def document_parts(chunks: Iterator[str]) -> Iterator[TextPart]:
     The tokens of the parts, one after another, are therefore the tokens of the whole. With a LEAST_PART of 4:
 
         chunks "The cat  s", "at on"  ->  ("The cat", False), ("  sat on", True)
-        never                         ->  ("The cat ", ...): the two spaces belong to one piece of white space
-        nor                           ->  ("The", ...): that part is too short
+        not allowed                   ->  ("The cat ", ...): the two spaces belong to one piece of white space
+        not allowed                   ->  ("The", ...): this part is too short
     """
     held = ""
     for chunk in chunks:
@@ -73,7 +74,7 @@ def _last_cut(text: str) -> int:
 
 
 def split_documents(chunks: Iterator[str], pattern: re.Pattern[str]) -> Iterator[str]:
-    r"""Yield what lies between the matches of a pattern, as `pattern.split` of the whole text would.
+    r"""Yield the texts between the matches of a pattern, as `pattern.split` of the whole text would.
 
     A match near the end of a chunk may continue in the next one, so it waits. For "a\n\nb" with the pattern \n+:
 

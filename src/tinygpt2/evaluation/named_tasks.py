@@ -1,0 +1,140 @@
+"""The named tasks: what kind of text each is, where it is found, and what GPT-2 is published to reach on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tinygpt2.evaluation.detokenize import Style
+
+TextUnit = Literal["word", "character", "byte"]
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """A split of a dataset on the Hub.
+
+    Attributes:
+        parquet: read the Hub's conversion to Parquet, because the dataset itself is a loading script.
+    """
+
+    name: str
+    configuration: str | None = None
+    split: str = "test"
+    parquet: bool = False
+
+    def __str__(self) -> str:
+        return ":".join(part for part in (self.name, self.configuration, self.split) if part)
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """The properties of a task, known before its text is read.
+
+    Attributes:
+        kind: a running text, passages whose last word is predicted (LAMBADA), questions with ten candidates (CBT), or
+            pregenerated blocks.
+        unit: the unit by which GPT-2's paper divides the loss.
+        style: the style of detokenization; None if the text is not split into words.
+        lines: whether the end of every line counts as a word, as in word-level models.
+        joined: how the `hf` and `tinygpt2` conventions join the lines, with an empty line between them. `rows`: a blank
+            line becomes an empty row, and other lines keep their line end, as on the Hub. `lines`: without line ends.
+        files: patterns of the file's name, the preferred one first; they may include the name of a folder.
+        source: the dataset on the Hub, if there is one.
+        published: published values of OpenAI's gpt2 (124M), with their source.
+    """
+
+    name: str
+    kind: Literal["text", "passages", "choices", "blocks"] = "text"
+    unit: TextUnit = "word"
+    style: Style | None = None
+    lines: bool = False
+    joined: Literal["rows", "lines"] | None = None
+    files: tuple[str, ...] = ()
+    source: HubSplit | None = None
+    published: str = ""
+
+
+_PAPER = "GPT-2 paper, table 3"
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        TaskSpec(
+            "wikitext", style="wikitext", lines=True, joined="rows", files=("wiki.test.raw",),
+            source=HubSplit("Salesforce/wikitext", "wikitext-2-raw-v1"),
+            published="29.94 (hf; transformers#13761), 37.37 per word (lm-eval; same source)",
+        ),
+        TaskSpec(
+            "wikitext-2", style="wikitext", lines=True, joined="rows",
+            files=("wikitext-2*/wiki.test.tokens", "wikitext-2*/test.txt"),
+            source=HubSplit("Salesforce/wikitext", "wikitext-2-v1"), published=f"29.41 per word ({_PAPER})",
+        ),
+        TaskSpec(
+            "wikitext-103", style="wikitext", lines=True, joined="rows",
+            files=("wikitext-103*/wiki.test.tokens", "wikitext-103*/test.txt"),
+            source=HubSplit("Salesforce/wikitext", "wikitext-103-v1"), published=f"37.50 per word ({_PAPER})",
+        ),
+        TaskSpec(
+            "ptb", style="ptb", lines=True, joined="lines",
+            files=("ptb.test.txt", "ptb*/test.txt", "ptb.valid.txt", "ptb*/valid.txt"),
+            source=HubSplit("ptb-text-only/ptb_text_only", "penn_treebank", parquet=True),
+            published=f"65.85 per word ({_PAPER})",
+        ),
+        TaskSpec(
+            "lambada", kind="passages", files=("lambada_test.jsonl", "lambada_test*.jsonl", "lambada_test*.txt"),
+            source=HubSplit("EleutherAI/lambada_openai", "default"),
+            published=f"35.13 per word, accuracy 45.99 % ({_PAPER}); 40.06, 32.56 % (lm-eval#2159)",
+        ),
+        TaskSpec(
+            "cbt-cn", kind="choices", files=("cbtest_CN_test_2500ex.txt",), source=HubSplit("cam-cst/cbt", "CN"),
+            published=f"accuracy 87.65 % ({_PAPER})",
+        ),
+        TaskSpec(
+            "cbt-ne", kind="choices", files=("cbtest_NE_test_2500ex.txt",), source=HubSplit("cam-cst/cbt", "NE"),
+            published=f"accuracy 83.4 % ({_PAPER})",
+        ),
+        TaskSpec("enwik8", unit="byte", files=("enwik8", "enwik8.txt"), published=f"1.16 bits per byte ({_PAPER})"),
+        TaskSpec(
+            "text8", unit="character", files=("text8", "text8.txt"), source=HubSplit("afmck/text8"),
+            published=f"1.17 bits per character ({_PAPER})",
+        ),
+        TaskSpec(
+            "1bw", style="news", lines=True, joined="lines", files=("news.en.heldout-00000-of-00050",),
+            published=f"75.20 per word ({_PAPER})",
+        ),
+        TaskSpec("openwebtext", kind="blocks", files=("openwebtext*",)),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A named task in the output of `--list-tasks`."""
+
+    name: str
+    unit: str
+    detokenizer: str
+    source: str
+    files: str
+    published_gpt2: str
+
+
+@dataclass(frozen=True)
+class TaskList:
+    """Every named task."""
+
+    tasks: list[TaskInfo]
+
+
+def list_tasks() -> TaskList:
+    """Describe every named task."""
+    units = {"passages": "last word", "choices": "one of ten candidates"}
+    return TaskList([
+        TaskInfo(
+            spec.name, units.get(spec.kind, spec.unit), "cbt" if spec.kind == "choices" else spec.style or "-",
+            "a pregenerated dataset" if spec.kind == "blocks" else str(spec.source or "--task-data only"),
+            ", ".join(spec.files), spec.published or "-",
+        )
+        for spec in SPECS.values()
+    ])  # fmt: skip
