@@ -60,7 +60,7 @@ class Step(nn.Module):
         self._teacher = (teacher,)
         self._teacher_head: list[Tensor] = []
         self._cache = cache
-        self._capture = (
+        self._collect = (
             torch.compile(collect_activations) if config.compile or config.compile_only else collect_activations
         )
         self._checkpointing = config.gradient_checkpointing
@@ -90,7 +90,7 @@ class Step(nn.Module):
                 losses, _ = target_losses(self.student, head, input_ids, every)
                 return losses.view(every.shape), {}
         wanted = self.objectives
-        student = self._capture(
+        student = self._collect(
             self.student,
             input_ids,
             wanted.student_states,
@@ -119,9 +119,9 @@ class Step(nn.Module):
         """Run the teacher up to the last layer that an objective needs, or read its states from the cache."""
         wanted = self.objectives
         if self._cache is None or rows is None:
-            return self._capture(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
+            return self._collect(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
         (last,) = wanted.teacher_states
-        states = self._cache.states(rows, input_ids, lambda ids: self._capture(teacher, ids, [last]).states[last])
+        states = self._cache.states(rows, input_ids, lambda ids: self._collect(teacher, ids, [last]).states[last])
         return Activations({last: states.to(teacher.dtype)})
 
 
