@@ -292,7 +292,9 @@ def test_a_type_checker_finds_a_misspelled_option(tmp_path: Path) -> None:
         "tinygpt2.PretrainConfig(model_config='gpt2', data='d', out='o', max_steps='many')\n"
     )
     done = subprocess.run([sys.executable, "-m", "mypy", "--strict", str(file)], capture_output=True, text=True)
-    problems = [line.split("error: ")[1] for line in done.stdout.splitlines() if "wrong.py" in line]
+    problems = [
+        line.split("error: ")[1] for line in done.stdout.splitlines() if "wrong.py" in line and "error: " in line
+    ]
     assert len(problems) == 3, done.stdout
     assert 'Unexpected keyword argument "temprature"' in problems[0]
     assert 'Missing named argument "data"' in problems[1]
