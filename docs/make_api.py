@@ -71,7 +71,8 @@ def _without_modules(text: Any) -> str:
 def _dataclass(name: str, value: Any) -> str:
     if not dataclasses.is_dataclass(value):
         return f"### {name}\n\n{_prose(value)}"
-    lines = [f"{field.name}: {_without_modules(field.type)}" for field in dataclasses.fields(value)]
+    # with the quotes of the formatter, which also reads the blocks of Markdown pages
+    lines = [f"{field.name}: {_without_modules(field.type)}".replace("'", '"') for field in dataclasses.fields(value)]
     return f"### {name}\n\n```python\n" + "\n".join(lines) + f"\n```\n\n{_prose(value)}"
 
 
