@@ -316,7 +316,9 @@ def later(data: PackedDataset, seed: int, begun: int) -> PackedDataset:
     for place, row in zip(places, wanted, strict=True):
         rows[place] = row
     items = [{"input_ids": data.train.row(row)} for row in rows]
-    return replace(data, train=Blocks([MapPart(items, data.sequence_length)], data.sequence_length))
+    return replace(
+        data, train=Blocks([MapPart(items, data.sequence_length, data.vocab_size, "train")], data.sequence_length)
+    )
 
 
 @torch.no_grad()

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
     from tinygpt2.decoding.generation import GenerateResult, Generation, generate
-    from tinygpt2.errors import ConfigError, DataError, DivergedError, InterruptedRunError, ModelError, TinyGPT2Error
+    from tinygpt2.errors import (
+        ConfigError,
+        DataError,
+        DivergedError,
+        InterruptedRunError,
+        MachineError,
+        ModelError,
+        TinyGPT2Error,
+    )
     from tinygpt2.evaluation.named_tasks import TaskInfo, TaskList, list_tasks
     from tinygpt2.evaluation.perplexity import ppl
     from tinygpt2.evaluation.results import Paired, PplResult, PplRow
@@ -55,7 +63,15 @@ _HOME = {
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
     "decoding.generation": ["GenerateResult", "Generation", "generate"],
-    "errors": ["ConfigError", "DataError", "DivergedError", "InterruptedRunError", "ModelError", "TinyGPT2Error"],
+    "errors": [
+        "ConfigError",
+        "DataError",
+        "DivergedError",
+        "InterruptedRunError",
+        "MachineError",
+        "ModelError",
+        "TinyGPT2Error",
+    ],
     "evaluation.named_tasks": ["TaskInfo", "TaskList", "list_tasks"],
     "evaluation.perplexity": ["ppl"],
     "evaluation.results": ["Paired", "PplResult", "PplRow"],
@@ -87,6 +103,7 @@ __all__ = [
     "GenerateResult",
     "Generation",
     "InterruptedRunError",
+    "MachineError",
     "ModelError",
     "ModelSummary",
     "PackedDataset",

@@ -6,10 +6,29 @@ exception is a bug in this package; the command line then exits with 1.
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+_MACHINE = {  # errors of the system that are the machine's, and what helps
+    errno.ENOSPC: "free some disk space", errno.EDQUOT: "free some of your disk quota",
+    errno.EFBIG: "raise the limit on the size of files", errno.EROFS: "make the disk writable",
+    errno.EIO: "check the disk", errno.ENOMEM: "free some memory",
+}  # fmt: skip
+_NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|bad_alloc|DefaultCPUAllocator")
+
 
 def one_line(error: object, limit: int | None = None) -> str:
     """Return a message, which may span several lines, as one line of at most `limit` characters."""
     return " ".join(str(error).split())[:limit]
+
+
+def listed(names: Iterable[object], most: int = 3) -> str:
+    """Return the first few names as a list: `a, b, c and 12 more`."""
+    words = [str(name) for name in names]
+    return ", ".join(words[:most]) + (f" and {len(words) - most:,} more" if len(words) > most else "")
 
 
 class TinyGPT2Error(Exception):
@@ -59,8 +78,14 @@ class DivergedError(TinyGPT2Error):
     exit_code = 5
 
 
+class MachineError(TinyGPT2Error):
+    """The machine ran out of disk space, quota or memory, or its disk is read-only or broken."""
+
+    exit_code = 6
+
+
 class InterruptedRunError(TinyGPT2Error):
-    """A signal stopped the run after its state was saved."""
+    """A signal stopped the run. The message says what was kept, the hint how to continue."""
 
     exit_code = 130
 
@@ -71,3 +96,72 @@ def internal_error(error: BaseException, where: str = "") -> TinyGPT2Error:
         f"{where}internal error: {type(error).__name__}: {one_line(error, 500)}",
         "this is a bug in tinygpt2: please run the command again with TINYGPT2_DEBUG=1 and report the traceback",
     )
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the reason of a library's or the system's error in one line."""
+    return one_line(getattr(error, "strerror", None) or error)
+
+
+def error_number(error: BaseException) -> int | None:
+    """Return the system's number of an error; libraries that are not written in Python put it into their message."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"(?:os error|errno =|\[Errno) (\d+)", str(error))):
+        number = int(found[1])
+    return number
+
+
+def os_failure(
+    error: BaseException, what: str, hint: str, otherwise: type[TinyGPT2Error] = ConfigError
+) -> TinyGPT2Error:
+    """Return the expected failure for an error of the operating system, or of a library that writes files.
+
+    A full disk, a quota, a read-only or broken disk and a lack of memory are a `MachineError`. A path that cannot be
+    used, for example without permission, is a `ConfigError`.
+
+    Args:
+        what: what could not be done, and where.
+        hint: what to do after the cause is removed.
+        otherwise: the class of an error that has no number of the operating system.
+    """
+    number = errno.ENOMEM if isinstance(error, MemoryError) else error_number(error)
+    if number is None:
+        return otherwise(f"{what}: {reason_of(error)}", f"check the disk space and the permissions; {hint}")
+    message = f"{what}: {os.strerror(number)}"
+    if number in _MACHINE:
+        return MachineError(message, f"{_MACHINE[number]}; {hint}")
+    return ConfigError(message, f"check the path and its permissions; {hint}")
+
+
+@contextmanager
+def explained(what: str, hint: str, otherwise: type[TinyGPT2Error] = ConfigError) -> Iterator[None]:
+    """Turn an error of the operating system in the block into an expected failure; the arguments are `os_failure`'s."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise os_failure(error, what, hint, otherwise) from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out: in the machine, in this process or on the GPU."""
+    kind = type(error).__name__  # torch need not be imported to know its error
+    return (
+        isinstance(error, MemoryError)
+        or kind == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    )
+
+
+def machine_failure(error: BaseException) -> MachineError | None:
+    """Return the expected failure if the machine's memory or disk is the cause of an error, otherwise None."""
+    if out_of_memory(error):
+        return MachineError(
+            f"out of memory: {one_line(error, 200) or type(error).__name__}",
+            "use a smaller batch, model or --num-workers, or a machine with more memory",
+        )
+    if isinstance(error, OSError) and error_number(error) in _MACHINE:
+        where = error.filename or "input or output"
+        failure = os_failure(error, str(where), "then run the command again")
+        return failure if isinstance(failure, MachineError) else None
+    return None

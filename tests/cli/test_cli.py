@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -123,7 +127,8 @@ def test_the_whole_pipeline_with_json(cli: Callable, tmp_path: Path) -> None:
 
     assert run("train-tokenizer", text, "--vocab-size", 300, "--out", at["tok"])["vocab_size"] == 300
     packed = run("pregenerate", text, "--tokenizer", at["tok"], "--out", at["data"], "--sequence-length", LENGTH)
-    assert set(packed) == {"documents", "bytes", "tokens", "sequences", "encoding_errors", "seconds"}
+    keys = {"documents", "bytes", "tokens", "sequences", "encoding_errors", "empty_documents", "seconds"}
+    assert set(packed) == keys
     assert packed["documents"] == 30
     assert packed["bytes"] == sum(len(json.loads(row)["text"].encode()) for row in rows)
     assert packed["sequences"]["train"] > packed["sequences"]["test"] > 0
@@ -288,7 +293,7 @@ BAD = [
     (2, "leaves nothing to train", TRAIN + " --data {data} --freeze *"),
     (2, "--seed 99999999999: expected at most 4294967295", TRAIN + " --data {data} --seed 99999999999"),
     (4, "no tokenizer in", "pregenerate {corpus} --tokenizer {bad}/notok --out {out}"),
-    (4, "HF_ENDPOINT", "pregenerate {corpus} --tokenizer no-such-tokenizer --out {out}"),
+    (4, "HF_HUB_OFFLINE", "pregenerate {corpus} --tokenizer no-such-tokenizer --out {out}"),
     (2, "not empty", "pregenerate {corpus} --tokenizer {tok} --out {bad}/full"),
     (2, "--stride 9", "pregenerate {corpus} --tokenizer {tok} --out {out} --sequence-length 8 --stride 9"),
     (3, "fewer than --vocab-size", "train-tokenizer {bad}/short.txt --out {out}"),
@@ -308,7 +313,7 @@ BAD = [
     (3, "no such dataset", TRAIN + " --data {bad}/nowhere"),
     (3, "is not a pregenerated dataset", TRAIN + " --data {corpus}"),
     (2, "no model configuration", "pretrain --model-config gpt7 --out {out} --data {data}"),
-    (4, "HF_ENDPOINT", "pretrain --model no-such-model --out {out} --data {data}"),
+    (4, "HF_HUB_OFFLINE", "pretrain --model no-such-model --out {out} --data {data}"),
     (4, "no weights", "pretrain --model {bad}/bare --out {out} --data {data}"),
     (4, "--allow-pickle", "pretrain --model {bad}/pickled --out {out} --data {data}"),
     (4, "vocabulary of 320", "distill --teacher {teacher} --student {bad}/v300 --out {out} --data {data}"),
@@ -397,10 +402,177 @@ def test_an_internal_error_is_one_line_unless_debugging(
     assert "Traceback" in cli("verify", teacher).err
 
 
-def test_interrupting_a_command_exits_130(teacher: Path, tmp_path: Path) -> None:
-    import os
-    import signal
+WAITS = """
+import sys, time
+from tinygpt2.cli.app import main
+from tinygpt2.data.corpus.sources import Corpus
+pieces = Corpus.pieces
+def slow(self):
+    yield from pieces(self)
+    print("waiting", file=sys.stderr, flush=True)
+    time.sleep(60)
+Corpus.pieces = slow
+main()
+"""
 
+
+def interrupted(number: int, *arguments: object, text: str | None = None) -> tuple[int, bytes, str]:
+    """Send a signal to a command that waits for more text than it has read; return how it ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, *map(str, arguments)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    with process:
+        if text is not None:
+            process.stdin.write(text.encode())
+            process.stdin.close()
+            process.stdin = None
+        said = b""
+        while b"waiting" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=30)
+    assert b"Traceback" not in errors
+    return process.returncode, output, errors.decode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_says_what_was_kept(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "d"
+    packing = ["pregenerate", corpus, "--tokenizer", tokenizer_dir, "--out", out]
+    code, output, errors = interrupted(number, *packing)
+    assert (code, output) == (130, b"")
+    assert f"error: interrupted; the finished work is kept in {tmp_path}/.d.unfinished\n" in errors
+    assert "hint: add --resume to continue" in errors
+    code, output, _ = interrupted(number, *packing, "--resume", "--json")
+    error = json.loads(output)["error"]
+    assert (code, error["code"], error["hint"]) == (130, 130, "add --resume to continue")
+    code, output, _ = interrupted(number, "train-tokenizer", corpus, "--vocab-size", 300, "--out", out, "--json")
+    assert (code, json.loads(output)["error"]["message"]) == (130, "interrupted; nothing was saved")
+    assert not out.exists()
+
+
+def test_standard_input_leaves_nothing_that_cannot_go_on(tokenizer_dir: Path, tmp_path: Path) -> None:
+    code, _, errors = interrupted(
+        signal.SIGINT, "pregenerate", "-", "--tokenizer", tokenizer_dir, "--out", tmp_path / "d", text="the cat " * 50
+    )
+    assert code == 130
+    assert "interrupted; nothing was saved" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("cause", "code", "message"),
+    [
+        (OSError(28, "No space left on device", "/x"), 6, "/x: No space left on device"),
+        (OSError(30, "Read-only file system"), 6, "Read-only file system"),
+        (OSError(122, "Disk quota exceeded"), 6, "Disk quota exceeded"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "/x: Permission denied"),
+        (MemoryError(), 6, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 6, "out of memory: CUDA out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 6, "out of memory"),
+        (RuntimeError("something else"), 1, "internal error"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was saved"),
+    ],
+)
+def test_the_machines_faults_have_their_own_code(
+    cli: Callable, monkeypatch: pytest.MonkeyPatch, teacher: Path, cause: BaseException, code: int, message: str
+) -> None:
+    import tinygpt2.workflows.verification
+
+    def fails(*_: object, **__: object) -> None:
+        raise cause
+
+    monkeypatch.setattr(tinygpt2.workflows.verification, "check_checksums", fails)
+    outcome = cli("verify", teacher)
+    assert (outcome.code, outcome.out) == (code, "")
+    assert message in outcome.err
+    reported = cli("verify", teacher, "--json")
+    assert reported.json["error"]["code"] == reported.code == code
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_directory_that_may_not_be_written_is_a_wrong_option(cli: Callable, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    outcome = cli("train-tokenizer", corpus, "--vocab-size", 300, "--out", tmp_path / "closed" / "t")
+    assert outcome.code == 2
+    assert "Permission denied" in outcome.err
+
+
+EVIL = "a\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\rb\tc"
+
+
+def on_a_terminal(arguments: list[object], **variables: str) -> str:
+    """Run a command with a terminal as standard output and error; return all that it shows."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ.update({"TERM": "dumb", **variables})
+        os.execv(sys.executable, [sys.executable, "-m", "tinygpt2", *map(str, arguments)])
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    os.waitpid(pid, 0)
+    return shown.decode()
+
+
+def test_foreign_text_never_moves_a_terminals_cursor(tmp_path: Path) -> None:
+    for arguments in (["verify", tmp_path / EVIL], ["presets", "--config", EVIL]):
+        shown = on_a_terminal(arguments)
+        rest = shown.replace("\r\n", "\n")
+        assert not [
+            char for char in rest if char != "\n" and char != "\t" and (ord(char) < 32 or 127 <= ord(char) < 160)
+        ]
+        assert "a\N{REPLACEMENT CHARACTER}]0;owned" in rest.replace("\n", "")
+    piped = subprocess.run(
+        [sys.executable, "-m", "tinygpt2", "verify", str(tmp_path / EVIL)], capture_output=True, check=False
+    )
+    assert EVIL.encode() in piped.stderr
+
+
+def test_generated_text_is_harmless_on_a_terminal_and_untouched_elsewhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tinygpt2.cli.render import print_result
+    from tinygpt2.decoding.generation import GenerateResult, Generation
+
+    result = GenerateResult(
+        [Generation(model=f"m{EVIL}", prompt=EVIL, text=f"{EVIL} :smile: {'x' * 500}", tokens=1, seconds=1.0)]
+    )
+    print_result(result, as_json=False)
+    assert f"{EVIL}{EVIL} :smile: {'x' * 500}\n" in capsys.readouterr().out
+    print_result(result, as_json=True)
+    line = capsys.readouterr().out
+    assert json.loads(line)["results"][0]["prompt"] == EVIL
+    assert line.isprintable() or line.rstrip("\n").isprintable()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    print_result(result, as_json=False)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\x9b" not in shown
+    assert "\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER}" in shown
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])
+def test_an_output_of_another_encoding_is_no_error(teacher: Path, encoding: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [
+        sys.executable, "-m", "tinygpt2", "generate", "--model", str(teacher), "--prompt", "日本 naïve \U0001f600", "--max-new-tokens", "4",
+    ]  # fmt: skip
+    plain = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert plain.returncode == 0, plain.stderr
+    assert b"?" in plain.stdout
+    line = subprocess.run([*command, "--json"], capture_output=True, env=environment, check=False)
+    assert json.loads(line.stdout.decode("ascii"))["results"][0]["prompt"] == "日本 naïve \U0001f600"
+
+
+def test_interrupting_a_command_exits_130(teacher: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tinygpt2", "generate", "--model", str(teacher), "--interactive"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

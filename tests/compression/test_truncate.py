@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from tinygpt2.compression.importance import (
 )
 from tinygpt2.compression.least_squares import refit
 from tinygpt2.data.dataset import load_packed_dataset
-from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.models.loading import load_model
 
 TABLE = {
@@ -331,3 +333,45 @@ def test_data_of_another_tokenizer_is_refused(data: Path, tmp_path: Path, corpus
     other = make_model(tmp_path / "m", tmp_path / "t", vocab_size=320)
     with pytest.raises(DataError, match="another tokenizer"):
         truncate_student(TruncateStudentConfig(teacher=str(other), n_head=2, data=str(data), out=str(tmp_path / "s")))
+
+
+@pytest.mark.parametrize(
+    ("shape", "part"),
+    [({"add_cross_attention": True}, "crossattention"), ({"activation_function": "prelu"}, "mlp.act.weight")],
+)
+def test_a_teacher_with_other_parts_is_not_cut(
+    tokenizer_dir: Path, tmp_path: Path, shape: dict[str, object], part: str
+) -> None:
+    teacher = make_model(tmp_path / "m", tokenizer_dir, **shape)
+    with pytest.raises(ModelError, match=f"cannot be cut.*{part}"):
+        truncate_student(TruncateStudentConfig(teacher=str(teacher), num_layers=2, out=str(tmp_path / "cut")))
+    assert not (tmp_path / "cut").exists() or not any((tmp_path / "cut").iterdir())
+
+
+def test_a_student_carries_no_settings_of_other_heads(tokenizer_dir: Path, tmp_path: Path) -> None:
+    teacher = make_model(tmp_path / "m", tokenizer_dir)
+    file = teacher / "config.json"
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "n_ctx": 7, "num_labels": 3, "task_specific_params": {}})
+    )
+    options = {"num_layers": 2, "n_positions": 16, "out": str(tmp_path / "cut")}
+    truncate_student(TruncateStudentConfig(teacher=str(teacher), **options))
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == 16
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+    assert not config["add_cross_attention"]
+    assert not {"id2label", "num_labels", "task_specific_params"} & set(config)
+
+
+def test_the_card_has_the_commit_of_a_teacher_from_the_hub(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v2").write_text("b" * 40)
+    shutil.copytree(teacher, repository / "snapshots" / ("b" * 40))
+    truncate_student(TruncateStudentConfig(teacher="someone/tiny@v2", num_layers=2, out=str(tmp_path / "cut")))
+    assert f"| revision of the teacher | {'b' * 40} |" in (tmp_path / "cut" / "README.md").read_text()

@@ -134,7 +134,7 @@ BAD = [
     (2, "is not empty", "{in}/good.txt --out {in} --resume"),
     (2, "contains no pregenerate.json", "{in}/good.txt --out {in} --overwrite"),
     (4, "no tiktoken vocabulary 'nothing'", "{in}/good.txt --tokenizer tiktoken:nothing"),
-    (4, "HF_ENDPOINT", "{in}/good.txt --tokenizer no-such-tokenizer"),
+    (4, "HF_HUB_OFFLINE", "{in}/good.txt --tokenizer no-such-tokenizer"),
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import datasets
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from tinygpt2 import PregenerateConfig, PretrainConfig, from_map_style, pregenerate, pretrain
 from tinygpt2.data.dataset import Shuffle, load_packed_dataset
@@ -206,14 +207,68 @@ def test_any_map_style_dataset_trains(tokenizer_dir: Path, tmp_path: Path) -> No
     assert "rows" in (tmp_path / "m" / "README.md").read_text()
     with pytest.raises(DataError, match="empty"):
         from_map_style([], [], load_tokenizer(str(tokenizer_dir)))
-    empty = from_map_style([{"input_ids": [1, 2], "input_mask": [1, 1]}], [], load_tokenizer(str(tokenizer_dir)))
-    with pytest.raises(DataError, match="contains only padding"):
-        empty.train.batch([0])
     odd = from_map_style([{"input_ids": [1, -100], "input_mask": [0, 1]}], [], load_tokenizer(str(tokenizer_dir)))
     assert odd.train.batch([0]).input_ids.tolist() == [[1, 0]]
-    uneven = from_map_style([{"input_ids": [1, 2]}, {"input_ids": [1]}], [], load_tokenizer(str(tokenizer_dir)))
-    with pytest.raises(DataError, match="not 2 tokens"):
-        uneven.train.batch([1])
+
+
+def test_both_masks_and_labels_mean_what_they_mean_elsewhere(tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    ids, real, padding = [5, 6, 7, 0], [1, 1, 1, 0], [0, 0, 0, 1]
+    rows = [
+        {"input_ids": ids, "attention_mask": real},
+        {"input_ids": np.array(ids), "attention_mask": np.array(real, bool)},
+        {"input_ids": torch.tensor(ids), "input_mask": torch.tensor(padding)},
+        {"input_ids": ids, "attention_mask": real, "input_mask": padding, "labels": [5, 6, 7, -100]},
+    ]
+    contents = set()
+    for row in rows:
+        packed = from_map_style([row], [row], tokenizer)
+        assert packed.train.batch([0]).lengths.tolist() == [3]
+        assert packed.test.row(0).tolist() == [5, 6, 7]
+        contents.add(packed.content)
+    assert len(contents) == 1
+    plain = from_map_style([{"input_ids": ids, "labels": ids}], [], tokenizer)
+    assert plain.train.batch([0]).lengths is None
+    assert plain.content not in contents
+
+
+GOOD = {"input_ids": [5, 6, 7, 8]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [5, 6, 7]}, r"input_ids has shape \(3,\), not 4 tokens"),
+        ({"input_ids": [5, 6, 7, 320]}, "the token 320 is outside the tokenizer's vocabulary of 320"),
+        ({"input_ids": [5, -1, 7, 8]}, "the token -1 is outside"),
+        ({"input_ids": [5.5, 6, 7, 8]}, "are not whole numbers"),
+        ({"input_ids": "text"}, "has shape"),
+        ({"tokens": [5, 6, 7, 8]}, "has no input_ids"),
+        ({**GOOD, "attention_mask": [1, 1, 1]}, "attention_mask has shape"),
+        ({**GOOD, "attention_mask": [0, 1, 1, 1]}, "has padding before its end"),
+        ({**GOOD, "attention_mask": [0, 0, 0, 0]}, "contains only padding"),
+        ({**GOOD, "input_mask": [1, 1, 1, 1]}, "contains only padding"),
+        ({**GOOD, "attention_mask": [1, 1, 1, 0], "input_mask": [1, 1, 1, 0]}, "contradict each other"),
+        ({**GOOD, "labels": [-100, 6, 7, 8]}, "labels are not its input_ids"),
+        ({**GOOD, "labels": [6, 7, 8, 5]}, "labels are not its input_ids"),
+        ({**GOOD, "attention_mask": [1, 1, 1, 0], "labels": [5, 6, 7, 8]}, "labels are not its input_ids"),
+    ],
+)
+def test_an_item_that_is_no_block_is_named(tokenizer_dir: Path, row: dict, message: str) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    for split, (train, test) in {"train": ([GOOD, GOOD, row], []), "test": ([GOOD], [GOOD, GOOD, row])}.items():
+        with pytest.raises(DataError, match=message) as error:
+            from_map_style(train, test, tokenizer, "mine")
+        assert error.value.message.startswith(f"mine: {split}: item 2")
+
+
+def test_the_content_of_items_decides_their_fingerprint(tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    other = {"input_ids": [5, 6, 7, 9]}
+    splits = [([GOOD, other], []), ([other, GOOD], []), ([GOOD], [other]), ([other], [GOOD]), ([GOOD, GOOD], [])]
+    contents = [from_map_style(train, test, tokenizer).content for train, test in splits]
+    assert len(set(contents)) == len(splits)
+    assert from_map_style(*splits[0], tokenizer, "another name").content == contents[0]
 
 
 def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from transformers import AutoTokenizer
 
-from tinygpt2.data.corpus.readers import ReadOptions, read_stream
+from tinygpt2.data.corpus.formats import ReadOptions
+from tinygpt2.data.corpus.readers import read_stream
 from tinygpt2.data.corpus.text_splitting import LEAST_PART
 from tinygpt2.data.encoding import Encoder, encode, in_order, merge_ends, reproduce
 from tinygpt2.data.tokenizer import load_tokenizer
@@ -98,6 +99,13 @@ def test_a_document_in_parts_has_the_tokens_of_the_whole(encoder: Encoder, tmp_p
     assert len(parts) > 3
     assert min(len(part) for part, last in parts if not last) >= LEAST_PART
     assert np.concatenate(encoder([part for part, _ in parts])).tolist() == encoder([text])[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "the cat's \n 12 dogs\u3000\x1c red. " * 30_000, "a" * 600_000 + "  b", " " * 600_000]
+)
+def test_a_long_text_is_encoded_as_the_whole(encoder: Encoder, text: str) -> None:
+    assert encoder.whole(text).tolist() == encoder([text])[0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,12 @@ def test_evaluation_leaves_padding_out(stored_padded: tuple[list[list[int]], lis
         {"input_ids": row, "input_mask": [0] * length + [1] * (T - length)}
         for row, length in zip(rows, lengths, strict=True)
     ]
-    found = evaluate(Accelerator(cpu=True), Step(model, None, LossWeights(), RUN), Blocks([MapPart(items, T)], T), 2)
+    found = evaluate(
+        Accelerator(cpu=True),
+        Step(model, None, LossWeights(), RUN),
+        Blocks([MapPart(items, T, model.config.vocab_size, "test")], T),
+        2,
+    )
     total, count = 0.0, 0
     with torch.no_grad():
         for row, length in zip(rows, lengths, strict=True):

@@ -30,7 +30,7 @@ from tinygpt2.data.encoding import encode
 from tinygpt2.data.pregenerate import PregenerateResult
 from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.data.validation import check_dataset
-from tinygpt2.errors import ConfigError, DataError, UnreadableError
+from tinygpt2.errors import ConfigError, DataError, MachineError, UnreadableError
 
 
 @settings(max_examples=60, deadline=None)
@@ -357,7 +357,7 @@ def test_resuming_another_run_is_refused_and_a_complete_one_is_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(block_writers._ArrowWriter, "write", full)
-        with pytest.raises(DataError, match="No space left on device") as error:
+        with pytest.raises(MachineError, match="No space left on device") as error:
             run(out, corpus, tokenizer_dir, sequence_length=16)
     assert "--resume" in str(error.value)
     assert not out.exists()
@@ -392,7 +392,7 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(corpus: Path, tokenizer
         done = subprocess.run(
             [sys.executable, "-c", code, "pregenerate", str(corpus), *options], capture_output=True, text=True
         )
-        assert done.returncode == 3, done.stderr
+        assert done.returncode == 6, done.stderr
         assert "cannot write" in json.loads(done.stdout)["error"]["message"]
         assert "Traceback" not in done.stderr
         assert not out.exists()
@@ -416,3 +416,90 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path: Path, tokenizer_dir: Path,
     with pytest.raises(DataError):
         pack(tmp_path / "d", file, tokenizer_dir, sequence_length=64)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.txt"]
+
+
+def make_interrupted(out: Path, corpus: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the unfinished work of a run that Ctrl-C stopped while it wrote the blocks."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_writers._ArrowWriter, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, corpus, tokenizer, sequence_length=16)
+
+
+def test_unfinished_work_is_only_deleted_when_asked(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "d", tmp_path / ".d.unfinished"
+    make_interrupted(out, corpus, tokenizer_dir, monkeypatch)
+    kept = tree(work)
+    with pytest.raises(ConfigError, match="holds the unfinished work") as error:
+        run(out, corpus, tokenizer_dir, sequence_length=16)
+    assert "--resume to continue it, or --overwrite to start over" in error.value.hint
+    with pytest.raises(ConfigError, match="sequence_length"):
+        run(out, corpus, tokenizer_dir, sequence_length=8, resume=True)
+    assert tree(work) == kept
+    run(out, corpus, tokenizer_dir, sequence_length=8, overwrite=True)
+    assert load_packed_dataset(str(out)).sequence_length == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+PAIR = """
+import sys, time
+from tinygpt2 import PregenerateConfig, pregenerate
+from tinygpt2.errors import ConfigError
+from tinygpt2.data import external_sort, pregenerate as pregenerate_module
+external_sort.RUN_TOKENS, pregenerate_module._BATCH_PIECES = 300, 2
+source, tokenizer, out = sys.argv[1:4]
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    pregenerate(PregenerateConfig(source=source, tokenizer=tokenizer, out=out, sequence_length=16, num_workers=1))
+    print("made")
+except ConfigError as error:
+    print("refused", error.message, error.hint)
+"""
+
+
+def race(corpus: Path, tokenizer: Path, root: Path, rounds: int) -> None:
+    """Start two processes with one --out at the same moment: one makes its whole dataset, the other is refused."""
+    sources = [root / "alpha.txt", root / "beta.txt"]
+    wholes = []
+    for source in sources:
+        source.write_text(f"{source.stem} the cat sat on the mat. " * 2000, encoding="utf-8")
+        run(root / f"whole-{source.stem}", source, tokenizer, sequence_length=16)
+        wholes.append(tree(root / f"whole-{source.stem}"))
+    for number in range(rounds):
+        out = root / f"{number}"
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", PAIR, str(source), str(tokenizer), str(out)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for source in sources
+        ]  # fmt: skip
+        for process in started:
+            assert process.stdout.readline() == "ready\n"
+        for process in started:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        said = [process.communicate(timeout=120)[0] for process in started]
+        assert sorted(one.split()[0] for one in said) == ["made", "refused"], said
+        refused = next(one for one in said if one.startswith("refused"))
+        assert "another run writes to" in refused or "is not empty" in refused
+        assert tree(out) == wholes[said.index("made\n")]
+    assert not list(root.glob(".*"))
+
+
+def test_of_two_processes_with_one_out_one_is_refused(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_of_two_processes_with_one_out_one_is_refused_every_time(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, 20)

@@ -264,12 +264,12 @@ def test_bad_task_files(tmp_path: Path) -> None:
         "ptb": (" \n", "no text"),
     }
     for name, (text, message) in bad.items():
-        file = tmp_path / f"{name}.jsonl"
+        file = tmp_path / f"{name}.{'jsonl' if name == 'lambada' else 'txt'}"
         file.write_text(text, encoding="utf-8")
         with pytest.raises(DataError, match=message):
             load_tasks([name], str(file))
     (tmp_path / "l.jsonl").write_text("{}\n", encoding="utf-8")
-    with pytest.raises(DataError, match="line 1"):
+    with pytest.raises(DataError, match=":1: no text in field 'text'"):
         load_tasks(["lambada"], str(tmp_path / "l.jsonl"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model, sentences
 from tinygpt2 import PplConfig, PregenerateConfig, ppl, pregenerate
@@ -19,6 +21,8 @@ from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import encode
 from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, DataError, ModelError
+from tinygpt2.evaluation.conventions import ModelTokenizer
+from tinygpt2.evaluation.results import short_names
 from tinygpt2.evaluation.scoring import Scorer, Scores, Window, _batches, windows
 from tinygpt2.models.loading import load_model
 
@@ -214,10 +218,68 @@ def test_bad_tasks(teacher: Path, tokenizer_dir: Path, data: Path, tmp_path: Pat
         (ConfigError, "--stride 33 is larger than the window", {"task": str(tmp_path / "text.txt"), "stride": 33}),
         (ConfigError, "--task-data", {"task": str(data), "task_data": str(tmp_path)}),
         (ConfigError, "do not overlap", {"task": str(tmp_path / "text.txt"), "stride": 8, "convention": "lm-eval"}),
-        (ModelError, "only 300", {"task": str(tmp_path / "text.txt"), "model": str(tmp_path / "narrow")}),
+        (ModelError, "the model has only 300", {"task": str(tmp_path / "text.txt"), "model": str(tmp_path / "narrow")}),
         (ModelError, "no tokenizer", {"task": str(tmp_path / "text.txt"), "model": str(tmp_path / "bare")}),
         (ConfigError, "16 positions", {"task": str(data), "model": str(tmp_path / "short")}),
     ]
     for kind, part, values in cases:
         with pytest.raises(kind, match=part):
             ppl(PplConfig(**{"model": str(teacher), **values}))
+
+
+@pytest.mark.parametrize("task", ["text", "dataset"])
+def test_a_loss_that_is_not_finite_is_an_error(teacher: Path, data: Path, tmp_path: Path, task: str) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat")
+    asked = str(data) if task == "dataset" else str(tmp_path / "text.txt")
+    for name, value, message in (
+        ("transformer.wte.weight", math.nan, "transformer.wte.weight"),
+        ("transformer.ln_f.bias", 3e38, "is NaN or infinite, although the weights are finite"),
+    ):
+        shutil.copytree(teacher, tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        tensors[name][...] = value
+        save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=message):
+            ppl(PplConfig(model=[str(tmp_path / name)], task=[asked]))
+
+
+def test_a_text_is_encoded_in_parts_where_that_is_the_same(teacher: Path, tmp_path: Path) -> None:
+    model, directory = load_model(str(teacher), hollow=True)
+    tokenizer = load_tokenizer(str(directory))
+    text = sentences(9000, seed=5) + "\n\n  <|endoftext|> 却说孔明  " + "a" * 300_000 + "  end"
+    fast = ModelTokenizer("m", model.config, tokenizer)
+    assert fast.encoder.reproduced
+    assert fast.tokens([text, ""])[0].tolist() == encode(tokenizer, [text])[0]
+    tokenizer.add_tokens(["cat sat"])  # found inside any text, so it cannot be cut
+    slow = ModelTokenizer("m", model.config.__class__(vocab_size=321), tokenizer)
+    assert not slow.encoder.reproduced
+    assert slow.tokens([text])[0].tolist() == encode(tokenizer, [text])[0]
+
+
+def test_the_token_before_a_text_is_one_that_the_model_has(teacher: Path, tokenizer_dir: Path) -> None:
+    model, _ = load_model(str(teacher), hollow=True)
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    assert ModelTokenizer("m", model.config, tokenizer).prefix == 0
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    assert ModelTokenizer("m", model.config, tokenizer).prefix == 0  # <s> has no row
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="must precede a text"):
+        _ = ModelTokenizer("m", model.config, tokenizer).prefix
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["/r/a/teacher", "/r/b/student"], ["teacher", "student"]),
+        (["/r/a/m", "/r/b/m"], ["a/m", "b/m"]),
+        (["a/gpt2", "b/gpt2"], ["a/gpt2", "b/gpt2"]),
+        (["wikitext", "/x/wikitext"], ["wikitext", "x/wikitext"]),
+        (["x/wikitext", "/x/wikitext"], ["x/wikitext", "/x/wikitext"]),
+        (["a//b", "a/b"], ["a//b", "a/b"]),
+        (["openai-community/gpt2"], ["gpt2"]),
+        (["/", "gpt2", "gpt2"], ["/", "gpt2", "gpt2"]),
+        ([], []),
+    ],
+)
+def test_short_names_tell_all_names_apart(names: list[str], short: list[str]) -> None:
+    assert [short_names(names)[name] for name in names] == short

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 
 from tinygpt2.models import reference
 
@@ -18,8 +19,8 @@ SHAPES = [
     {"activation_function": "gelu", "n_inner": 50},
     {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
     {"activation_function": "relu", "n_layer": 1, "n_head": 1},
-    {"activation_function": "silu"},
-    {"activation_function": "tanh"},
+    {"scale_attn_by_inverse_layer_idx": True},
+    {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
 ]
 
 
@@ -46,6 +47,12 @@ def test_it_is_the_librarys(tmp_path: Path, shape: dict) -> None:
     assert torch.equal(ours.greedy(ids[:, :5], 10), text)
 
 
+@pytest.mark.parametrize("name", sorted(set(ACT2FN) - {"prelu", "xielu"}))  # these two have weights
+def test_every_activation(name: str) -> None:
+    x = torch.linspace(-12, 12, 1001, dtype=torch.float64)
+    torch.testing.assert_close(reference.ACTIVATIONS[name](x), ACT2FN[name](x), rtol=1e-8, atol=1e-9)
+
+
 def test_it_imports_nothing_of_what_it_is_compared_with() -> None:
     tree = ast.parse(Path(reference.__file__).read_text(encoding="utf-8"))
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -66,11 +73,14 @@ def test_it_imports_nothing_of_what_it_is_compared_with() -> None:
 def test_what_it_cannot_be_is_refused(teacher: Path, tmp_path: Path) -> None:
     config = json.loads((teacher / "config.json").read_text())
     (tmp_path / "model.safetensors").symlink_to(teacher / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({**config, "scale_attn_by_inverse_layer_idx": True}))
-    with pytest.raises(ValueError, match="scale_attn_by_inverse"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "prelu"}))
+    with pytest.raises(ValueError, match="activation_function to prelu"):
         reference.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 5}))
     with pytest.raises(ValueError, match=r"h\.4"):
+        reference.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 3}))
+    with pytest.raises(ValueError, match="more blocks than the 3"):
         reference.load(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.cpu import fast_products, usable_cores
 
 
 def test_fast_products_are_float32_products() -> None:
@@ -54,3 +55,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     faults = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     # 100 MB are 24,400 pages of 4 KiB; now and then a hole in the heap is too small by its alignment
     assert faults < 5 * 24_400 or platform.libc_ver()[0] != "glibc"
+
+
+def test_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7}, raising=False)
+    assert usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == 64

@@ -23,7 +23,7 @@ from tests.conftest import sentences
 from tests.training.test_train import same, weights
 from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, pregenerate, pretrain
 from tinygpt2.data.dataset import load_packed_dataset
-from tinygpt2.errors import ConfigError, DataError, ModelError
+from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError
 from tinygpt2.training import checkpoint
 from tinygpt2.training.checkpoint import Checkpoints, damage, finished
 from tinygpt2.training.metrics import read_metrics
@@ -98,7 +98,9 @@ def test_nothing_is_kept_of_teachers_and_random_generators(teacher: Path, data: 
     common = {"teacher": str(teacher), "student": str(teacher), "data": str(data), "max_steps": 1}
     distill(DistillConfig(**common, out=str(whole), recipe="distilgpt2"))
     newest = finished(whole / "checkpoints")[-1]
-    assert {file.name for file in newest.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    state = {"model.safetensors", "optimizer.safetensors", "state.json"}
+    model = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in newest.iterdir()} == state | model
     assert {name.removeprefix("student.") for name in load_file(newest / "model.safetensors")} == set(weights(whole))
 
 
@@ -198,7 +200,7 @@ def test_resume_wants_the_same_global_batch_and_the_same_data(
             source=[str(corpus)], tokenizer=str(tokenizer_dir), out=str(tmp_path / "d"), sequence_length=32, seed=7
         )
     )
-    with pytest.raises(ConfigError, match="content of the dataset has changed"):
+    with pytest.raises(ConfigError, match="--resume: --data differ"):
         pretrain(config.model_copy(update={"resume": True}))
 
 
@@ -222,7 +224,7 @@ def test_a_full_disk(teacher: Path, data: Path, tmp_path: Path, way: str) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=no_large_files)
-    assert done.returncode == 4, done.stderr
+    assert done.returncode == 6, done.stderr
     assert "cannot save" in done.stderr
     assert "hint: " in done.stderr
     if way == "continue":  # every checkpoint failed, the training went on, and the model cannot be written either
@@ -248,8 +250,9 @@ def test_a_failed_checkpoint_leaves_the_one_before(
 
     save = checkpoint.save_file
     monkeypatch.setattr(checkpoint, "save_file", fails_later)
-    with pytest.raises(ModelError, match="No space left on device"):
+    with pytest.raises(MachineError, match="No space left on device") as failed:
         pretrain(options(teacher, data, tmp_path / "m"))
+    assert "earlier checkpoints are intact: continue with --resume" in failed.value.hint
     assert [path.name for path in (tmp_path / "m" / "checkpoints").iterdir()] == ["step-2"]
     assert damage(tmp_path / "m" / "checkpoints" / "step-2") is None
 
@@ -272,12 +275,12 @@ def test_evaluation_on_a_text_of_ones_own(teacher: Path, data: Path, tmp_path: P
 def test_a_shard_that_cannot_be_written_is_missing_for_all(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs: list[str | None] = [None]
+    theirs: list[ModelError | None] = [None]
 
     def save_state(path: str, safe_serialization: bool) -> None:
         (Path(path) / "shard").write_text("whole")
         if not path.endswith("-1"):
-            theirs[0] = "the disk is full" if where == "elsewhere" else None
+            theirs[0] = ModelError("the disk is full") if where == "elsewhere" else None
             if where == "here":
                 raise CheckpointException("write", {0: (OSError("the disk is full"), StackSummary())})
 

@@ -10,11 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import GPT2LMHeadModel
 
+from tests.conftest import make_model
+from tinygpt2 import PretrainConfig, pretrain
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.loading import load_model
@@ -178,3 +181,31 @@ def test_the_norm_is_deepspeeds_where_it_clips(said: float | None, norm: float) 
         distributed_type=DistributedType.DEEPSPEED, clip_grad_norm_=lambda parameters, limit: said
     )
     assert clip_gradients(accelerator, None, [], 1.0) == norm
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_positions_that_no_block_reaches_keep_their_values(
+    data: Path, tokenizer_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    """The same start with 32 and with 64 positions, on blocks of 32: what is trained is equal, the rest stays."""
+    name, start, trained = "transformer.wpe.weight", {}, {}
+    for positions in (64, 32):
+        folder, out = tmp_path / f"start-{positions}", tmp_path / f"m-{positions}"
+        make_model(folder, tokenizer_dir, n_positions=positions)
+        if positions == 32:
+            start[32] = {key: value[:32] if key == name else value for key, value in start[64].items()}
+            save_file(
+                {key: value.clone() for key, value in start[32].items()}, folder / "model.safetensors", {"format": "pt"}
+            )
+        start[positions] = load_file(folder / "model.safetensors")
+        pretrain(
+            PretrainConfig(
+                model=str(folder), data=str(data), out=str(out), max_steps=5, weight_decay=0.5, learning_rate=0.01,
+                optimizer=kind, micro_batch_size=4, grad_clip=0,
+            )
+        )  # fmt: skip
+        trained[positions] = load_file(out / "model.safetensors")
+    assert torch.equal(trained[64][name][32:], start[64][name][32:])
+    assert not torch.equal(trained[64][name][:32], start[64][name][:32])
+    for key, value in trained[32].items():
+        assert torch.equal(trained[64][key][:32] if key == name else trained[64][key], value), key

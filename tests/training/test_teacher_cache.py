@@ -13,7 +13,7 @@ import torch
 from tests.conftest import make_model
 from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, plan_run, truncate_student
 from tinygpt2.data.dataset import load_packed_dataset
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.loading import load_model
 from tinygpt2.training.metrics import read_metrics
@@ -103,7 +103,7 @@ def test_a_full_disk_is_an_error_before_training(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ConfigError, match="cannot be reserved there: No space left"):
+    with pytest.raises(MachineError, match="cannot be reserved there: No space left"):
         distill(
             DistillConfig(
                 teacher=str(teacher), student=str(cut), data=str(data), out=str(tmp_path / "s"), max_steps=1,

@@ -23,8 +23,10 @@ from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.models import PresetsConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig
 from tinygpt2.config.workflows import QuickstartConfig, VerifyConfig
-from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error
+from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error, machine_failure
 from tinygpt2.runtime.processes import rank
+from tinygpt2.runtime.signals import stop_like_ctrl_c
+from tinygpt2.utils.terminal import printable, tolerate_encodings
 
 app = typer.Typer(
     name="tinygpt2",
@@ -82,7 +84,7 @@ def _ppl(config: Any, as_json: bool) -> Any:
     result = _public("ppl")(config, as_json)
     if rank() or not (config.csv or config.markdown):
         return result
-    typer.echo(as_csv(result) if config.csv else as_markdown(result), nl=False)
+    typer.echo(printable(as_csv(result) if config.csv else as_markdown(result), sys.stdout), nl=False)
     return None
 
 
@@ -204,33 +206,40 @@ _TURN = 3.0  # seconds that other processes wait before they report an error
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the documented exit code."""
+    tolerate_encodings()
+    stop_like_ctrl_c()
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     sys.exit(_run(arguments, as_json="--json" in arguments))
+
+
+def _unexpected(error: Exception) -> TinyGPT2Error:
+    if not isinstance(error, OSError):
+        return internal_error(error)
+    return ConfigError(
+        f"{error.filename or 'input or output'}: {error.strerror or error}",
+        "check the path, its permissions and the disk space",
+    )
 
 
 def _run(arguments: list[str], *, as_json: bool) -> int:
     debug = os.environ.get("TINYGPT2_DEBUG") == "1"
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        code = int(app(arguments, standalone_mode=False) or 0)
+        if code != InterruptedRunError.exit_code:
+            return code
+        failure: TinyGPT2Error = InterruptedRunError("interrupted")  # before the command began
     except TinyGPT2Error as error:
         failure = error
+        if debug and error.__cause__ is not None:
+            traceback.print_exc()
     except typer.TyperException as error:
         failure = ConfigError(error.format_message(), "run tinygpt2 --help, or add --help to the command")
     except (KeyboardInterrupt, typer.Abort):
         failure = InterruptedRunError("interrupted")
-    except OSError as error:
-        failure = ConfigError(
-            f"{error.filename or 'input or output'}: {error.strerror or error}",
-            "check the path, its permissions and the disk space",
-        )
-        if debug:
-            traceback.print_exc()
     except Exception as error:
-        failure = internal_error(error)
+        failure = machine_failure(error) or _unexpected(error)
         if debug:
             traceback.print_exc()
-    else:
-        return 0
     if rank():
         time.sleep(_TURN)  # process 0 usually reports the same error first, and its launcher then ends this process
         failure = TinyGPT2Error(f"process {rank()}: {failure.message}", failure.hint)

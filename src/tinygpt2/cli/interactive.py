@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
-from transformers import TextStreamer
 
 from tinygpt2.cli.render import print_error
 from tinygpt2.config.base import extra, flag_name
@@ -25,8 +23,9 @@ from tinygpt2.decoding.generation import (
     generate,
     load_with_tokenizer,
 )
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, TinyGPT2Error
 from tinygpt2.utils.progress import say
+from tinygpt2.utils.terminal import open_console, printable
 
 _HELP = "/NAME VALUE changes a setting, /NAME resets it to its default, // starts a prompt that begins with a slash"
 
@@ -46,18 +45,22 @@ def _can_stream(config: GenerateConfig) -> bool:
     return config.num_beams == 1 and config.num_samples == 1
 
 
-def _announce(loaded: LoadedModel, prompt: str) -> TextStreamer:
-    """Print the model and the prompt, and return a streamer that prints the tokens as they are generated."""
-    console = Console(highlight=False)
-    console.rule(escape(loaded.name), align="left")
+def _announce(loaded: LoadedModel, prompt: str) -> Callable[[str], None]:
+    """Print the model and the prompt, and return a function that prints the text while it is generated."""
+    console = open_console()
+    console.rule(escape(printable(loaded.name, sys.stdout)), align="left")
     console.print(prompt, markup=False, style="bold", end="", soft_wrap=True)
-    return TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return _show
+
+
+def _show(text: str) -> None:
+    print(printable(text, sys.stdout), end="", flush=True)
 
 
 def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
     """Read prompts until end of input and continue each with every model. A line such as `/seed 1` changes settings."""
     models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in config.model]
-    console = Console(highlight=False)
+    console = open_console()
     texts: list[Generation] = []
     with _history():
         turn = -1
@@ -76,7 +79,7 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
                 live = not as_json and _can_stream(config)
                 try:
                     added = list(continue_prompt(loaded, prompt, settings, _announce(loaded, prompt) if live else None))
-                except ConfigError as error:  # a prompt that is too long must not end the session
+                except TinyGPT2Error as error:  # a prompt that is too long must not end the session
                     print_error(error, as_json=False)
                     continue
                 texts += added
@@ -115,6 +118,9 @@ def _lines() -> Iterator[str]:
             prompt = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            print_error(ConfigError(f"the prompt is not valid UTF-8: {error.reason}"), as_json=False)
+            continue
         if prompt.strip():
             yield prompt
 

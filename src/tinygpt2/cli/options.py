@@ -7,6 +7,7 @@ and in YAML are reported together.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_origin
@@ -18,9 +19,13 @@ from tinygpt2.cli.render import print_result
 from tinygpt2.config.base import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
 from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
+from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.config.distillation import read_recipe
-from tinygpt2.errors import ConfigError
+from tinygpt2.config.workflows import QuickstartConfig
+from tinygpt2.data.staging import staging_path
+from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.runtime.processes import rank
+from tinygpt2.utils.terminal import printable
 
 Run = Callable[[Any, bool], Any]
 """Called with the configuration and whether to print JSON. Returns the result, or None if it has printed it."""
@@ -54,7 +59,10 @@ def add_command(
         if print_config:
             typer.echo(config.to_yaml(), nl=False)
             return
-        result = run(config, as_json)
+        try:
+            result = run(config, as_json)
+        except KeyboardInterrupt:  # Typer would turn it into an exit without a word
+            raise interrupted(config) from None
         if result is not None and not rank():
             print_result(result, as_json=as_json)
         raise typer.Exit(getattr(result, "exit_code", 0))
@@ -66,6 +74,18 @@ def add_command(
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     lines = "\n\n".join(f"  tinygpt2 {example}" for example in examples)
     app.command(name, help=about, short_help=about, epilog=f"Examples:\n\n{lines}")(command)
+
+
+def interrupted(config: Config) -> InterruptedRunError:
+    """Return the error of a command that was interrupted: what was kept, and which options continue it."""
+    values = config.model_dump()
+    if "resume" in values or isinstance(config, QuickstartConfig):
+        out = Path(values["out"]).resolve()
+        place = staging_path(out) if isinstance(config, PregenerateConfig) else out
+        if place.is_dir() and any(place.iterdir()):
+            again = "add --resume to continue" if "resume" in values else "run the same command again to continue"
+            return InterruptedRunError(f"interrupted; the finished work is kept in {place}", again)
+    return InterruptedRunError("interrupted; nothing was saved", "run the command again")
 
 
 def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) -> Config:
@@ -95,13 +115,14 @@ def _translated(config_type: type[Config], values: dict[str, Any], file: str) ->
         raise ConfigError(f"{file} is a Cerebras parameter file, which only tinygpt2 pretrain reads")
     options, left = options_of(values, file)
     if left:
-        typer.echo(f"{file}: these keys have no counterpart and are ignored: {', '.join(left)}", err=True)
+        ignored = f"{file}: these keys have no counterpart and are ignored: {', '.join(left)}"
+        typer.echo(printable(ignored, sys.stderr), err=True)
     return options
 
 
 def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Parameter:
     kind = plain_type(field)
-    is_list = get_origin(kind) is list
+    is_list = get_origin(kind) is list or extra(field, "repeated")
     annotation: Any = bool | None if kind is bool else list[str] | None if is_list else str | None
     default = "default from the recipe" if key in recipe else _default(field)
     facts = [part for part in (bounds_label(field), default) if part]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt2.config.evaluation import CONVENTION_NOTES
 from tinygpt2.errors import TinyGPT2Error
+from tinygpt2.utils.terminal import json_line, open_console, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,13 +28,10 @@ PIPED_WIDTH = 400  # columns; wide enough that tables in files and pipes are not
 def print_result(result: Any, *, as_json: bool) -> None:
     """Print the result of a command, a dataclass."""
     if as_json:
-        sys.stdout.write(json.dumps(to_json(result), ensure_ascii=False, allow_nan=False) + "\n")
+        print_json(to_json(result))
     else:
-        from rich.console import Console
-
         render = RENDER.get(type(result).__name__, _render_fields)
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
-        render(result, console)
+        render(result, open_console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
     sys.stdout.flush()
 
 
@@ -44,15 +42,18 @@ def print_error(error: TinyGPT2Error, *, as_json: bool) -> None:
     """
     if as_json:
         body = {"code": error.exit_code, "message": error.message, "hint": error.hint}
-        sys.stdout.write(json.dumps({"error": body}, ensure_ascii=False) + "\n")
+        print_json({"error": body})
         sys.stdout.flush()
     else:
-        from rich.console import Console
-
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"error: {error.message}", markup=False, style="red" if error.exit_code != 130 else "yellow")
+        stderr = open_console(stderr=True, soft_wrap=True)
+        stderr.print(f"error: {error.message}", markup=False, style="red" if error.exit_code != 130 else "yellow")
         if error.hint:
-            console.print(f"hint: {error.hint}", markup=False)
+            stderr.print(f"hint: {error.hint}", markup=False)
+
+
+def print_json(value: Any) -> None:
+    """Print a value of JSON's types as one line."""
+    sys.stdout.write(json_line(json.dumps(value, ensure_ascii=False, allow_nan=False), sys.stdout) + "\n")
 
 
 def to_json(value: Any) -> Any:
@@ -105,7 +106,7 @@ def _table(columns: list[str], rows: list[list[Any]]) -> Any:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_number(value)) for value in row))
+        table.add_row(*(Text(printable(_number(value), sys.stdout)) for value in row))
     return table
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 
 from tinygpt2.runtime.cpu import keep_memory
 from tinygpt2.runtime.launch import set_up_processes_with
-from tinygpt2.runtime.signals import raise_interrupt
 from tinygpt2.utils import progress
+from tinygpt2.utils.terminal import tolerate_encodings
 
 
 def start_session() -> None:
-    """Show progress, keep freed memory, treat SIGTERM like Ctrl-C, and silence the libraries' progress bars and logs.
+    """Show progress, keep freed memory, and silence the libraries' progress bars and logs.
 
     The processes that a command starts call this function too.
     """
@@ -22,9 +20,8 @@ def start_session() -> None:
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, raise_interrupt)
     set_up_processes_with(start_session)
+    tolerate_encodings()
     progress.show()
     keep_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

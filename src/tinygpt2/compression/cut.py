@@ -12,7 +12,14 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.config.compression import Position, Strategy, TruncateStudentConfig
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, ModelError, listed
+
+_PARTS = {
+    f"{part}.{kind}"
+    for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    for kind in ("weight", "bias")
+}
+"""The tensors of a block of GPT-2."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,23 @@ def _positions(table: Float[Tensor, "P D"], count: int, how: Position) -> Float[
     if how == "first" or count == len(table):
         return table[:count]
     return F.interpolate(table.T[None], size=count, mode="linear", align_corners=True)[0].T
+
+
+def require_cuttable(teacher: GPT2LMHeadModel, name: str) -> None:
+    """Check that the blocks of a teacher consist of the parts that a cut knows.
+
+    Args:
+        name: what the error message calls the teacher.
+
+    Raises:
+        ModelError: it has others, such as cross-attention or an activation with weights.
+    """
+    strange = {part for part, _ in teacher.transformer.h[0].named_parameters()} - _PARTS
+    if strange:
+        raise ModelError(
+            f"teacher {name} cannot be cut: its blocks have parts that GPT-2's do not have: {listed(sorted(strange))}",
+            "only plain GPT-2s can be cut, without cross-attention and with an activation that has no weights",
+        )
 
 
 def sizes_of(config: TruncateStudentConfig, teacher: Any) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss
-from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, sizes_of
+from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable, sizes_of
 from tinygpt2.compression.importance import (
     DepthImportance,
     active_dimensions,
@@ -34,6 +34,8 @@ from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import default_device
 from tinygpt2.utils.files import require_free
+from tinygpt2.utils.hub import hub_revision
+from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.plotting import figure_of, save_figure
 
 PICTURE = "importance.png"
@@ -69,6 +71,7 @@ class TruncateStudentResult:
     perplexity: CutPerplexity | None = None
 
 
+@writes_out
 @fast_products()
 def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     """Cut a student's starting weights from a teacher and save them as a plain GPT-2 with its tokenizer.
@@ -76,11 +79,12 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     Raises:
         ConfigError: chosen parts do not exist or do not fit together, or the output directory is not empty.
         DataError: the calibration data is missing or empty, or was made with another tokenizer.
-        ModelError: the teacher cannot be loaded.
+        ModelError: the teacher cannot be loaded, or is not a plain GPT-2.
     """
     out = Path(config.out)
     require_free(out, "give another --out")
     teacher, directory = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle)
+    require_cuttable(teacher, config.teacher)
     tokenizer = model_tokenizer(directory)
     sizes_of(config, teacher.config)  # find impossible sizes before anything is measured
     _check_depth(config, teacher.config.n_layer)
@@ -105,7 +109,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     result = TruncateStudentResult(
         str(out.resolve()), kept.layers, count_parameters(student), count_parameters(teacher), importance, perplexity
     )
-    save_model(student.cpu(), out, tokenizer, _card(config, kept, result), run=config.to_yaml())
+    save_model(student.cpu(), out, tokenizer, _card(config, kept, result, directory), run=config.to_yaml())
     if importance is not None:
         _plot(importance, out / PICTURE)
     return result
@@ -178,8 +182,10 @@ def _perplexity(
     return CutPerplexity(after, before, sum(len(ids) for ids in batches))
 
 
-def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult) -> str:
+def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult, teacher: Path) -> str:
     figures = {"parameters": f"{result.parameters:,}", "teacher's parameters": f"{result.teacher_parameters:,}"}
+    if (revision := hub_revision(teacher)) is not None:
+        figures["revision of the teacher"] = revision
     figures |= dict(_reasons(config, kept, result))
     if (perplexity := result.perplexity) is not None:
         figures["perplexity before any training"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import shlex
 import types
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,7 @@ def option(
     panel: str = "Options",
     positional: bool = False,
     commas: bool = False,
+    repeated: bool = False,
     shown: str | None = None,
     alias: str | None = None,
     **bounds: Any,
@@ -50,16 +52,19 @@ def option(
         panel: the heading that lists it in the help.
         positional: whether its value is given without its name.
         commas: whether its value is a text of numbers between commas; YAML may also give a list or one number.
+        repeated: whether it may be given several times, though one value is not a list.
         shown: the default that the help shows, if the value itself says too little.
         alias: its name, if the field cannot have the same name.
         bounds: pydantic's ge, gt, le and lt.
     """
-    extra: dict[str, Any] = {"panel": panel, "positional": positional, "commas": commas, "shown": shown}
+    extra: dict[str, Any] = {
+        "panel": panel, "positional": positional, "commas": commas, "repeated": repeated, "shown": shown,
+    }  # fmt: skip
     return Field(default, description=text, json_schema_extra=extra, alias=alias, **bounds)
 
 
 def extra(field: FieldInfo, key: str) -> Any:
-    """Return `panel`, `positional`, `commas` or `shown` of an option."""
+    """Return `panel`, `positional`, `commas`, `repeated` or `shown` of an option."""
     return field.json_schema_extra.get(key) if isinstance(field.json_schema_extra, dict) else None
 
 
@@ -113,6 +118,8 @@ class Config(BaseModel):
             return ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
         if get_origin(kind) is list and isinstance(value, str):
             return [value]
+        if extra(field, "repeated") and isinstance(value, list) and len(value) == 1:
+            return value[0]
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError("expected a number, not yes or no")
         return value
@@ -227,20 +234,65 @@ def bounds_label(field: FieldInfo) -> str:
     return ", ".join(bounds)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML. Numbers such as 1e-5 are floats, as in YAML 1.2, and no key may stand twice in a mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str, where: object) -> Any:
+    """Read a YAML document.
+
+    Args:
+        text: the document.
+        where: where it comes from, for error messages.
+
+    Raises:
+        ConfigError: it is not YAML, or a key stands twice in a mapping.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ConfigError(f"{where}{line} is not valid YAML: {one_line(error.problem or error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {one_line(error, 300)}") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read options from a YAML file. Their names may have dashes or underscores.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or does not contain a mapping.
+        ConfigError: the file cannot be read, is not YAML, does not contain a mapping, or has an option twice.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must contain lines of 'option: value', but contains a {type(values).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    options: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in options:
+            raise ConfigError(f"{path}: the option {name} stands twice, with a dash and with an underscore")
+        options[name] = value
+    return options

@@ -81,7 +81,7 @@ def shape_of(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     _check(values, where)
     model = values["model"]
     shape = {name: model[key] for key, name in _SHAPE.items() if key in model}
-    nonlinearity = model.get("nonlinearity", "gelu")
+    nonlinearity = str(model.get("nonlinearity", "gelu"))
     if nonlinearity not in _ACTIVATIONS:
         raise ConfigError(f"{where}: model.nonlinearity {nonlinearity!r}: expected one of {', '.join(_ACTIVATIONS)}")
     return {**shape, "activation_function": _ACTIVATIONS[nonlinearity]}
@@ -131,7 +131,7 @@ def _check(values: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: {'; '.join(wrong)}: this would be a different model or a different training run")
 
 
-def _schedule(rate: Any, steps: int | None, where: str) -> dict[str, Any]:
+def _schedule(rate: Any, steps: Any, where: str) -> dict[str, Any]:
     """Return the options for a learning rate, given as a number, as one phase, or as a linear warm-up and a decay."""
     if isinstance(rate, int | float):
         return {"learning_rate": float(rate), "lr_schedule": "constant", "warmup_ratio": 0.0}
@@ -152,8 +152,8 @@ def _schedule(rate: Any, steps: int | None, where: str) -> dict[str, Any]:
             "or Constant",
             "for other schedules, set lr_schedule, learning_rate and warmup_ratio in a YAML file of tinygpt2 options",
         )
-    first, rest = _length(warmup), _length(decay)
-    total = steps or (first + rest if rest else 0)
+    first, rest = _length(warmup, where), _length(decay, where)
+    total = steps if isinstance(steps, int) and steps else (first + rest if rest else 0)
     if (name != "Constant" and rest and total != first + rest) or first > total:
         raise ConfigError(
             f"{where}: optimizer.learning_rate: its phases take {first} + {rest} steps, but "
@@ -163,5 +163,9 @@ def _schedule(rate: Any, steps: int | None, where: str) -> dict[str, Any]:
     return {"learning_rate": float(peak), "lr_schedule": shapes[name], "warmup_ratio": first / total if first else 0.0}
 
 
-def _length(phase: Mapping[str, Any]) -> int:
-    return int(phase.get("total_iters", phase.get("steps", phase.get("decay_steps", 0))))
+def _length(phase: Mapping[str, Any], where: str) -> int:
+    """Return the number of steps of a phase, or 0 if it has none."""
+    steps = next((phase[key] for key in ("total_iters", "steps", "decay_steps") if phase.get(key) is not None), 0)
+    if not isinstance(steps, int | float) or steps != steps // 1:
+        raise ConfigError(f"{where}: optimizer.learning_rate: {steps!r} is not a number of steps")
+    return int(steps)

@@ -11,19 +11,32 @@ from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH, MAX_SEED, RUN, TEXT
 
 EncodingErrors = Literal["strict", "replace", "skip"]
 Format = Literal["arrow", "hdf5", "jsonl"]
+InputFormat = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 
 
 class SourceOptions(Config):
     """Where text comes from."""
 
     source: list[str] = option(
-        "Files (text, jsonl, json, csv, parquet, arrow, tar; compressed or not), directories, patterns in quotes, "
-        "- (standard input), python-docs, or a dataset: saved to disk, or on the Hub as NAME:CONFIGURATION@SPLIT.",
+        "Files (text, jsonl, json, csv, tsv, parquet, arrow, tar, zip; compressed or not), directories, patterns in "
+        "quotes, - (standard input), python-docs, or a dataset: saved to disk, or on the Hub as "
+        "NAME:CONFIGURATION@SPLIT.",
         positional=True,
     )
 
 
-class TextOptions(Config):
+class FileOptions(Config):
+    """How files of text are read."""
+
+    input_format: InputFormat = option(
+        "Format of every file. auto goes by the ending of the name and, where that does not tell, by the content.",
+        default="auto",
+        panel=TEXT,
+    )
+    text_column: str = option("Field or column that holds the text of a row.", default="text", panel=TEXT)
+
+
+class TextOptions(FileOptions):
     """How texts are divided into documents."""
 
     document: str | None = option(
@@ -32,7 +45,6 @@ class TextOptions(Config):
         panel=TEXT,
         shown="file; in JSON and tables, a row",
     )
-    text_column: str = option("Field or column that holds the text of a row.", default="text", panel=TEXT)
     encoding_errors: EncodingErrors = option(
         "What to do with text that is not UTF-8: strict stops with an error, replace inserts U+FFFD, skip leaves the "
         "document out.",
@@ -42,13 +54,14 @@ class TextOptions(Config):
 
     def conflicts(self) -> Iterator[str]:
         """Check the document rule."""
+        yield from super().conflicts()
         rule = self.document
         if rule is not None and rule.startswith("separator:"):
             pattern = rule.removeprefix("separator:")
             try:
                 if re.compile(pattern).fullmatch(""):
                     yield f"--document separator:{pattern}: the pattern matches the empty string"
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 yield f"--document separator:{pattern}: not a regular expression ({error})"
         elif rule not in (None, "file", "line", "blank-line"):
             yield f"--document {rule!r}: expected file, line, blank-line or separator:REGEX"

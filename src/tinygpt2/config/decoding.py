@@ -24,12 +24,14 @@ class GenerateConfig(ModelOptions):
         "Most tokens to add to a prompt.", default=None, panel=DECODING, ge=1, shown="100, or fewer if positions end"
     )
     temperature: float | None = option(
-        "Sample with this temperature. Below 1 is more conservative, above 1 more diverse.",
+        "Sample with this temperature. Below 1 is more conservative, above 1 more diverse, and 0 is greedy.",
         default=None,
         panel=DECODING,
-        gt=0,
+        ge=0,
     )
-    top_k: int | None = option("Sample from the K most likely tokens.", default=None, panel=DECODING, ge=1)
+    top_k: int | None = option(
+        "Sample from the K most likely tokens; 0 means all of them.", default=None, panel=DECODING, ge=0
+    )
     top_p: float | None = option(
         "Sample from the most likely tokens that together have this probability.",
         default=None,
@@ -45,7 +47,13 @@ class GenerateConfig(ModelOptions):
     def samples(self) -> bool:
         """Whether tokens are sampled: with any sampling option, or for several texts without beams."""
         given = any(value is not None for value in (self.temperature, self.top_k, self.top_p))
-        return given or (self.num_samples > 1 and self.num_beams == 1)
+        return self.temperature != 0 and (given or (self.num_samples > 1 and self.num_beams == 1))
+
+    @property
+    def without_effect(self) -> list[str]:
+        """The sampling options that are given but not used, because the temperature is 0."""
+        given = [name for name in ("top_k", "top_p") if getattr(self, name) is not None]
+        return [flag_name(name) for name in given] if self.temperature == 0 else []
 
     def conflicts(self) -> Iterator[str]:
         """Check prompts and decoding."""
@@ -54,5 +62,7 @@ class GenerateConfig(ModelOptions):
             yield f"{' and '.join(map(flag_name, given))} cannot be combined: give one of them"
         if self.num_beams > 1 and self.samples:
             yield "--num-beams cannot be combined with --temperature, --top-k or --top-p: beam search does not sample"
+        if self.temperature == 0 and self.num_beams == 1 and self.num_samples > 1:
+            yield f"--temperature 0 is greedy, so --num-samples {self.num_samples} would give the same text every time"
         if 1 < self.num_beams < self.num_samples:
             yield f"--num-samples {self.num_samples} is more than --num-beams {self.num_beams}"

@@ -30,7 +30,9 @@ class DistillConfig(TrainOptions):
         "Student: a directory with weights, or for random weights a preset's name or a configuration file.",
         default=None,
     )
-    data: str = option("Pregenerated dataset.")
+    data: str | list[str] = option(
+        "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.", repeated=True
+    )
     teacher_dtype: TeacherDtype = option("Number format of the teacher's weights.", default="fp32", panel=OPTIMISATION)
     teacher_cache: str | None = option(
         "Cache the teacher's final hidden states here, so that later epochs and other students can reuse them.",

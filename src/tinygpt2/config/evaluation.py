@@ -8,6 +8,7 @@ from typing import Literal
 
 from tinygpt2.config.base import option
 from tinygpt2.config.common import Precision
+from tinygpt2.config.data import FileOptions
 from tinygpt2.config.models import ModelOptions
 
 Convention = Literal["hf", "gpt2-paper", "lm-eval", "tinygpt2"]
@@ -22,7 +23,7 @@ CONVENTION_NOTES: dict[Convention, str] = {
 }
 
 
-class PplConfig(ModelOptions):
+class PplConfig(ModelOptions, FileOptions):
     """Options of `ppl`."""
 
     model: list[str] = option("Model: a local directory or a Hub id. Repeat it to compare several.", default=["gpt2"])

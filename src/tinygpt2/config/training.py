@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from fractions import Fraction
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 from tinygpt2.config.base import flag_name, option
@@ -15,6 +18,28 @@ Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "ws
 OnSaveError = Literal["stop", "continue"]
 Optimizer = Literal["adamw", "muon"]
 TRACKERS = ("tensorboard", "wandb")
+
+
+def dataset_shares(names: str | list[str]) -> dict[str, Fraction | None]:
+    """Return the datasets of `--data`, each with the share that stands after it (`DIR:0.7`); None without one.
+
+    Raises:
+        ValueError: only some have a share, a share is 0, or a dataset is named twice.
+    """
+    found: dict[str, Fraction | None] = {}
+    for text in [names] if isinstance(names, str) else names:
+        name, _, number = text.rpartition(":")
+        has_share = bool(name) and re.fullmatch(r"\d+(\.\d*)?|\.\d+", number) is not None and not Path(text).exists()
+        name, share = (name, Fraction(number)) if has_share else (text, None)
+        if name in found:
+            raise ValueError(f"--data {name} is given twice")
+        if share == 0:
+            raise ValueError(f"--data {text}: a share must be larger than 0")
+        found[name] = share
+    with_share = [name for name, share in found.items() if share is not None]
+    if 0 < len(with_share) < len(found):
+        raise ValueError(f"--data: only {', '.join(with_share)} has a share: give one to every dataset, or to none")
+    return found
 
 
 class TrainOptions(ModelOptions):
@@ -170,6 +195,10 @@ class TrainOptions(ModelOptions):
     def conflicts(self) -> Iterator[str]:
         """Require one length and known trackers."""
         yield from super().conflicts()
+        try:
+            dataset_shares(getattr(self, "data", ""))
+        except ValueError as error:
+            yield str(error)
         lengths = [name for name in ("max_steps", "num_epochs", "max_tokens") if getattr(self, name) is not None]
         if len(lengths) > 1:
             yield f"{' and '.join(map(flag_name, lengths))} cannot be combined: give one of them"
@@ -191,7 +220,9 @@ class TrainOptions(ModelOptions):
 class PretrainConfig(TrainOptions):
     """Options of `pretrain`."""
 
-    data: str = option("Pregenerated dataset.")
+    data: str | list[str] = option(
+        "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.", repeated=True
+    )
     shape: str | None = option(
         "Train from random weights: a preset's name or a configuration file.", default=None, alias="model_config"
     )
@@ -208,7 +239,11 @@ class FinetuneConfig(TrainOptions, PackOptions):
     """Options of `finetune`."""
 
     model: str = option("Model to fine-tune: a local directory or a Hub id.")
-    data: str = option("Pregenerated dataset, or a text source, which is tokenized with the model's tokenizer.")
+    data: str | list[str] = option(
+        "Pregenerated dataset, or a text source, which is tokenized with the model's tokenizer. Repeat it to train on "
+        "several datasets; DIR:0.7 gives each a share of the tokens.",
+        repeated=True,
+    )
     sequence_length: int | None = option(
         "Tokens in a block.", default=None, panel=TEXT, ge=2, shown="1024, or fewer if the model has fewer positions"
     )

@@ -20,7 +20,7 @@ class QuickstartConfig(Config):
 class VerifyConfig(ModelOptions):
     """Options of `verify`."""
 
-    path: str = option("Pregenerated dataset or model directory.", positional=True)
+    path: str = option("Pregenerated dataset, model directory or Hub id.", positional=True)
     teacher: str | None = option(
         "Teacher model: also report which tensors of the student are exact copies of the teacher's.", default=None
     )

@@ -102,45 +102,98 @@ class JsonPart:
 
 
 class MapPart:
-    """A map-style dataset whose items contain `input_ids` and, if there is padding, `input_mask` (1 on padding)."""
+    """A map-style dataset. Its items hold `input_ids`, and if there is padding, `attention_mask` or `input_mask`.
+
+    Args:
+        items: the dataset.
+        length: number of tokens in every item.
+        vocabulary: all real tokens are below it.
+        split: a name for error messages.
+    """
 
     padded = True
 
-    def __init__(self, items: Any, length: int) -> None:
-        self._items, self._length = items, length
+    def __init__(self, items: Any, length: int, vocabulary: int, split: str) -> None:
+        self._items, self._length, self._vocabulary, self._split = items, length, vocabulary, split
 
     def __len__(self) -> int:
         return len(self._items)
 
     def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
-        """See `BlockPart`."""
-        rows = [self._items[index] for index in range(start, stop)]
-        ids = np.array([np.asarray(row["input_ids"]) for row in rows], np.int64)
-        if ids.shape != (len(rows), self._length):
+        """See `BlockPart`.
+
+        Raises:
+            DataError: an item is not a block (the message names it).
+        """
+        rows = [self._row(index) for index in range(start, stop)]
+        shape = (len(rows), self._length)
+        ids = np.array([ids for ids, _ in rows], np.int64).reshape(shape)
+        return ids, np.array([mask for _, mask in rows], np.int64).reshape(shape)
+
+    def _row(self, index: int) -> tuple[Array, Array]:
+        row, where = self._items[index], f"{self._split}: item {index}"
+        if "input_ids" not in row:
+            raise DataError(f"{where} has no input_ids", "items are dictionaries with input_ids")
+        ids = self._numbers(row, "input_ids", where)
+        mask = self._padding(row, where)
+        real = ids[: real_tokens(mask[None], index, where)[0]]
+        if real.min() < 0 or real.max() >= self._vocabulary:
+            wrong = real[(real < 0) | (real >= self._vocabulary)][0]
             raise DataError(
-                f"item {start}: input_ids have shape {ids.shape[1:]}, not {self._length} tokens as in the first item"
+                f"{where}: the token {wrong} is outside the tokenizer's vocabulary of {self._vocabulary}",
+                "give the tokenizer that made the tokens",
             )
-        masks = [np.asarray(row["input_mask"]) if "input_mask" in row else np.zeros(self._length) for row in rows]
-        return ids, np.array(masks, np.int64)
+        if "labels" in row:
+            labels = self._numbers(row, "labels", where)
+            if not np.array_equal(labels, np.where(mask == 0, ids, -100)):
+                raise DataError(
+                    f"{where}: its labels are not its input_ids with -100 exactly on padding",
+                    "the objectives use every real token: leave labels out, and mark padding with attention_mask",
+                )
+        return ids, mask
+
+    def _padding(self, row: Any, where: str) -> Array:
+        """Return the mask of an item: 1 on padding, 0 elsewhere. `attention_mask` has the opposite sense."""
+        masks = [self._numbers(row, "input_mask", where)] if "input_mask" in row else []
+        masks += [1 - self._numbers(row, "attention_mask", where)] if "attention_mask" in row else []
+        if len(masks) == 2 and not np.array_equal(masks[0], masks[1]):
+            raise DataError(
+                f"{where}: attention_mask and input_mask contradict each other",
+                "attention_mask is 1 on real tokens and 0 on padding, input_mask the opposite; one of them is enough",
+            )
+        return masks[0] if masks else np.zeros(self._length, np.int64)
+
+    def _numbers(self, row: Any, key: str, where: str) -> Array:
+        """Return one field of an item as whole numbers, one for each token."""
+        try:
+            values = np.asarray(row[key])
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{where}: {key} is not a list of numbers: {one_line(error, 200)}") from error
+        if values.shape != (self._length,):
+            raise DataError(f"{where}: {key} has shape {values.shape}, not {self._length} tokens as in the first item")
+        if values.dtype.kind not in "iub":
+            raise DataError(f"{where}: {key} are not whole numbers")
+        return values.astype(np.int64)
 
 
-def real_tokens(mask: Array, first: int) -> list[int]:
+def real_tokens(mask: Array, first: int, where: str | None = None) -> list[int]:
     """Return the number of real tokens in each row.
 
     Args:
         mask: rows (rows, T) with 1 on padding and 0 elsewhere.
         first: the number of the first row, for error messages.
+        where: what error messages call the first row instead.
 
     Raises:
         DataError: a row contains only padding, or has padding before its end.
     """
     lengths = (mask == 0).sum(-1)
     if not lengths.all():
-        raise DataError(f"sequence {first + int((lengths == 0).argmax())} contains only padding")
+        raise DataError(f"{where or f'sequence {first + int((lengths == 0).argmax())}'} contains only padding")
     wrong = (mask != (np.arange(mask.shape[1]) >= lengths[:, None])).any(-1)
     if wrong.any():
         raise DataError(
-            f"sequence {first + int(wrong.argmax())} has padding before its end",
+            f"{where or f'sequence {first + int(wrong.argmax())}'} has padding before its end",
             "padding is allowed only at the end of a block",
         )
     return [int(length) for length in lengths]

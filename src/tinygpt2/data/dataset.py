@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tinygpt2.data.block_readers import ArrowPart, BlockPart, Hdf5Part, JsonPart, MapPart, real_tokens
 from tinygpt2.data.block_writers import MANIFEST
-from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
+from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tinygpt2.errors import DataError, one_line
 from tinygpt2.utils.files import read_json
 from tinygpt2.utils.types import Array
@@ -133,6 +134,8 @@ class PackedDataset:
         test: the held-out split.
         manifest: the description of the dataset, as in pregenerate.json.
         made_with: its tokenizer, or the tokenizer's directory.
+        members: the datasets that it consists of, if it is several; see `mixture`.
+        shares: the share of each member in the training; empty if every block is used once in each pass.
     """
 
     name: str
@@ -140,6 +143,8 @@ class PackedDataset:
     test: Blocks
     manifest: dict[str, Any]
     made_with: Any
+    members: tuple[PackedDataset, ...] = ()
+    shares: tuple[Fraction, ...] = ()
 
     @property
     def sequence_length(self) -> int:
@@ -167,27 +172,42 @@ class PackedDataset:
 def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "custom dataset") -> PackedDataset:
     """Wrap map-style datasets, so that the functions `pretrain`, `distill` and `finetune` can use them.
 
+    All items are read once, to check them and to compute the fingerprint of their content; a resumed run compares it.
+    So the datasets must return the same item each time. A very large corpus is read faster if `pregenerate` packs it.
+
     Args:
-        train, test: datasets whose items contain `input_ids`, all of one length, and optionally `input_mask` (1 on
-            padding, which is allowed only at the end). `test` may be empty.
+        train, test: datasets whose items contain `input_ids`, all of one length. Padding is allowed only at the end,
+            and is marked by `attention_mask` (1 on real tokens, 0 on padding) or `input_mask` (the opposite). `labels`
+            may be there if they say the same: they are `input_ids` with -100 exactly on padding. `test` may be empty.
         tokenizer: the tokenizer that made the tokens.
         name: a name for messages and the model card.
 
     Raises:
-        DataError: `train` is empty.
+        DataError: `train` is empty, or an item is not such a block (the message names it).
     """
     if not len(train):
         raise DataError(f"{name}: the training split is empty")
-    length = len(train[0]["input_ids"])
+    first = train[0]
+    if "input_ids" not in first:
+        raise DataError(f"{name}: train: item 0 has no input_ids", "items are dictionaries with input_ids")
+    length, vocabulary = len(first["input_ids"]), vocabulary_size(tokenizer)
+    parts = [
+        MapPart(items, length, vocabulary, f"{name}: {split}") for items, split in ((train, "train"), (test, "test"))
+    ]
+    digest = hashlib.sha256(f"{len(train)} and {len(test)} blocks of {length}".encode())
+    for part in parts:
+        for index in range(len(part)):
+            for values in part.read(index, index + 1):
+                digest.update(b"" if values is None else values.tobytes())
     manifest = {
         "sources": [name],
         "sequence_length": length,
         "stride": length,
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary,
         "tokenizer_fingerprint": fingerprint(tokenizer),
-        "content": f"{len(train)} and {len(test)} blocks of {length}",
+        "content": digest.hexdigest(),
     }
-    splits = [Blocks([MapPart(items, length)], length) for items in (train, test)]
+    splits = [Blocks([part], length) for part in parts]
     return PackedDataset(name, splits[0], splits[1], manifest, tokenizer)
 
 
@@ -220,8 +240,7 @@ def load_packed_dataset(name: str) -> PackedDataset:
     try:
         manifests = [read_json(folder / MANIFEST) for folder in folders]
         manifest = manifests[0] if folders == [path] else _joined(folders, manifests)
-        written = json.dumps([own["splits"] for own in manifests], sort_keys=True)
-        manifest = {**manifest, "content": hashlib.sha256(written.encode()).hexdigest()}
+        manifest = {**manifest, "content": _content(manifests)}
         train, test = (
             [part for folder, own in zip(folders, manifests, strict=True) for part in _open(folder, split, own)]
             for split in ("train", "test")
@@ -234,6 +253,25 @@ def load_packed_dataset(name: str) -> PackedDataset:
         raise DataError(
             f"cannot open the dataset {path}: {one_line(error)}", f"for details, run tinygpt2 verify {path}"
         ) from error
+
+
+def content_of(path: Path) -> str:
+    """Return the fingerprint of a pregenerated dataset's blocks, `PackedDataset.content`, from its manifests alone.
+
+    Raises:
+        DataError: a manifest is missing or broken.
+    """
+    try:
+        return _content([read_json(folder / MANIFEST) for folder in shard_folders(path) or [path]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"cannot open the dataset {path}: {one_line(error)}", f"for details, run tinygpt2 verify {path}"
+        ) from error
+
+
+def _content(manifests: list[dict[str, Any]]) -> str:
+    written = json.dumps([own["splits"] for own in manifests], sort_keys=True)
+    return hashlib.sha256(written.encode()).hexdigest()
 
 
 def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[BlockPart]:
@@ -258,7 +296,7 @@ def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, A
     Raises:
         DataError: a shard is missing, is there twice, or belongs to another dataset.
     """
-    own = ("shard", "splits", "encoding_errors")
+    own = ("shard", "splits", "encoding_errors", "empty_documents")
     first, folder = manifests[0], folders[0].parent
     for other, manifest in zip(folders[1:], manifests[1:], strict=True):
         differ = [key for key in first if key not in own and manifest.get(key) != first[key]]

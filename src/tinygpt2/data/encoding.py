@@ -7,6 +7,7 @@ inside a text are never interpreted: `<|endoftext|>` in a web page is thirteen o
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from tinygpt2.errors import ModelError, one_line
 from tinygpt2.utils.types import Tokens
 
 if TYPE_CHECKING:
@@ -36,11 +38,19 @@ _SPACE[[*range(9, 14), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028,
 _MARK = "\uffff"
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x{FFFF}]+|\s+|\x{FFFF}"
 
+# A long text is cut before white space that follows anything else, as in data/corpus/text_splitting.py
+_PART, _BORDER = 1 << 18, re.compile(r"\S(?=[ \n])")
+
 # The letter that stands for each byte in a byte-level vocabulary (GPT-2, `bytes_to_unicode`), and the inverse
 _SHOWN = {*range(33, 127), *range(161, 173), *range(174, 256)}
 LETTERS = {byte: byte for byte in _SHOWN}
 LETTERS |= {byte: 256 + index for index, byte in enumerate(sorted(set(range(256)) - _SHOWN))}
 _BYTES = dict.fromkeys(range(256), 0x10FFFF) | {letter: byte for byte, letter in LETTERS.items()}
+
+_NEVER = {0xC0, 0xC1, *range(0xF5, 0x100)}  # bytes that do not occur in UTF-8
+
+# Parameters of a BPE that change its tokens. Without them, and with a token for every byte, it is plain.
+_VARIANTS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
 
 
 class Encoder:
@@ -65,16 +75,23 @@ class Encoder:
         return _plain(self._serialized)
 
     def __call__(self, texts: list[str]) -> list[Tokens]:
-        """Return the token ids of each text."""
+        """Return the token ids of each text.
+
+        Raises:
+            ModelError: the tokenizer has no token for a part of a text.
+        """
         if self._fast is None:
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(encoding.ids, self.dtype) for encoding in encodings]
+            return [np.array(ids, self.dtype) for ids in _ids(self._backend, texts)]
         return [self._encode(text) for text in texts]
+
+    def whole(self, text: str) -> Tokens:
+        """Return the token ids of one text of any length; it is encoded in parts if that gives the same tokens."""
+        return np.concatenate(self(list(_parts(text)) if self.reproduced else [text]))
 
     def _encode(self, text: str) -> Tokens:
         assert self._fast is not None
         if _MARK in text:
-            return np.array(self._backend.encode(text, add_special_tokens=False).ids, self.dtype)
+            return np.array(_ids(self._backend, [text])[0], self.dtype)
         ids = self._fast.encode_to_numpy(_marked(text), disallowed_special=())
         tokens: Tokens = ids[ids != self._mark]
         return tokens.astype(self.dtype)
@@ -101,6 +118,15 @@ def _marked(text: str) -> str:
     return np.insert(codes, borders, ord(_MARK)).tobytes().decode("utf-32-le")
 
 
+def _parts(text: str) -> Iterator[str]:
+    """Cut a text of a reproduced tokenizer into parts whose tokens, one after another, are those of the whole."""
+    start = 0
+    while border := _BORDER.search(text, start + _PART):
+        yield text[start : border.end()]
+        start = border.end()
+    yield text[start:]
+
+
 @lru_cache(maxsize=2)
 def parsed(serialized: str) -> dict[str, Any]:
     """Return the content of a tokenizer.json. It is cached, so do not change it."""
@@ -121,9 +147,35 @@ def _plain(serialized: str) -> Backend:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Return the token ids of a few texts. Special tokens are neither added nor interpreted."""
-    engine = _plain(tokenizer.backend_tokenizer.to_str())
-    return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
+    """Return the token ids of a few texts. Special tokens are neither added nor interpreted.
+
+    Raises:
+        ModelError: the tokenizer has no token for a part of a text.
+    """
+    return _ids(_plain(tokenizer.backend_tokenizer.to_str()), texts)
+
+
+def _ids(backend: Backend, texts: list[str]) -> list[list[int]]:
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    except Exception as error:  # `tokenizers` raises plain exceptions, such as for a vocabulary without unknown token
+        raise ModelError(f"the tokenizer cannot encode a text: {one_line(error, 200)}") from error
+
+
+def is_plain_bpe(model: dict[str, Any]) -> bool:
+    """Return whether a tokenizer's model, as in tokenizer.json, is a BPE that vocabulary and merges define alone."""
+    return model["type"] == "BPE" and not any(model.get(key) for key in _VARIANTS)
+
+
+def missing_bytes(is_token: Callable[[str], bool]) -> list[int]:
+    """Return the bytes of UTF-8 that are not tokens of a byte-level vocabulary."""
+    return [byte for byte, letter in sorted(LETTERS.items()) if byte not in _NEVER and not is_token(chr(letter))]
+
+
+def token_bytes(token: str) -> bytes:
+    """Return the bytes of a token of a byte-level vocabulary. A token with another letter is its own text."""
+    raw = token.translate(_BYTES)
+    return raw.encode("latin-1") if max(raw, default="") < "\u0100" else token.encode()
 
 
 def reproduce(backend: dict[str, Any]) -> dict[bytes, int] | None:
@@ -142,12 +194,8 @@ def reproduce(backend: dict[str, Any]) -> dict[bytes, int] | None:
         backend: the content of the tokenizer's tokenizer.json.
     """
     model, pre = backend["model"], backend["pre_tokenizer"] or {}
-    plain = model["type"] == "BPE" and not any(
-        model.get(key)
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-    )
     gpt2 = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True)
-    if not (plain and gpt2) or backend["normalizer"]:
+    if not (is_plain_bpe(model) and gpt2) or backend["normalizer"]:
         return None
     special = {item["content"] for item in backend["added_tokens"]}
     if any(not item["special"] for item in backend["added_tokens"]):  # these are found inside any text

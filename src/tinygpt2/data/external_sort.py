@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tinygpt2.data.corpus.text_splitting import LEAST_PART
-from tinygpt2.utils.files import atomic_path, read_json
+from tinygpt2.utils.files import atomic_path, flush_to_disk, read_json
 from tinygpt2.utils.types import Array, Tokens
 
 RUN_TOKENS, RUN_ENTRIES = 1 << 23, 1 << 20  # most in a run; its last batch may exceed them
@@ -67,6 +67,7 @@ class EncodingProgress:
         pieces: number of pieces read from the sources.
         documents, bytes, tokens: sizes of the texts that belong to this shard.
         encoding_errors: number of documents with bytes that are not UTF-8.
+        empty_documents: number of documents that were left out because they are blank.
         done: whether all sources have been read to the end.
     """
 
@@ -75,6 +76,7 @@ class EncodingProgress:
     bytes: int = 0
     tokens: int = 0
     encoding_errors: int = 0
+    empty_documents: int = 0
     done: bool = False
 
 
@@ -148,13 +150,18 @@ class ExternalSort:
         if self._held[0] >= RUN_TOKENS or self._held[1] >= RUN_ENTRIES:
             self._flush()
 
-    def finish(self, encoding_errors: int) -> None:
+    def finish(self, encoding_errors: int, empty_documents: int) -> None:
         """Write the last run, after the sources have been read to the end."""
-        self.progress.done, self.progress.encoding_errors = True, encoding_errors
+        self.progress.encoding_errors, self.progress.empty_documents = encoding_errors, empty_documents
+        self.progress.done = True
         self._flush()
 
     def _flush(self) -> None:
-        """Write the collected pieces as a run. The run counts as soon as its progress file exists."""
+        """Write the collected pieces as a run. The run counts as soon as its progress file exists.
+
+        The progress file is made after everything else is physically on the disk, so that a power cut leaves no run
+        that counts but is not whole.
+        """
         entries = np.concatenate([batch.entries for batch in self._batches] or [np.empty(0, _INDEX)])
         tokens = np.concatenate([batch.tokens for batch in self._batches] or [np.empty(0, self.dtype)])
         self._batches, self._held = [], [0, 0]
@@ -168,8 +175,11 @@ class ExternalSort:
             for chosen in _groups(entries["tokens"]):
                 file.write(_take(tokens, starts[order[chosen]], entries["tokens"][chosen]).tobytes())
         np.save(self._file(self._runs, "npy"), entries)
+        for path in (self._file(self._runs, "tokens"), self._file(self._runs, "npy"), self.folder):
+            flush_to_disk(path)
         with atomic_path(self._file(self._runs, "json")) as temporary:
             temporary.write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+            flush_to_disk(temporary)
         self._runs += 1
 
     def threshold(self, fraction: float) -> int | None:

@@ -22,15 +22,19 @@ import numpy as np
 
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.data.block_writers import MANIFEST, SplitWriter
-from tinygpt2.data.corpus.sources import Corpus, Piece, whole
-from tinygpt2.data.encoding import Encoder, in_order
+from tinygpt2.data.corpus.piecewise import joined_pieces, splits_at_white_space
+from tinygpt2.data.corpus.sources import Corpus, Piece
+from tinygpt2.data.encoding import Encoder, in_order, parsed
 from tinygpt2.data.external_sort import EncodedBatch, ExternalSort, content_hash
+from tinygpt2.data.splits import divide, training_tokens
 from tinygpt2.data.staging import discard, require_same, staging_directory, staging_path
-from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
+from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.runtime.cpu import usable_cores
 from tinygpt2.utils.files import read_json, require_free, write_json
+from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import say, track
-from tinygpt2.utils.types import Array, Tokens
+from tinygpt2.utils.types import Tokens
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
@@ -46,6 +50,7 @@ class PregenerateResult:
         documents, bytes, tokens: sizes of the text in both splits together.
         sequences: number of blocks in each split.
         encoding_errors: number of documents in the whole corpus with bytes that are not UTF-8.
+        empty_documents: number of blank documents in the whole corpus, such as rows without a text. They are left out.
         seconds: time that this run took.
     """
 
@@ -54,9 +59,11 @@ class PregenerateResult:
     tokens: int
     sequences: dict[str, int]
     encoding_errors: int
+    empty_documents: int
     seconds: float
 
 
+@writes_out
 def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     """Tokenize, split, shuffle and pack a corpus.
 
@@ -65,9 +72,10 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     document, the last part of the tokens is held out instead, cut at a block border.
 
     Raises:
-        ConfigError: the output directory is not empty, the tokenizer has no end-of-text token, or the run to `resume`
-            had other settings.
-        DataError: a source cannot be read, there is less text than one block, or the disk is full.
+        ConfigError: the output directory is not empty, another run writes to it, an interrupted run left unfinished
+            work (see `resume` and `overwrite`) or had other settings, or the tokenizer has no end-of-text token.
+        DataError: a source cannot be read, or there is less text than one block.
+        MachineError: the disk is full.
         ModelError: the tokenizer was not found or cannot be loaded.
     """
     started = time.perf_counter()
@@ -95,11 +103,13 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         say(f"{out} is already complete")
         discard(staging_path(out))
         return _result(manifest, time.perf_counter() - started)
-    with staging_directory(out, settings, resume=config.resume) as work:
+    again = "-" not in [*config.source, *(config.test_source or [])]  # standard input cannot be read twice
+    with staging_directory(out, settings, resume=config.resume, overwrite=config.overwrite, again=again) as work:
         encoder = Encoder(tokenizer)
         eos = tokenizer.eos_token_id if config.append_eos else None
-        read = _tokenize(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None)
-        kept = _tokenize(held_out, encoder, eos, config, work / "test", None) if held_out else None
+        apart = encoder.reproduced or splits_at_white_space(parsed(tokenizer.backend_tokenizer.to_str()))
+        read = _tokenize(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None, apart)
+        kept = _tokenize(held_out, encoder, eos, config, work / "test", None, apart) if held_out else None
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
@@ -124,7 +134,7 @@ def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
     return PregenerateResult(
         **{key: sum(split[key] for split in splits.values()) for key in ("documents", "bytes", "tokens")},
         sequences={name: split["sequences"] for name, split in splits.items()},
-        encoding_errors=manifest["encoding_errors"],
+        **{key: manifest.get(key, 0) for key in ("encoding_errors", "empty_documents")},
         seconds=seconds,
     )
 
@@ -140,10 +150,11 @@ def _settings(
         "sources": config.source,
         "test_sources": config.test_source,
         "document": config.document,
+        "input_format": None if config.input_format == "auto" else config.input_format,
         "text_column": config.text_column,
         "on_encoding_errors": config.encoding_errors,
         "tokenizer_fingerprint": fingerprint(tokenizer),
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "sequence_length": config.sequence_length,
         "stride": config.stride or config.sequence_length,
         "append_eos": config.append_eos,
@@ -209,28 +220,33 @@ def _encode(batch: list[_Item], encoder: Encoder, eos: Tokens) -> EncodedBatch:
 
 
 def _tokenize(
-    corpus: Corpus, encoder: Encoder, eos: int | None, config: PregenerateConfig, folder: Path, seed: int | None
+    corpus: Corpus,
+    encoder: Encoder,
+    eos: int | None,
+    config: PregenerateConfig,
+    folder: Path,
+    seed: int | None,
+    apart: bool,
 ) -> ExternalSort:
-    """Tokenize the documents that an earlier run has not tokenized yet.
+    """Tokenize the documents that an earlier run has not tokenized yet, the parts of long ones `apart` or joined.
 
     Raises:
         DataError: a source cannot be read, or there is no text.
     """
     sort = ExternalSort(folder, encoder.dtype, seed)
     end = np.array([] if eos is None else [eos], encoder.dtype)
-    shards = config.shard_numbers[1]
     if not sort.progress.done:
-        pieces = corpus.pieces() if encoder.reproduced else whole(corpus.pieces())
+        pieces = corpus.pieces() if apart else joined_pieces(corpus, config.tokenizer)
         items = islice(_items(pieces, config), sort.progress.pieces, None)
-        workers = config.num_workers or os.cpu_count() or 1
+        workers = config.num_workers or usable_cores()
         encode = partial(_encode, encoder=encoder, eos=end)
         size = corpus.size_hint()
-        with track("tokenize", size and size // shards) as task:
+        with track("tokenize", size and size // config.shard_numbers[1]) as task:
             task.advance(sort.progress.bytes)
             for batch in in_order(encode, _batches(items), workers):
                 sort.add(batch)
                 task.advance(int(batch.entries["bytes"].sum()))
-            sort.finish(corpus.encoding_errors)
+            sort.finish(corpus.encoding_errors, corpus.empty_documents)
     if not sort.progress.pieces:
         raise DataError(f"no text in {', '.join(corpus.sources)}", "every document is empty or blank")
     return sort
@@ -255,10 +271,10 @@ def _write(
             "give --test-fraction 0 or --test-source, or leave --shard out",
         )
     how = "source" if kept else "position" if last is None else "document"
-    cut = _border(total, length, fraction) if last is None else None
+    cut = training_tokens(total, length, fraction) if last is None else None
     shape = (length, config.stride or length, dtype, config.format)
     with SplitWriter(out, "train", *shape) as train, SplitWriter(out, "test", *shape) as test:
-        sizes = _divide(read, kept, last, cut, train, test)
+        sizes = divide(read, kept, last, cut, train, test)
     if cut is not None and not kept:
         sizes[1, 1] = sizes[0, 1] * (total - cut) // total
         sizes[0, 1] -= sizes[1, 1]
@@ -279,65 +295,8 @@ def _write(
         }
         for (name, writer), size in zip({"train": train, "test": test}.items(), sizes, strict=True)
     }
-    errors = read.progress.encoding_errors + (kept.progress.encoding_errors if kept else 0)
-    return {"split": how, "encoding_errors": errors, "splits": splits}
-
-
-def _divide(
-    read: ExternalSort,
-    kept: ExternalSort | None,
-    last: int | None,
-    cut: int | None,
-    train: SplitWriter,
-    test: SplitWriter,
-) -> Array:
-    """Write every token to its split. Return the documents and bytes of train and test, as two rows.
-
-    Documents A, B and C come in one group. They have 3, 2 and 4 tokens, and the hashes 12, 90 and 40:
-
-        by document, `last` is 40  ->  the hashes of A and C are at most 40: 7 tokens go to test, the 2 of B to train
-        by position, `cut` is 6    ->  the first 6 tokens go to train (all of A and B, 1 of C), the last 3 to test
-
-    Args:
-        read: the corpus.
-        kept: the held-out text from --test-source, if there is one. It goes to test.
-        last: the largest hash of a held-out document, for a split by document.
-        cut: the number of training tokens, for a split by position.
-        train: writes the training split.
-        test: writes the test split.
-    """
-    sizes, total = np.zeros((2, 2), np.int64), read.progress.tokens
-    with track("pack", total) as task:
-        # a split by position holds out the last part of the text in its own order
-        for entries, tokens in read.groups(shuffled=not (cut is not None and cut < total)):
-            if cut is not None:
-                head = max(0, cut - train.tokens)
-                train.add(tokens[:head])
-                test.add(tokens[head:])
-                sizes[0] += _sizes(entries)
-            else:
-                held_out = entries["hash"] <= last
-                in_test = np.repeat(held_out, entries["tokens"])  # for each token, not for each document
-                train.add(tokens[~in_test])
-                test.add(tokens[in_test])
-                sizes += _sizes(entries[~held_out]), _sizes(entries[held_out])
-            task.advance(len(tokens))
-        for entries, tokens in kept.groups() if kept else ():
-            test.add(tokens)
-            sizes[1] += _sizes(entries)
-    return sizes
-
-
-def _sizes(entries: Array) -> tuple[int, int]:
-    """Return the number of documents and of bytes in some index entries."""
-    return int(entries["first"].sum()), int(entries["bytes"].sum(dtype=np.int64))
-
-
-def _border(total: int, length: int, fraction: float) -> int:
-    """Return the number of training tokens, for a split by position.
-
-    If `fraction` is 0, these are all tokens. Otherwise they are whole blocks, and at least one of several is held out.
-    """
-    blocks = total // length
-    held_out = min(max(1, round(fraction * blocks)), blocks - 1) if fraction and blocks else 0
-    return (blocks - held_out) * length if held_out else total
+    counts = {
+        key: sum(getattr(part.progress, key) for part in (read, kept) if part)
+        for key in ("encoding_errors", "empty_documents")
+    }
+    return {"split": how, **counts, "splits": splits}

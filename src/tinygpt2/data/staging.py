@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tinygpt2.errors import ConfigError, DataError, UnreadableError
+from tinygpt2.errors import ConfigError, DataError, UnreadableError, explained
 from tinygpt2.utils.files import read_json, write_json
 from tinygpt2.utils.progress import say
 
@@ -21,7 +21,9 @@ def staging_path(out: Path) -> Path:
 
 
 @contextmanager
-def staging_directory(out: Path, settings: dict[str, Any], *, resume: bool) -> Iterator[Path]:
+def staging_directory(
+    out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool, again: bool = True
+) -> Iterator[Path]:
     """Yield the directory of unfinished work: that of an earlier run to continue, otherwise an empty one.
 
     The directory is removed when the block ends normally, or after an error in the data or the options. It is kept
@@ -31,33 +33,47 @@ def staging_directory(out: Path, settings: dict[str, Any], *, resume: bool) -> I
         out: the directory of the result.
         settings: everything that the result depends on. A run continues only with equal settings.
         resume: continue an earlier run, if there is one, instead of starting over.
+        overwrite: start over, and delete the unfinished work of an earlier run, if there is any.
+        again: whether the sources can be read again. Otherwise an interruption leaves nothing behind.
 
     Raises:
-        ConfigError: the run to continue has other settings.
-        DataError: the disk is full, or cannot be written for another reason.
+        ConfigError: there is unfinished work, and the options say neither to continue nor to start over; or the run to
+            continue has other settings; or the directory cannot be written.
+        MachineError: the disk is full or cannot be written for another reason.
     """
     work = staging_path(out)
-    if resume and (work / _SETTINGS).is_file():
-        require_same(settings, read_json(work / _SETTINGS), work)
-        say(f"continuing the interrupted run in {work}")
-    else:
-        if work.exists():
-            say(f"starting over: {work} held an interrupted run")
+    with explained(f"cannot write to {work}", "then add --resume to continue", DataError):
+        _begin(work, settings, resume=resume, overwrite=overwrite)
+        try:
+            yield work
+        except UnreadableError:
+            raise
+        except (DataError, ConfigError):
             discard(work)
-        work.mkdir(parents=True)
-        write_json(work / _SETTINGS, settings)
-    try:
-        yield work
-    except UnreadableError:
-        raise
-    except (DataError, ConfigError):
-        discard(work)
-        raise
-    except OSError as error:
-        raise DataError(
-            f"cannot write to {work}: {error.strerror or error}", "free some disk space, then add --resume to continue"
-        ) from error
+            raise
+        except KeyboardInterrupt:
+            if not again:
+                discard(work)
+            raise
     discard(work)
+
+
+def _begin(work: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Make the directory of unfinished work, or check that the one of an earlier run can be continued."""
+    if (work / _SETTINGS).is_file():
+        if resume:
+            require_same(settings, read_json(work / _SETTINGS), work)
+            say(f"continuing the interrupted run in {work}")
+            return
+        if not overwrite:
+            raise ConfigError(
+                f"{work} holds the unfinished work of an interrupted run",
+                "add --resume to continue it, or --overwrite to start over",
+            )
+        say(f"starting over: the unfinished work in {work} is deleted")
+    discard(work)  # without its settings, a directory is left of a run that had just begun or was being deleted
+    work.mkdir(parents=True)
+    write_json(work / _SETTINGS, settings)
 
 
 def discard(work: Path) -> None:
@@ -77,5 +93,5 @@ def require_same(settings: dict[str, Any], before: dict[str, Any], where: Path) 
         words = ", ".join("the sources' files" if key == "read" else key for key in changed)
         raise ConfigError(
             f"--resume: {words} differ from the run in {where}",
-            "leave --resume out to start over, or give another --out",
+            "leave --resume out and add --overwrite to start over, or give another --out",
         )

@@ -7,14 +7,17 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tinygpt2.config.data import TrainTokenizerConfig
 from tinygpt2.data.corpus.sources import Corpus
 from tinygpt2.data.encoding import encode
-from tinygpt2.data.tokenizer import END_OF_TEXT
-from tinygpt2.errors import DataError
+from tinygpt2.data.tokenizer import END_OF_TEXT, vocabulary_size
+from tinygpt2.errors import DataError, explained
+from tinygpt2.runtime.signals import consumed_interruptibly
 from tinygpt2.utils.files import atomic_contents, require_free
+from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import track
 
 _PASSAGE, _BORDER = 2000, re.compile(r"\S(?=\s)")
@@ -46,11 +49,13 @@ class TrainTokenizerResult:
     seconds: float
 
 
+@writes_out
 def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     """Train a byte-level BPE on any language and save it in the Hugging Face layout.
 
     Raises:
-        ConfigError: the output directory is not empty.
+        ConfigError: the output directory is not empty, or another run writes to it.
+        MachineError: the disk is full.
         DataError: there is no text, or too little for a vocabulary of `vocab_size` tokens.
     """
     from tokenizers import Tokenizer as Backend
@@ -73,7 +78,8 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     corpus = Corpus.of(config.source, config)
     share = _HeldOut(config.test_fraction)
     with track("train tokenizer", corpus.size_hint()) as task:
-        backend.train_from_iterator(share.rest(corpus, task.advance), trainer=trainer)
+        train = partial(backend.train_from_iterator, trainer=trainer)
+        consumed_interruptibly(train, share.rest(corpus, task.advance))
     if not share.documents:
         raise DataError(f"no text in {', '.join(config.source)}")
     if backend.get_vocab_size() < config.vocab_size:
@@ -86,11 +92,12 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     )
     tokens = sum(map(len, encode(tokenizer, share.texts)))
     size = sum(len(text.encode()) for text in share.texts)
-    with atomic_contents(out) as temporary:
+    saving = explained(f"cannot save the tokenizer in {out}", "then run the command again")
+    with saving, atomic_contents(out) as temporary:
         tokenizer.save_pretrained(str(temporary))
     return TrainTokenizerResult(
         tokenizer=str(out.resolve()),
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         documents=share.documents,
         bytes=share.bytes,
         test_bytes=size,
@@ -114,9 +121,9 @@ class _HeldOut:
             self.documents += piece.last
             start = 0
             while start < len(piece.text):
-                # cut only where the pre-tokenizer cuts too
-                end = _BORDER.search(piece.text, start + _PASSAGE)
-                passage = piece.text[start : end.end() if end else None]
+                # cut where the pre-tokenizer cuts too, but keep no long word: training takes the square of its length
+                end = _BORDER.search(piece.text, start + _PASSAGE, start + 2 * _PASSAGE)
+                passage = piece.text[start : end.end() if end else start + 2 * _PASSAGE]
                 start += len(passage)
                 raw = passage.encode()
                 self.bytes += len(raw)

@@ -10,7 +10,7 @@ from typing import Any
 from tinygpt2.data.block_readers import real_tokens
 from tinygpt2.data.block_writers import MANIFEST, content_of
 from tinygpt2.data.dataset import Blocks, load_packed_dataset, shard_folders
-from tinygpt2.data.tokenizer import fingerprint
+from tinygpt2.data.tokenizer import fingerprint, vocabulary_size
 from tinygpt2.errors import DataError, one_line
 from tinygpt2.utils.files import read_json
 
@@ -46,7 +46,7 @@ def _check_folder(path: Path) -> Iterator[str]:
         if packed.manifest["format"] == "jsonl":
             yield from _check_metrics(path, name, len(blocks), packed.sequence_length)
         try:
-            yield from _check_blocks(blocks, name, counts["files"], len(tokenizer))
+            yield from _check_blocks(blocks, name, counts["files"], vocabulary_size(tokenizer))
         except Exception as error:
             yield f"{name}: {one_line(error)}"
 

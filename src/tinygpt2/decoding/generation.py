@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, GPT2LMHeadModel, TextStreamer
+from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessorList
 
 from tinygpt2.config.decoding import GenerateConfig
-from tinygpt2.data.encoding import encode
+from tinygpt2.decoding.prompts import Continuation, LiveText, prompt_tokens, require_finite_logits, require_utf8
 from tinygpt2.errors import ConfigError
-from tinygpt2.models.compatibility import require_tokenizer
+from tinygpt2.models.compatibility import first_token, require_tokenizer
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import default_device
 from tinygpt2.utils.files import absolute, read_text
+from tinygpt2.utils.progress import say
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
@@ -31,8 +32,8 @@ class Generation:
     """One continuation of a prompt by a model.
 
     Attributes:
-        text: the text that the model added to the prompt.
-        tokens: the number of tokens of `text`.
+        text: the text that the model added to the prompt, without special tokens.
+        tokens: the number of tokens that the model added.
         seconds: time of generation, divided by the number of samples of the prompt.
     """
 
@@ -59,15 +60,19 @@ class LoadedModel:
     tokenizer: Tokenizer
 
 
-OnText = Callable[[LoadedModel, str], TextStreamer | None]
-"""Called with the model and the prompt before a text is generated. It may return a streamer for the text's tokens."""
+OnText = Callable[[LoadedModel, str], Callable[[str], None] | None]
+"""Called with the model and the prompt before a text is generated.
+
+It may return a function that shows the text while it is generated: it is called with one piece of the text after
+another, and with a line end after the last.
+"""
 
 
 def load_with_tokenizer(name: str, *, allow_pickle: bool = False) -> LoadedModel:
     """Load a model and its tokenizer.
 
     Raises:
-        ModelError: the model or its tokenizer was not found, or they do not fit each other.
+        ModelError: the model or its tokenizer was not found, they do not fit each other, or a weight is not finite.
     """
     model, directory = load_model(name, allow_pickle=allow_pickle)
     tokenizer = require_tokenizer(model_tokenizer(directory), model.config, name)
@@ -76,15 +81,20 @@ def load_with_tokenizer(name: str, *, allow_pickle: bool = False) -> LoadedModel
 
 
 def continue_prompt(
-    loaded: LoadedModel, prompt: str, config: GenerateConfig, streamer: Any = None
+    loaded: LoadedModel, prompt: str, config: GenerateConfig, show: Callable[[str], None] | None = None
 ) -> Iterator[Generation]:
     """Yield `config.num_samples` continuations of a prompt. The same seed gives the same texts.
 
+    Args:
+        show: shows the text while it is generated; see `OnText`.
+
     Raises:
-        ConfigError: the prompt and the new tokens together exceed the model's positions.
+        ConfigError: the prompt is not valid UTF-8, has a token that the model does not know, or exceeds the model's
+            positions together with the new tokens.
+        ModelError: the model's logits are NaN or infinite.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids = encode(tokenizer, [prompt])[0] or _start(model, tokenizer)
+    ids = _prompt_ids(loaded, prompt)
     room = model.config.n_positions - len(ids)
     count = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
     if room < 1 or count > room:
@@ -93,36 +103,55 @@ def continue_prompt(
             f"{len(ids)} prompt tokens leave no room for {max(count, 1)} more",
             "shorten the prompt" if room < 1 else f"use --max-new-tokens {room} or fewer",
         )
+    ends = _ends(model, tokenizer)
+    continuation = Continuation(tokenizer, ids, ends)
     torch.manual_seed(config.seed)
     started = time.perf_counter()
+    prompts = torch.tensor([ids], device=model.device)
     with torch.no_grad():
         out = model.generate(
-            torch.tensor([ids], device=model.device),
-            generation_config=_decoding(config, model, tokenizer, count),
-            streamer=streamer,
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            generation_config=_decoding(config, ends, count),
+            logits_processor=LogitsProcessorList([require_finite_logits(loaded.name)]),
+            streamer=LiveText(continuation, show) if show else None,
         )
     seconds = (time.perf_counter() - started) / len(out)
     for row in out.tolist():
-        added = row[len(ids) :]
-        if tokenizer.eos_token_id in added:
-            added = added[: added.index(tokenizer.eos_token_id)]
-        text = tokenizer.decode(added, clean_up_tokenization_spaces=False)
-        yield Generation(absolute(loaded.name), prompt, text, len(added), seconds)
+        added = continuation.until_end(row[len(ids) :])
+        yield Generation(absolute(loaded.name), prompt, continuation.text(added), len(added), seconds)
 
 
-def _start(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids of an empty prompt: the token that separates documents."""
-    start = next(
-        (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id) if i is not None),
-        None,
-    )
-    if start is None:
-        raise ConfigError("an empty prompt needs a tokenizer with a start or end-of-text token", "give --prompt")
-    return [start]
+def _prompt_ids(loaded: LoadedModel, prompt: str) -> list[int]:
+    """Return the token ids of a prompt; those of an empty one are the token that separates documents."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = prompt_tokens(tokenizer, prompt)
+    if not ids:
+        candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id)
+        start = first_token([*candidates, model.config.eos_token_id], model.config)
+        if start is None:
+            what = "an empty prompt" if not prompt else "the prompt has no tokens: it"
+            raise ConfigError(f"{what} needs a start or end-of-text token that {loaded.name} knows", "give a --prompt")
+        return [start]
+    unknown = next((index for index in ids if index >= model.config.vocab_size), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"model {loaded.name} has {model.config.vocab_size} tokens, so it does not know the prompt's token "
+            f"{tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown})",
+            "leave it out of the prompt; if the tokenizer adds it, use the tokenizer that the model was trained with",
+        )
+    return ids
 
 
-def _decoding(config: GenerateConfig, model: GPT2LMHeadModel, tokenizer: Tokenizer, count: int) -> GenerationConfig:
-    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else model.config.eos_token_id
+def _ends(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's or, if the model does not have it, those of config.json."""
+    end = first_token([tokenizer.eos_token_id], model.config)
+    named = model.config.eos_token_id
+    every = [end] if end is not None else named if isinstance(named, list) else [named]
+    return [one for one in every if first_token([one], model.config) is not None]
+
+
+def _decoding(config: GenerateConfig, ends: list[int], count: int) -> GenerationConfig:
     sampling: dict[str, Any] = {"do_sample": False}
     if config.samples:
         # 0 keeps the whole vocabulary; without top_k, transformers would keep only the 50 likeliest tokens
@@ -136,8 +165,8 @@ def _decoding(config: GenerateConfig, model: GPT2LMHeadModel, tokenizer: Tokeniz
         max_new_tokens=count,
         num_beams=config.num_beams,
         num_return_sequences=config.num_samples,
-        eos_token_id=eos,
-        pad_token_id=eos,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,  # without an end, all texts have the same length: nothing is padded
         **sampling,
     )
 
@@ -164,11 +193,15 @@ def generate(config: GenerateConfig, on_text: OnText = lambda loaded, prompt: No
     Raises:
         ConfigError: a prompt does not fit the model, or --interactive is set, which only the command line supports.
         DataError: the prompt file cannot be read.
-        ModelError: a model or its tokenizer was not found.
+        ModelError: a model or its tokenizer was not found, or its weights or logits are not finite.
     """
     if config.interactive:
         raise ConfigError("--interactive works only on the command line")
+    if config.without_effect:
+        say(f"{' and '.join(config.without_effect)} without effect: --temperature 0 is greedy")
     prompts = read_prompts(config)
+    for prompt in prompts:
+        require_utf8(prompt)
     models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in config.model]
     texts = [
         text

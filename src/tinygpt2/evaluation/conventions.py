@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,18 +22,19 @@ from jaxtyping import Int, Integer
 
 from tinygpt2.config.evaluation import Convention
 from tinygpt2.data.dataset import PackedDataset
-from tinygpt2.data.encoding import encode
+from tinygpt2.data.encoding import Encoder
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.detokenize import detokenize, detokenize_page, pages
 from tinygpt2.evaluation.scoring import Scores, Window, windows
+from tinygpt2.evaluation.sizes import TextSizes, decoded
 from tinygpt2.evaluation.tasks import Task
-from tinygpt2.models.compatibility import check_fits, require_tokenizer
+from tinygpt2.models.compatibility import check_fits, first_token, require_tokenizer
 
 if TYPE_CHECKING:
-    from tinygpt2.utils.types import Tokenizer
+    from tinygpt2.utils.types import Tokenizer, Tokens
 
-_AT_ONCE = 1000  # passages tokenized at a time; more would use too much memory, because token ids are Python lists here
+_AT_ONCE = 1000  # passages tokenized at a time
 
 
 @dataclass(frozen=True)
@@ -48,27 +50,37 @@ class ModelTokenizer:
         """The longest sequence that the model can process, in tokens."""
         return int(self.config.n_positions)
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of texts.
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The tokenizer's encoder.
 
         Raises:
-            ModelError: there is no tokenizer, or its vocabulary is larger than the model's.
+            ModelError: there is no tokenizer, or it does not fit the model.
         """
-        return encode(require_tokenizer(self.tokenizer, self.config, self.name), list(texts))
+        return Encoder(require_tokenizer(self.tokenizer, self.config, self.name))
+
+    def tokens(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the token ids of texts of any length.
+
+        Raises:
+            ModelError: there is no tokenizer, it does not fit the model, or it cannot encode a text.
+        """
+        return [self.encoder.whole(text) for text in texts] if self.encoder.reproduced else self.encoder(list(texts))
 
     @property
     def prefix(self) -> int:
-        """The token before a text: start of text or, if the tokenizer does not have one, end of text.
+        """The token before a text: start of text or, if the model does not have one, end of text.
 
         Raises:
-            ModelError: the tokenizer has neither of them.
+            ModelError: there is neither of them.
         """
-        for token in (getattr(self.tokenizer, "bos_token_id", None), getattr(self.tokenizer, "eos_token_id", None)):
-            if token is not None:
-                return int(token)
+        candidates = (getattr(self.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+        if (token := first_token(candidates, self.config)) is not None:
+            return token
         raise ModelError(
-            f"model {self.name}: the tokenizer has neither a start-of-text nor an end-of-text token, "
-            "one of which must precede a text"
+            f"model {self.name}: neither a start-of-text nor an end-of-text token of the tokenizer is in the model's "
+            "vocabulary, and one of them must precede a text",
+            "use --convention hf, which needs none",
         )
 
 
@@ -128,7 +140,7 @@ def tokenize_task(task: Task, model: ModelTokenizer, convention: Convention, str
     elif convention in ("hf", "tinygpt2"):
         text = task.joined()
         (tokens,) = model.tokens([text])
-        tokenized = _per_token(np.array(tokens), text, model.positions, stride)
+        tokenized = _per_token(tokens, TextSizes.of([text]), model.positions, stride)
     else:
         tokenized = _per_unit(task, model, convention, stride)
     if not tokenized.spans:
@@ -157,10 +169,13 @@ def counted(tokenized: TokenizedTask, scores: Scores) -> Scores:
     return Scores(sums[rows, tokenized.right], counts[rows, tokenized.right], sums.argmin(1) == tokenized.right)
 
 
-def _per_token(tokens: Integer[np.ndarray, " N"], text: str, window: int, stride: int | None) -> TokenizedTask:
+def _per_token(tokens: Integer[np.ndarray, " N"], sizes: TextSizes, window: int, stride: int | None) -> TokenizedTask:
     step = _stride(stride, window)
-    spans = list(windows(len(tokens), window, step))
-    return TokenizedTask(tokens, spans, "token", 0, len(text.split()), len(text), len(text.encode()), step)
+    return TokenizedTask(tokens, list(windows(len(tokens), window, step)), "token", 0, *sizes, step)
+
+
+def _after(prefix: int, tokens: Integer[np.ndarray, " N"]) -> Integer[np.ndarray, " N1"]:
+    return np.concatenate([np.array([prefix], tokens.dtype), tokens])
 
 
 def _per_unit(task: Task, model: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
@@ -178,14 +193,13 @@ def _per_unit(task: Task, model: ModelTokenizer, convention: Convention, stride:
         characters, size, unit = len(text), len(text.encode()), task.spec.unit
         units = {"word": words, "character": characters, "byte": size}[unit]
     step = _stride(stride, model.positions)
-    documents = [[model.prefix, *tokens] for tokens in model.tokens(texts)]
+    documents = [_after(model.prefix, tokens) for tokens in model.tokens(texts)]
     spans, offset = [], 0
     for document in documents:
         for span in windows(len(document), model.positions + 1, step, full=True):
             spans.append(Window(span.start + offset, span.stop + offset, span.first))
         offset += len(document)
-    tokens = np.concatenate([np.array(document) for document in documents])
-    return TokenizedTask(tokens, spans, unit, units, words, characters, size, step)
+    return TokenizedTask(np.concatenate(documents), spans, unit, units, words, characters, size, step)
 
 
 def _last_words(task: Task, model: ModelTokenizer, convention: Convention) -> TokenizedTask:
@@ -231,7 +245,7 @@ def _continued(
             start = max(0, len(tokens) - model.positions - 1)
             spans.append(Window(offset + start, offset + len(tokens), max(1, len(before) - start)))
             offset += len(tokens)
-            parts.append(np.array(tokens, np.int32))
+            parts.append(tokens)
     return np.concatenate(parts), spans
 
 
@@ -249,14 +263,14 @@ def _blocks(packed: PackedDataset, model: ModelTokenizer, convention: Convention
             "measure on one part at a time",
         )
     tokens = np.concatenate([blocks.row(0), *(blocks.row(index)[seen:] for index in range(1, len(blocks)))])
-    text = packed.tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    tokenizer = packed.tokenizer()
+    sizes = TextSizes.of(decoded(tokenizer, tokens))
     if convention in ("hf", "tinygpt2"):
-        return _per_token(tokens, text, packed.sequence_length, stride)
-    step, words = _stride(stride, packed.sequence_length), len(text.split())
-    first = ModelTokenizer(model.name, model.config, packed.tokenizer()).prefix
-    tokens = np.concatenate([[first], tokens])
+        return _per_token(tokens, sizes, packed.sequence_length, stride)
+    step = _stride(stride, packed.sequence_length)
+    tokens = _after(ModelTokenizer(model.name, model.config, tokenizer).prefix, tokens)
     spans = list(windows(len(tokens), packed.sequence_length + 1, step, full=True))
-    return TokenizedTask(tokens, spans, "word", words, words, len(text), len(text.encode()), step)
+    return TokenizedTask(tokens, spans, "word", sizes.words, *sizes, step)
 
 
 def _stride(stride: int | None, window: int) -> int:

@@ -41,6 +41,7 @@ class TaskSpec:
             line becomes an empty row, and other lines keep their line end, as on the Hub. `lines`: without line ends.
         files: patterns of the file's name, the preferred one first; they may include the name of a folder.
         source: the dataset on the Hub, if there is one.
+        column: the column of the dataset that holds the text.
         published: published values of OpenAI's gpt2 (124M), with their source.
     """
 
@@ -52,7 +53,16 @@ class TaskSpec:
     joined: Literal["rows", "lines"] | None = None
     files: tuple[str, ...] = ()
     source: HubSplit | None = None
+    column: str = "text"
     published: str = ""
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Patterns of the names of the Hub's Parquet files, as far as they name the dataset's configuration."""
+        if self.source is None or self.source.configuration is None:
+            return ()
+        part = f"{self.source.configuration}/{self.source.split}"
+        return f"{part}-*.parquet", f"{part}/*.parquet"
 
 
 _PAPER = "GPT-2 paper, table 3"
@@ -78,7 +88,7 @@ SPECS = {
         TaskSpec(
             "ptb", style="ptb", lines=True, joined="lines",
             files=("ptb.test.txt", "ptb*/test.txt", "ptb.valid.txt", "ptb*/valid.txt"),
-            source=HubSplit("ptb-text-only/ptb_text_only", "penn_treebank", parquet=True),
+            source=HubSplit("ptb-text-only/ptb_text_only", "penn_treebank", parquet=True), column="sentence",
             published=f"65.85 per word ({_PAPER})",
         ),
         TaskSpec(

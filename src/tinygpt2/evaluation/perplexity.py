@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -15,7 +15,8 @@ from jaxtyping import Bool
 from torch import Tensor, distributed
 
 from tinygpt2.config.evaluation import Convention, PplConfig
-from tinygpt2.errors import ConfigError, DataError, ModelError, TinyGPT2Error
+from tinygpt2.data.encoding import encode
+from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError, TinyGPT2Error
 from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, tokenize_task
 from tinygpt2.evaluation.plots import plot_comparison
 from tinygpt2.evaluation.results import Paired, PplResult, PplRow, make_row
@@ -60,7 +61,7 @@ def ppl(config: PplConfig) -> PplResult:
     state = PartialState(cpu=not torch.cuda.is_available())
     try:
         with state.main_process_first():  # one process downloads, the others use its cache
-            tasks = load_tasks(config.task, config.task_data)
+            tasks = load_tasks(config.task, config.task_data, config)
         names = [task.name for task in tasks]
         if any(other != names for other in gather_object([names])):
             raise DataError(
@@ -154,14 +155,17 @@ def _measure(
         try:
             every = scorer(tokenized.tokens, tokenized.spans, budget, progress.advance, ruled_out)
         except torch.OutOfMemoryError as error:
-            raise ConfigError(
+            raise MachineError(
                 f"out of memory on {task.name}", "use a smaller --batch-size, or --precision bf16"
             ) from error
     seconds = time.perf_counter() - started
     scores = counted(tokenized, every)
-    if math.isnan(scores.loss):
+    if not np.isfinite(every.sums).all():
         raise ModelError(
-            f"model {model.name}: the loss on {task.name} is NaN", "check the model's files with tinygpt2 verify"
+            f"model {model.name}: the loss on {task.name} is NaN or infinite, although the weights are finite",
+            "check the model with tinygpt2 verify"
+            if config.precision == "fp32"
+            else f"--precision {config.precision} may be too coarse: use fp32",
         )
     row = make_row(model.name, parameters, task, config.convention, tokenized, scores, seconds, every.targets)
     return row, scores
@@ -177,8 +181,7 @@ def _stop_words(tokenizer: Tokenizer | None, vocabulary: int) -> Bool[Tensor, " 
     mask = torch.zeros(vocabulary, dtype=torch.bool)
     if tokenizer is not None:
         words = {f"{space}{word}" for word in STOP_WORDS for space in ("", " ")}
-        encoded = tokenizer(sorted(words), add_special_tokens=False)["input_ids"]
-        mask[[ids[0] for ids in encoded if len(ids) == 1]] = True
+        mask[[ids[0] for ids in encode(tokenizer, sorted(words)) if len(ids) == 1]] = True
     return mask
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +86,16 @@ class PplResult:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return each name without the directories that all names share."""
-    paths = [name for name in names if Path(name).is_absolute()]
-    if len(set(paths)) < 2:
-        return {name: Path(name).name or name for name in names}
-    shared = os.path.commonpath(paths)
-    return {name: os.path.relpath(name, shared) if name in paths else name for name in names}
+    """Return as few last parts of each path or name as tell all of them apart.
+
+    a/gpt2 and b/student become gpt2 and student; a/gpt2 and b/gpt2 stay.
+    """
+    paths = {name: Path(name).parts for name in names}
+    for count in range(1, max(map(len, paths.values()), default=0) + 1):
+        short = {name: str(Path(*parts[-count:])) for name, parts in paths.items() if parts}
+        if len(set(short.values())) == len(paths):
+            return short
+    return {name: name for name in paths}
 
 
 def make_row(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from tinygpt2.config.data import FileOptions
+from tinygpt2.data.corpus.formats import ReadOptions, plain_name
+from tinygpt2.data.corpus.readers import read_documents, table_rows
 from tinygpt2.data.dataset import PackedDataset, is_packed_dataset, load_packed_dataset
 from tinygpt2.errors import ConfigError, DataError, TinyGPT2Error
 from tinygpt2.evaluation.detokenize import detokenize_cbt
 from tinygpt2.evaluation.named_tasks import SPECS, HubSplit, TaskSpec
-from tinygpt2.utils.files import absolute, read_text
+from tinygpt2.utils.files import absolute, open_file
 from tinygpt2.utils.hub import dataset_rows
 from tinygpt2.utils.progress import say, track
 
@@ -63,13 +66,17 @@ class Task:
         return "\n\n".join(line.strip() for line in lines) if self.spec.joined == "lines" else self.text
 
 
-def load_tasks(names: Iterable[str], data: str | None) -> list[Task]:
+def load_tasks(names: Iterable[str], data: str | None, how: FileOptions | None = None) -> list[Task]:
     """Find evaluation texts.
+
+    A file of rows (JSON lines, Parquet and so on) is the texts of its rows with an empty line between them, as in the
+    transformers page on perplexity; blank ones are left out. The rows of a named task are joined to its original file.
 
     Args:
         names: names of tasks, `all` for every named task whose data is found, or paths of text files and
             pregenerated datasets.
         data: file or folder with the texts of the named tasks; None reads them from the Hub.
+        how: how files are read; None reads them by their names and contents.
 
     Raises:
         ConfigError: a name is unknown, or `data` is given but `names` does not contain a task that it can belong to.
@@ -81,18 +88,22 @@ def load_tasks(names: Iterable[str], data: str | None) -> list[Task]:
         raise ConfigError(f"--task-data is only for named tasks ({', '.join(SPECS)}): {asked[0]} is a path")
     if data is not None and (len(named) > 1 or ALL in named) and Path(data).is_file():
         raise ConfigError(f"--task-data {data} is one file, but there are several tasks", "give a folder of files")
+    how, alone = how or FileOptions(), len(named) == 1
     tasks: dict[str, Task] = {}
     for name in asked:
-        loaded = _every(data) if name == ALL else [_named(SPECS[name], data) if name in SPECS else _at(name)]
+        if name == ALL:
+            loaded = _every(data, how)
+        else:
+            loaded = [_named(SPECS[name], data, how, alone=alone) if name in SPECS else _at(name, how)]
         tasks |= {task.name: task for task in loaded}
     return list(tasks.values())
 
 
-def _every(data: str | None) -> list[Task]:
+def _every(data: str | None, how: FileOptions) -> list[Task]:
     found = []
     for spec in SPECS.values():
         try:
-            found.append(replace(_named(spec, data), optional=True))
+            found.append(replace(_named(spec, data, how), optional=True))
         except DataError as error:
             say(f"{spec.name} is skipped: {error.message}")
     if not found:
@@ -100,35 +111,59 @@ def _every(data: str | None) -> list[Task]:
     return found
 
 
-def _named(spec: TaskSpec, data: str | None) -> Task:
+def _named(spec: TaskSpec, data: str | None, how: FileOptions, *, alone: bool = False) -> Task:
+    """Read a named task. `alone` says that no other task is read from the same folder."""
     if data is None:
         if spec.source is None:
             what = "a pregenerated dataset" if spec.kind == "blocks" else f"the file {spec.files[0]}"
             raise DataError(f"{spec.name}: the Hub has no readable copy", f"use --task-data PATH to give {what}")
         with track(f"download {spec.name} from the Hub", None):
             return _from_rows(spec, spec.source)
-    path = _find(spec, Path(data))
+    paths = _find(spec, Path(data), alone=alone)
+    path = paths[0]
     if spec.kind == "blocks":
         return Task(spec, spec.name, str(path), packed=load_packed_dataset(str(path)))
-    if spec.kind == "choices":
-        return Task(spec, spec.name, str(path), questions=tuple(_questions(_read(path), path)))
-    if spec.kind == "passages":
-        return Task(spec, spec.name, str(path), passages=tuple(_passages(_read(path), path)))
     if spec.unit != "word" and path.stat().st_size == _WHOLE:  # bytes, because the cut may split a character
-        return Task(spec, spec.name, str(path), text=path.read_bytes()[-_TEST:].decode("utf-8", "ignore"))
-    return Task(spec, spec.name, str(path), text=_read(path))
+        return Task(spec, spec.name, str(path), text=_end(path.read_bytes()))
+    column = spec.column if how.text_column == "text" else how.text_column
+    files = ReadOptions(text_column=column, format=how.input_format, members=spec.files)
+    if spec.kind == "choices":
+        return Task(spec, spec.name, str(path), questions=tuple(_questions(paths, files)))
+    texts, rows = _read(paths, files)
+    if spec.kind == "passages":
+        if not rows and texts[0].startswith('{"'):  # JSON lines under the name of a text file
+            texts, rows = _read(paths, replace(files, format="jsonl"))
+        return Task(spec, spec.name, str(path), passages=tuple(_passages(texts, path, rows=rows)))
+    text = _running(spec, texts) if rows else "\n\n".join(texts)
+    if spec.unit != "word" and len(raw := text.encode()) == _WHOLE:
+        text = _end(raw)
+    return Task(spec, spec.name, str(path), text=text)
 
 
-def _find(spec: TaskSpec, data: Path) -> Path:
-    """Return a task's file or dataset: `data` itself, or the first path below it that has one of the task's names."""
-    if is_packed_dataset(data) if spec.kind == "blocks" else data.is_file():
-        return data
+def _end(raw: bytes) -> str:
+    return raw[-_TEST:].decode("utf-8", "ignore")
+
+
+def _find(spec: TaskSpec, data: Path, *, alone: bool) -> list[Path]:
+    """Return a task's file or dataset: `data` itself, or the first path below it that has one of the task's names.
+
+    A split in Parquet may have several files, which follow one another. They are known by the folder of the dataset's
+    configuration or, if no other task is read from `data`, by the name of the split alone.
+    """
+    wanted = is_packed_dataset if spec.kind == "blocks" else Path.is_file
+    if wanted(data):
+        return [data]
     if data.is_dir():
-        below = sorted(data.resolve().rglob("*"))
-        for name in spec.files:
-            for path in below:
-                if path.match(name) and (is_packed_dataset(path) if spec.kind == "blocks" else path.is_file()):
-                    return path
+        root = data.resolve()
+        below = [(path, plain_name(str(path))) for path in sorted(root.rglob("*"))]
+        for name in (*spec.files, *spec.copies):
+            found = [path for path, plain in below if plain.match(name) and wanted(path)]
+            if found:
+                return [path for path in found if path.parent == found[0].parent] if name in spec.copies else found[:1]
+        split = spec.source.split if spec.source and alone else None
+        for pattern in (f"{split}-*.parquet", f"data/{split}-*.parquet", f"{split}/*.parquet"):
+            if split and (found := sorted(root.glob(pattern))):
+                return found
     kind = "pregenerated dataset" if spec.kind == "blocks" else "file"
     reason = f"{data} has no {kind} named {' or '.join(spec.files)}" if data.is_dir() else f"{data} is not a {kind}"
     if not data.exists():
@@ -136,7 +171,7 @@ def _find(spec: TaskSpec, data: Path) -> Path:
     raise DataError(f"{spec.name}: {reason}", f"--task-data must be the {kind} itself or a folder that contains it")
 
 
-def _at(name: str) -> Task:
+def _at(name: str, how: FileOptions) -> Task:
     """Read the text file or pregenerated dataset at a path."""
     path = Path(name)
     if path.is_dir():
@@ -151,18 +186,23 @@ def _at(name: str) -> Task:
         close = difflib.get_close_matches(name, [*SPECS, ALL], n=3)
         meant = f", did you mean {' or '.join(close)}?" if close else ""
         raise ConfigError(f"unknown task {name!r}{meant}", "tinygpt2 ppl --list-tasks lists the names; or give a path")
-    return Task(TaskSpec(name), absolute(name), str(path), text=_read(path))
+    texts, _ = _read([path], ReadOptions(text_column=how.text_column, format=how.input_format))
+    texts = [text for text in texts if text.strip()]
+    if len(texts) > 1:
+        say(f"{path}: {len(texts)} texts, measured as one with an empty line between them")
+    return Task(TaskSpec(name), absolute(name), str(path), text="\n\n".join(texts))
 
 
-def _read(path: Path) -> str:
-    text = read_text(path)
-    if not text.strip():
-        raise DataError(f"{path} contains no text")
-    return text
+def _read(paths: list[Path], how: ReadOptions) -> tuple[list[str], bool]:
+    """Return the texts of files, and whether they are rows of tables."""
+    texts = [text for path in paths for text in read_documents(path, how)]
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{paths[0]} contains no text")
+    return texts, how.notes.formats != {"text"}
 
 
 def _from_rows(spec: TaskSpec, source: HubSplit) -> Task:
-    """Read a task from the Hub. Rows of a running text are joined to the text of the original file."""
+    """Read a task from the Hub."""
     try:
         rows = dataset_rows(source.name, source.configuration, source.split, parquet=source.parquet)
     except TinyGPT2Error as error:
@@ -172,41 +212,50 @@ def _from_rows(spec: TaskSpec, source: HubSplit) -> Task:
     if spec.kind == "passages":
         return Task(spec, spec.name, str(source), passages=tuple(str(row["text"]) for row in rows))
     if spec.kind == "choices":
-        questions = tuple(
-            _question(row["sentences"], row["question"], row["answer"], row["options"], f"{source}, row {number}")
-            for number, row in enumerate(rows)
-        )
+        questions = tuple(_row_question(row, f"{source}, row {number}") for number, row in enumerate(rows))
         return Task(spec, spec.name, str(source), questions=questions)
-    texts = [str(next(iter(row.values()))) for row in rows]
+    return Task(spec, spec.name, str(source), text=_running(spec, [str(row[spec.column]) for row in rows]))
+
+
+def _running(spec: TaskSpec, rows: list[str]) -> str:
+    """Join a dataset's rows to the text of the original file."""
     if spec.joined == "rows":
-        text = "".join(row or " \n" for row in texts)
-    else:
-        text = "".join(f" {row.strip()} \n" for row in texts) if spec.joined == "lines" else "".join(texts)
-    return Task(spec, spec.name, str(source), text=text)
+        return "".join(row or " \n" for row in rows)
+    return "".join(f" {row.strip()} \n" for row in rows) if spec.joined == "lines" else "".join(rows)
 
 
-def _passages(text: str, path: Path) -> Iterator[str]:
-    """Yield LAMBADA's passages. Each line is {"text": ...} or the passage itself."""
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        passage: Any = line.removesuffix("\r")
-        if line.startswith("{"):
-            try:
-                passage = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f'{path}, line {number}: expected {{"text": ...}}') from error
-        if " " not in str(passage).strip():
-            raise DataError(f"{path}, line {number}: expected a passage of at least two words")
-        yield str(passage)
+def _passages(texts: list[str], path: Path, *, rows: bool) -> Iterator[str]:
+    """Yield LAMBADA's passages: rows, or the lines of a text."""
+    lines = texts if rows else [line.removesuffix("\r") for line in texts[0].removesuffix("\n").split("\n")]
+    for number, passage in enumerate(lines, 1):
+        if " " not in passage.strip():
+            raise DataError(f"{path}, {'row' if rows else 'line'} {number}: expected a passage of at least two words")
+        yield passage
 
 
-def _questions(text: str, path: Path) -> Iterator[Question]:
+def _questions(paths: list[Path], how: ReadOptions) -> Iterator[Question]:
     """Yield CBT's questions. A block is twenty numbered sentences, then a question, its answer and the candidates."""
-    for number, block in enumerate(re.split(r"\n\s*\n", text.strip()), 1):
+    with open_file(paths[0]) as stream:
+        parquet = stream.read(4) == b"PAR1"
+    if parquet:
+        for number, row in enumerate(chain.from_iterable(map(table_rows, paths)), 1):
+            yield _row_question(row, f"{paths[0]}, row {number}")
+        return
+    texts, _ = _read(paths, how)
+    for number, block in enumerate(re.split(r"\n\s*\n", "\n\n".join(texts).strip()), 1):
         lines = [re.sub(r"^\d+ ", "", line) for line in block.split("\n")]
         parts = lines[-1].split("\t")
         options = parts[-1].split("|")
-        where = f"{path}, question {number}"
+        where = f"{paths[0]}, question {number}"
         yield _question(lines[:-1], parts[0], parts[1] if len(parts) > 2 else "", options, where)
+
+
+def _row_question(row: dict[str, Any], where: str) -> Question:
+    """Make a question from a row of the Hub's dataset."""
+    names = ("sentences", "question", "answer", "options")
+    if any(row.get(name) is None for name in names):
+        raise DataError(f"{where}: expected the columns {', '.join(names)} (found: {', '.join(row)})")
+    return _question(row["sentences"], row["question"], row["answer"], row["options"], where)
 
 
 def _question(sentences: list[str], question: str, answer: str, options: list[str], where: str) -> Question:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tinygpt2.errors import one_line
+
 
 def model_card(title: str, how: str, figures: Mapping[str, Any], command: str) -> str:
     """Render a model card: what the model is, how it was made, what was measured, and the command that made it.
@@ -15,7 +17,8 @@ def model_card(title: str, how: str, figures: Mapping[str, Any], command: str) -
         figures: rows of the card's table.
         command: the command and its options, without `tinygpt2`.
     """
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in figures.items())
+    shown = command.replace("\n", "\n    ")  # the lines of a code block are indented
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -24,9 +27,11 @@ tags:
 - tinygpt2
 ---
 
-# {title}
+# {_text(title)}
 
-{how} Plain `transformers` loads it: `GPT2LMHeadModel.from_pretrained(...)`, `AutoTokenizer.from_pretrained(...)`.
+{_text(how)}
+
+Plain `transformers` loads it: `GPT2LMHeadModel.from_pretrained(...)`, `AutoTokenizer.from_pretrained(...)`.
 
 | | |
 |---|---|
@@ -34,5 +39,15 @@ tags:
 
 The following command made this model. config.yaml holds all its options, for `tinygpt2 {command.split()[0]} --config`:
 
-    tinygpt2 {command}
+    tinygpt2 {shown}
 """
+
+
+def _text(value: object) -> str:
+    """Return text that Markdown shows as it is, in one line."""
+    return one_line(value).replace("<", "&lt;")
+
+
+def _cell(value: object) -> str:
+    """Return the text of a table's cell, which may hold Markdown."""
+    return _text(value).replace("|", "\\|")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +11,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinygpt2.data.tokenizer import has_tokenizer, load_tokenizer
-from tinygpt2.errors import ModelError, one_line
-from tinygpt2.models.weights import PICKLES, stored_shapes, weight_files
-from tinygpt2.utils.hub import local_directory
+from tinygpt2.errors import ModelError, listed, one_line
+from tinygpt2.models.configuration import make_model_config
+from tinygpt2.models.weights import RUN_PREFIX, SAFETENSORS, stored_tensors, unused_tensors, weight_files
+from tinygpt2.utils.files import read_json
+from tinygpt2.utils.hub import OTHER_WEIGHTS, local_directory, other_weights
+from tinygpt2.utils.progress import say
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
+
+RUN_STATE = "state.json"  # in the directory of a training checkpoint
 
 
 def random_model(config: GPT2Config, seed: int, *, hollow: bool = False) -> GPT2LMHeadModel:
@@ -38,8 +42,11 @@ def load_model(
 ) -> tuple[GPT2LMHeadModel, Path]:
     """Load float32 weights, in evaluation mode, from a local directory or the Hub.
 
+    The directory of a training checkpoint (OUT/checkpoints/step-N) is a model, too. One line names the stored tensors
+    that the model does not use.
+
     Args:
-        name: a local directory or a Hub id.
+        name: a local directory or a Hub id, which may end in @REVISION.
         role: what error messages call the model, such as `teacher`.
         allow_pickle: read pickled weights if there are no safetensors.
         hollow: load only the shapes, on the meta device; the weights of a Hub id are not downloaded then.
@@ -49,23 +56,34 @@ def load_model(
 
     Raises:
         ModelError: there is no such model, it has no weights, or only pickled ones without `allow_pickle`, it is not a
-            GPT-2, or weights are missing, left over or of another shape.
+            GPT-2, or weights are missing, of another shape, NaN or infinite.
     """
     directory = local_directory(name, role, allow_pickle=allow_pickle, weights=not hollow)
-    config = _directory_config(directory, role)
-    if hollow and not Path(name).is_dir():
-        return random_model(config, 0, hollow=True).eval(), directory
-    if not weight_files(directory):
-        pickles = sorted(file.name for pattern in PICKLES for file in directory.glob(pattern))
-        if not pickles:
-            raise ModelError(f"there are no weights in {role} {directory}: model.safetensors is missing")
-        if not allow_pickle:
-            raise ModelError(
-                f"{role} {directory} has pickled weights only ({', '.join(pickles)}), and loading them can run code",
-                "convert them to safetensors, or add --allow-pickle if you trust their author",
-            )
+    config, where = model_config(directory, role), f"{role} {directory}"
+    try:
+        shapes = random_model(config, 0, hollow=True).eval()
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ModelError(f"{directory / 'config.json'} describes no possible model: {one_line(error, 200)}") from error
+    files = weight_files(directory, allow_pickle=allow_pickle)
+    if not files and hollow and not Path(name).expanduser().is_dir():
+        return shapes, directory
+    if not files:
+        raise _no_weights(name, directory, role)
+    unused = unused_tensors(stored_tensors(files, where), shapes, where)
     if hollow:
-        return _check_shapes(random_model(config, 0, hollow=True), directory, role), directory
+        return shapes, directory
+    if (directory / RUN_STATE).is_file():
+        say(f"{where} is a checkpoint of a training run, from step {_step(directory / RUN_STATE)}")
+    elif unused:
+        say(f"{where}: its files hold tensors that GPT-2 does not use: {listed(unused)}")
+    model = _from_files(directory, config, where, allow_pickle=allow_pickle)
+    _check_finite(model, where)
+    # two different matrices in the files are not tied, whatever config.json says
+    model.config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
+    return _fast(model).eval(), directory
+
+
+def _from_files(directory: Path, config: GPT2Config, where: str, *, allow_pickle: bool) -> GPT2LMHeadModel:
     unset_hf_deepspeed_config()  # with ZeRO-3, each process would otherwise load only its shard of the weights
     try:
         model, info = GPT2LMHeadModel.from_pretrained(
@@ -75,48 +93,73 @@ def load_model(
             attn_implementation="sdpa",
             output_loading_info=True,
             use_safetensors=None if allow_pickle else True,
+            key_mapping={f"^{RUN_PREFIX}": ""},
         )
     except Exception as error:  # broken weights can make the library raise any exception
-        raise ModelError(f"cannot load {role} {directory}: {one_line(error)}") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(item) for item in info.get(what) or ()):
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise ModelError(f"{role} {directory}: {what.replace('_keys', '')} weights: {shown}")
-    return _fast(model).eval(), directory
+        raise ModelError(f"cannot load {where}: {one_line(error, 300)}") from error
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise ModelError(f"cannot load {where}: missing weights: {listed(missing)}")
+    loaded: GPT2LMHeadModel = model
+    return loaded
 
 
-def _check_shapes(model: GPT2LMHeadModel, directory: Path, role: str) -> GPT2LMHeadModel:
-    """Compare a hollow model's shapes with the headers of its safetensors files, if there are any."""
-    found: dict[str, list[int]] = {}
-    for file in weight_files(directory):
-        try:
-            found |= stored_shapes(file)
-        except Exception as error:  # a broken file can make the library raise any exception
-            raise ModelError(f"cannot load {role} {file}: {one_line(error)}") from error
-    for name, tensor in model.transformer.state_dict(prefix="transformer.").items():
-        if found and found.get(name) != list(tensor.shape):
-            have, want = found.get(name, "no such tensor"), list(tensor.shape)
-            raise ModelError(
-                f"{role} {directory}: {name} should have shape {want} (from config.json), "
-                f"but the weight files have {have}"
-            )
-    return model.eval()
+def _check_finite(model: GPT2LMHeadModel, where: str) -> None:
+    bad = [
+        name
+        for name, tensor in model.named_parameters()
+        # a sum is fast; it may be infinite though every value is finite
+        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all())
+    ]
+    if bad:
+        raise ModelError(f"{where}: NaN or infinite values in {listed(bad)}", "the training that made it diverged")
 
 
-def _directory_config(directory: Path, role: str) -> GPT2Config:
+def _no_weights(name: str, directory: Path, role: str) -> ModelError:
+    """Return the error for a model without safetensors; it says what else the model has."""
+    others = sorted(file.name for file in directory.glob("*") if file.suffix in OTHER_WEIGHTS) or other_weights(name)
+    if not others:
+        return ModelError(f"there are no weights in {role} {directory}: {SAFETENSORS} is missing")
+    if not any(file.startswith("pytorch_model") and file.endswith(".bin") for file in others):
+        return ModelError(
+            f"there are no weights in {role} {directory} that this program reads: {SAFETENSORS} is missing, "
+            f"there is only {listed(others)}",
+            f"convert them with transformers; sharded weights need {SAFETENSORS}.index.json",
+        )
+    return ModelError(
+        f"{role} {name} has pickled weights only ({listed(others)})",
+        "add --allow-pickle, which reads them without running code from them (torch's weights_only), "
+        "or convert them to safetensors",
+    )
+
+
+def _step(state: Path) -> str:
+    """Return the step in the state.json of a training checkpoint."""
+    try:
+        return str(read_json(state)["run"]["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
+
+
+def model_config(directory: Path, role: str = "model") -> GPT2Config:
+    """Read the config.json of a model directory.
+
+    Raises:
+        ModelError: there is none, or it does not describe a GPT-2.
+    """
     path = directory / "config.json"
     if not path.is_file():
-        raise ModelError(f"{role} {directory} has no config.json")
+        checkpoints = sorted(directory.glob("checkpoints/step-*/config.json"), key=lambda file: file.stat().st_mtime)
+        raise ModelError(
+            f"{role} {directory} has no config.json",
+            f"its training is not finished: give the checkpoint {checkpoints[-1].parent}" if checkpoints else None,
+        )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if values.get("model_type") != "gpt2":
-        raise ModelError(f"{role} {directory} has the model type {values.get('model_type')!r}, not gpt2")
-    try:
-        return GPT2Config(**values)
-    except Exception as error:
-        raise ModelError(f"{path}: {one_line(error)}") from error
+        values = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} does not contain a model configuration, but a {type(values).__name__}")
+    return make_model_config(values, str(path), ModelError)
 
 
 def _fast(model: GPT2LMHeadModel) -> GPT2LMHeadModel:

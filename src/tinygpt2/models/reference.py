@@ -14,13 +14,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+# config.json may use these names too
+OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_positions": "max_position_embeddings",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Shape:
     n_inner: int
     activation_function: str
     layer_norm_epsilon: float
+    scale_attn_weights: bool
+    scale_attn_by_inverse_layer_idx: bool
     tie_word_embeddings: bool
 
     @classmethod
@@ -45,20 +55,21 @@ class Shape:
             ValueError: config.json asks for a feature that this GPT-2 does not have.
         """
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        for key, plain in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
-            if config.get(key, plain) != plain:
-                raise ValueError(f"config.json sets {key} to {config[key]}, but this GPT-2 supports only {plain}")
+        config |= {name: config[other] for name, other in OTHER_NAMES.items() if other in config}
         if (name := config.get("activation_function", "gelu_new")) not in ACTIVATIONS:
-            raise ValueError(f"config.json sets activation_function to {name}, but known are {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"config.json sets activation_function to {name}, which this GPT-2 does not have")
+        width, inner = config.get("n_embd", 768), config.get("n_inner")
         return cls(
             vocab_size=config.get("vocab_size", 50257),
             n_positions=config.get("n_positions", 1024),
-            n_embd=config.get("n_embd", 768),
+            n_embd=width,
             n_layer=config.get("n_layer", 12),
             n_head=config.get("n_head", 12),
-            n_inner=config.get("n_inner") or 4 * config.get("n_embd", 768),
+            n_inner=4 * width if inner is None else inner,
             activation_function=config.get("activation_function", "gelu_new"),
             layer_norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+            scale_attn_weights=config.get("scale_attn_weights", True),
+            scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
             tie_word_embeddings=config.get("tie_word_embeddings", True),
         )
 
@@ -84,14 +95,30 @@ def gelu_erf(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
+def softplus(x: Tensor) -> Tensor:
+    """Compute log(1 + exp(x)) without overflow, a smooth version of ReLU."""
+    return torch.relu(x) + torch.log1p(torch.exp(-x.abs()))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "gelu": gelu_erf,
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), gelu_tanh),
+    **dict.fromkeys(("gelu", "gelu_python"), gelu_erf),
+    "gelu_10": lambda x: gelu_erf(x).clamp(-10, 10),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    **dict.fromkeys(("silu", "swish"), lambda x: x * torch.sigmoid(x)),
+    "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+    "mish": lambda x: x * torch.tanh(softplus(x)),
     "relu": torch.relu,
-    "silu": lambda x: x * torch.sigmoid(x),
+    "relu2": lambda x: torch.relu(x) ** 2,
+    "relu6": lambda x: x.clamp(0, 6),
+    "leaky_relu": lambda x: torch.maximum(x, 0.01 * x),
+    "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "linear": lambda x: x,
+    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "sqrtsoftplus": lambda x: torch.sqrt(softplus(x)),
 }
+"""Every activation of `transformers` that has no weights of its own."""
 
 
 class LayerNorm(nn.Module):
@@ -115,9 +142,12 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with H heads: each position gathers information from itself and earlier positions."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
         self.heads = shape.n_head
+        self.scale = 1 / math.sqrt(shape.n_embd // shape.n_head) if shape.scale_attn_weights else 1.0
+        if shape.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1  # layers count from 0
         self.c_attn = nn.Linear(shape.n_embd, 3 * shape.n_embd)  # queries, keys and values in one product
         self.c_proj = nn.Linear(shape.n_embd, shape.n_embd)
 
@@ -126,7 +156,7 @@ class Attention(nn.Module):
         B, T, D = x.shape
         K = D // self.heads
         query, key, value = (part.view(B, T, self.heads, K).transpose(1, 2) for part in self.c_attn(x).split(D, dim=-1))
-        scores = query @ key.transpose(-1, -2) / math.sqrt(K)  # (B, H, T, T): how much position t attends to position s
+        scores = self.scale * query @ key.transpose(-1, -2)  # (B, H, T, T): how much position t attends to position s
         future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)  # (T, T): true where s > t
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
         mixed = weights @ value  # (B, H, T, K)
@@ -153,10 +183,10 @@ class Block(nn.Module):
     Both read the stream through a layer norm. The stream itself is not normalized.
     """
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(shape.n_embd, shape.layer_norm_epsilon)
-        self.attn = Attention(shape)
+        self.attn = Attention(shape, layer)
         self.ln_2 = LayerNorm(shape.n_embd, shape.layer_norm_epsilon)
         self.mlp = MLP(shape)
 
@@ -169,7 +199,7 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """The whole model: embeddings, N blocks, a final layer norm and the output matrix.
 
-    If embeddings are tied, the output matrix is the matrix of token embeddings.
+    If embeddings are tied, as in GPT-2, the output matrix is the matrix of token embeddings.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -177,7 +207,7 @@ class GPT2(nn.Module):
         self.shape = shape
         self.wte = nn.Embedding(shape.vocab_size, shape.n_embd)
         self.wpe = nn.Embedding(shape.n_positions, shape.n_embd)
-        self.h = nn.ModuleList([Block(shape) for _ in range(shape.n_layer)])
+        self.h = nn.ModuleList([Block(shape, layer) for layer in range(shape.n_layer)])
         self.ln_f = LayerNorm(shape.n_embd, shape.layer_norm_epsilon)
         self.lm_head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
         if shape.tie_word_embeddings:
@@ -202,31 +232,51 @@ class GPT2(nn.Module):
         return ids
 
 
-def load(directory: Path | str) -> GPT2:
-    """Load a model directory: config.json and one or more .safetensors files.
+def load(directory: Path | str, weights: dict[str, Tensor] | None = None) -> GPT2:
+    """Load a model directory: config.json, and model.safetensors or the files that its index lists.
 
     The files store the blocks' matrices for `transformers`' Conv1D: with shape (in, out), to multiply from the right.
     nn.Linear needs (out, in), so they are transposed here.
 
+    Args:
+        weights: used instead of the files' tensors.
+
     Raises:
-        ValueError: the weights do not fit config.json.
+        ValueError: the weights do not fit config.json, or config.json asks for a feature that this GPT-2 does not have.
     """
     directory = Path(directory)
-    model = GPT2(Shape.read(directory))
-    weights: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("model*.safetensors")):
-        weights |= {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-    # Some older files also store the causal mask, which is not a weight.
-    weights = {
-        name: tensor for name, tensor in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))
-    }
-    for name in weights:
+    shape = Shape.read(directory)
+    weights = stored_weights(directory) if weights is None else weights
+    # "student." begins the names of a training checkpoint. Some files leave "transformer." out.
+    named = {name.removeprefix("student.").removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    if f"h.{shape.n_layer}.ln_1.weight" in named:
+        raise ValueError(f"the weights have more blocks than the {shape.n_layer} of config.json")
+    if shape.tie_word_embeddings and named.keys() & {"wte.weight", "lm_head.weight"}:
+        named.setdefault("wte.weight", named.get("lm_head.weight", torch.empty(0)))
+        named.setdefault("lm_head.weight", named["wte.weight"])
+        # if a file has two different matrices, they are not tied, whatever config.json says
+        shape = replace(shape, tie_word_embeddings=torch.equal(named["wte.weight"], named["lm_head.weight"]))
+    model = GPT2(shape)
+    # Other tensors are not used: old files also store the causal mask, and other models have other heads.
+    used = model.state_dict().keys()
+    named = {name: tensor for name, tensor in named.items() if name in used}
+    for name in named:
         if name.startswith("h.") and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            weights[name] = weights[name].T
-    if model.shape.tie_word_embeddings:
-        weights["lm_head.weight"] = weights.get("wte.weight", torch.empty(0))
+            named[name] = named[name].T
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(named)
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from error
     return model.eval()
+
+
+def stored_weights(directory: Path) -> dict[str, Tensor]:
+    """Read model.safetensors; if there is none, read the files that model.safetensors.index.json lists."""
+    if (file := directory / "model.safetensors").is_file():
+        return load_file(file)
+    index = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    return {
+        name: tensor
+        for shard in set(index["weight_map"].values())
+        for name, tensor in load_file(directory / shard).items()
+    }

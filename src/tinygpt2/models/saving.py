@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.errors import ModelError
+from tinygpt2.errors import ModelError, os_failure
 from tinygpt2.models.weights import write_checksums
 from tinygpt2.utils.files import atomic_contents, write_text
 
@@ -33,18 +33,31 @@ def save_model(
         run: the resolved options, saved as config.yaml.
 
     Raises:
-        ModelError: the disk is full, or the directory is not writable.
+        MachineError: the disk is full.
+        ConfigError: the directory is not writable.
+        ModelError: the library cannot write the weights for another reason.
     """
-    model.config.n_ctx = model.config.n_positions  # the older name of n_positions, which llama.cpp's converter reads
     try:
         with atomic_contents(out) as temporary:
             model.save_pretrained(str(temporary), state_dict=weights)
             write_checksums(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(temporary))
+            save_description(model, temporary, tokenizer)
         write_text(out / "README.md", card)
         if run is not None:
             write_text(out / "config.yaml", run)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ModelError(f"cannot save the model in {out}: {reason}", "check permissions and disk space") from error
+        raise os_failure(error, f"cannot save the model in {out}", "then run the command again", ModelError) from error
+
+
+def save_description(model: GPT2LMHeadModel, directory: Path, tokenizer: Tokenizer | None) -> None:
+    """Write what a model directory holds besides the weights: the configurations and the tokenizer.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    model.config.n_ctx = model.config.n_positions  # the older name of n_positions, which llama.cpp's converter reads
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(str(directory))
+    model.generation_config.save_pretrained(str(directory))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))

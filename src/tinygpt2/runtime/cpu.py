@@ -1,13 +1,21 @@
-"""Make training on a CPU faster: oneDNN's exact float32 products, and memory that is reused from step to step."""
+"""The cores of this process; faster training on a CPU by oneDNN's exact products and by memory that is reused."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, which may be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def keep_memory() -> None:

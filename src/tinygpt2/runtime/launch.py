@@ -21,7 +21,8 @@ from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error
+from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error, machine_failure
+from tinygpt2.runtime.cpu import usable_cores
 from tinygpt2.runtime.processes import launched, rank
 from tinygpt2.runtime.signals import raise_interrupt
 
@@ -63,7 +64,7 @@ def launch(name: str, processes: int, *arguments: Any) -> Any:
     context = get_context("spawn")
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     # the processes share the cores: with more threads than cores, all of them would be slower
-    address["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    address["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     started: list[SpawnProcess] = []
     receivers = []
     with _environment(address), _forwarded_signals(started) as signals:
@@ -92,7 +93,11 @@ def _work(
     except BaseException as error:
         if os.environ.get("TINYGPT2_DEBUG") == "1":
             traceback.print_exc()
-        known = isinstance(error, TinyGPT2Error | KeyboardInterrupt) or type(error) in (OSError, FileNotFoundError)
+        known = isinstance(error, TinyGPT2Error | KeyboardInterrupt)
+        if not known and (failure := machine_failure(error)) is not None:
+            error, known = failure, True
+        # the errors of libraries may not pass through the pipe
+        known = known or (isinstance(error, OSError) and type(error).__module__ == "builtins")
         sender.send(error if known else internal_error(error, f"process {rank()}: "))
         os._exit(1)  # the libraries' own cleanup would wait for processes that are gone
     sender.send(result if place["RANK"] == "0" else None)
@@ -160,7 +165,9 @@ class _Watch:
         process.join()
         code = process.exitcode or 0
         if code == -signal.SIGTERM and self._signals:
-            self._failures.append(InterruptedRunError("interrupted before the first step"))
+            self._failures.append(
+                InterruptedRunError("interrupted before the first step", "add --resume to continue, or run it again")
+            )
         elif code < 0 and number not in self._reports:
             # a process that was killed is the cause of what the others report, even if they report first
             first = code == -signal.SIGKILL and not self._overdue

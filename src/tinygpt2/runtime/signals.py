@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from tinygpt2.runtime.processes import launched
 from tinygpt2.utils.progress import say
+
+T = TypeVar("T")
 
 
 class StopRequest:
@@ -55,6 +57,41 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
+
+
+def stop_like_ctrl_c() -> None:
+    """Treat SIGTERM in the same way as Ctrl-C from now on."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, raise_interrupt)
+
+
+def consumed_interruptibly(consume: Callable[[Iterator[T]], object], items: Iterable[T]) -> None:
+    """Let a library consume an iterator in a thread, while this one waits for it and answers Ctrl-C at once.
+
+    A library that iterates in threads of its own would keep Python from seeing a signal until it has finished.
+    """
+    stopped, errors = threading.Event(), []
+
+    def until_stopped() -> Iterator[T]:
+        for item in items:
+            if stopped.is_set():
+                return
+            yield item
+
+    def work() -> None:
+        try:
+            consume(until_stopped())
+        except BaseException as error:  # it is raised in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    finally:
+        stopped.set()
+    if errors:
+        raise errors[0]
 
 
 def raise_interrupt(number: int, frame: Any) -> None:

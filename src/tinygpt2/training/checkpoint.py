@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinygpt2.config.training import OnSaveError
-from tinygpt2.errors import ConfigError, ModelError, one_line
+from tinygpt2.errors import ConfigError, ModelError, TinyGPT2Error, os_failure, reason_of
 from tinygpt2.runtime.memory import available_memory
 from tinygpt2.training.metrics import METRICS
 from tinygpt2.training.state import RunState
@@ -47,6 +47,7 @@ class Checkpoints:
         module, optimizer: as Accelerate prepared them.
         keep: how many of the newest to keep; the one with the lowest evaluation loss is always kept.
         on_error: whether the run stops or continues if a checkpoint cannot be written.
+        beside: writes the files that make a checkpoint's directory a model, besides its weights.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class Checkpoints:
         optimizer: Any,
         keep: int,
         on_error: OnSaveError,
+        beside: Callable[[Path], None] | None = None,
     ) -> None:
         self._root, self._accelerator = out / "checkpoints", accelerator
         self._module, self._optimizer = module, optimizer
-        self._keep, self._on_error = keep, on_error
+        self._keep, self._on_error, self._beside = keep, on_error, beside
         self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._writer: threading.Thread | None = None
-        self._failure: str | None = None
+        self._failure: TinyGPT2Error | None = None
         self._best: Path | None = None  # the best checkpoint, if it is on the disk
         if accelerator.is_main_process:
             for unfinished in self._root.glob(".*"):  # a process that was killed left it
@@ -73,7 +75,8 @@ class Checkpoints:
         """Wait until the previous checkpoint is written, then start to write the one of `state`.
 
         Raises:
-            ModelError: an earlier file could not be written, and `on_error` is "stop".
+            MachineError, ConfigError, ModelError: an earlier file could not be written, and `on_error` is "stop". The
+                class depends on the cause: a full disk, no permission, or something else.
         """
         failure = self._finish()
         self._begin(state)
@@ -89,7 +92,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         except OSError as error:
-            self._failure = f"{temporary}: {_reason(error)}"
+            self._failure = _failed(temporary, error)
         if self._sharded:
             self._save_shards(temporary)
         elif self._accelerator.is_main_process:
@@ -108,7 +111,7 @@ class Checkpoints:
             try:
                 self._accelerator.save_state(str(temporary), safe_serialization=True)
             except _library_errors() as error:
-                self._failure = f"{temporary}: {_reason(error)}"
+                self._failure = _failed(temporary, error)
             self._failure = self._any(self._failure)
         if self._failure is not None and self._accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -117,7 +120,7 @@ class Checkpoints:
         """Wait for the checkpoint that is being written. Every process learns whether that failed.
 
         Raises:
-            ModelError: it could not be written, and `on_error` is "stop".
+            MachineError, ConfigError, ModelError: it could not be written, and `on_error` is "stop".
         """
         self._report(self._finish())
 
@@ -127,22 +130,18 @@ class Checkpoints:
             self._writer.join()
             self._writer = None
 
-    def _finish(self) -> str | None:
-        """Wait for the checkpoint that is being written; return a message if any process could not write a file."""
+    def _finish(self) -> TinyGPT2Error | None:
+        """Wait for the checkpoint that is being written; return the failure if any process could not write a file."""
         self.close()
         failure, self._failure = self._failure, None
         return self._any(failure)
 
-    def _report(self, failure: str | None) -> None:
+    def _report(self, failure: TinyGPT2Error | None) -> None:
         if failure and self._on_error == "stop":
             self.close()
-            raise ModelError(
-                f"cannot save: {failure}",
-                "earlier checkpoints are intact: free some space and continue with --resume, "
-                "or use --on-save-error continue to train on even if a checkpoint cannot be saved",
-            )
+            raise type(failure)(f"cannot save: {failure.message}", failure.hint)
         if failure:
-            say(f"warning: cannot save: {failure}; earlier checkpoints are intact, the training continues")
+            say(f"warning: cannot save: {failure.message}; earlier checkpoints are intact, the training continues")
 
     @contextmanager
     def may_fail(self, what: str) -> Iterator[None]:
@@ -150,7 +149,7 @@ class Checkpoints:
         try:
             yield
         except OSError as error:
-            self._failure = f"{what}: {_reason(error)}"
+            self._failure = _failed(what, error)
 
     def resume(self, state: RunState) -> RunState:
         """Restore the newest undamaged checkpoint and return its state; return `state` if there is none.
@@ -169,7 +168,7 @@ class Checkpoints:
                 "keep the product of processes, --micro-batch-size and --gradient-accumulation-steps as it was",
             )
         if saved.data != state.data:
-            raise ConfigError("--resume: the content of the dataset has changed", "give another --out")
+            raise ConfigError("--resume: --data: the content of the dataset has changed", "give another --out")
         self._restore(Path(path), saved)
         best = saved.best and self._root / f"step-{saved.best.step}"
         self._best = best if best and best.is_dir() else None
@@ -188,7 +187,7 @@ class Checkpoints:
             say(f"warning: cannot restore the best weights from {path}: {problem}; using those of the last step")
         return problem is None
 
-    def _any(self, failure: str | None) -> str | None:
+    def _any(self, failure: TinyGPT2Error | None) -> TinyGPT2Error | None:
         """Return the first failure of any process: the same one in every process."""
         failures = gather_object([failure]) if self._accelerator.num_processes > 1 else [failure]
         return next((one for one in failures if one), None)
@@ -222,6 +221,8 @@ class Checkpoints:
         try:
             for name, tensors in (parts or {}).items():
                 save_file(tensors, temporary / name)
+            if parts is not None and self._beside is not None:
+                self._beside(temporary)
             files = {
                 str(file.relative_to(temporary)): sha256_of(file) for file in temporary.rglob("*") if file.is_file()
             }
@@ -234,7 +235,7 @@ class Checkpoints:
             flush_to_disk(self._root)
         except Exception as error:  # on a full disk, libraries also raise other errors than OSError
             shutil.rmtree(temporary, ignore_errors=True)
-            self._failure = f"{final}: {_reason(error)}"
+            self._failure = _failed(final, error)
             return
         if state["best"] and state["best"]["step"] == state["step"]:
             self._best = final
@@ -268,7 +269,7 @@ class Checkpoints:
             if self._accelerator.scaler is not None and state.scaler is not None:
                 self._accelerator.scaler.load_state_dict(state.scaler)
         except _library_errors() as error:  # files of another model make the libraries raise many kinds of errors
-            raise ModelError(f"cannot resume from {path}: {_reason(error)[:300]}", "give another --out") from error
+            raise ModelError(f"cannot resume from {path}: {reason_of(error)[:300]}", "give another --out") from error
 
 
 def finished(root: Path) -> list[Path]:
@@ -306,8 +307,13 @@ def _library_errors() -> tuple[type[BaseException], ...]:
     return Exception, CheckpointException
 
 
-def _reason(error: BaseException) -> str:
-    return one_line(getattr(error, "strerror", None) or error)
+def _failed(what: Path | str, error: BaseException) -> TinyGPT2Error:
+    """Return the failure of a file that could not be written."""
+    hint = (
+        "earlier checkpoints are intact: continue with --resume, or use --on-save-error continue to train on even if "
+        "a checkpoint cannot be saved"
+    )
+    return os_failure(error, str(what), hint, ModelError)
 
 
 def _digest(run: dict[str, Any], files: dict[str, str]) -> str:

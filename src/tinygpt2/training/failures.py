@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.errors import ConfigError, DivergedError
+from tinygpt2.errors import DivergedError, MachineError, out_of_memory
 from tinygpt2.runtime.memory import available_memory, memory_in_use
 from tinygpt2.training.state import RunState
 from tinygpt2.utils.progress import say
@@ -62,14 +62,14 @@ def memory_explained(config: TrainOptions, length: int) -> Iterator[None]:
     """Turn an out-of-memory error into one that names the options which reduce memory.
 
     Raises:
-        ConfigError: there was not enough memory for a step.
+        MachineError: there was not enough memory for a step.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+        if not out_of_memory(error):
             raise
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
         if on_gpu:
             free, total = torch.cuda.mem_get_info()
             usage = f"{(total - free) / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB were in use"
@@ -79,7 +79,8 @@ def memory_explained(config: TrainOptions, length: int) -> Iterator[None]:
         lower = [f"--micro-batch-size (with more --gradient-accumulation-steps; now {config.micro_batch_size})"]
         lower += [] if config.gradient_checkpointing else ["or add --gradient-checkpointing"]
         lower += [] if config.precision != "fp32" else ["or use --precision bf16"]
-        raise ConfigError(
+        raise MachineError(
             f"out of memory in a step of {config.micro_batch_size} x {length} tokens: {usage}",
-            f"lower {', '.join(lower)}; --auto-batch-size finds a size that fits",
+            f"lower {', '.join(lower)}; --auto-batch-size finds a size that fits. The checkpoints saved so far are "
+            "intact: add --resume to continue from the newest",
         ) from error

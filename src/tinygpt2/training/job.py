@@ -12,12 +12,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
+from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
 from tinygpt2.data.dataset import Blocks, PackedDataset, is_packed_dataset, load_packed_dataset
+from tinygpt2.data.mixture import load_datasets
 from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, listed
 from tinygpt2.evaluation.conventions import ModelTokenizer
 from tinygpt2.evaluation.perplexity import tokenize_fitting_tasks
+from tinygpt2.evaluation.results import short_names
 from tinygpt2.evaluation.tasks import load_tasks
 from tinygpt2.models.compatibility import check_fits, check_same_vocabulary
 from tinygpt2.models.configuration import is_model_config, read_model_config
@@ -30,6 +32,7 @@ from tinygpt2.runtime.launch import check_number
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.schedule import peak_learning_rate, total_steps
 from tinygpt2.training.throughput import step_operations
+from tinygpt2.utils.hub import hub_revision
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Job:
         how: one sentence for the model card, which says how the model was made.
         evaluated: the blocks to evaluate on.
         weights: the objectives and their weights.
+        revisions: for each model that came from the Hub, a row of the model card with its commit.
     """
 
     command: str
@@ -51,6 +55,7 @@ class Job:
     evaluated: Blocks
     weights: LossWeights = field(default_factory=LossWeights)
     teacher: GPT2LMHeadModel | None = None
+    revisions: dict[str, str] = field(default_factory=dict)
 
     def sequences(self, processes: int) -> int:
         """Return the number of blocks in one optimizer step."""
@@ -69,6 +74,13 @@ class Job:
     def peak_rate(self) -> float:
         """Return the peak learning rate."""
         return peak_learning_rate(self.config, self.model.config.n_embd)
+
+    def evaluated_by_data(self) -> dict[str, Blocks]:
+        """Return the test split of each dataset by its name, if the run trains and is evaluated on several."""
+        if self.config.eval_data is not None:
+            return {}
+        names = short_names([member.name for member in self.data.members])
+        return {names[member.name]: member.test for member in self.data.members if len(member.test)}
 
 
 @contextmanager
@@ -108,17 +120,19 @@ def make_job(config: TrainOptions, data: PackedDataset | None, setup: TrainingSe
 
 def pretraining_job(config: PretrainConfig, data: PackedDataset | None, setup: TrainingSetup) -> Job:
     """Set up `pretrain`: read the dataset, make or load the model."""
-    data = data or load_packed_dataset(config.data)
+    data = data or load_datasets(config.data)
     if config.shape is not None:
         shape = read_model_config(config.shape, data.tokenizer())
         model = random_model(shape, config.seed, hollow=config.validate_only)
         check_fits(data, model.config, None, f"the configuration {config.shape}")
+        directory: Path | None = None
         how = f"A GPT-2 with the configuration {config.shape}, trained from random weights on {_sources(data)}."
     else:
         model, directory = load_model(config.model or "", allow_pickle=config.allow_pickle, hollow=config.validate_only)
         check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
         how = f"A GPT-2 that continued the training of {config.model} on {_sources(data)}."
-    return Job("pretrain", config, how, model, data, setup.evaluated(data, model.config, config))
+    evaluated, revisions = setup.evaluated(data, model.config, config), _revisions(base=directory)
+    return Job("pretrain", config, how, model, data, evaluated, revisions=revisions)
 
 
 def distillation_job(
@@ -129,33 +143,38 @@ def distillation_job(
     Args:
         shape: uses a student of this shape with random weights instead of `config.student`.
     """
-    data, hollow = data or load_packed_dataset(config.data), config.validate_only
+    data, hollow = data or load_datasets(config.data), config.validate_only
     start = config.student or ""
+    teacher: GPT2LMHeadModel | None = None
+    source: Path | None = None
+    if config.needs_teacher and config.teacher is not None:
+        teacher, source = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle, hollow=hollow)
+        check_fits(data, teacher.config, _tokenizer_fingerprint(source), f"teacher {config.teacher}")
+        teacher.requires_grad_(False).to(DTYPES[config.teacher_dtype])
     if shape is not None or is_model_config(start):
-        shape = shape or read_model_config(start, data.tokenizer())
+        vocab_size = None if teacher is None else teacher.config.vocab_size
+        shape = shape or read_model_config(start, data.tokenizer(), vocab_size)
         student, directory = random_model(shape, config.seed, hollow=hollow), None
     else:
         student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
-    teacher = None
-    if config.needs_teacher and config.teacher is not None:
-        teacher, source = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle, hollow=hollow)
+    if teacher is not None:
         check_same_vocabulary(teacher.config, student.config, (config.teacher, config.student))
-        check_fits(data, teacher.config, _tokenizer_fingerprint(source), f"teacher {config.teacher}")
-        teacher.requires_grad_(False).to(DTYPES[config.teacher_dtype])
     check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")
     how = (
         f"A GPT-2 distilled from {config.teacher} with the recipe {config.recipe} on {_sources(data)}. "
         f"The training started from {config.student}."
     )
     evaluated = setup.evaluated(data, student.config, config)
-    return Job("distill", config, how, student, data, evaluated, LossWeights.of(config), teacher)
+    revisions = _revisions(teacher=source, student=directory)
+    return Job("distill", config, how, student, data, evaluated, LossWeights.of(config), teacher, revisions)
 
 
 def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: TrainingSetup) -> Job:
     """Set up `finetune`: load the model, read or make the dataset."""
     model, directory = load_model(config.model, allow_pickle=config.allow_pickle, hollow=config.validate_only)
-    if data is None and is_packed_dataset(Path(config.data)):
-        data = load_packed_dataset(config.data)
+    names = list(dataset_shares(config.data))
+    if data is None and (len(names) > 1 or is_packed_dataset(Path(names[0]))):
+        data = load_datasets(config.data)
     elif data is None:
         freeze(model, config.freeze)  # before packing: it raises an error if a pattern matches no parameter
         length = config.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, model.config.n_positions)
@@ -163,10 +182,11 @@ def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: Tr
             raise ConfigError(
                 f"--sequence-length {length} is more than the {model.config.n_positions} positions of {config.model}"
             )
-        data = load_packed_dataset(setup.packed("data", config.data, str(directory), length, config, config))
+        data = load_packed_dataset(setup.packed("data", names[0], str(directory), length, config, config))
     check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
     how = f"{config.model}, fine-tuned on {_sources(data)}."
-    return Job("finetune", config, how, model, data, setup.evaluated(data, model.config, config))
+    evaluated, revisions = setup.evaluated(data, model.config, config), _revisions(base=directory)
+    return Job("finetune", config, how, model, data, evaluated, revisions=revisions)
 
 
 def _tokenizer_fingerprint(directory: Path | None) -> str | None:
@@ -175,4 +195,10 @@ def _tokenizer_fingerprint(directory: Path | None) -> str | None:
 
 
 def _sources(data: PackedDataset) -> str:
-    return ", ".join(data.manifest.get("sources", [data.name]))
+    return listed(data.manifest.get("sources", [data.name]), 5)
+
+
+def _revisions(**directories: Path | None) -> dict[str, str]:
+    """Return the commits of the models that came from the Hub, as rows of the model card."""
+    found = {role: hub_revision(directory) for role, directory in directories.items() if directory is not None}
+    return {f"revision of the {role}": revision for role, revision in found.items() if revision is not None}

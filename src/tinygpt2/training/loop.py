@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,18 +14,22 @@ from accelerate import Accelerator
 from torch import nn
 
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.data.dataset import Shuffle
-from tinygpt2.errors import InterruptedRunError
+from tinygpt2.data.dataset import Blocks
+from tinygpt2.data.mixture import training_order
+from tinygpt2.errors import ConfigError, InterruptedRunError
+from tinygpt2.evaluation.scoring import perplexity_of
+from tinygpt2.models.saving import save_description
 from tinygpt2.runtime.devices import device_peak
 from tinygpt2.runtime.signals import stop_on_signals
 from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, memory_explained
 from tinygpt2.training.job import Job
 from tinygpt2.training.metrics import MetricsLog
-from tinygpt2.training.optimizers import clip_gradients, make_optimizer, unwrapped
-from tinygpt2.training.schedule import learning_rate
+from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
+from tinygpt2.training.resuming import earlier_lengths, record_run
+from tinygpt2.training.schedule import learning_rate, warmup_steps
 from tinygpt2.training.state import RunState
-from tinygpt2.training.step import Step, evaluate, gradients, seed_step
+from tinygpt2.training.step import Evaluation, Step, evaluate, gradients, seed_step
 from tinygpt2.training.throughput import ThroughputMeter
 from tinygpt2.utils.progress import ProgressStage, say, track
 
@@ -39,8 +44,9 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     Raises:
         DivergedError: a loss or a gradient is NaN or infinite.
         InterruptedRunError: a signal stopped the run; a checkpoint was saved.
+        MachineError: the disk is full, or memory ran out.
         ModelError: a checkpoint cannot be written or restored.
-        ConfigError: out of memory, or the checkpoint belongs to another run.
+        ConfigError: the checkpoint belongs to another run.
     """
     config, run = job.config, _Run(job, accelerator, module)
     memory = memory_explained(config, job.data.sequence_length)
@@ -106,13 +112,22 @@ class _Run:
         self.module, optimizer = accelerator.prepare(module, make_optimizer(module, config))
         self._optimizer = unwrapped(accelerator, optimizer)
         self._parameters = list(self.module.parameters())
-        self._order = Shuffle(len(self._blocks), config.seed)
+        self._order = training_order(job.data, config.seed)
+        beside = None
+        if accelerator.is_main_process:  # a checkpoint is a model, too
+            beside = partial(save_description, job.model, tokenizer=job.data.tokenizer())
         self.checkpoints = Checkpoints(
-            self.out, accelerator, self.module, self._optimizer, config.keep, config.on_save_error
+            self.out, accelerator, self.module, self._optimizer, config.keep, config.on_save_error, beside
         )
-        self.state = RunState(self._sequences, job.data.content)
+        self.state = RunState(self._sequences, job.data.content, warmup_steps(self.total, config))
         if config.resume:
             self.state = self.checkpoints.resume(self.state)
+            if accelerator.is_main_process:
+                _check_length(job, self.state, accelerator.num_processes)
+                record_run(config)
+        positions = accelerator.unwrap_model(self.module).student.transformer.wpe.weight
+        decays = positions.requires_grad and config.weight_decay
+        self._fixed = FixedPositions(positions, job.data.sequence_length) if decays else None
         self._metrics = MetricsLog(self.out, self.state.step) if accelerator.is_main_process else None
         self._step_tokens = self._sequences * job.data.sequence_length
         self._meter = ThroughputMeter(self.state, self._step_tokens, _peak_tokens_per_second(job, accelerator))
@@ -135,7 +150,7 @@ class _Run:
             stop: whether a signal asked this process to stop.
         """
         config, state, accelerator = self._job.config, self.state, self._accelerator
-        rate = learning_rate(state.step, self.total, config, self._peak_rate)
+        rate = learning_rate(state.step, self.total, config, self._peak_rate, state.warmup)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         seed_step(config.seed, state.step, accelerator.process_index)
@@ -145,6 +160,8 @@ class _Run:
         terms, stop = _agree(accelerator, parts, stop)
         if may_step(accelerator, state, terms, norm, indices, config):
             self._optimizer.step()
+            if self._fixed is not None:
+                self._fixed.restore()
         for parameter in self._parameters:
             parameter.grad = None
         state.step += 1
@@ -163,10 +180,15 @@ class _Run:
     def evaluate(self) -> tuple[dict[str, float], bool]:
         """Evaluate; return the metrics for metrics.jsonl, and whether the loss is the lowest so far."""
         with self._meter.paused():
-            result = asdict(
-                evaluate(self._accelerator, self.module, self._job.evaluated, self._job.config.micro_batch_size)
-            )
-        return {f"eval/{name}": value for name, value in result.items()}, self.state.evaluated(**result)
+            by_data = {name: self._evaluate(blocks) for name, blocks in self._job.evaluated_by_data().items()}
+            whole = _joined(by_data, self._job) if by_data else self._evaluate(self._job.evaluated)
+        self.state.eval_by_data = {name: asdict(one) for name, one in by_data.items()} or None
+        row = {f"eval/{key}": value for key, value in asdict(whole).items()}
+        row |= {f"eval/{name}/{key}": value for name, one in by_data.items() for key, value in asdict(one).items()}
+        return row, self.state.evaluated(**asdict(whole))
+
+    def _evaluate(self, blocks: Blocks) -> Evaluation:
+        return evaluate(self._accelerator, self.module, blocks, self._job.config.micro_batch_size)
 
     def record(self, row: dict[str, float]) -> None:
         """Write metrics to metrics.jsonl and to the trackers, if there are any; update the time in the state."""
@@ -182,6 +204,43 @@ class _Run:
         if self._job.config.early_stopping_patience and best is not None and self.checkpoints.restore_best(self.state):
             say(f"Using the weights from step {best.step}, which had the lowest evaluation loss.")
             self.state.eval = {"loss": best.loss, "perplexity": best.perplexity}
+            self.state.eval_by_data = self.state.eval_by_data if best.step == self.state.step else None
+
+
+def _joined(by_data: dict[str, Evaluation], job: Job) -> Evaluation:
+    """Return the evaluation on the blocks of all datasets together."""
+    targets = {
+        name: sum(max(0, length - 1) for length in blocks.lengths(range(len(blocks))))
+        for name, blocks in job.evaluated_by_data().items()
+    }
+    loss = sum(one.loss * targets[name] for name, one in by_data.items()) / max(1, sum(targets.values()))
+    return Evaluation(loss, perplexity_of(loss))
+
+
+def _check_length(job: Job, state: RunState, processes: int) -> None:
+    """Check that a resumed run may end after another number of steps than it began with.
+
+    It may if the learning rates of the steps that are done are the same for both lengths. So a run whose schedule is
+    constant, or wsd and not yet decaying, can be made longer.
+
+    Raises:
+        ConfigError: the learning rates differ, or more steps are done than the run may now have.
+    """
+    config, total, peak = job.config, job.total_steps(processes), job.peak_rate()
+    before = replace(job, config=config.model_copy(update=earlier_lengths(Path(config.out)))).total_steps(processes)
+    if before == total:
+        return
+    rates = [
+        [learning_rate(step, end, config, peak, state.warmup) for step in range(state.step)] for end in (before, total)
+    ]
+    if rates[0] != rates[1] or total < state.step:
+        raise ConfigError(
+            f"--resume: the run has {before} steps, and {state.step} of them are done with a learning rate that does "
+            f"not fit a run of {total} steps (--max-steps, --max-tokens, --num-epochs)",
+            "keep the length; only a run with --lr-schedule constant, or wsd before its decay, can be made longer",
+        )
+    if state.warmup not in (None, warmup_steps(total, config)):
+        say(f"the run now has {total} steps instead of {before}, and keeps its warm-up of {state.warmup} steps")
 
 
 def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:

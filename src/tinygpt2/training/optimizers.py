@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
@@ -41,6 +43,31 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Opti
     split = ([p for p in matrices if p not in attention], 1), ([p for p in matrices if p in attention], 3)
     muon = [LayerMuon(some, rate, options.weight_decay, parts) for some, parts in split if some]
     return CombinedOptimizer([*muon, *([adamw] if adamw else [])])
+
+
+class FixedPositions:
+    """Keeps the position embeddings beyond the length of the blocks as they are.
+
+    No gradient reaches them, but weight decay treats the matrix as a whole and would shrink them in every step, and so
+    damage the model for longer texts. Restoring them changes nothing else. Only ZeRO-3, which splits the parameters,
+    lets them decay.
+
+    Args:
+        embeddings: the position embeddings (N, D), as the optimizer has them.
+        length: of the blocks.
+    """
+
+    def __init__(self, embeddings: Tensor, length: int) -> None:
+        rows = embeddings.detach()
+        if isinstance(rows, DTensor):  # FSDP: this process has some of the rows
+            _, (first, *_) = compute_local_shape_and_global_offset(rows.shape, rows.device_mesh, rows.placements)
+            rows, length = rows.to_local(), max(0, length - first)
+        self._rows = rows[length:]
+        self._values = self._rows.clone()
+
+    def restore(self) -> None:
+        """Undo what the optimizer's step did to them."""
+        self._rows.copy_(self._values)
 
 
 class LayerMuon(torch.optim.Muon):

@@ -8,33 +8,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from transformers import GPT2Config
 
-from tinygpt2.config.base import extra, flag_name
-from tinygpt2.config.common import RUN
-from tinygpt2.config.data import PackOptions, PregenerateConfig
+from tinygpt2.config.data import PackOptions, PregenerateConfig, TextOptions
 from tinygpt2.config.training import TrainOptions
+from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.corpus.sources import Corpus
-from tinygpt2.data.dataset import Blocks, PackedDataset, is_packed_dataset, load_packed_dataset
+from tinygpt2.data.dataset import Blocks, PackedDataset, content_of, is_packed_dataset, load_packed_dataset
 from tinygpt2.data.pregenerate import pregenerate
 from tinygpt2.data.staging import staging_path
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.tasks import load_tasks
 from tinygpt2.models.compatibility import check_fits
 from tinygpt2.objectives.combined import LossWeights
-from tinygpt2.utils.files import require_free
+from tinygpt2.training.resuming import RUN_FILE, check_same_run
+from tinygpt2.utils.files import read_json, require_free
+from tinygpt2.utils.locks import only_writer
 
-RUN_FILE = "config.yaml"
 PACKED_TEXTS = ("data", "eval-data")  # datasets that a run may pack, in its directory
 _TRIED = 1 << 26  # largest text in bytes that --validate-only packs to count its tokens
 
@@ -61,19 +59,20 @@ class TrainingSetup:
         out = self.place / name
         # in a dry run every process packs, into its own temporary directory
         packs = self.accelerator.is_main_process or config.dry_run
-        if packs and not ((config.resume or config.dry_run) and is_packed_dataset(out)):
+        options = {key: getattr(how, key) for key in PackOptions.model_fields}
+        made = PregenerateConfig(
+            source=[source], tokenizer=tokenizer, out=str(out), sequence_length=length, seed=config.seed,
+            resume=config.resume, **options,
+        )  # fmt: skip
+        if packs and (config.resume or config.dry_run) and is_packed_dataset(out):
+            _check_same_text(made)
+        elif packs:
             if config.validate_only and (Corpus.of([source], how).size_hint() or 0) > _TRIED:
                 raise ConfigError(
                     f"--validate-only counts the tokens of texts of up to {_TRIED >> 20} MiB, but {source} is larger",
                     "make a dataset from it first, with tinygpt2 pregenerate",
                 )
-            options = {key: getattr(how, key) for key in PackOptions.model_fields}
-            pregenerate(
-                PregenerateConfig(
-                    source=[source], tokenizer=tokenizer, out=str(out), sequence_length=length, seed=config.seed,
-                    resume=config.resume, **options,
-                )
-            )  # fmt: skip
+            pregenerate(made)
         # a barrier instead of this loop would time out after some minutes
         while not is_packed_dataset(out):
             time.sleep(0.2)
@@ -102,10 +101,32 @@ class TrainingSetup:
             return packed.test
         with tempfile.TemporaryDirectory() as scratch:
             data.tokenizer().save_pretrained(scratch)
-            whole = PackOptions(test_fraction=0, shuffle=False)
+            read = {key: getattr(config, key) for key in TextOptions.model_fields if isinstance(config, TextOptions)}
+            whole = PackOptions(test_fraction=0, shuffle=False, **read)
             return load_packed_dataset(
                 self.packed("eval-data", config.eval_data, scratch, data.sequence_length, config, whole)
             ).train
+
+
+def _check_same_text(made: PregenerateConfig) -> None:
+    """Check that a text with another name or a later date than the one that a run has packed has the same content.
+
+    Raises:
+        ConfigError: it makes other blocks.
+    """
+    packed, text = Path(made.out), Path(made.source[0])
+    files = text.rglob("*") if text.is_dir() else [text] if text.is_file() else []
+    written = (packed / MANIFEST).stat().st_mtime
+    if read_json(packed / MANIFEST)["sources"] == made.source and all(f.stat().st_mtime <= written for f in files):
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        again = Path(scratch) / packed.name
+        pregenerate(made.model_copy(update={"out": str(again), "resume": False}))
+        if content_of(again) != content_of(packed):
+            raise ConfigError(
+                f"--resume: the text of --{packed.name} differs from the one that the run has packed in {packed}",
+                "give the same text, or another --out",
+            )
 
 
 @contextmanager
@@ -113,17 +134,18 @@ def training_setup(config: TrainOptions, weights: LossWeights) -> Iterator[Train
     """Check options, machine and output directory, and make the accelerator, before anything is loaded.
 
     Raises:
-        ConfigError: the run would overwrite files or continue another run, or the machine lacks a GPU or a compiler.
+        ConfigError: another run writes to the output directory, the run would overwrite files or continue another run,
+            or the machine lacks a GPU or a compiler.
     """
     accelerator = _accelerator(config, weights)
-    if accelerator.is_main_process:
-        _check_start(config)
-    accelerator.wait_for_everyone()  # no process writes before the check is done
-    if not config.dry_run:
-        yield TrainingSetup(accelerator, Path(config.out))
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield TrainingSetup(accelerator, Path(scratch))
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            if not config.dry_run:
+                stack.enter_context(only_writer(Path(config.out)))
+            _check_start(config)
+        accelerator.wait_for_everyone()  # no process writes before the check is done
+        place = stack.enter_context(tempfile.TemporaryDirectory()) if config.dry_run else config.out
+        yield TrainingSetup(accelerator, Path(place))
 
 
 def _check_start(config: TrainOptions) -> None:
@@ -149,15 +171,7 @@ def _check_start(config: TrainOptions) -> None:
     if not (config.resume and begun):
         require_free(out, "give another --out, or --resume to continue a run")
     elif run.is_file():
-        earlier = yaml.safe_load(run.read_text(encoding="utf-8"))
-        if not isinstance(earlier, dict) or set(earlier) != set(config.options()):
-            raise ConfigError(f"--resume: {run} was written by a different command", "give another --out")
-        changed = changed_mathematics(config, earlier)
-        if changed:
-            raise ConfigError(
-                f"--resume: {', '.join(changed)} differ from the run in {out}",
-                f"use the options in {run}, or give another --out",
-            )
+        check_same_run(config)
 
 
 def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
@@ -201,14 +215,3 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
         )
     if config.dry_run and not config.validate_only:
         raise ConfigError("--compile-only and --plan do not support FSDP or DeepSpeed", "use DDP or a single process")
-
-
-def changed_mathematics(config: TrainOptions, earlier: dict[str, Any]) -> list[str]:
-    """Return the options that differ from those of an earlier run and change the results of a resumed run."""
-    now = config.model_dump(mode="json", by_alias=True)
-    free = {"out", "micro_batch_size", "gradient_accumulation_steps"}  # Checkpoints.resume checks the global batch
-    keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key not in free]
-    changed = [flag_name(key) for key in keys if key in earlier and earlier[key] != now[key]]
-    # the cache's directory may change, but not whether there is one: cached states are rounded
-    cached = [bool(options.get("teacher_cache")) for options in (earlier, now)]
-    return changed + ["--teacher-cache"] * (cached[0] != cached[1])

@@ -55,10 +55,16 @@ def total_steps(options: TrainOptions, sequences: int, global_batch: int, length
     return max(1, math.ceil(passes * sequences / global_batch))
 
 
-def learning_rate(step: int, total: int, options: TrainOptions, peak: float) -> float:
+def warmup_steps(total: int, options: TrainOptions) -> int:
+    """Return the number of steps in which the learning rate rises."""
+    return math.ceil(options.warmup_ratio * total)
+
+
+def learning_rate(step: int, total: int, options: TrainOptions, peak: float, warmup: int | None = None) -> float:
     """Return the learning rate of optimizer step `step` (counted from 0) of `total`.
 
-    It rises linearly over the first `warmup_ratio` of the steps. After that it is the peak times a factor of t, the
+    It rises linearly over the first `warmup_ratio` of the steps, or over `warmup` steps if they are given: a run that
+    is made longer keeps its warm-up. After that it is the peak times a factor of t, the
     share of the remaining steps that are done:
 
         constant 1, linear 1 - t, cosine (1 + cos(pi t)) / 2, exponential exp(-0.693 t);
@@ -67,7 +73,7 @@ def learning_rate(step: int, total: int, options: TrainOptions, peak: float) -> 
 
     Source: plateau and exponential: TinyGPT2; wsd: MiniCPM, arXiv:2404.06395, section 4.
     """
-    warmup = math.ceil(options.warmup_ratio * total)
+    warmup = warmup_steps(total, options) if warmup is None else warmup
     if step < warmup:
         return peak * (step + 1) / warmup
     past, rest = step - warmup, max(total - warmup, 1)

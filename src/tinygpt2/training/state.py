@@ -24,21 +24,25 @@ class RunState:
         step, tokens, seconds: done so far.
         loss: of the last step, the mean over the global batch; None if it was NaN or infinite.
         eval: the last evaluation's loss and perplexity.
+        eval_by_data: the same for each dataset, if the run trains on several.
         best: the evaluation with the lowest loss so far.
         worse: the number of evaluations since then.
         skipped: the number of steps that were skipped because the loss or gradient was NaN or infinite.
         global_batch: sequences in a step.
         data: fingerprint of the dataset's content.
+        warmup: steps in which the learning rate rises, as the run began; None if an older version began it.
         scaler: state of fp16's loss scaler.
     """
 
     global_batch: int
     data: str
+    warmup: int | None = None
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     loss: float | None = None
     eval: dict[str, float] | None = None
+    eval_by_data: dict[str, dict[str, float]] | None = None
     best: BestEvaluation | None = None
     worse: int = 0
     skipped: int = 0

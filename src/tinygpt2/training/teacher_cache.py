@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.common import Precision
 from tinygpt2.data.dataset import PackedDataset
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import os_failure
 from tinygpt2.utils.files import write_json
 from tinygpt2.utils.types import Array
 
@@ -44,7 +44,8 @@ class TeacherCache:
             content of the blocks, and the precision of the products.
 
     Raises:
-        ConfigError: the files cannot be made: there is too little space, or no permission to write.
+        MachineError: there is too little space for the files.
+        ConfigError: the files cannot be made, for example without permission to write.
     """
 
     def __init__(self, root: Path, teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precision) -> None:
@@ -58,9 +59,10 @@ class TeacherCache:
             about = {"sequences": self._shape[0], "length": self._shape[1], "width": self._shape[2]}
             write_json(self.path / "about.json", {**about, "dtype": "bfloat16", "data": data.content})
         except OSError as error:
-            raise ConfigError(
-                f"--teacher-cache {root}: {size / 1e9:.1f} GB cannot be reserved there: {error.strerror or error}",
-                "free some space, give another directory, or leave out --teacher-cache",
+            raise os_failure(
+                error,
+                f"--teacher-cache {root}: {size / 1e9:.1f} GB cannot be reserved there",
+                "or give another directory, or leave out --teacher-cache",
             ) from error
         self._states: Array = np.memmap(self.path / "states.bin", np.int16, "r+", shape=self._shape)
         self._checksums: Array = np.memmap(self.path / "checksums.bin", np.uint32, "r+", shape=self._shape[:1])

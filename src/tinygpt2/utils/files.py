@@ -17,6 +17,8 @@ from typing import IO, Any
 
 from tinygpt2.errors import ConfigError, DataError, UnreadableError
 
+LOCK_INSIDE = ".lock"  # in an output directory, see utils/locks.py; it does not count as content
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -96,7 +98,7 @@ def require_free(out: Path, hint: str) -> None:
     """
     if out.is_file():
         raise ConfigError(f"--out {out} is a file", "give a directory")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(file.name != LOCK_INSIDE for file in out.iterdir()):
         raise ConfigError(f"--out {out} is not empty", hint)
 
 
@@ -127,13 +129,14 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def read_text(path: Path) -> str:
-    """Read a whole UTF-8 file without changing its line ends.
+    """Read a whole UTF-8 file without changing its line ends. A byte-order mark is left out.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8 (the message gives the byte offset).
     """
     with open_file(path) as stream:
-        try:
-            return stream.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise not_utf8(str(path), error) from error
+        raw = stream.read()
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise not_utf8(str(path), error) from error

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tinygpt2.errors import ModelError, UnreadableError, one_line
 
-_HINT = (
-    "give a local directory; to use the Hub, check the network, HF_ENDPOINT (a mirror) and SSL_CERT_FILE "
-    "(a proxy's certificate), or run `hf download` on another machine and copy its cache"
+_NETWORK = (
+    "check the network, HF_ENDPOINT (a mirror) and SSL_CERT_FILE (a proxy's certificate), "
+    "or give a local directory or file"
 )
+_DESCRIPTION = ["config.json", "generation_config.json"]
+_TOKENIZER = [
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "*.model",
+    "special_tokens_map.json", "added_tokens.json",
+]  # fmt: skip
+_SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".safetensors")
 
 
 def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights: bool = False) -> Path:
     """Return the directory with the files of `name`. Files of a Hub id are downloaded if they are not in the cache.
 
     Args:
-        name: a directory, or a Hub id such as `gpt2` or `owner/name`.
+        name: a directory, or a Hub id such as `gpt2` or `owner/name`. `ID@REVISION` means a branch, tag or commit.
         role: a word for the error message: `model`, `teacher` or `tokenizer`.
-        allow_pickle: with `weights`, download pickled weights too.
+        allow_pickle: with `weights`, download pickled weights if there are no safetensors.
         weights: download weights, not only configuration and tokenizer.
 
     Raises:
@@ -30,20 +39,101 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
         return path
     if path.exists():
         raise ModelError(f"{role} {name} is a file", "give the directory that holds config.json and model.safetensors")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    repository, revision = _repository(name)
+    if not is_hub_id(name):
         raise ModelError(f"no such directory: {role} {name}", "give a local directory or a Hub id such as gpt2")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = (
-        ["*.json", "merges.txt"] + ["*.safetensors"] * weights + ["pytorch_model*.bin"] * (weights and allow_pickle)
-    )
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            # a pattern's * also matches /
+            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
+        )
+
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{role} {name!r} is not a local directory and could not be downloaded from the Hub", _HINT
-        ) from error
+        directory = fetch(_DESCRIPTION + _TOKENIZER + _SAFETENSORS * weights)
+        if weights and allow_pickle and not any(directory.glob("model*.safetensors")):
+            directory = fetch(_DESCRIPTION + _TOKENIZER + _PICKLES)
+    except Exception as error:  # network failures raise many kinds of exceptions
+        problem, hint = _explanation(error, name, "model")
+        raise ModelError(f"{role} {name!r} is not a local directory, and {problem}", hint) from error
+    return directory
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name that is no local path may be a Hub id: NAME or OWNER/NAME, perhaps with @REVISION."""
+    repository, _ = _repository(name)
+    return not repository.startswith((".", "/", "~")) and repository.count("/") <= 1
+
+
+def _repository(name: str) -> tuple[str, str | None]:
+    """Return the id and the revision of ID@REVISION."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
+
+
+def hub_revision(directory: Path) -> str | None:
+    """Return the commit that a directory in the Hub's cache was downloaded from; None for other directories."""
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def other_weights(name: str) -> list[str]:
+    """Return the files on the Hub that look like weights; none for a local directory, or if the Hub does not answer."""
+    if Path(name).expanduser().exists() or not is_hub_id(name):
+        return []
+    from huggingface_hub import HfApi
+
+    repository, revision = _repository(name)
+    try:
+        files = HfApi().list_repo_files(repository, revision=revision)
+    except Exception:  # it only improves an error message
+        return []
+    return sorted(file for file in files if "/" not in file and file.endswith(OTHER_WEIGHTS))
+
+
+def _explanation(error: BaseException, name: str, kind: Literal["model", "dataset"]) -> tuple[str, str]:
+    """Return why something could not be had from the Hub, as the rest of a sentence, and what helps."""
+    from huggingface_hub import errors
+
+    repository, revision = _repository(name)
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    found: BaseException | None = error
+    causes = []
+    while found is not None and found not in causes:
+        causes.append(found)
+        found = found.__cause__ or found.__context__
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    status = next((cause.response.status_code for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+    why = one_line(causes[-1], 200) or type(causes[-1]).__name__
+    if caused_by(errors.GatedRepoError):
+        return (
+            f"the Hub gives it only to people who accepted its licence: {why}",
+            f"accept the licence at {page} and run `hf auth login`",
+        )
+    if caused_by(errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r} on the Hub", f"choose a branch, tag or commit: {page}/commits/main"
+    if caused_by(errors.RepositoryNotFoundError) or status in (401, 403):
+        return (
+            f"there is no public {kind} of that name on the Hub: {why}",
+            f"check the spelling; for a private {kind}, run `hf auth login`",
+        )
+    if caused_by(errors.HFValidationError):
+        return f"no {kind} on the Hub can have this name: {why}", "give a local directory, or a Hub id such as gpt2"
+    if caused_by(errors.OfflineModeIsEnabled):
+        return (
+            "HF_HUB_OFFLINE is set, but the cache of the Hub does not hold it",
+            f"unset HF_HUB_OFFLINE, or run `hf download {repository}` on another machine and copy its cache",
+        )
+    number = next((cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno), None)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        return f"its files cannot be stored in the Hub's cache: {why}", "set HF_HOME to a folder with space for them"
+    return (
+        f"it could not be downloaded from the Hub: {why}",
+        f"{_NETWORK}; `hf download {repository}` on another machine makes a cache that you can copy",
+    )
 
 
 def stream_dataset(name: str, configuration: str | None) -> tuple[Any, str]:
@@ -60,10 +150,10 @@ def stream_dataset(name: str, configuration: str | None) -> tuple[Any, str]:
         revision = str(HfApi().dataset_info(name, timeout=20).sha)
         return datasets.load_dataset(name, configuration, streaming=True, revision=revision), revision
     except Exception as error:  # network failures raise many kinds of exceptions
-        problem = one_line(error, 200)
+        problem, hint = _explanation(error, name, "dataset")
         raise UnreadableError(
             f"no such file or directory: {name}, and no dataset of that name could be read from the Hub: {problem}",
-            _HINT,
+            hint,
         ) from error
 
 
@@ -85,18 +175,18 @@ def dataset_rows(name: str, configuration: str | None, split: str, *, parquet: b
     where: dict[str, Any] = {"name": configuration}
     if parquet:
         where = {"revision": "refs/convert/parquet", "data_files": {split: f"{configuration}/{split}/*.parquet"}}
-    problem = ""
+    unreachable: Exception | None = None
     try:
         HfApi().dataset_info(name, revision=where.get("revision"), timeout=20)
     except Exception as error:  # network failures raise many kinds of exceptions
-        problem = one_line(error, 200)
+        unreachable = error
     offline = datasets.config.HF_HUB_OFFLINE
     try:
         # if the Hub does not answer, `datasets` would retry for a long time before it uses its cache
-        datasets.config.HF_HUB_OFFLINE = offline or bool(problem)
+        datasets.config.HF_HUB_OFFLINE = offline or unreachable is not None
         return list(datasets.load_dataset(name, split=split, **where))
     except Exception as error:
-        problem = problem or one_line(error, 200)
-        raise UnreadableError(f"the dataset {name} could not be read from the Hub: {problem}", _HINT) from error
+        problem, hint = _explanation(unreachable or error, name, "dataset")
+        raise UnreadableError(f"the dataset {name} is not in the cache, and {problem}", hint) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline

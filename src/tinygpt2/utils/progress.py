@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from tinygpt2.utils.terminal import open_console, printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -34,9 +36,7 @@ def shown() -> bool:
 def say(message: str) -> None:
     """Print one line on stderr if progress is reported."""
     if _mode != "silent":
-        from rich.console import Console
-
-        Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+        print(printable(message, sys.stderr), file=sys.stderr, flush=True)
 
 
 class ProgressStage:
@@ -66,7 +66,6 @@ def track(description: str, total: int | None) -> Iterator[ProgressStage]:
         say(description)
         yield ProgressStage(None, description, total)
         return
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -85,5 +84,5 @@ def track(description: str, total: int | None) -> Iterator[ProgressStage]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
-        yield ProgressStage(bar, description, total)
+    with Progress(*columns, console=open_console(stderr=True), refresh_per_second=4) as bar:
+        yield ProgressStage(bar, printable(description, sys.stderr), total)

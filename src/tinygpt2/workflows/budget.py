@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from transformers import GPT2Config
 
 from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.config.training import dataset_shares
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.loading import load_model
@@ -173,7 +174,8 @@ def _commands(config: DistillConfig, chosen: Candidate) -> list[str]:
     student, commands = config.student, []
     if chosen.num_layers is not None:
         student = f"{Path(config.out)}-start"
+        data = next(iter(dataset_shares(config.data)))
         words = ["--teacher", str(config.teacher), "--num-layers", str(chosen.num_layers), "--out", student]
-        commands.append(f"tinygpt2 truncate-student {shlex.join([*words, '--refit', '--data', config.data])}")
+        commands.append(f"tinygpt2 truncate-student {shlex.join([*words, '--refit', '--data', data])}")
     changed = {"student": student, "plan": False, "budget_minutes": None, "max_steps": chosen.steps}
     return [*commands, f"tinygpt2 distill {config.model_copy(update=changed).flags()}"]

@@ -31,6 +31,7 @@ from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.evaluation.perplexity import ppl
 from tinygpt2.training.metrics import CURVES, plot_runs
 from tinygpt2.utils.files import read_json, write_json, write_text
+from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import say
 from tinygpt2.workflows.train import distill, pretrain
 
@@ -97,6 +98,7 @@ class QuickstartResult:
         return Path(self.report).read_text(encoding="utf-8")
 
 
+@writes_out
 def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -> QuickstartResult:
     """Train a tokenizer, a teacher, a student and two baselines, measure the models, and write a report.
 
@@ -109,7 +111,8 @@ def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -
         scale: the sizes of the run; by default it takes a few minutes on two cores.
 
     Raises:
-        ConfigError: the output directory holds other files, or a quickstart run with other sizes or another seed.
+        ConfigError: another run writes to the output directory, or it holds other files, or a quickstart run with
+            other sizes or another seed.
     """
     scale = scale or QuickstartSizes()
     out = Path(config.out).resolve()
@@ -120,7 +123,7 @@ def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -
     ))  # fmt: skip
     stages.run("data", lambda: pregenerate(PregenerateConfig(
         source=[scale.source], tokenizer=str(out / "tokenizer"), out=str(out / "data"),
-        sequence_length=scale.sequence_length, seed=config.seed,
+        sequence_length=scale.sequence_length, seed=config.seed, resume=True,
     )))  # fmt: skip
     teacher_shape = _shape(out / "teacher.yaml", scale, scale.n_layer)
     student_shape = _shape(out / "student.yaml", scale, scale.student_layers)

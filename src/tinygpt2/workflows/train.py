@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from tinygpt2.config.base import load_yaml
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
 from tinygpt2.data.dataset import PackedDataset
+from tinygpt2.data.mixture import MixedOrder, training_order
 from tinygpt2.errors import ConfigError
 from tinygpt2.evaluation.perplexity import ppl
 from tinygpt2.evaluation.results import short_names
@@ -27,7 +28,7 @@ from tinygpt2.runtime.processes import launched
 from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.loop import run_loop
 from tinygpt2.training.metrics import plot_curves
-from tinygpt2.training.preparation import RUN_FILE
+from tinygpt2.training.resuming import RUN_FILE, record_run
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, Step
 from tinygpt2.training.teacher_cache import TeacherCache
@@ -43,6 +44,8 @@ class TrainResult:
         model: the path of its directory.
         loss: of the last step, the mean over the global batch.
         eval: the last evaluation.
+        eval_by_data: the last evaluation on each dataset, if --data named several; else None.
+        tokens_by_data: tokens of each dataset that the run trained on, if --data gave them shares; else None.
         tasks: perplexity on each --eval-task, in the default convention of `ppl`; None without --eval-task.
     """
 
@@ -55,6 +58,8 @@ class TrainResult:
     parameters: int
     tokens_per_second: float
     peak_memory_bytes: int
+    eval_by_data: dict[str, Evaluation] | None = None
+    tokens_by_data: dict[str, int] | None = None
     tasks: dict[str, float] | None = None
 
 
@@ -123,8 +128,8 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
     if config.auto_batch_size and not _fitted_before(job, accelerator):
         fit_batch(job, accelerator, module)
     config = job.config
-    if accelerator.is_main_process:
-        write_text(out / RUN_FILE, config.to_yaml())
+    if accelerator.is_main_process and not (config.resume and (out / RUN_FILE).is_file()):
+        record_run(config)  # a resumed run is recorded when it has turned out to be the same
     _begin_tracking(accelerator, config)
     tokenizer, parameters = job.data.tokenizer(), count_parameters(job.model)  # before ZeRO-3 splits the parameters
     try:
@@ -183,7 +188,7 @@ def _fitted_before(job: Job, accelerator: Accelerator) -> bool:
     file, config = Path(job.config.out) / RUN_FILE, job.config
     if not (config.resume and file.is_file()):
         return False
-    earlier = yaml.safe_load(file.read_text(encoding="utf-8"))
+    earlier = load_yaml(file.read_text(encoding="utf-8"), file)
     size, turns = earlier["micro_batch_size"], earlier["gradient_accumulation_steps"]
     if not earlier["auto_batch_size"] or size * turns != config.micro_batch_size * config.gradient_accumulation_steps:
         return False
@@ -215,7 +220,21 @@ def _result(job: Job, state: RunState, parameters: int) -> TrainResult:
         parameters=parameters,
         tokens_per_second=state.tokens / state.seconds,
         peak_memory_bytes=peak_memory(),
+        eval_by_data={name: Evaluation(**one) for name, one in (state.eval_by_data or {}).items()} or None,
+        tokens_by_data=_tokens_by_data(job, state),
     )
+
+
+def _tokens_by_data(job: Job, state: RunState) -> dict[str, int] | None:
+    order = training_order(job.data, job.config.seed)
+    if not isinstance(order, MixedOrder):
+        return None
+    names = short_names([member.name for member in job.data.members])
+    counts = order.counts(state.step * state.global_batch)
+    return {
+        names[member.name]: count * job.data.sequence_length
+        for member, count in zip(job.data.members, counts, strict=True)
+    }
 
 
 def _card(job: Job, result: TrainResult) -> str:
@@ -226,12 +245,17 @@ def _card(job: Job, result: TrainResult) -> str:
         "positions, vocabulary": f"{shape.n_positions}, {shape.vocab_size}",
         "steps, tokens trained on": f"{result.steps:,}, {result.tokens:,}",
         "seconds": f"{result.seconds:.0f}",
+        **job.revisions,
     }
     if result.loss is not None:
         figures["last training loss"] = f"{result.loss:.4f}"
     if result.eval is not None:
         figures["held-out loss (nats/token)"] = f"{result.eval.loss:.4f}"
         figures["held-out perplexity"] = f"{result.eval.perplexity:.2f}"
+    for name, one in (result.eval_by_data or {}).items():
+        figures[f"held-out perplexity on {name}"] = f"{one.perplexity:.2f}"
+    for name, tokens in (result.tokens_by_data or {}).items():
+        figures[f"tokens of {name}"] = f"{tokens:,}"
     figures |= {f"perplexity on {name} (per token)": f"{value:.2f}" for name, value in (result.tasks or {}).items()}
     figures["fingerprint of the data"] = f"`{job.data.content[:16]}`"
     figures["fingerprint of its tokenizer"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"

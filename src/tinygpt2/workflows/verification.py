@@ -7,7 +7,6 @@ share any code.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,27 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.workflows import VerifyConfig
 from tinygpt2.data.dataset import is_packed_dataset
 from tinygpt2.data.validation import check_dataset
-from tinygpt2.errors import DataError, ModelError
+from tinygpt2.errors import DataError, ModelError, listed
 from tinygpt2.models import reference
 from tinygpt2.models.compatibility import vocabulary_mismatch
-from tinygpt2.models.loading import load_model, model_tokenizer
-from tinygpt2.models.weights import CHECKSUMS, block_of, check_checksums, stored_tensor
+from tinygpt2.models.loading import load_model, model_config, model_tokenizer
+from tinygpt2.models.weights import (
+    CHECKSUMS,
+    PICKLE,
+    SAFETENSORS,
+    block_of,
+    check_checksums,
+    stored_tensors,
+    unused_tensors,
+    weight_files,
+)
+from tinygpt2.utils.files import read_json
+from tinygpt2.utils.hub import is_hub_id, local_directory
 
 TOLERANCE = 1e-4  # relative to the largest logit or state: float32 sums depend on their order
 _PROMPT, _TOKENS = 16, 32  # tokens of the prompt and of the greedy text, if the model has enough positions
@@ -81,13 +91,11 @@ def verify(config: VerifyConfig) -> VerifyResult:
 
     Raises:
         DataError: there is neither a dataset nor a model at that path, or a dataset was given with a teacher.
-        ModelError: the teacher cannot be loaded.
+        ModelError: a Hub id cannot be downloaded, or the teacher cannot be loaded.
     """
-    path = Path(config.path)
-    if not path.is_dir():
-        raise DataError(f"no such directory: {path}", "verify takes a pregenerated dataset or a model directory")
+    path = _directory(config)
     # look for a model first: the directory of a model that was fine-tuned on a text also holds a dataset
-    if not any((path / name).is_file() for name in ("config.json", "model.safetensors", "pytorch_model.bin")):
+    if not any((path / name).is_file() for name in ("config.json", SAFETENSORS, PICKLE)):
         if not is_packed_dataset(path):
             raise DataError(f"{path} is neither a pregenerated dataset nor a model directory")
         if config.teacher is not None:
@@ -101,16 +109,16 @@ def verify(config: VerifyConfig) -> VerifyResult:
         model, _ = load_model(str(path), allow_pickle=config.allow_pickle)
     except ModelError as error:
         return VerifyResult(str(path.resolve()), "model", False, [*problems, str(error)], notes)
-    for problem, is_fault in _check_loaded(path, model):
+    for problem, is_fault in _check_loaded(path, model, allow_pickle=config.allow_pickle):
         (problems if is_fault else notes).append(problem)
     agreement = None
-    if all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-        try:
-            agreement = compare(model, reference.load(path))
-        except ValueError as error:
-            notes.append(f"not compared with the reference: {error}")
-        else:
-            problems += _disagreements(agreement)
+    try:
+        # pickles are read once, by the library
+        agreement = compare(model, reference.load(path, None if weight_files(path) else model.state_dict()))
+    except ValueError as error:
+        notes.append(f"not compared with the reference: {error}")
+    else:
+        problems += _disagreements(agreement)
     copies = None
     if config.teacher is not None:
         teacher, _ = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle)
@@ -119,20 +127,28 @@ def verify(config: VerifyConfig) -> VerifyResult:
     return VerifyResult(str(path.resolve()), "model", not problems, problems, notes, agreement, copies)
 
 
-def _check_loaded(directory: Path, model: GPT2LMHeadModel) -> Iterator[tuple[str, bool]]:
+def _directory(config: VerifyConfig) -> Path:
+    """Return the directory to check; the model of a Hub id is downloaded."""
+    path = Path(config.path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not is_hub_id(config.path):
+        raise DataError(f"no such directory: {path}", "verify takes a pregenerated dataset or a model")
+    return local_directory(config.path, "model", allow_pickle=config.allow_pickle, weights=True)
+
+
+def _check_loaded(directory: Path, model: GPT2LMHeadModel, *, allow_pickle: bool) -> Iterator[tuple[str, bool]]:
     """Yield a message for each oddity of weights, configuration and tokenizer, and whether it is a fault."""
     config = model.config
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            yield f"{name} contains NaN or infinite values", True
-    head, embeddings = (stored_tensor(directory, name) for name in ("lm_head.weight", "transformer.wte.weight"))
-    if head is not None and embeddings is not None:
-        same = head.shape == embeddings.shape and bool(torch.equal(head, embeddings))
-        if config.tie_word_embeddings and not same:
-            yield "lm_head.weight differs from the embeddings, but config.json ties them", True
-        if not config.tie_word_embeddings and same:
-            yield "lm_head.weight is equal to the embeddings, but config.json does not tie them", False
-    yield from ((problem, True) for problem in _check_ends(directory, config))
+    stored = stored_tensors(weight_files(directory, allow_pickle=allow_pickle), str(directory))
+    if unused := unused_tensors(stored, model, str(directory)):
+        yield f"the files hold tensors that GPT-2 does not use: {listed(unused)}", False
+    ties = model_config(directory).tie_word_embeddings
+    if ties and not config.tie_word_embeddings:
+        yield "lm_head.weight differs from the embeddings, so both are used, but config.json ties them", False
+    if not ties and torch.equal(model.lm_head.weight, model.transformer.wte.weight):
+        yield "lm_head.weight is equal to the embeddings, but config.json does not tie them", False
+    yield from _check_ends(directory, config)
     try:
         tokenizer = model_tokenizer(directory)
     except ModelError as error:
@@ -144,21 +160,26 @@ def _check_loaded(directory: Path, model: GPT2LMHeadModel) -> Iterator[tuple[str
         yield mismatch
 
 
-def _check_ends(directory: Path, config: Any) -> Iterator[str]:
-    """Check that the special tokens of both configurations (begin, end and padding) are in the vocabulary."""
-    settings = {"config.json": {key: getattr(config, key, None) for key in ("bos_token_id", "eos_token_id")}}
+def _check_ends(directory: Path, config: GPT2Config) -> Iterator[tuple[str, bool]]:
+    """Check whether the special tokens of both configurations (begin, end and padding) are in the vocabulary.
+
+    If one is not, that is no fault: the model runs, but it never generates this token.
+    """
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    settings: dict[str, dict[str, Any]] = {"config.json": {key: getattr(config, key, None) for key in keys}}
     file = directory / "generation_config.json"
     if file.is_file():
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-            settings[file.name] = {key: values.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        except (ValueError, AttributeError) as error:
-            yield f"{file.name}: {error}"
+            values = read_json(file)
+            settings[file.name] = {key: values.get(key) for key in keys}
+        except (OSError, ValueError, AttributeError) as error:
+            yield f"{file.name}: {error}", True
     for name, tokens in settings.items():
         for key, token in tokens.items():
             for one in token if isinstance(token, list) else [token]:
-                if one is not None and not 0 <= one < config.vocab_size:
-                    yield f"{name}: {key} {one} is not in the vocabulary of {config.vocab_size} tokens"
+                if one is None or (isinstance(one, int) and 0 <= one < config.vocab_size):
+                    continue
+                yield f"{name}: {key} {one} is not in the vocabulary of {config.vocab_size} tokens", False
 
 
 @torch.no_grad()

@@ -1,15 +1,18 @@
 """Read documents from sources, one at a time.
 
 A source is a file, a directory, a pattern such as `'texts/*.txt'`, `-` (standard input), `python-docs`, a dataset saved
-by `datasets`, or a dataset on the Hub (`wikitext:wikitext-103-raw-v1@validation`). The module `readers` reads the
-formats of files. To add a kind of source, add a branch to `_source_items`.
+by `datasets`, or a dataset on the Hub (`wikitext:wikitext-103-raw-v1@validation`). The module `readers` reads files. To
+add a kind of source, add a branch to `_source_items`.
 """
 
 from __future__ import annotations
 
 import glob
+import json
 import re
+import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,10 +20,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinygpt2.config.data import EncodingErrors, TextOptions
+from tinygpt2.config.data import EncodingErrors, InputFormat, TextOptions
+from tinygpt2.data.corpus.formats import COMPRESSED, ENDINGS, Notes, ReadOptions
 from tinygpt2.data.corpus.python_docs import python_docs
-from tinygpt2.data.corpus.readers import COMPRESSED, ReadOptions, check_column, hidden, read_stream, rows_of
-from tinygpt2.data.corpus.text_splitting import TextPart
+from tinygpt2.data.corpus.readers import read_stream
+from tinygpt2.data.corpus.tables import check_column, rows_of, text_of
+from tinygpt2.data.corpus.text_splitting import TextPart, parts_of_rows
+from tinygpt2.data.corpus.unpacking import hidden
 from tinygpt2.errors import DataError, UnreadableError, one_line
 from tinygpt2.utils.files import open_file
 from tinygpt2.utils.hub import stream_dataset
@@ -28,7 +34,8 @@ from tinygpt2.utils.hub import stream_dataset
 PYTHON_DOCS = "python-docs"
 Rows = Callable[[ReadOptions], Iterator[TextPart]]
 
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?(@(?P<split>\w+))?")
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+_BLANK = 64  # parts of white space at the beginning of a document, about a million characters each, that are kept
 _HINT = "a SOURCE is a file, a directory, a pattern in quotes, - (stdin), python-docs or a dataset on the Hub"
 
 
@@ -51,7 +58,10 @@ class Corpus:
         errors: what to do with bytes that are not UTF-8 (and halves of surrogate pairs in JSON): stop with an error,
             replace them with U+FFFD, or leave the document out.
         split: names of splits; the first one that a dataset has is read.
+        format: the format of every file; `auto` finds it out.
         encoding_errors: number of documents with such bytes so far.
+        empty_documents: number of documents so far that were left out because they are blank.
+        notes: what was said about the sources.
     """
 
     sources: list[str]
@@ -59,12 +69,15 @@ class Corpus:
     text_column: str = "text"
     errors: EncodingErrors = "strict"
     split: tuple[str, ...] = ("train",)
+    format: InputFormat = "auto"
     encoding_errors: int = field(default=0, init=False)
+    empty_documents: int = field(default=0, init=False)
+    notes: Notes = field(default_factory=Notes, init=False)
 
     @classmethod
     def of(cls, sources: list[str], options: TextOptions, split: tuple[str, ...] = ("train",)) -> Corpus:
         """Return the corpus of these sources, read with a command's options."""
-        return cls(sources, options.document, options.text_column, options.encoding_errors, split)
+        return cls(sources, options.document, options.text_column, options.encoding_errors, split, options.input_format)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the documents of all sources in order, without blank ones.
@@ -73,11 +86,12 @@ class Corpus:
             DataError: a source is missing or damaged, is not UTF-8 (the message gives file and byte), or has a row that
                 is broken or lacks the field (the message gives file and row).
         """
-        how = ReadOptions(self.document or "file", self.text_column, self.errors != "strict")
+        lenient = self.errors != "strict"
+        how = ReadOptions(self.document or "file", self.text_column, lenient, self.format, notes=self.notes)
         number = 0
         for item in self.items:
             for parts in _by_document(item.rows(how)):
-                for text, last in self._sound(parts):
+                for text, last in self._not_blank(self._valid(parts) if self.errors == "skip" else parts):
                     yield Piece(number, text, last)
                     number += last
 
@@ -91,14 +105,21 @@ class Corpus:
         sizes = [item.size for item in self.items]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
-    def _sound(self, parts: Iterator[TextPart]) -> Iterator[TextPart]:
-        """Handle a document's invalid bytes as `errors` says, and leave the document out if it is blank."""
-        if self.errors == "skip":  # the last part may be the invalid one
-            whole = list(parts)
-            if any(_broken(text) for text, _ in whole):
-                self.encoding_errors += 1
-                return
-            parts = iter(whole)
+    def _valid(self, parts: Iterator[TextPart]) -> Iterator[TextPart]:
+        """Yield a document unless it contains invalid bytes. A long one is held on disk meanwhile."""
+        with tempfile.SpooledTemporaryFile(1 << 26) as held:  # the last part may be the invalid one
+            for text, last in parts:
+                if _broken(text):
+                    self.encoding_errors += 1
+                    return
+                held.write(json.dumps((text, last)).encode() + b"\n")
+            held.seek(0)
+            for line in held:
+                text, last = json.loads(line)
+                yield text, last
+
+    def _not_blank(self, parts: Iterator[TextPart]) -> Iterator[TextPart]:
+        """Replace a document's invalid bytes if `errors` says so, and leave the document out if it is blank."""
         counted = False
         leading: list[TextPart] | None = []  # the parts so far, if all of them are blank
         for text, last in parts:
@@ -110,9 +131,10 @@ class Corpus:
                 yield text, last
                 continue
             leading.append((text, last))
-            if text.strip():
+            if text.strip() or len(leading) > _BLANK:
                 yield from leading
                 leading = None
+        self.empty_documents += bool(leading)
 
 
 @dataclass(frozen=True)
@@ -132,14 +154,28 @@ class SourceItem:
     mark: str = ""
 
 
-def whole(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Join the parts of long documents, so that each piece is a whole document."""
+def whole(
+    pieces: Iterable[Piece], most: int | None = None, divided: Callable[[], None] = lambda: None
+) -> Iterator[Piece]:
+    """Join the parts of long documents, so that each piece is a whole document.
+
+    Args:
+        pieces: the documents in parts.
+        most: the number of characters up to which parts are joined; None joins all.
+        divided: called when a document has more than `most`, before its first piece.
+    """
     held: list[str] = []
+    size = 0
     for piece in pieces:
+        if most is not None and held and size + len(piece.text) > most:
+            divided()
+            yield Piece(piece.number, "".join(held), False)
+            held, size = [], 0
         held.append(piece.text)
+        size += len(piece.text)
         if piece.last:
             yield Piece(piece.number, "".join(held), True)
-            held = []
+            held, size = [], 0
 
 
 def _by_document(parts: Iterator[TextPart]) -> Iterator[Iterator[TextPart]]:
@@ -172,17 +208,16 @@ def _source_items(source: str, split: tuple[str, ...]) -> Iterator[SourceItem]:
     path = Path(source)
     if source == PYTHON_DOCS:
         texts = python_docs()
-        yield SourceItem(
-            source, sum(len(text.encode()) for text in texts), lambda how: ((text, True) for text in texts), sys.version
-        )
+        size = sum(len(text.encode()) for text in texts)
+        yield SourceItem(source, size, lambda how: ((text, True) for text in texts), sys.version)
     elif source == "-":
-        yield SourceItem(source, None, lambda how: read_stream(sys.stdin.buffer, "standard input", how))
-    elif (saved := re.sub(r"@\w+$", "", source)) and _is_saved(Path(saved)):
+        yield SourceItem(source, None, _standard_input)
+    elif (saved := re.sub(r"@[\w.-]+$", "", source)) and _is_saved(Path(saved)):
         yield _saved(Path(saved), (source[len(saved) + 1 :],) if saved != source else split)
-    elif path.is_dir():
+    elif source and path.is_dir():
         inside = (file for file in sorted(path.rglob("*")) if file.is_file())
         yield from (_file(file) for file in inside if not hidden(file.relative_to(path)))
-    elif path.exists():
+    elif source and path.exists():
         yield _file(path)
     elif any(sign in source for sign in "*?["):
         yield from _matching(source)
@@ -190,6 +225,12 @@ def _source_items(source: str, split: tuple[str, ...]) -> Iterator[SourceItem]:
         yield from _streamed(source, found, split)
     else:
         raise DataError(f"no such file or directory: {source}", _HINT)
+
+
+def _standard_input(how: ReadOptions) -> Iterator[TextPart]:
+    if sys.stdin is None:
+        raise DataError("standard input is closed", "pipe the text into the command")
+    yield from read_stream(sys.stdin.buffer, "standard input", how)
 
 
 def _matching(pattern: str) -> Iterator[SourceItem]:
@@ -206,7 +247,8 @@ def _file(path: Path) -> SourceItem:
             yield from read_stream(stream, str(path), how)
 
     status = path.stat()
-    size = None if path.suffix.lower() in (*COMPRESSED, ".parquet") else status.st_size
+    plain = stat.S_ISREG(status.st_mode) and path.suffix.lower() not in (*COMPRESSED, ".parquet")
+    size = status.st_size if plain else None
     return SourceItem(str(path), size, read, f"{status.st_size} {status.st_mtime_ns}")
 
 
@@ -228,15 +270,20 @@ def _saved(path: Path, split: tuple[str, ...]) -> SourceItem:
     def read(how: ReadOptions) -> Iterator[TextPart]:
         check_column(dataset.features.arrow_schema, str(path), how)
         tables = dataset.with_format("arrow").iter(256)
-        yield from rows_of(chain.from_iterable(table.to_batches() for table in tables), str(path), how)
+        rows = rows_of(chain.from_iterable(table.to_batches() for table in tables), str(path), how)
+        yield from _whole_texts(rows, str(path), how)
 
     return SourceItem(str(path), dataset.data.nbytes, read, dataset._fingerprint)
 
 
 def _on_the_hub(path: Path, source: str) -> re.Match[str] | None:
     """Match a source with a Hub dataset's name. Return None if it looks like the path of a missing file."""
-    looks_local = path.suffix.lower() in {".txt", ".gz", ".xz", ".zst", ".bz2", ".tar", ".json", ".jsonl", ".csv"}
+    looks_local = path.suffix.lower() in (*COMPRESSED, *ENDINGS)
     return None if looks_local else _HUB_NAME.fullmatch(source)
+
+
+def _whole_texts(texts: Iterable[str], name: str, how: ReadOptions) -> Iterator[TextPart]:
+    return parts_of_rows(texts, lambda: how.cut_without_space(name))
 
 
 def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Iterator[SourceItem]:
@@ -247,15 +294,9 @@ def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Itera
 
     def rows(index: int) -> Rows:
         def read(how: ReadOptions) -> Iterator[TextPart]:
-            for number, row in enumerate(_reading(dataset.shard(dataset.num_shards, index), source)):
-                text = row.get(how.text_column)
-                if how.text_column not in row or not isinstance(text, str | None):
-                    raise DataError(
-                        f"{source}: row {number} of shard {index}: no text in field {how.text_column!r} "
-                        f"(found: {', '.join(row)})",
-                        "give the field's name with --text-column",
-                    )
-                yield text or "", True
+            rows = enumerate(_reading(dataset.shard(dataset.num_shards, index), source))
+            texts = (text_of(row, f"{source}: row {number} of shard {index}", how) for number, row in rows)
+            yield from _whole_texts(texts, source, how)
 
         return read
 

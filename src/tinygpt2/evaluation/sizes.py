@@ -1,0 +1,60 @@
+"""The sizes of a text in words, characters and bytes, also of a text that is stored as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Integer
+
+from tinygpt2.data.encoding import token_bytes
+
+if TYPE_CHECKING:
+    from tinygpt2.utils.types import Tokenizer
+
+_AT_ONCE = 1 << 16  # tokens that are decoded at a time
+
+
+class TextSizes(NamedTuple):
+    """Sizes of a text."""
+
+    words: int
+    characters: int
+    bytes: int
+
+    @classmethod
+    def of(cls, pieces: Iterable[str]) -> TextSizes:
+        """Return the sizes of the text that some pieces make together. A word may begin in one and end in another."""
+        words = characters = size = 0
+        inside = False  # whether the text so far ends inside a word
+        for piece in pieces:
+            if piece:
+                words += len(piece.split()) - (inside and not piece[0].isspace())
+                characters, size = characters + len(piece), size + len(piece.encode())
+                inside = not piece[-1].isspace()
+        return cls(words, characters, size)
+
+
+def decoded(tokenizer: Tokenizer, tokens: Integer[np.ndarray, " N"], at_once: int = _AT_ONCE) -> Iterator[str]:
+    """Yield the text of tokens, without special tokens, in pieces: together exactly what decoding all at once gives.
+
+    Byte-level tokens are cut before a token that begins a character. Other decoders may join what they decode, so their
+    tokens are decoded at once.
+    """
+    backend = tokenizer.backend_tokenizer
+    if type(backend.decoder).__name__ != "ByteLevel":
+        yield str(backend.decode(tokens.tolist(), skip_special_tokens=True))
+        return
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    vocabulary = tokenizer.get_vocab()
+    begins = np.zeros(max(vocabulary.values(), default=-1) + 1, bool)
+    for token, at in vocabulary.items():
+        begins[at] = token not in special and not 0x80 <= (token_bytes(token) or b"\x80")[0] < 0xC0
+    start = 0
+    while start < len(tokens):
+        end = min(start + at_once, len(tokens))
+        while end < len(tokens) and not (tokens[end] < len(begins) and begins[tokens[end]]):
+            end += 1
+        yield str(backend.decode(tokens[start:end].tolist(), skip_special_tokens=True))
+        start = end

@@ -1,0 +1,136 @@
+"""What a run was started with, and whether `--resume` continues it: the same command, mathematics, data and models."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from tinygpt2.config.base import extra, flag_name, read_yaml
+from tinygpt2.config.common import LENGTH, RUN
+from tinygpt2.config.training import TrainOptions, dataset_shares
+from tinygpt2.data.dataset import is_packed_dataset
+from tinygpt2.data.mixture import content_of_datasets
+from tinygpt2.errors import ConfigError
+from tinygpt2.models.configuration import is_model_config, preset_names
+from tinygpt2.models.weights import weight_files
+from tinygpt2.utils.files import read_json, sha256_of, write_json, write_text
+from tinygpt2.utils.hub import local_directory
+
+RUN_FILE, RECORD_FILE = "config.yaml", "run.json"
+_DATASETS, _MODELS = ("data", "eval_data"), ("model_config", "model", "student", "teacher")
+
+
+def record_run(config: TrainOptions) -> None:
+    """Write a run's options to config.yaml, and its command, version and the fingerprints of its inputs to run.json.
+
+    Every input is compared by its content when the run resumes, so that it may move. A resumed run keeps the
+    fingerprints that were recorded when it started.
+    """
+    from tinygpt2 import __version__
+
+    out = Path(config.out)
+    content = (earlier_record(out) if config.resume else {}).get("content")
+    record = {"command": _command(config), "version": __version__, "content": content or _contents(config)}
+    write_json(out / RECORD_FILE, record)
+    write_text(out / RUN_FILE, config.to_yaml())
+
+
+def earlier_record(out: Path) -> dict[str, Any]:
+    """Return the content of a run's run.json; empty if an older version began the run."""
+    record: dict[str, Any] = read_json(out / RECORD_FILE) if (out / RECORD_FILE).is_file() else {}
+    return record
+
+
+def earlier_lengths(out: Path) -> dict[str, Any]:
+    """Return the options with which a run set its length."""
+    earlier = read_yaml(out / RUN_FILE)
+    return {key: earlier.get(key) for key in length_options()}
+
+
+def length_options() -> list[str]:
+    """Return the names of the options that set the length of a run; at most one of them is given."""
+    return [key for key, field in TrainOptions.options().items() if extra(field, "panel") == LENGTH]
+
+
+def check_same_run(config: TrainOptions) -> None:
+    """Check that a run continues the one in its output directory. `loop` checks its length and its global batch.
+
+    Raises:
+        ConfigError: the directory belongs to another command, or options or inputs differ that change the results.
+    """
+    out = Path(config.out)
+    earlier, record = read_yaml(out / RUN_FILE), earlier_record(out)
+    command = record.get("command") or _command_of(earlier)
+    if command != _command(config):
+        raise ConfigError(
+            f"--resume: {out / RUN_FILE} was written by a different command, {command}", "give another --out"
+        )
+    changed = changed_mathematics(config, earlier, record.get("content"))
+    if changed:
+        raise ConfigError(
+            f"--resume: {', '.join(changed)} differ from the run in {out}",
+            f"use the options in {out / RUN_FILE}, or give another --out",
+        )
+
+
+def changed_mathematics(config: TrainOptions, earlier: dict[str, Any], content: dict[str, Any] | None) -> list[str]:
+    """Return the options that differ from those of an earlier run and change the results of a resumed run.
+
+    Args:
+        config: the options now.
+        earlier: the options of the run; one that it lacks, because an older version wrote it, had its default.
+        content: the fingerprints of the run's inputs. Without them, which older versions did not write, the names of
+            the inputs are compared.
+    """
+    now = config.model_dump(mode="json", by_alias=True)
+    # Checkpoints.resume checks the global batch, the loop the length
+    free = {"out", "micro_batch_size", "gradient_accumulation_steps", *length_options()}
+    free |= {*_DATASETS, *_MODELS} if content is not None else set()
+    keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key not in free]
+    recipe = {"recipe": earlier["recipe"]} if "recipe" in earlier else {}
+    defaults = {key: field.default for key, field in config.options().items()} | config.layered(recipe)
+    changed = [flag_name(key) for key in keys if earlier.get(key, defaults[key]) != now[key]]
+    if content is not None:
+        found = _contents(config)
+        changed += [flag_name(key) for key in {**content, **found} if content.get(key) != found.get(key)]
+    # the cache's directory may change, but not whether there is one: cached states are rounded
+    cached = [bool(options.get("teacher_cache")) for options in (earlier, now)]
+    return changed + ["--teacher-cache"] * (cached[0] != cached[1])
+
+
+def _command(config: TrainOptions) -> str:
+    return type(config).__name__.removesuffix("Config").lower()
+
+
+def _command_of(options: dict[str, Any]) -> str:
+    """Return the command that wrote a config.yaml, for runs without a run.json."""
+    return "distill" if "student" in options else "pretrain" if "model_config" in options else "finetune"
+
+
+def _contents(config: TrainOptions) -> dict[str, str]:
+    """Return the fingerprint of every input of a run, by the name of its option.
+
+    A text has none: it is packed in the run's directory, and compared when it is packed. Neither has a dataset that
+    the caller of the library passes: checkpoints compare its content.
+    """
+    given = {key: value for key, value in config.model_dump(by_alias=True).items() if isinstance(value, str)}
+    if not getattr(config, "needs_teacher", True):
+        given.pop("teacher", None)
+    names = {key: getattr(config, key) for key in _DATASETS if getattr(config, key, None)}
+    found = {
+        key: content_of_datasets(value)
+        for key, value in names.items()
+        if all(is_packed_dataset(Path(name)) for name in dataset_shares(value))
+    }
+    return found | {key: _model_content(given[key], key, config) for key in _MODELS if key in given}
+
+
+def _model_content(name: str, role: str, config: TrainOptions) -> str:
+    """Return the fingerprint of a model's weights and configuration, or of a configuration file."""
+    if role in ("model_config", "student") and is_model_config(name):
+        return f"preset {name}" if name in preset_names() else sha256_of(Path(name))
+    directory = local_directory(name, role, allow_pickle=config.allow_pickle, weights=True)
+    files = [*weight_files(directory, allow_pickle=config.allow_pickle), directory / "config.json"]
+    sums = [sha256_of(file) for file in files if file.is_file()]  # what is missing is an error when the model is loaded
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()

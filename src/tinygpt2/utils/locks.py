@@ -1,0 +1,76 @@
+"""One writer for each output: a lock file next to the output, which the system releases when its process ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+from tinygpt2.errors import ConfigError, os_failure
+from tinygpt2.utils.files import LOCK_INSIDE
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """While the block runs, no other run may write to `out`.
+
+    The lock file is `.NAME.lock` next to `out`, and holds the process and the host. The operating system releases the
+    lock when its process ends, however it ends, so a lock file that was left behind never blocks. If nothing can be
+    written next to `out`, for example because `out` is a mounted volume, the lock file is `.lock` inside `out`.
+
+    Raises:
+        ConfigError: another run writes to `out` (the message says which), or nothing can be written there.
+        MachineError: the disk is full or read-only.
+    """
+    out = out.resolve()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = os.access(out.parent, os.W_OK) or not out.is_dir()
+        file = out.parent / f".{out.name}.lock" if beside else out / LOCK_INSIDE
+        lock = FileLock(file, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"another run writes to {out}: {_holder(file)}", "wait until it ends, or give another --out"
+        ) from None
+    except OSError as error:
+        raise os_failure(error, f"cannot write next to {out}", "give another --out") from error
+    try:
+        if not isinstance(lock, SoftFileLock):  # it is one on a file system without locks, and names its holder itself
+            file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        if not isinstance(lock, SoftFileLock):
+            file.unlink(missing_ok=True)  # whoever waits for the deleted file sees that it is deleted
+        lock.release()
+
+
+def _holder(file: Path) -> str:
+    """Return who holds a lock, from its file."""
+    try:
+        since = datetime.fromtimestamp(file.stat().st_mtime).astimezone()
+        process, host = file.read_text(encoding="utf-8").split()[:2]
+    except (OSError, ValueError):  # it has just been taken or released
+        return "a process that has just started"
+    return f"process {process} on {host}, since {since:%Y-%m-%d %H:%M:%S}"
+
+
+def writes_out(command: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Decorate a function whose first argument is a configuration: it is the only one that writes to `config.out`."""
+
+    @wraps(command)
+    def locked(config: Any, /, *arguments: P.args, **more: P.kwargs) -> R:
+        with only_writer(Path(config.out)):
+            return command(config, *arguments, **more)
+
+    return locked
