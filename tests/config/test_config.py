@@ -162,3 +162,24 @@ def test_presets_have_their_published_sizes(shared_data: Path) -> None:
 def test_choices_without_their_objective_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DistillConfig(teacher="t", student="s", data="d", out="o", **options)
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = PretrainConfig(model="~/m", data=["~/d:0.5", "e:0.5"], out="~/o", eval_task=["~/t.txt"])
+    assert (config.model, config.out) == (f"{tmp_path}/m", f"{tmp_path}/o")
+    assert config.data == [f"{tmp_path}/d:0.5", "e:0.5"]
+    assert config.eval_task == [f"{tmp_path}/t.txt"]
+    assert GenerateConfig(model="~nobody-of-that-name/m", prompt="~/x").prompt == ["~/x"]  # a text is no path
+
+
+@pytest.mark.parametrize(("value", "expected"), [(1e3, 1000), ("1e3", 1000), ("2.0", 2), (7, 7), ("7", 7)])
+def test_whole_numbers_may_be_written_as_floats(value: object, expected: int) -> None:
+    config = PretrainConfig(model="m", data="d", out="o", max_steps=value)
+    assert (config.max_steps, type(config.max_steps)) == (expected, int)
+
+
+@pytest.mark.parametrize("value", [1.5, "1.5", "nan", "inf", "1e400", "x", True])
+def test_other_numbers_are_not_whole(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"--max-steps .*expected a (whole )?number"):
+        PretrainConfig(model="m", data="d", out="o", max_steps=value)

@@ -46,19 +46,29 @@ def loss_by_transformers(path: Path, text: str) -> float:
     return total / count
 
 
-def greedy_by_transformers(path: Path, count: int) -> list[int]:
-    """The ids that greedy decoding adds to the prompt."""
+def decoded(path: Path, ids: list[int]) -> str:
+    """The text that tokenizer.json itself gives for ids."""
+    if (path / "tokenizer.json").is_file():
+        return Tokenizer.from_file(str(path / "tokenizer.json")).decode(ids, skip_special_tokens=True)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def greedy_by_transformers(path: Path, count: int) -> tuple[int, str]:
+    """How many tokens greedy decoding adds to the prompt, and the text that they add."""
     model = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32).eval()
-    ids = torch.tensor([ids_of(path, PROMPT, special=True)])
-    start = ids.shape[1]
+    prompt = ids_of(path, PROMPT, special=True)
+    ids = torch.tensor([prompt])
     end = AutoTokenizer.from_pretrained(path).eos_token_id
     for _ in range(count):
         with torch.no_grad():
             ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
         if end is not None and ids[0, -1] == end:
             break
-    added = ids[0, start:].tolist()
-    return added[: added.index(end)] if end in added else added
+    added = ids[0, len(prompt) :].tolist()
+    added = added[: added.index(end)] if end in added else added
+    text = decoded(path, prompt + added).removeprefix(decoded(path, prompt))
+    return len(added), text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def test_a_checkpoint_goes_through_every_command(checkpoint: Path, tmp_path: Path, cli: Callable) -> None:
@@ -74,7 +84,10 @@ def test_a_checkpoint_goes_through_every_command(checkpoint: Path, tmp_path: Pat
 
     outcome = cli("generate", "--model", checkpoint, "--prompt", PROMPT, "--max-new-tokens", "8", "--json")
     assert outcome.code == 0, outcome.err
-    assert outcome.json["results"][0]["tokens"] == len(greedy_by_transformers(checkpoint, 8))
+    (result,) = outcome.json["results"]
+    assert (result["tokens"], result["text"].rstrip("\N{REPLACEMENT CHARACTER}")) == greedy_by_transformers(
+        checkpoint, 8
+    )
 
     data, cut = tmp_path / "data", tmp_path / "cut"
     ends = [] if AutoTokenizer.from_pretrained(checkpoint).eos_token_id is not None else ["--no-append-eos"]

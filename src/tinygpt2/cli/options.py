@@ -97,6 +97,8 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
     from_file = read_yaml(Path(file)) if file else {}
     if file and is_cerebras(from_file):
         from_file = _translated(config_type, from_file, file)
+    if from_file.get("allow_pickle") and "allow_pickle" not in given:
+        typer.echo(f"note: {file} allows pickled weights (allow_pickle)", err=True)
     if "recipe" in given:  # a recipe on the command line overrides the file's values of all its options
         given = config_type.layered(given)
     try:

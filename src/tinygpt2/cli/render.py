@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 400  # columns; wide enough that tables in files and pipes are not wrapped
 
 
+LABELS = {
+    "layers": "blocks kept, from 0", "peak_memory_bytes": "peak memory", "memory_bytes": "memory",
+    "memory_available_bytes": "memory available", "disk_bytes": "disk space", "disk_free_bytes": "disk space free",
+    "test_bytes": "held-out text",
+}  # fmt: skip
+"""Names of fields for people, where they differ from the field's own."""
+
+
 def print_result(result: Any, *, as_json: bool) -> None:
     """Print the result of a command, a dataclass."""
     if as_json:
@@ -83,6 +91,14 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _size(count: int) -> str:
+    """Return a number of bytes with the unit that suits it."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} bytes"
+
+
 def _render_fields(result: Any, console: Console) -> None:
     for field in _fields(result):
         value = getattr(result, field.name)
@@ -92,9 +108,9 @@ def _render_fields(result: Any, console: Console) -> None:
             value = ", ".join(f"{key} {_number(item)}" for key, item in value.items())
         elif isinstance(value, list):
             value = ", ".join(map(str, value))
-        name = field.name.removesuffix("_bytes").replace("_", " ")
+        name = LABELS.get(field.name, field.name.replace("_", " "))
         if field.name.endswith("_bytes"):
-            value = f"{value / 1e9:.2f} GB"
+            value = _size(value)
         console.print(f"{name:<28} {value if isinstance(value, str) else _number(value)}", markup=False)
 
 

@@ -109,10 +109,19 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     result = TruncateStudentResult(
         str(out.resolve()), kept.layers, count_parameters(student), count_parameters(teacher), importance, perplexity
     )
-    save_model(student.cpu(), out, tokenizer, _card(config, kept, result, directory), run=config.to_yaml())
+    save_model(
+        student.cpu(), out, tokenizer, _card(config, kept, result, directory), run=_pinned(config, directory).to_yaml()
+    )
     if importance is not None:
         _plot(importance, out / PICTURE)
     return result
+
+
+def _pinned(config: TruncateStudentConfig, directory: Path) -> TruncateStudentConfig:
+    """Return the configuration with the commit after the name of a teacher from the Hub."""
+    revision = hub_revision(directory)
+    name = config.teacher.partition("@")[0]
+    return config if revision is None else config.model_copy(update={"teacher": f"{name}@{revision}"})
 
 
 def _check_depth(config: TruncateStudentConfig, total: int) -> None:

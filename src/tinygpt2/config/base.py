@@ -40,6 +40,7 @@ def option(
     positional: bool = False,
     commas: bool = False,
     repeated: bool = False,
+    path: bool = False,
     shown: str | None = None,
     alias: str | None = None,
     **bounds: Any,
@@ -53,18 +54,20 @@ def option(
         positional: whether its value is given without its name.
         commas: whether its value is a text of numbers between commas; YAML may also give a list or one number.
         repeated: whether it may be given several times, though one value is not a list.
+        path: whether it may name a file or directory; a leading ~ is the home directory.
         shown: the default that the help shows, if the value itself says too little.
         alias: its name, if the field cannot have the same name.
         bounds: pydantic's ge, gt, le and lt.
     """
     extra: dict[str, Any] = {
-        "panel": panel, "positional": positional, "commas": commas, "repeated": repeated, "shown": shown,
+        "panel": panel, "positional": positional, "commas": commas, "repeated": repeated,
+        "path": path, "shown": shown,
     }  # fmt: skip
     return Field(default, description=text, json_schema_extra=extra, alias=alias, **bounds)
 
 
 def extra(field: FieldInfo, key: str) -> Any:
-    """Return `panel`, `positional`, `commas`, `repeated` or `shown` of an option."""
+    """Return `panel`, `positional`, `commas`, `repeated`, `path` or `shown` of an option."""
     return field.json_schema_extra.get(key) if isinstance(field.json_schema_extra, dict) else None
 
 
@@ -117,12 +120,14 @@ class Config(BaseModel):
         if extra(field, "commas") and isinstance(value, list | int) and not isinstance(value, bool):
             return ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
         if get_origin(kind) is list and isinstance(value, str):
-            return [value]
+            value = [value]
         if extra(field, "repeated") and isinstance(value, list) and len(value) == 1:
-            return value[0]
+            (value,) = value
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError("expected a number, not yes or no")
-        return value
+        if kind is int:
+            return _whole_number(value)
+        return _expanded(value) if extra(field, "path") else value
 
     @model_validator(mode="after")
     def _refuse_contradictions(self) -> Self:
@@ -198,6 +203,28 @@ class Config(BaseModel):
     def to_yaml(self) -> str:
         """Return every option with its value as YAML; `--config` runs the command again from it."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def _expanded(value: Any) -> Any:
+    """Put the home directory in the place of a leading ~, in one path or in several."""
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:  # there is no such user
+        return value
+
+
+def _whole_number(value: Any) -> Any:
+    """Return a number such as 1e3 or "1e3" as a whole number, if it is one, and any other value unchanged."""
+    try:
+        number = float(value) if isinstance(value, float | str) else 0.5
+    except ValueError:
+        return value
+    whole = number.is_integer() and abs(number) < 2**53 and not re.fullmatch(r"\s*[+-]?\d+\s*", str(value))
+    return int(number) if whole else value
 
 
 def _reason(item: Any) -> str:

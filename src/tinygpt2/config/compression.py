@@ -16,8 +16,8 @@ Position = Literal["first", "interpolate"]
 class TruncateStudentConfig(ModelOptions):
     """Options of `truncate-student`."""
 
-    teacher: str = option("Teacher: a local directory or a Hub id.")
-    out: str = option("Directory for the student.")
+    teacher: str = option("Teacher: a local directory or a Hub id.", path=True)
+    out: str = option("Directory for the student.", path=True)
     num_layers: int | None = option("Number of layers to keep.", default=None, ge=1)
     strategy: Strategy | None = option(
         "Which layers --num-layers keeps. uniform: evenly spaced, with the first and the last. alternate: evenly "
@@ -55,6 +55,7 @@ class TruncateStudentConfig(ModelOptions):
     data: str | None = option(
         "Pregenerated dataset. Importance is measured on its training split, perplexity on its test split.",
         default=None,
+        path=True,
     )
     calibration_sequences: int = option("How many blocks of --data to measure on.", default=64, ge=1)
 

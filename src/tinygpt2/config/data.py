@@ -22,6 +22,7 @@ class SourceOptions(Config):
         "quotes, - (standard input), python-docs, or a dataset: saved to disk, or on the Hub as "
         "NAME:CONFIGURATION@SPLIT.",
         positional=True,
+        path=True,
     )
 
 
@@ -70,7 +71,7 @@ class TextOptions(FileOptions):
 class TrainTokenizerConfig(TextOptions, SourceOptions):
     """Options of `train-tokenizer`."""
 
-    out: str = option("Directory for the tokenizer.")
+    out: str = option("Directory for the tokenizer.", path=True)
     vocab_size: int = option("Exact size of the vocabulary, <|endoftext|> included.", default=50257, ge=257)
     test_fraction: float = option(
         "Share of the text to hold out. The tokenizer's bytes per token are measured on it.",
@@ -103,9 +104,9 @@ class PregenerateConfig(PackOptions, SourceOptions):
 
     sequence_length: int = option("Tokens in a block.", default=DEFAULT_SEQUENCE_LENGTH, panel=TEXT, ge=2)
     tokenizer: str = option(
-        "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base."
+        "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base.", path=True
     )
-    out: str = option("Directory for the dataset.")
+    out: str = option("Directory for the dataset.", path=True)
     stride: int | None = option(
         "Tokens from the start of one block to the start of the next. Smaller makes the blocks overlap.",
         default=None,
@@ -113,7 +114,9 @@ class PregenerateConfig(PackOptions, SourceOptions):
         shown="the sequence length",
     )
     test_source: list[str] | None = option(
-        "Read the held-out text from here, in its own order. --test-fraction then has no effect.", default=None
+        "Read the held-out text from here, in its own order. --test-fraction then has no effect.",
+        default=None,
+        path=True,
     )
     seed: int = option(
         "Seed for the order of documents and for the choice of held-out ones.", default=42, ge=0, le=MAX_SEED

@@ -12,11 +12,11 @@ from tinygpt2.config.models import ModelOptions
 class GenerateConfig(ModelOptions):
     """Options of `generate`. Decoding is greedy without an option for sampling or beam search."""
 
-    model: list[str] = option("Model: a local directory or a Hub id. Repeat it to compare several.")
+    model: list[str] = option("Model: a local directory or a Hub id. Repeat it to compare several.", path=True)
     prompt: list[str] = option(
         "Text to continue. Repeat it for several prompts.", default=[], shown="the start of a text"
     )
-    prompt_file: str | None = option("UTF-8 file whose whole text is the prompt.", default=None)
+    prompt_file: str | None = option("UTF-8 file whose whole text is the prompt.", default=None, path=True)
     interactive: bool = option(
         "Start an interactive prompt. /temperature 0.7 changes a setting, Ctrl-D quits.", default=False
     )

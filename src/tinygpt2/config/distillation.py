@@ -25,22 +25,28 @@ class DistillConfig(TrainOptions):
     Sources: TinyGPT2 (attention, hidden states, soft labels), DistilGPT2 (cosine, temperature).
     """
 
-    teacher: str | None = option("Teacher: a local directory or a Hub id.", default=None)
+    teacher: str | None = option("Teacher: a local directory or a Hub id.", default=None, path=True)
     student: str | None = option(
         "Student: a directory with weights, or for random weights a preset's name or a configuration file.",
         default=None,
+        path=True,
     )
     data: str | list[str] = option(
-        "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.", repeated=True
+        "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.",
+        repeated=True,
+        path=True,
     )
     teacher_dtype: TeacherDtype = option("Number format of the teacher's weights.", default="fp32", panel=OPTIMISATION)
     teacher_cache: str | None = option(
         "Cache the teacher's final hidden states here, so that later epochs and other students can reuse them.",
         default=None,
         panel=RUN,
+        path=True,
     )
     recipe: str = option(
-        "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.", default="default"
+        "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.",
+        default="default",
+        path=True,
     )
     attention_weight: float = option(
         "Weight of the squared error of the attention scores.", default=0.0, panel=OBJECTIVES, ge=0

@@ -26,12 +26,17 @@ CONVENTION_NOTES: dict[Convention, str] = {
 class PplConfig(ModelOptions, FileOptions):
     """Options of `ppl`."""
 
-    model: list[str] = option("Model: a local directory or a Hub id. Repeat it to compare several.", default=["gpt2"])
+    model: list[str] = option(
+        "Model: a local directory or a Hub id. Repeat it to compare several.", default=["gpt2"], path=True
+    )
     task: list[str] = option(
         "Text to measure on: a named task, `all` of them, a text file or a pregenerated dataset. Repeatable.",
         default=[],
+        path=True,
     )
-    task_data: str | None = option("File or folder with the texts of the named tasks.", default=None, shown="the Hub")
+    task_data: str | None = option(
+        "File or folder with the texts of the named tasks.", default=None, shown="the Hub", path=True
+    )
     list_tasks: bool = option("List the named tasks and exit.", default=False)
     convention: Convention = option(
         "Which tokens are counted, and the unit of perplexity; see docs/perplexity.md.", default="hf"
@@ -49,7 +54,9 @@ class PplConfig(ModelOptions, FileOptions):
     num_processes: int | None = option(
         "Processes to start on this machine, one per GPU.", default=None, ge=1, shown="1, or what the launcher started"
     )
-    plot: str | None = option("PNG to write: perplexity against parameters and against tokens/s.", default=None)
+    plot: str | None = option(
+        "PNG to write: perplexity against parameters and against tokens/s.", default=None, path=True
+    )
     csv: bool = option("Print all figures as CSV.", default=False)
     markdown: bool = option("Print the table as Markdown.", default=False)
 

@@ -45,9 +45,12 @@ def dataset_shares(names: str | list[str]) -> dict[str, Fraction | None]:
 class TrainOptions(ModelOptions):
     """Options that pretrain, distill and finetune share."""
 
-    out: str = option("Directory for the trained model.")
+    out: str = option("Directory for the trained model.", path=True)
     eval_data: str | None = option(
-        "Held-out text or pregenerated dataset to evaluate on.", default=None, shown="the test split of --data"
+        "Held-out text or pregenerated dataset to evaluate on.",
+        default=None,
+        shown="the test split of --data",
+        path=True,
     )
     max_steps: int | None = option("Number of optimizer steps.", default=None, panel=LENGTH, ge=1)
     num_epochs: float | None = option(
@@ -149,10 +152,13 @@ class TrainOptions(ModelOptions):
     log_every: int = option("Write a line to metrics.jsonl every N steps.", default=10, panel=RUN, ge=1)
     report_to: list[str] = option("Also log to tensorboard or wandb. Repeat it for both.", default=[], panel=RUN)
     eval_task: list[str] = option(
-        "Measure the finished model on this task, as `ppl --task` does. Repeat it for several.", default=[], panel=RUN
+        "Measure the finished model on this task, as `ppl --task` does. Repeat it for several.",
+        default=[],
+        panel=RUN,
+        path=True,
     )
     task_data: str | None = option(
-        "File or folder with the texts of the named tasks.", default=None, panel=RUN, shown="the Hub"
+        "File or folder with the texts of the named tasks.", default=None, panel=RUN, shown="the Hub", path=True
     )
     early_stopping_patience: int | None = option(
         "Stop after N evaluations without a lower loss, and keep the best weights.", default=None, panel=RUN, ge=1
@@ -221,12 +227,17 @@ class PretrainConfig(TrainOptions):
     """Options of `pretrain`."""
 
     data: str | list[str] = option(
-        "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.", repeated=True
+        "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.",
+        repeated=True,
+        path=True,
     )
     shape: str | None = option(
-        "Train from random weights: a preset's name or a configuration file.", default=None, alias="model_config"
+        "Train from random weights: a preset's name or a configuration file.",
+        default=None,
+        alias="model_config",
+        path=True,
     )
-    model: str | None = option("Train these weights further: a local directory or a Hub id.", default=None)
+    model: str | None = option("Train these weights further: a local directory or a Hub id.", default=None, path=True)
 
     def conflicts(self) -> Iterator[str]:
         """Require exactly one start."""
@@ -238,11 +249,12 @@ class PretrainConfig(TrainOptions):
 class FinetuneConfig(TrainOptions, PackOptions):
     """Options of `finetune`."""
 
-    model: str = option("Model to fine-tune: a local directory or a Hub id.")
+    model: str = option("Model to fine-tune: a local directory or a Hub id.", path=True)
     data: str | list[str] = option(
         "Pregenerated dataset, or a text source, which is tokenized with the model's tokenizer. Repeat it to train on "
         "several datasets; DIR:0.7 gives each a share of the tokens.",
         repeated=True,
+        path=True,
     )
     sequence_length: int | None = option(
         "Tokens in a block.", default=None, panel=TEXT, ge=2, shown="1024, or fewer if the model has fewer positions"

@@ -13,6 +13,7 @@ class QuickstartConfig(Config):
     out: str = option(
         "Directory for all results. If it holds an interrupted quickstart, that one continues.",
         default="tinygpt2-quickstart",
+        path=True,
     )
     seed: int = option("Seed of every random choice.", default=42, ge=0, le=MAX_SEED)
 
@@ -20,7 +21,9 @@ class QuickstartConfig(Config):
 class VerifyConfig(ModelOptions):
     """Options of `verify`."""
 
-    path: str = option("Pregenerated dataset, model directory or Hub id.", positional=True)
+    path: str = option("Pregenerated dataset, model directory or Hub id.", positional=True, path=True)
     teacher: str | None = option(
-        "Teacher model: also report which tensors of the student are exact copies of the teacher's.", default=None
+        "Teacher model: also report which tensors of the student are exact copies of the teacher's.",
+        default=None,
+        path=True,
     )

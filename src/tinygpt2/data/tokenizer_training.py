@@ -16,7 +16,7 @@ from tinygpt2.data.encoding import encode
 from tinygpt2.data.tokenizer import END_OF_TEXT, vocabulary_size
 from tinygpt2.errors import DataError, explained
 from tinygpt2.runtime.signals import consumed_interruptibly
-from tinygpt2.utils.files import atomic_contents, require_free
+from tinygpt2.utils.files import require_free, staged_files
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import track
 
@@ -93,7 +93,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     tokens = sum(map(len, encode(tokenizer, share.texts)))
     size = sum(len(text.encode()) for text in share.texts)
     saving = explained(f"cannot save the tokenizer in {out}", "then run the command again")
-    with saving, atomic_contents(out) as temporary:
+    with saving, staged_files(out) as temporary:
         tokenizer.save_pretrained(str(temporary))
     return TrainTokenizerResult(
         tokenizer=str(out.resolve()),

@@ -38,10 +38,9 @@ def require_utf8(prompt: str) -> None:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Return the token ids of a prompt, as `transformers` reads it: special tokens in it are interpreted.
+    """Return the token ids of a prompt, as `transformers` reads it.
 
-    If the tokenizer has a template, the tokens that it puts before a text come first. The tokens that it puts after a
-    text are left out, because the model continues the text.
+    Special tokens in it are interpreted, and the tokenizer's template (such as a start token) is applied.
 
     Raises:
         ConfigError: the prompt is not valid UTF-8.
@@ -49,13 +48,9 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """
     require_utf8(prompt)
     try:
-        whole = tokenizer(prompt or "a", return_special_tokens_mask=True, verbose=False)
-        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        return [int(index) for index in tokenizer(prompt, verbose=False)["input_ids"]]
     except Exception as error:  # `tokenizers` raises plain exceptions, such as for a vocabulary without unknown token
         raise ModelError(f"the tokenizer cannot encode the prompt: {one_line(error, 200)}") from error
-    added = whole["special_tokens_mask"]
-    start = added.index(0) if 0 in added else 0
-    return [int(index) for index in [*whole["input_ids"][:start], *ids]]
 
 
 class Continuation:

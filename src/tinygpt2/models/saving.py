@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from tinygpt2.errors import ModelError, os_failure
 from tinygpt2.models.weights import write_checksums
-from tinygpt2.utils.files import atomic_contents, write_text
+from tinygpt2.utils.files import staged_files, write_text
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
@@ -38,7 +38,7 @@ def save_model(
         ModelError: the library cannot write the weights for another reason.
     """
     try:
-        with atomic_contents(out) as temporary:
+        with staged_files(out) as temporary:
             model.save_pretrained(str(temporary), state_dict=weights)
             write_checksums(temporary)
             save_description(model, temporary, tokenizer)

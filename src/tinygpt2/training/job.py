@@ -44,7 +44,7 @@ class Job:
         how: one sentence for the model card, which says how the model was made.
         evaluated: the blocks to evaluate on.
         weights: the objectives and their weights.
-        revisions: for each model that came from the Hub, a row of the model card with its commit.
+        revisions: for each model that came from the Hub, its commit by its role.
     """
 
     command: str
@@ -74,6 +74,12 @@ class Job:
     def peak_rate(self) -> float:
         """Return the peak learning rate."""
         return peak_learning_rate(self.config, self.model.config.n_embd)
+
+    def pinned_config(self) -> TrainOptions:
+        """Return the configuration with the commit after the name of every model from the Hub: ID@COMMIT."""
+        options = {"model" if role == "base" else role: revision for role, revision in self.revisions.items()}
+        names = {option: str(getattr(self.config, option)).partition("@")[0] for option in options}
+        return self.config.model_copy(update={option: f"{names[option]}@{options[option]}" for option in options})
 
     def evaluated_by_data(self) -> dict[str, Blocks]:
         """Return the test split of each dataset by its name, if the run trains and is evaluated on several."""
@@ -199,6 +205,6 @@ def _sources(data: PackedDataset) -> str:
 
 
 def _revisions(**directories: Path | None) -> dict[str, str]:
-    """Return the commits of the models that came from the Hub, as rows of the model card."""
+    """Return the commits of the models that came from the Hub, by their roles."""
     found = {role: hub_revision(directory) for role, directory in directories.items() if directory is not None}
-    return {f"revision of the {role}": revision for role, revision in found.items() if revision is not None}
+    return {role: revision for role, revision in found.items() if revision is not None}

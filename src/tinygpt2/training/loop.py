@@ -124,7 +124,7 @@ class _Run:
             self.state = self.checkpoints.resume(self.state)
             if accelerator.is_main_process:
                 _check_length(job, self.state, accelerator.num_processes)
-                record_run(config)
+                record_run(job.pinned_config())
         positions = accelerator.unwrap_model(self.module).student.transformer.wpe.weight
         decays = positions.requires_grad and config.weight_decay
         self._fixed = FixedPositions(positions, job.data.sequence_length) if decays else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -34,6 +35,7 @@ from tinygpt2.utils.files import read_json, require_free
 from tinygpt2.utils.locks import only_writer
 
 PACKED_TEXTS = ("data", "eval-data")  # datasets that a run may pack, in its directory
+_PATIENCE = 120.0  # seconds until a process that waits says so
 _TRIED = 1 << 26  # largest text in bytes that --validate-only packs to count its tokens
 
 
@@ -74,8 +76,12 @@ class TrainingSetup:
                 )
             pregenerate(made)
         # a barrier instead of this loop would time out after some minutes
+        started = time.monotonic()
         while not is_packed_dataset(out):
             time.sleep(0.2)
+            if time.monotonic() - started > _PATIENCE:
+                started = math.inf
+                sys.stderr.write(f"waiting until process 0 has packed {source} into {out}: every machine must see it\n")
         return str(out)
 
     def evaluated(self, data: PackedDataset, model: GPT2Config, config: TrainOptions) -> Blocks:

@@ -76,7 +76,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def atomic_contents(directory: Path) -> Iterator[Path]:
+def staged_files(directory: Path) -> Iterator[Path]:
     """Yield a temporary directory. If the block succeeds, its files move into `directory`, with one rename each."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=directory) as scratch:

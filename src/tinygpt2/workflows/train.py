@@ -129,7 +129,7 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
         fit_batch(job, accelerator, module)
     config = job.config
     if accelerator.is_main_process and not (config.resume and (out / RUN_FILE).is_file()):
-        record_run(config)  # a resumed run is recorded when it has turned out to be the same
+        record_run(job.pinned_config())  # a resumed run is recorded when it has turned out to be the same
     _begin_tracking(accelerator, config)
     tokenizer, parameters = job.data.tokenizer(), count_parameters(job.model)  # before ZeRO-3 splits the parameters
     try:
@@ -138,7 +138,7 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
         result = _result(job, state, parameters)
         if accelerator.is_main_process:
             own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
-            save_model(job.model, out, tokenizer, _card(job, result), own, config.to_yaml())
+            save_model(job.model, out, tokenizer, _card(job, result), own, job.pinned_config().to_yaml())
             plot_curves(out)
         # free the wrapper before the process group: otherwise both can wait for each other at the end
         (wrapped,) = accelerator.free_memory(wrapped)
@@ -245,7 +245,7 @@ def _card(job: Job, result: TrainResult) -> str:
         "positions, vocabulary": f"{shape.n_positions}, {shape.vocab_size}",
         "steps, tokens trained on": f"{result.steps:,}, {result.tokens:,}",
         "seconds": f"{result.seconds:.0f}",
-        **job.revisions,
+        **{f"revision of the {role}": revision for role, revision in job.revisions.items()},
     }
     if result.loss is not None:
         figures["last training loss"] = f"{result.loss:.4f}"
