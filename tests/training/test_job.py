@@ -58,4 +58,4 @@ def test_the_card_has_the_commit_of_a_model_from_the_hub(
     out = tmp_path / "out"
     pretrain(PretrainConfig(model="someone/tiny", data=str(data), out=str(out), max_steps=1, micro_batch_size=2))
     assert f"| revision of the base | {'c' * 40} |" in (out / "README.md").read_text()
-    assert "model: someone/tiny\n" in (out / "config.yaml").read_text()
+    assert f"model: someone/tiny@{'c' * 40}\n" in (out / "config.yaml").read_text()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GPT2LMHeadModel
@@ -17,6 +18,8 @@ PROMPT = "The quick brown fox"
 
 @pytest.fixture(params=sorted(FORMS))
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "vocabulary_with_a_hole" and tokenizers.__version__ < "0.23":
+        pytest.skip("this version of tokenizers prints a warning of holes on standard output")
     path = tmp_path / "model"
     path.mkdir()
     FORMS[request.param](path)
