@@ -499,7 +499,7 @@ def test_of_two_processes_with_one_out_one_is_refused(corpus: Path, tokenizer_di
 
 
 @pytest.mark.slow
-def test_of_two_processes_with_one_out_one_is_refused_every_time(
+def test_of_two_processes_with_one_out_one_is_refused_time_after_time(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
-    race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, 20)
+    race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, 6)
