@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from tinygpt2.cli.help import HELP_NAMES, HelpGroup
 from tinygpt2.cli.options import Run, add_command, print_version
 from tinygpt2.cli.render import as_csv, as_markdown, print_error
 from tinygpt2.cli.session import start_session
@@ -31,10 +32,12 @@ from tinygpt2.utils.terminal import printable, tolerate_encodings
 app = typer.Typer(
     name="tinygpt2",
     help="Make GPT-2 small: cut a student out of a teacher, distil it, and measure how good it is.",
-    epilog="First time here? Run: tinygpt2 quickstart",
-    add_completion=False,
+    epilog="COMMAND --help explains a command. First time here? Run: tinygpt2 quickstart",
+    cls=HelpGroup,
+    context_settings={"help_option_names": HELP_NAMES},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    suggest_commands=False,
 )
 
 
@@ -42,7 +45,7 @@ app = typer.Typer(
 def _main(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True),
+        typer.Option("--version", "-V", help="Print the version and exit.", callback=print_version, is_eager=True),
     ] = False,
 ) -> None:
     pass
@@ -95,13 +98,14 @@ def _presets(config: Any, as_json: bool) -> Any:
 
 
 class Command(NamedTuple):
-    """A command: its name, options, help and examples, and the function that runs it."""
+    """A command: its name, options, help and examples, the function that runs it, and what its --help lists first."""
 
     name: str
     config: type[Config]
     about: str
     examples: list[str]
     run: Run
+    short: tuple[str, ...] = ()
 
 
 COMMANDS = [
@@ -125,6 +129,10 @@ COMMANDS = [
         "Tokenize a corpus and pack it into blocks, with a training and a test split.",
         ["pregenerate novels/ pages.jsonl --tokenizer tokenizer --sequence-length 512 --out data"],
         _public("pregenerate"),
+        (
+            "sequence_length", "test_fraction", "test_source", "document", "text_column", "num_workers", "overwrite",
+            "resume", "shard",
+        ),
     ),
     Command(
         "pretrain",
@@ -135,6 +143,10 @@ COMMANDS = [
             "pretrain --model cut --data data --out model",
         ],
         _training("pretrain"),
+        (
+            "num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps", "optimizer", "learning_rate",
+            "lr_schedule", "precision", "eval_data", "eval_every", "save_every", "resume", "validate_only",
+        ),
     ),
     Command(
         "truncate-student",
@@ -142,6 +154,7 @@ COMMANDS = [
         "Cut a student out of a teacher: fewer layers, a smaller hidden size, fewer heads or positions.",
         ["truncate-student --teacher gpt2 --num-layers 6 --out cut"],
         _public("truncate_student"),
+        ("num_layers", "strategy", "layers", "n_embd", "n_head", "n_inner", "refit", "data"),
     ),
     Command(
         "distill",
@@ -149,10 +162,14 @@ COMMANDS = [
         "Distil a teacher into a student.",
         [
             "distill --teacher gpt2 --student cut --data data --out student",
-            "distill --plan --budget-minutes 60 --teacher gpt2 --data data --out student",
+            "distill --plan --teacher gpt2 --data data --out student",
             "distill --recipe tinygpt2 --teacher gpt2 --student tinygpt2-4l-312 --data data --out student",
         ],
         _training("distill"),
+        (
+            "recipe", "num_epochs", "max_steps", "micro_batch_size", "learning_rate", "precision", "resume", "plan",
+            "prediction_weight", "hidden_weight", "attention_weight", "ce_weight",
+        ),
     ),
     Command(
         "finetune",
@@ -160,6 +177,10 @@ COMMANDS = [
         "Fine-tune any GPT-2 on a text or a pregenerated dataset.",
         ["finetune --model student --data mine.txt --out mine"],
         _training("finetune"),
+        (
+            "num_epochs", "max_steps", "micro_batch_size", "gradient_accumulation_steps", "learning_rate", "precision",
+            "sequence_length", "test_fraction", "eval_data", "eval_every", "resume", "validate_only",
+        ),
     ),
     Command(
         "ppl",
@@ -171,6 +192,7 @@ COMMANDS = [
             "ppl --list-tasks",
         ],
         _ppl,
+        ("model", "task_data", "list_tasks", "convention", "stride", "batch_size", "plot", "csv", "markdown"),
     ),
     Command(
         "presets",

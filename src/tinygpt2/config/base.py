@@ -13,7 +13,7 @@ import shlex
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, Union, dataclass_transform, get_args, get_origin
+from typing import Any, ClassVar, Self, Union, dataclass_transform, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -31,17 +31,21 @@ from pydantic_core import PydanticUndefined
 
 from tinygpt2.errors import ConfigError, one_line
 
+OPTIONS = "Options"  # the heading of options without another one
+
 
 def option(
     text: str,
     *,
     default: Any = PydanticUndefined,
-    panel: str = "Options",
+    panel: str = OPTIONS,
     positional: bool = False,
     commas: bool = False,
     repeated: bool = False,
     path: bool = False,
     shown: str | None = None,
+    metavar: str | None = None,
+    required: str | None = None,
     alias: str | None = None,
     **bounds: Any,
 ) -> Any:
@@ -56,18 +60,21 @@ def option(
         repeated: whether it may be given several times, though one value is not a list.
         path: whether it may name a file or directory; a leading ~ is the home directory.
         shown: the default that the help shows, if the value itself says too little.
+        metavar: what the help shows in the place of its value: words in small letters between bars stand for
+            themselves, the others say what kind of value is meant. By default, this follows from the type.
+        required: the condition under which an option with a default has to be given; empty if it always has to be.
         alias: its name, if the field cannot have the same name.
         bounds: pydantic's ge, gt, le and lt.
     """
     extra: dict[str, Any] = {
         "panel": panel, "positional": positional, "commas": commas, "repeated": repeated,
-        "path": path, "shown": shown,
+        "path": path, "shown": shown, "metavar": metavar, "required": required,
     }  # fmt: skip
     return Field(default, description=text, json_schema_extra=extra, alias=alias, **bounds)
 
 
 def extra(field: FieldInfo, key: str) -> Any:
-    """Return `panel`, `positional`, `commas`, `repeated`, `path` or `shown` of an option."""
+    """Return what `option` was told of an option, by the name of the argument: `panel`, `path`, `shown` and so on."""
     return field.json_schema_extra.get(key) if isinstance(field.json_schema_extra, dict) else None
 
 
@@ -95,6 +102,8 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, defer_build=True, populate_by_name=True, protected_namespaces=()
     )
+    shown_defaults: ClassVar[Mapping[str, str]] = {}
+    """Defaults that the help of this command shows in place of `shown`, by the option's name."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -239,26 +248,6 @@ def _reason(item: Any) -> str:
         return f"expected {bounds[item['type']]} {next(iter(item['ctx'].values()))}"
     message = str(item["msg"]).removeprefix("Value error, ")
     return f"{message[0].lower()}{message[1:]}"
-
-
-def type_label(field: FieldInfo) -> str:
-    """Return the type that the help shows: INTEGER, NUMBER, TEXT or the choices."""
-    kind = plain_type(field)
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    return {int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
-
-
-def bounds_label(field: FieldInfo) -> str:
-    """Return the bounds that the help shows, such as `>= 1`, or an empty string."""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(item, name)}"
-        for item in field.metadata
-        for name, sign in signs.items()
-        if hasattr(item, name)
-    ]
-    return ", ".join(bounds)
 
 
 class _Loader(yaml.SafeLoader):

@@ -23,6 +23,7 @@ class SourceOptions(Config):
         "NAME:CONFIGURATION@SPLIT.",
         positional=True,
         path=True,
+        metavar="SOURCE",
     )
 
 
@@ -34,17 +35,18 @@ class FileOptions(Config):
         default="auto",
         panel=TEXT,
     )
-    text_column: str = option("Field or column that holds the text of a row.", default="text", panel=TEXT)
+    text_column: str = option("Field or column that holds the text of a row.", default="text", panel=TEXT, metavar="NAME")
 
 
 class TextOptions(FileOptions):
     """How texts are divided into documents."""
 
     document: str | None = option(
-        "What is one document in a text file: file, line, blank-line or separator:REGEX.",
+        "What is one document in a text file.",
         default=None,
         panel=TEXT,
         shown="file; in JSON and tables, a row",
+        metavar="file|line|blank-line|separator:REGEX",
     )
     encoding_errors: EncodingErrors = option(
         "What to do with text that is not UTF-8: strict stops with an error, replace inserts U+FFFD, skip leaves the "
@@ -104,7 +106,9 @@ class PregenerateConfig(PackOptions, SourceOptions):
 
     sequence_length: int = option("Tokens in a block.", default=DEFAULT_SEQUENCE_LENGTH, panel=TEXT, ge=2)
     tokenizer: str = option(
-        "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base.", path=True
+        "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base.",
+        path=True,
+        metavar="PATH|ID",
     )
     out: str = option("Directory for the dataset.", path=True)
     stride: int | None = option(
@@ -117,6 +121,7 @@ class PregenerateConfig(PackOptions, SourceOptions):
         "Read the held-out text from here, in its own order. --test-fraction then has no effect.",
         default=None,
         path=True,
+        metavar="SOURCE",
     )
     seed: int = option(
         "Seed for the order of documents and for the choice of held-out ones.", default=42, ge=0, le=MAX_SEED
@@ -125,7 +130,7 @@ class PregenerateConfig(PackOptions, SourceOptions):
         "Output format: arrow (Hugging Face datasets), hdf5 (Cerebras) or jsonl (TinyGPT2).", default="arrow"
     )
     shard: str | None = option(
-        "Make shard I of N, written I/N. A folder with all N shards is one dataset.", default=None
+        "Make shard I of N. A folder with all N shards is one dataset.", default=None, metavar="I/N"
     )
     overwrite: bool = option(
         "Replace the dataset in --out, if there is one, when the new one is complete.", default=False

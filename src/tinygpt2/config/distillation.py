@@ -25,11 +25,23 @@ class DistillConfig(TrainOptions):
     Sources: TinyGPT2 (attention, hidden states, soft labels), DistilGPT2 (cosine, temperature).
     """
 
-    teacher: str | None = option("Teacher: a local directory or a Hub id.", default=None, path=True)
-    student: str | None = option(
-        "Student: a directory with weights, or for random weights a preset's name or a configuration file.",
+    shown_defaults = {
+        "num_epochs": "1 to 4, from student and data",
+        "learning_rate": "from the student's width",
+    }
+    teacher: str | None = option(
+        "Teacher: a local directory or a Hub id.",
         default=None,
         path=True,
+        metavar="PATH|ID",
+        required="unless only --ce-weight is above 0",
+    )
+    student: str | None = option(
+        "Student: a model's directory or Hub id, or for random weights a preset or a configuration file.",
+        default=None,
+        path=True,
+        metavar="PATH|ID|PRESET",
+        required="without --plan",
     )
     data: str | list[str] = option(
         "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.",
@@ -47,6 +59,8 @@ class DistillConfig(TrainOptions):
         "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.",
         default="default",
         path=True,
+        metavar="RECIPE|PATH",
+        shown="",
     )
     attention_weight: float = option(
         "Weight of the squared error of the attention scores.", default=0.0, panel=OBJECTIVES, ge=0
@@ -72,6 +86,7 @@ class DistillConfig(TrainOptions):
         default="all",
         panel=OBJECTIVES,
         commas=True,
+        metavar="all|inner|N,...",
     )
     hidden_scale: HiddenScale = option(
         "variance divides the error of a hidden state by the variance of the teacher's state.",
@@ -106,10 +121,11 @@ class DistillConfig(TrainOptions):
         default="uniform",
         panel=OBJECTIVES,
         commas=True,
+        metavar="uniform|last|first|N,...",
     )
     plan: bool = option(
-        "Time a few steps of --student, or of several cuts of the teacher, report what fits into --budget-minutes, "
-        "and exit.",
+        "Report what fits into --budget-minutes, and exit. Times a few steps of --student or, without it, of several "
+        "cuts of the teacher.",
         default=False,
         panel=RUN,
     )
