@@ -15,6 +15,7 @@ from tinygpt2.cli.help import HELP_NAMES, HelpGroup
 from tinygpt2.cli.options import Run, add_command, print_version
 from tinygpt2.cli.render import as_csv, as_markdown, print_error
 from tinygpt2.cli.session import start_session
+from tinygpt2.cli.usage_errors import usage_error
 from tinygpt2.config.base import Config
 from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
@@ -255,7 +256,7 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
         if debug and error.__cause__ is not None:
             traceback.print_exc()
     except typer.TyperException as error:
-        failure = ConfigError(error.format_message(), "run tinygpt2 --help, or add --help to the command")
+        failure = usage_error(error)
     except (KeyboardInterrupt, typer.Abort):
         failure = InterruptedRunError("interrupted")
     except Exception as error:

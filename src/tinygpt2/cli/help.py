@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from tinygpt2.config.base import OPTIONS, Config, extra, plain_type
+from tinygpt2.errors import first_sentence
 from tinygpt2.utils.terminal import open_console
 
 REQUIRED, COMMON, EVERY_COMMAND, COMMANDS = "Required", "Common options", "Options of every command", "Commands"
@@ -98,7 +99,7 @@ def _names(parameter: TyperOption | TyperArgument) -> str:
 def _brief(text: str) -> str:
     """Return the first sentence of a description, and the facts in brackets at its end."""
     sentence, known = re.match(r"(.*?)( \[[^\[\]]*\])?$", text).groups("")  # type: ignore[union-attr]
-    return re.split(r"(?<=[.?!]) (?=[A-Z-])", sentence, maxsplit=1)[0] + str(known)
+    return first_sentence(str(sentence)) + str(known)
 
 
 def _page(command: Any, ctx: Any, short: Collection[str] = ()) -> str:

@@ -90,4 +90,4 @@ class TruncateStudentConfig(ModelOptions):
         if self.measures and self.data is None:
             yield f"--data is required to measure on: {' and '.join(self.measures)}"
         if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
-            yield f"--layers {self.layers!r}: expected layer numbers such as 0,2,4"
+            yield f"--layers: expected layer numbers such as 0,2,4, got {self.layers!r}"

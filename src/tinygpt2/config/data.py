@@ -18,8 +18,8 @@ class SourceOptions(Config):
     """Where text comes from."""
 
     source: list[str] = option(
-        "Files (text, jsonl, json, csv, tsv, parquet, arrow, tar, zip; compressed or not), directories, patterns in "
-        "quotes, - (standard input), python-docs, or a dataset: saved to disk, or on the Hub as "
+        "Files, directories, patterns in quotes, - (standard input), python-docs, or datasets. Files may be text, jsonl, "
+        "json, csv, tsv, parquet, arrow, tar or zip, compressed or not. A dataset is saved to disk, or on the Hub as "
         "NAME:CONFIGURATION@SPLIT.",
         positional=True,
         path=True,
@@ -67,7 +67,7 @@ class TextOptions(FileOptions):
             except (re.error, OverflowError, RecursionError) as error:
                 yield f"--document separator:{pattern}: not a regular expression ({error})"
         elif rule not in (None, "file", "line", "blank-line"):
-            yield f"--document {rule!r}: expected file, line, blank-line or separator:REGEX"
+            yield f"--document: expected file, line, blank-line or separator:REGEX, got {rule!r}"
 
 
 class TrainTokenizerConfig(TextOptions, SourceOptions):
@@ -151,7 +151,7 @@ class PregenerateConfig(PackOptions, SourceOptions):
         if self.resume and "-" in [*self.source, *(self.test_source or [])]:
             yield "--resume cannot be combined with standard input, which cannot be read twice"
         if self.shard is not None and not re.fullmatch(r"\d{1,9}/\d{1,9}", self.shard):
-            yield f"--shard {self.shard!r}: expected I/N, such as 1/8"
+            yield f"--shard: expected I/N, such as 1/8, got {self.shard!r}"
         elif not 1 <= self.shard_numbers[0] <= self.shard_numbers[1]:
             yield f"--shard {self.shard}: the first of N shards is 1/N, the last N/N"
         length = self.sequence_length

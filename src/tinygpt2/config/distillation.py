@@ -8,10 +8,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from tinygpt2.config.base import extra, flag_name, option, read_yaml
+from tinygpt2.config.base import extra, flag_name, option, read_yaml, summary
 from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, RUN
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import ConfigError
+from tinygpt2.utils.suggestions import did_you_mean
 
 PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
 HiddenScale = Literal["none", "variance"]
@@ -152,7 +153,7 @@ class DistillConfig(TrainOptions):
         yield from super().conflicts()
         yield from self._plan_conflicts()
         if self.student is None and not self.plan:
-            yield f"--student is required: {type(self).model_fields['student'].description}"
+            yield f"--student is required: {summary(type(self).model_fields['student'])}"
         if self.needs_teacher and self.teacher is None:
             yield "--teacher is required: an objective with a weight above 0 compares the student with it"
         if not self.needs_teacher and not self.ce_weight:
@@ -161,10 +162,10 @@ class DistillConfig(TrainOptions):
             flag_name(name) for name in ("attention_weight", "relation_weight", "hidden_weight") if getattr(self, name)
         ]
         if self.layer_map not in ("uniform", "last", "first") and not re.fullmatch(r"\d+(,\d+)*", str(self.layer_map)):
-            yield f"--layer-map {self.layer_map!r}: expected uniform, last, first or numbers such as 3,6,9,12"
+            yield f"--layer-map: expected uniform, last, first or numbers such as 3,6,9,12, got {self.layer_map!r}"
         states = r"\d+(=\d+)?"
         if self.hidden_map not in ("all", "inner") and not re.fullmatch(f"{states}(,{states})*", str(self.hidden_map)):
-            yield f"--hidden-map {self.hidden_map!r}: expected all, inner or numbers such as 0,3 or 0,3=10"
+            yield f"--hidden-map: expected all, inner or numbers such as 0,3 or 0,3=10, got {self.hidden_map!r}"
         if self.head_map != "equal" and not self.attention_weight:
             yield "--head-map average has no effect while --attention-weight is 0"
         if self.hidden_map != "all" and not self.hidden_weight:
@@ -203,7 +204,8 @@ def read_recipe(name: str) -> dict[str, Any]:
     path = built_in.get(name, Path(name))
     if name not in built_in and not path.is_file():
         raise ConfigError(
-            f"no recipe {name!r}: there is no such file", f"the built-in recipes are {', '.join(sorted(built_in))}"
+            f"no recipe {name!r}: there is no such file{did_you_mean(name, built_in)}",
+            f"the built-in recipes are {', '.join(sorted(built_in))}",
         )
     values = read_yaml(path)
     allowed = {

@@ -212,7 +212,7 @@ class TrainOptions(ModelOptions):
             yield f"{' and '.join(map(flag_name, lengths))} cannot be combined: give one of them"
         for tracker in self.report_to:
             if tracker not in TRACKERS:
-                yield f"--report-to {tracker!r}: expected {' or '.join(TRACKERS)}"
+                yield f"--report-to: expected {' or '.join(TRACKERS)}, got {tracker!r}"
             elif find_spec(tracker) is None:
                 yield f"--report-to {tracker}: it is not installed; run pip install {tracker}"
         if self.task_data is not None and not self.eval_task:
