@@ -16,6 +16,7 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
+from tinygpt2.cli.completion import described
 from tinygpt2.config.base import OPTIONS, Config, extra, plain_type
 from tinygpt2.errors import first_sentence
 from tinygpt2.utils.terminal import open_console
@@ -44,6 +45,9 @@ def help_command(short: Collection[str]) -> type[TyperCommand]:
         def collect_usage_pieces(self, ctx: Any) -> list[str]:
             return ["[OPTIONS]", *(str(one.metavar) for one in self.params if isinstance(one, TyperArgument))]
 
+        def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+            return described(super().shell_complete(ctx, incomplete))
+
         def format_help(self, ctx: Any, formatter: Any) -> None:
             formatter.write(_page(self, ctx, () if ctx.meta.get(_FULL) else short))
 
@@ -54,8 +58,12 @@ class HelpGroup(TyperGroup):
     """The program, whose help lists its commands."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help."""
+        """Write the program's help."""
         formatter.write(_page(self, ctx))
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Return the completions of a word: names of commands and options."""
+        return described(super().shell_complete(ctx, incomplete))
 
 
 def show_everything(ctx: typer.Context, asked: bool) -> None:

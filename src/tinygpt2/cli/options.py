@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from tinygpt2.cli.completion import completer
 from tinygpt2.cli.help import (
     COMMON,
     EVERY_COMMAND,
@@ -169,6 +170,8 @@ def _parameter(key: str, field: FieldInfo, heading: str, known: str) -> inspect.
         info: Any = typer.Argument(**about)
     else:
         flag = flag_name(key)
+        if kind is not bool:
+            about["autocompletion"] = completer(about["metavar"])
         names = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag]
         info = typer.Option(*names, *([LETTERS[key]] if key in LETTERS else []), **about)
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info])

@@ -190,17 +190,19 @@ class DistillConfig(TrainOptions):
             yield "--plan uses one process: leave --num-processes out"
 
 
+def built_in_recipes() -> dict[str, Path]:
+    """Return the file of every built-in recipe, by the recipe's name."""
+    folder = files("tinygpt2.config").joinpath("recipes")
+    return {Path(item.name).stem: Path(str(item)) for item in folder.iterdir() if item.name.endswith(".yaml")}
+
+
 def read_recipe(name: str) -> dict[str, Any]:
     """Read a recipe: a built-in one by its name, or a YAML file.
 
     Raises:
         ConfigError: there is no such recipe, or it sets an option that is neither an objective nor optimisation.
     """
-    built_in = {
-        Path(item.name).stem: Path(str(item))
-        for item in files("tinygpt2.config").joinpath("recipes").iterdir()
-        if item.name.endswith(".yaml")
-    }
+    built_in = built_in_recipes()
     path = built_in.get(name, Path(name))
     if name not in built_in and not path.is_file():
         raise ConfigError(

@@ -16,12 +16,11 @@ from tinygpt2.data.corpus.readers import read_documents, table_rows
 from tinygpt2.data.dataset import PackedDataset, is_packed_dataset, load_packed_dataset
 from tinygpt2.errors import ConfigError, DataError, TinyGPT2Error
 from tinygpt2.evaluation.detokenize import detokenize_cbt
-from tinygpt2.evaluation.named_tasks import SPECS, HubSplit, TaskSpec
+from tinygpt2.evaluation.named_tasks import ALL, SPECS, HubSplit, TaskSpec
 from tinygpt2.utils.files import absolute, open_file
 from tinygpt2.utils.hub import dataset_rows
 from tinygpt2.utils.progress import say, track
 
-ALL = "all"
 _WHOLE, _TEST = 100_000_000, 5_000_000  # bytes of enwik8 and text8, and of their test part at the end
 
 
