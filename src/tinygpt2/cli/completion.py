@@ -13,9 +13,10 @@ _MOST = 76  # characters of a description; Typer breaks longer ones into lines, 
 
 
 def completer(placeholder: str) -> Callable[[str], list[str]] | None:
-    """Return a function that completes the value which a placeholder such as `uniform|last|N,...` or `PRESET|PATH` means.
+    """Return a function that completes the value of an option, or None if there are only files to complete.
 
-    None if there are only files to complete.
+    Args:
+        placeholder: what stands for the value in the help, such as `uniform|last|N,...` or `PRESET|PATH`.
     """
     parts = placeholder.removesuffix("...").split("|")
     words = [part for part in parts if part.islower() and ":" not in part]

@@ -114,7 +114,8 @@ def _page(command: Any, ctx: Any, short: Collection[str] = ()) -> str:
     parts = sections(command, ctx, short)
     top, bottom = [command.get_usage(ctx), command.help or ""], [command.epilog or ""]
     if short:
-        others = [_names(one).replace(", ", "/") for one in command.get_params(ctx) if one.rich_help_panel in (EVERY_COMMAND, None)]
+        every = [one for one in command.get_params(ctx) if one.rich_help_panel in (EVERY_COMMAND, None)]
+        others = [_names(one).replace(", ", "/") for one in every]
         hint = f"{ctx.command_path} --help-all shows every option."
         bottom = [f"Every command also takes {', '.join(others)}.", *bottom, hint]
     if not sys.stdout.isatty():
@@ -178,7 +179,7 @@ def facts(config_type: type[Config], key: str, field: FieldInfo, recipe: dict[st
     """
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     bounds = {name: getattr(item, name) for item in field.metadata for name in signs if hasattr(item, name)}
-    narrow = max(bounds.values(), default=0) <= 1 and len(bounds) == 2  # a lower bound alone says what everybody expects
+    narrow = len(bounds) == 2 and max(bounds.values()) <= 1  # a lower bound alone says what everybody expects
     found = [", ".join(f"{signs[name]} {bound}" for name, bound in bounds.items())] if narrow else []
     shown = config_type.shown_defaults.get(key, extra(field, "shown"))
     if needed(field):

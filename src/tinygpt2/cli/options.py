@@ -16,6 +16,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from tinygpt2.cli.completion import completer
+from tinygpt2.cli.early_checks import check_early
 from tinygpt2.cli.help import (
     COMMON,
     EVERY_COMMAND,
@@ -76,6 +77,8 @@ def add_command(
             typer.echo(config.to_yaml(), nl=False)
             return
         try:
+            if not rank():  # the other processes would find what this one has begun to write
+                check_early(config)
             result = run(config, as_json)
         except KeyboardInterrupt:  # Typer would turn it into an exit without a word
             raise interrupted(config) from None
@@ -179,15 +182,17 @@ def _parameter(key: str, field: FieldInfo, heading: str, known: str) -> inspect.
 
 def _common(short: Sequence[str]) -> list[inspect.Parameter]:
     """Return the options that every command has."""
-    options: list[tuple[list[str], Any, dict[str, Any]]] = [
-        (["--config"], str | None, {"help": "Read options from a YAML file; the command line wins.", "metavar": "PATH"}),
-        (["--print-config"], bool, {"help": "Print all options with their values as YAML and exit."}),
-        (["--json"], bool, {"help": "Print the result as one JSON object."}),
-        (["--version", "-V"], bool, {"help": "Print the version and exit.", "callback": print_version, "is_eager": True}),
+    eager: dict[str, Any] = {"is_eager": True}
+    options: list[tuple[list[str], Any, str, dict[str, Any]]] = [
+        (["--config"], str | None, "Read options from a YAML file; the command line wins.", {"metavar": "PATH"}),
+        (["--print-config"], bool, "Print all options with their values as YAML and exit.", {}),
+        (["--json"], bool, "Print the result as one JSON object.", {}),
+        (["--version", "-V"], bool, "Print the version and exit.", {"callback": print_version, **eager}),
         (
             ["--help-all"],
             bool,
-            {"help": "Show every option and exit.", "callback": show_everything, "is_eager": True, "hidden": not short},
+            "Show every option and exit.",
+            {"callback": show_everything, "hidden": not short, **eager},
         ),
     ]
     return [
@@ -196,10 +201,10 @@ def _common(short: Sequence[str]) -> list[inspect.Parameter]:
             inspect.Parameter.KEYWORD_ONLY,
             default=False if kind is bool else None,
             annotation=Annotated[
-                kind, typer.Option(*names, show_default=False, rich_help_panel=EVERY_COMMAND, **more)
+                kind, typer.Option(*names, help=text, show_default=False, rich_help_panel=EVERY_COMMAND, **more)
             ],
         )
-        for names, kind, more in options
+        for names, kind, text, more in options
     ]
 
 

@@ -105,7 +105,11 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, defer_build=True, populate_by_name=True, protected_namespaces=(),
+        extra="forbid",
+        frozen=True,
+        defer_build=True,
+        populate_by_name=True,
+        protected_namespaces=(),
         allow_inf_nan=False,
     )
     shown_defaults: ClassVar[Mapping[str, str]] = {}
@@ -141,7 +145,7 @@ class Config(BaseModel):
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError(f"expected a number, got {_quoted(value)}")
         if kind is int:
-            return _whole_number(value)
+            return whole_number(value)
         return _expanded(value) if extra(field, "path") else value
 
     @model_validator(mode="after")
@@ -233,7 +237,7 @@ def _expanded(value: Any) -> Any:
         return value
 
 
-def _whole_number(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
     """Return a number such as 1e3 or "1e3" as a whole number, if it is one, and any other value unchanged."""
     try:
         number = float(value) if isinstance(value, float | str) else 0.5

@@ -18,8 +18,8 @@ class SourceOptions(Config):
     """Where text comes from."""
 
     source: list[str] = option(
-        "Files, directories, patterns in quotes, - (standard input), python-docs, or datasets. Files may be text, jsonl, "
-        "json, csv, tsv, parquet, arrow, tar or zip, compressed or not. A dataset is saved to disk, or on the Hub as "
+        "Files, directories, patterns in quotes, - (standard input), python-docs, or datasets. Files may be text, "
+        "jsonl, json, csv, tsv, parquet, arrow, tar or zip, compressed or not. A dataset is saved to disk, or on the Hub as "
         "NAME:CONFIGURATION@SPLIT.",
         positional=True,
         path=True,
@@ -35,7 +35,9 @@ class FileOptions(Config):
         default="auto",
         panel=TEXT,
     )
-    text_column: str = option("Field or column that holds the text of a row.", default="text", panel=TEXT, metavar="NAME")
+    text_column: str = option(
+        "Field or column that holds the text of a row.", default="text", panel=TEXT, metavar="NAME"
+    )
 
 
 class TextOptions(FileOptions):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tinygpt2.config.base import extra, flag_name, option, read_yaml, summary
 from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, RUN
@@ -26,7 +26,7 @@ class DistillConfig(TrainOptions):
     Sources: TinyGPT2 (attention, hidden states, soft labels), DistilGPT2 (cosine, temperature).
     """
 
-    shown_defaults = {
+    shown_defaults: ClassVar[dict[str, str]] = {
         "num_epochs": "1 to 4, from student and data",
         "learning_rate": "from the student's width",
     }

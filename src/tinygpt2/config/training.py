@@ -151,7 +151,9 @@ class TrainOptions(ModelOptions):
         panel=RUN,
     )
     log_every: int = option("Write a line to metrics.jsonl every N steps.", default=10, panel=RUN, ge=1)
-    report_to: list[str] = option("Also log to this service. Repeat it for both.", default=[], panel=RUN, metavar="tensorboard|wandb")
+    report_to: list[str] = option(
+        "Also log to this service. Repeat it for both.", default=[], panel=RUN, metavar="tensorboard|wandb"
+    )
     eval_task: list[str] = option(
         "Measure the finished model on this task, as `ppl --task` does. Repeat it for several.",
         default=[],

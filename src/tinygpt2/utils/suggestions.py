@@ -54,6 +54,8 @@ _OTHER_NAMES = {
     "vocab_size": "vocabulary_size vocab",
     "text_column": "column text_key field",
     "overwrite": "force",
+    "gpt2": "gpt2-small gpt2-124m gpt2-base gpt-2",
+    "distilgpt2": "distil-gpt2 distilgpt-2",
     # commands
     "pretrain": "train training",
     "finetune": "train training tune sft",
@@ -82,11 +84,13 @@ def closest(name: str, known: Iterable[str], most: int = 2) -> list[str]:
 
     Dashes and underscores are the same.
     """
-    names = {_plain(one): one for one in known}
-    asked = _plain(name)
-    habits = [one for plain, one in names.items() if asked in _HABITS.get(plain, ())]
-    spellings = [names[plain] for plain in difflib.get_close_matches(asked, names, n=most)]
-    return list(dict.fromkeys([*habits, *spellings]))[:most]
+    asked, names = _plain(name), {_plain(one): one for one in known}
+    theirs = {other for plain in names for other in _HABITS.get(plain, ())}
+    others = difflib.get_close_matches(asked, theirs, cutoff=0.9)
+    habits = [one for other in others for plain, one in names.items() if other in _HABITS.get(plain, ())]
+    # after a good guess, only a close spelling is worth a second one
+    spellings = difflib.get_close_matches(asked, names, n=most, cutoff=0.7 if habits else 0.6)
+    return list(dict.fromkeys([*habits, *(names[plain] for plain in spellings)]))[:most]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
