@@ -262,6 +262,7 @@ COMMANDS = [
 for _command in COMMANDS:
     add_command(app, *_command)
 
+_CLOSED_PIPE = 141  # what shells report for a process that SIGPIPE ended
 _TURN = 3.0  # seconds that other processes wait before they report an error
 
 
@@ -270,7 +271,12 @@ def main(arguments: list[str] | None = None) -> None:
     tolerate_encodings()
     stop_like_ctrl_c()
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    sys.exit(_run(arguments, as_json="--json" in arguments))
+    try:
+        code = _run(arguments, as_json="--json" in arguments)
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        code = _CLOSED_PIPE
+    sys.exit(code)
 
 
 def _unexpected(error: Exception) -> TinyGPT2Error:
@@ -295,6 +301,10 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
             traceback.print_exc()
     except typer.TyperException as error:
         failure = usage_error(error)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # Typer has turned it into an exit with 1
+            raise ended.__context__ from None
+        raise
     except (KeyboardInterrupt, typer.Abort):
         failure = InterruptedRunError("interrupted")
     except Exception as error:

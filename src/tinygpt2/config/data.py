@@ -19,8 +19,8 @@ class SourceOptions(Config):
 
     source: list[str] = option(
         "Files, directories, patterns in quotes, - (standard input), python-docs, or datasets. Files may be text, "
-        "jsonl, json, csv, tsv, parquet, arrow, tar or zip, compressed or not. A dataset is saved to disk, or on the Hub as "
-        "NAME:CONFIGURATION@SPLIT.",
+        "jsonl, json, csv, tsv, parquet, arrow, tar or zip, compressed or not. A dataset is saved to disk, or on the "
+        "Hub as NAME:CONFIGURATION@SPLIT.",
         positional=True,
         path=True,
         metavar="SOURCE",

@@ -13,7 +13,7 @@ from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.mixture import content_of_datasets
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.configuration import is_model_config, preset_names
-from tinygpt2.models.weights import weight_files
+from tinygpt2.models.directory import weight_files
 from tinygpt2.utils.files import read_json, sha256_of, write_json, write_text
 from tinygpt2.utils.hub import local_directory
 

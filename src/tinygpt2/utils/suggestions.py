@@ -90,6 +90,7 @@ def closest(name: str, known: Iterable[str], most: int = 2) -> list[str]:
     habits = [one for other in others for plain, one in names.items() if other in _HABITS.get(plain, ())]
     # after a good guess, only a close spelling is worth a second one
     spellings = difflib.get_close_matches(asked, names, n=most, cutoff=0.7 if habits else 0.6)
+    spellings = difflib.get_close_matches(asked, spellings, n=1, cutoff=0.9) or spellings
     return list(dict.fromkeys([*habits, *(names[plain] for plain in spellings)]))[:most]
 
 
