@@ -291,7 +291,7 @@ def _unexpected(error: Exception) -> TinyGPT2Error:
 def _run(arguments: list[str], *, as_json: bool) -> int:
     debug = os.environ.get("TINYGPT2_DEBUG") == "1"
     try:
-        code = int(app(arguments, standalone_mode=False) or 0)
+        code = int(app(arguments, standalone_mode=False, prog_name="tinygpt2") or 0)
         if code != InterruptedRunError.exit_code:
             return code
         failure: TinyGPT2Error = InterruptedRunError("interrupted")  # before the command began

@@ -119,7 +119,7 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
     Raises:
         ConfigError: options are invalid. The message lists all problems, and names the file if it may be the cause.
     """
-    from_file = read_yaml(Path(file)) if file else {}
+    from_file = read_yaml(Path(file).expanduser()) if file else {}
     if file and is_cerebras(from_file):
         from_file = _translated(config_type, from_file, file)
     if from_file.get("allow_pickle") and "allow_pickle" not in given:

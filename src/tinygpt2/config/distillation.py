@@ -203,7 +203,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         ConfigError: there is no such recipe, or it sets an option that is neither an objective nor optimisation.
     """
     built_in = built_in_recipes()
-    path = built_in.get(name, Path(name))
+    path = built_in.get(name, Path(name).expanduser())
     if name not in built_in and not path.is_file():
         raise ConfigError(
             f"no recipe {name!r}: there is no such file{did_you_mean(name, built_in)}",
