@@ -23,9 +23,10 @@ import torch
 
 from tinygpt2 import TruncateStudentConfig
 from tinygpt2.compression.calibration import calibration_batches, mean_loss
-from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, sizes_of
+from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model
 from tinygpt2.compression.importance import active_dimensions, depth_importance, important_dimensions, width_importance
 from tinygpt2.compression.least_squares import refit
+from tinygpt2.compression.sizes import sizes_of
 from tinygpt2.compression.truncate import _top
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.models.loading import load_model

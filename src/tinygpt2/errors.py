@@ -25,6 +25,11 @@ def one_line(error: object, limit: int | None = None) -> str:
     return " ".join(str(error).split())[:limit]
 
 
+def first_sentence(text: str) -> str:
+    """Return a text up to the end of its first sentence."""
+    return re.split(r"(?<=[.?!]) (?=[A-Z-])", text, maxsplit=1)[0]
+
+
 def listed(names: Iterable[object], most: int = 3) -> str:
     """Return the first few names as a list: `a, b, c and 12 more`."""
     words = [str(name) for name in names]

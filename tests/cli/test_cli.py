@@ -243,7 +243,7 @@ def test_settings_change_from_the_prompt(teacher: Path) -> None:
     assert (first["tokens"], plain["tokens"], plain["prompt"]) == (6, 2, "/the")
     told = done.stderr.splitlines()
     assert "max-new-tokens 6, temperature 1.5, num-beams 1, num-samples 1, seed 42" in told
-    assert any(line.startswith("error: --top-k x: ") for line in told)
+    assert any(line.startswith("error: --top-k: expected a whole number, got 'x'") for line in told)
     assert "error: unknown setting /tempo" in told
     assert "max-new-tokens 2, num-beams 1, num-samples 1, seed 42" in told
 
@@ -291,15 +291,15 @@ BAD = [
     (3, "broken.jsonl:2", "pregenerate {bad}/broken.jsonl --tokenizer {tok} --out {out}"),
     (3, "surrogate.jsonl:1: half of a surrogate", "pregenerate {bad}/surrogate.jsonl --tokenizer {tok} --out {out}"),
     (2, "leaves nothing to train", TRAIN + " --data {data} --freeze *"),
-    (2, "--seed 99999999999: expected at most 4294967295", TRAIN + " --data {data} --seed 99999999999"),
+    (2, "--seed: expected at most 4294967295, got 99999999999", TRAIN + " --data {data} --seed 99999999999"),
     (4, "no tokenizer in", "pregenerate {corpus} --tokenizer {bad}/notok --out {out}"),
     (4, "HF_HUB_OFFLINE", "pregenerate {corpus} --tokenizer no-such-tokenizer --out {out}"),
     (2, "not empty", "pregenerate {corpus} --tokenizer {tok} --out {bad}/full"),
     (2, "--stride 9", "pregenerate {corpus} --tokenizer {tok} --out {out} --sequence-length 8 --stride 9"),
     (3, "fewer than --vocab-size", "train-tokenizer {bad}/short.txt --out {out}"),
-    (2, "--vocab-size 10", "train-tokenizer {corpus} --out {out} --vocab-size 10"),
+    (2, "--vocab-size: expected at least 257, got 10", "train-tokenizer {corpus} --out {out} --vocab-size 10"),
     (2, "did you mean 'learning_rate'", TRAIN + " --data {data} --config {bad}/unknown.yaml"),
-    (2, "--max-steps many", "pretrain --model {teacher} --out {out} --data {data} --config {bad}/type.yaml"),
+    (2, "--max-steps: expected a whole number, got 'many'", "pretrain --model {teacher} --out {out} --data {data} --config {bad}/type.yaml"),
     (2, "must contain lines of 'option: value'", TRAIN + " --data {data} --config {bad}/list.yaml"),
     (2, "not valid YAML", TRAIN + " --data {data} --config {bad}/syntax.yaml"),
     (2, "cannot read", TRAIN + " --data {data} --config {bad}/nowhere.yaml"),

@@ -207,7 +207,7 @@ def test_bad_tasks(teacher: Path, tokenizer_dir: Path, data: Path, tmp_path: Pat
     make_model(tmp_path / "short", None, n_positions=16)
     (tmp_path / "text.txt").write_text("the cat sat")
     cases = [
-        (ConfigError, "did you mean wikitext", {"task": "wikitxt"}),
+        (ConfigError, "did you mean 'wikitext'", {"task": "wikitxt"}),
         (ConfigError, "--task is required", {"task": []}),
         (DataError, "no such file", {"task": "nowhere.txt"}),
         (DataError, "no such file", {"task": "wikitext", "task_data": str(tmp_path / "x")}),

@@ -11,9 +11,11 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from tinygpt2.cli.help import HELP_NAMES, HelpGroup
 from tinygpt2.cli.options import Run, add_command, print_version
 from tinygpt2.cli.render import as_csv, as_markdown, print_error
 from tinygpt2.cli.session import start_session
+from tinygpt2.cli.usage_errors import usage_error
 from tinygpt2.config.base import Config
 from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
@@ -31,10 +33,12 @@ from tinygpt2.utils.terminal import printable, tolerate_encodings
 app = typer.Typer(
     name="tinygpt2",
     help="Make GPT-2 small: cut a student out of a teacher, distil it, and measure how good it is.",
-    epilog="First time here? Run: tinygpt2 quickstart",
-    add_completion=False,
+    epilog="COMMAND --help explains a command. First time here? Run: tinygpt2 quickstart",
+    cls=HelpGroup,
+    context_settings={"help_option_names": HELP_NAMES},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    suggest_commands=False,
 )
 
 
@@ -42,7 +46,7 @@ app = typer.Typer(
 def _main(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True),
+        typer.Option("--version", "-V", help="Print the version and exit.", callback=print_version, is_eager=True),
     ] = False,
 ) -> None:
     pass
@@ -95,13 +99,14 @@ def _presets(config: Any, as_json: bool) -> Any:
 
 
 class Command(NamedTuple):
-    """A command: its name, options, help and examples, and the function that runs it."""
+    """A command: its name, options, help and examples, the function that runs it, and what its --help lists first."""
 
     name: str
     config: type[Config]
     about: str
     examples: list[str]
     run: Run
+    short: tuple[str, ...] = ()
 
 
 COMMANDS = [
@@ -125,6 +130,17 @@ COMMANDS = [
         "Tokenize a corpus and pack it into blocks, with a training and a test split.",
         ["pregenerate novels/ pages.jsonl --tokenizer tokenizer --sequence-length 512 --out data"],
         _public("pregenerate"),
+        (
+            "sequence_length",
+            "test_fraction",
+            "test_source",
+            "document",
+            "text_column",
+            "num_workers",
+            "overwrite",
+            "resume",
+            "shard",
+        ),
     ),
     Command(
         "pretrain",
@@ -135,6 +151,21 @@ COMMANDS = [
             "pretrain --model cut --data data --out model",
         ],
         _training("pretrain"),
+        (
+            "num_epochs",
+            "max_steps",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "optimizer",
+            "learning_rate",
+            "lr_schedule",
+            "precision",
+            "eval_data",
+            "eval_every",
+            "save_every",
+            "resume",
+            "validate_only",
+        ),
     ),
     Command(
         "truncate-student",
@@ -142,6 +173,7 @@ COMMANDS = [
         "Cut a student out of a teacher: fewer layers, a smaller hidden size, fewer heads or positions.",
         ["truncate-student --teacher gpt2 --num-layers 6 --out cut"],
         _public("truncate_student"),
+        ("num_layers", "strategy", "layers", "n_embd", "n_head", "n_inner", "refit", "data"),
     ),
     Command(
         "distill",
@@ -149,10 +181,24 @@ COMMANDS = [
         "Distil a teacher into a student.",
         [
             "distill --teacher gpt2 --student cut --data data --out student",
-            "distill --plan --budget-minutes 60 --teacher gpt2 --data data --out student",
+            "distill --plan --teacher gpt2 --data data --out student",
             "distill --recipe tinygpt2 --teacher gpt2 --student tinygpt2-4l-312 --data data --out student",
         ],
         _training("distill"),
+        (
+            "recipe",
+            "num_epochs",
+            "max_steps",
+            "micro_batch_size",
+            "learning_rate",
+            "precision",
+            "resume",
+            "plan",
+            "prediction_weight",
+            "hidden_weight",
+            "attention_weight",
+            "ce_weight",
+        ),
     ),
     Command(
         "finetune",
@@ -160,6 +206,20 @@ COMMANDS = [
         "Fine-tune any GPT-2 on a text or a pregenerated dataset.",
         ["finetune --model student --data mine.txt --out mine"],
         _training("finetune"),
+        (
+            "num_epochs",
+            "max_steps",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "precision",
+            "sequence_length",
+            "test_fraction",
+            "eval_data",
+            "eval_every",
+            "resume",
+            "validate_only",
+        ),
     ),
     Command(
         "ppl",
@@ -171,6 +231,7 @@ COMMANDS = [
             "ppl --list-tasks",
         ],
         _ppl,
+        ("model", "task_data", "list_tasks", "convention", "stride", "batch_size", "plot", "csv", "markdown"),
     ),
     Command(
         "presets",
@@ -201,6 +262,7 @@ COMMANDS = [
 for _command in COMMANDS:
     add_command(app, *_command)
 
+_CLOSED_PIPE = 141  # what shells report for a process that SIGPIPE ended
 _TURN = 3.0  # seconds that other processes wait before they report an error
 
 
@@ -209,7 +271,12 @@ def main(arguments: list[str] | None = None) -> None:
     tolerate_encodings()
     stop_like_ctrl_c()
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    sys.exit(_run(arguments, as_json="--json" in arguments))
+    try:
+        code = _run(arguments, as_json="--json" in arguments)
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        code = _CLOSED_PIPE
+    sys.exit(code)
 
 
 def _unexpected(error: Exception) -> TinyGPT2Error:
@@ -224,7 +291,7 @@ def _unexpected(error: Exception) -> TinyGPT2Error:
 def _run(arguments: list[str], *, as_json: bool) -> int:
     debug = os.environ.get("TINYGPT2_DEBUG") == "1"
     try:
-        code = int(app(arguments, standalone_mode=False) or 0)
+        code = int(app(arguments, standalone_mode=False, prog_name="tinygpt2") or 0)
         if code != InterruptedRunError.exit_code:
             return code
         failure: TinyGPT2Error = InterruptedRunError("interrupted")  # before the command began
@@ -233,7 +300,11 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
         if debug and error.__cause__ is not None:
             traceback.print_exc()
     except typer.TyperException as error:
-        failure = ConfigError(error.format_message(), "run tinygpt2 --help, or add --help to the command")
+        failure = usage_error(error)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # Typer has turned it into an exit with 1
+            raise ended.__context__ from None
+        raise
     except (KeyboardInterrupt, typer.Abort):
         failure = InterruptedRunError("interrupted")
     except Exception as error:

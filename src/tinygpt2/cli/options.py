@@ -8,15 +8,28 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
+from tinygpt2.cli.completion import completer
+from tinygpt2.cli.early_checks import check_early
+from tinygpt2.cli.help import (
+    COMMON,
+    EVERY_COMMAND,
+    HELP_NAMES,
+    REQUIRED,
+    facts,
+    help_command,
+    needed,
+    placeholder,
+    show_everything,
+)
 from tinygpt2.cli.render import print_result
-from tinygpt2.config.base import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
+from tinygpt2.config.base import OPTIONS, Config, extra, flag_name, plain_type, read_yaml
 from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
 from tinygpt2.config.data import PregenerateConfig
@@ -30,36 +43,42 @@ from tinygpt2.utils.terminal import printable
 Run = Callable[[Any, bool], Any]
 """Called with the configuration and whether to print JSON. Returns the result, or None if it has printed it."""
 
-PANELS = (
-    "Options",
-    OBJECTIVES,
-    DECODING,
-    TEXT,
-    LENGTH,
-    OPTIMISATION,
-    RUN,
-)
+HEADINGS = (REQUIRED, COMMON, OPTIONS, OBJECTIVES, DECODING, TEXT, LENGTH, OPTIMISATION, RUN)
 """Headings of the options, in the order in which help lists them."""
+
+LETTERS = {"out": "-o", "model": "-m"}
+"""Short forms of options, the same in every command."""
 
 
 def add_command(
-    app: typer.Typer, name: str, config_type: type[Config], about: str, examples: list[str], run: Run
+    app: typer.Typer,
+    name: str,
+    config_type: type[Config],
+    about: str,
+    examples: list[str],
+    run: Run,
+    short: Sequence[str] = (),
 ) -> None:
     """Add a command to `app`: build its configuration, call `run` with it, and print the result.
 
     Args:
         about: a sentence that describes the command.
         examples: command lines for the help, without the program's name.
+        short: the options that --help lists, in this order, besides the required ones; --help-all lists all. Empty if
+            --help lists all.
     """
 
     def command(**given: Any) -> None:
         file, print_config, as_json = given.pop("config"), given.pop("print_config"), given.pop("json")
         given.pop("version")
+        given.pop("help_all")
         config = resolve(config_type, file, {key: value for key, value in given.items() if value not in (None, [], ())})
         if print_config:
             typer.echo(config.to_yaml(), nl=False)
             return
         try:
+            if not rank():  # the other processes would find what this one has begun to write
+                check_early(config)
             result = run(config, as_json)
         except KeyboardInterrupt:  # Typer would turn it into an exit without a word
             raise interrupted(config) from None
@@ -67,13 +86,19 @@ def add_command(
             print_result(result, as_json=as_json)
         raise typer.Exit(getattr(result, "exit_code", 0))
 
-    options = sorted(config_type.options().items(), key=lambda item: PANELS.index(extra(item[1], "panel")))
-    recipe = read_recipe("default") if "recipe" in dict(options) else {}
-    parameters = [_parameter(key, field, recipe) for key, field in options] + _common()
+    recipe = read_recipe("default") if "recipe" in config_type.options() else {}
+    parameters = _parameters(config_type, short, recipe) + _common(short)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    lines = "\n\n".join(f"  tinygpt2 {example}" for example in examples)
-    app.command(name, help=about, short_help=about, epilog=f"Examples:\n\n{lines}")(command)
+    lines = "\n".join(["Examples:", *(f"  tinygpt2 {example}" for example in examples)])
+    app.command(
+        name,
+        help=about,
+        short_help=about,
+        epilog=lines,
+        cls=help_command(short),
+        context_settings={"help_option_names": HELP_NAMES},
+    )(command)
 
 
 def interrupted(config: Config) -> InterruptedRunError:
@@ -94,7 +119,7 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
     Raises:
         ConfigError: options are invalid. The message lists all problems, and names the file if it may be the cause.
     """
-    from_file = read_yaml(Path(file)) if file else {}
+    from_file = read_yaml(Path(file).expanduser()) if file else {}
     if file and is_cerebras(from_file):
         from_file = _translated(config_type, from_file, file)
     if from_file.get("allow_pickle") and "allow_pickle" not in given:
@@ -122,66 +147,65 @@ def _translated(config_type: type[Config], values: dict[str, Any], file: str) ->
     return options
 
 
-def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Parameter:
+def _parameters(config_type: type[Config], short: Sequence[str], recipe: dict[str, Any]) -> list[inspect.Parameter]:
+    """Return a command's own options in the order of the help: by heading, the common ones as `short` lists them."""
+    found = []
+    for key, field in config_type.options().items():
+        panel = extra(field, "panel")
+        lifted = key in short and panel != OBJECTIVES
+        heading = REQUIRED if needed(field) else COMMON if lifted else panel
+        place = (HEADINGS.index(heading), short.index(key) if key in short else len(short))
+        found.append((place, _parameter(key, field, heading, facts(config_type, key, field, recipe))))
+    return [parameter for _, parameter in sorted(found, key=lambda item: item[0])]
+
+
+def _parameter(key: str, field: FieldInfo, heading: str, known: str) -> inspect.Parameter:
     kind = plain_type(field)
     is_list = get_origin(kind) is list or extra(field, "repeated")
     annotation: Any = bool | None if kind is bool else list[str] | None if is_list else str | None
-    default = "default from the recipe" if key in recipe else _default(field)
-    facts = [part for part in (bounds_label(field), default) if part]
-    text = (field.description or "") + (f" [{'; '.join(facts)}]" if facts else "")
+    about: dict[str, Any] = {
+        "help": f"{field.description}{known}",
+        "metavar": None if kind is bool else placeholder(field),
+        "show_default": False,
+        "rich_help_panel": heading,
+    }
     if extra(field, "positional"):
-        info: Any = typer.Argument(help=text, metavar=key.upper(), show_default=False)
+        info: Any = typer.Argument(**about)
     else:
         flag = flag_name(key)
-        names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-        info = typer.Option(names, help=text, metavar=None if kind is bool else type_label(field), show_default=False)
+        if kind is not bool:
+            about["autocompletion"] = completer(about["metavar"])
+        names = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag]
+        info = typer.Option(*names, *([LETTERS[key]] if key in LETTERS else []), **about)
     return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info])
 
 
-def _default(field: FieldInfo) -> str:
-    """Return the text about the default that the help shows."""
-    shown = extra(field, "shown")
-    if field.is_required() and not extra(field, "positional"):
-        return "required"
-    if shown is None and (field.is_required() or field.default in ([], None) or field.default is False):
-        return ""
-    value = ", ".join(field.default) if isinstance(field.default, list) else field.default
-    return f"default {shown or ('yes' if value is True else value)}"
-
-
-def _common() -> list[inspect.Parameter]:
-    options: list[tuple[str, Any, Any]] = [
+def _common(short: Sequence[str]) -> list[inspect.Parameter]:
+    """Return the options that every command has."""
+    eager: dict[str, Any] = {"is_eager": True}
+    options: list[tuple[list[str], Any, str, dict[str, Any]]] = [
+        (["--config"], str | None, "Read options from a YAML file; the command line wins.", {"metavar": "PATH"}),
+        (["--print-config"], bool, "Print all options with their values as YAML and exit.", {}),
+        (["--json"], bool, "Print the result as one JSON object.", {}),
+        (["--version", "-V"], bool, "Print the version and exit.", {"callback": print_version, **eager}),
         (
-            "config",
-            str | None,
-            _common_option("--config", "Read options from a YAML file. Command-line options override it.", "FILE"),
-        ),
-        (
-            "print_config",
+            ["--help-all"],
             bool,
-            _common_option("--print-config", "Print all options with their values as YAML and exit."),
-        ),
-        ("json", bool, _common_option("--json", "Print the result as one JSON object.")),
-        (
-            "version",
-            bool,
-            _common_option("--version", "Print the version and exit.", callback=print_version, is_eager=True),
+            "Show every option and exit.",
+            {"callback": show_everything, "hidden": not short, **eager},
         ),
     ]
-    defaults = {"config": None}
     return [
         inspect.Parameter(
-            name,
+            names[0].removeprefix("--").replace("-", "_"),
             inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(name, False),
-            annotation=Annotated[annotation, info],
+            default=False if kind is bool else None,
+            annotation=Annotated[
+                kind, typer.Option(*names, help=text, show_default=False, rich_help_panel=EVERY_COMMAND, **more)
+            ],
         )
-        for name, annotation, info in options
+        for names, kind, text, more in options
     ]
-
-
-def _common_option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
-    return typer.Option(name, help=text, metavar=metavar, show_default=False, **more)
 
 
 def print_version(asked: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.config.compression import Position, Strategy, TruncateStudentConfig
+from tinygpt2.config.compression import Position, Strategy
 from tinygpt2.errors import ConfigError, ModelError, listed
 
 _PARTS = {
@@ -137,29 +136,3 @@ def require_cuttable(teacher: GPT2LMHeadModel, name: str) -> None:
             f"teacher {name} cannot be cut: its blocks have parts that GPT-2's do not have: {listed(sorted(strange))}",
             "only plain GPT-2s can be cut, without cross-attention and with an activation that has no weights",
         )
-
-
-def sizes_of(config: TruncateStudentConfig, teacher: Any) -> tuple[int, int, int]:
-    """Return the student's width, heads and inner units.
-
-    Args:
-        teacher: the teacher's configuration.
-
-    Raises:
-        ConfigError: the student would be wider than the teacher, or would keep only a part of a head.
-    """
-    head_width = teacher.n_embd // teacher.n_head
-    heads = config.n_head or (config.n_embd or teacher.n_embd) // head_width
-    width = config.n_embd or heads * head_width
-    if width != heads * head_width or not 0 < heads <= teacher.n_head:
-        pairs = ", ".join(f"{count * head_width}/{count}" for count in range(1, teacher.n_head + 1))
-        raise ConfigError(
-            f"--n-embd {width} with --n-head {heads}: the teacher's heads have {head_width} dimensions each, "
-            "and a head cannot be cut",
-            f"valid pairs of --n-embd and --n-head: {pairs}",
-        )
-    whole = teacher.n_inner or 4 * teacher.n_embd
-    inner = config.n_inner or max(1, whole * width // teacher.n_embd)
-    if inner > whole:
-        raise ConfigError(f"--n-inner {inner}: the teacher has only {whole} inner units")
-    return width, heads, inner

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss
-from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable, sizes_of
+from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
 from tinygpt2.compression.importance import (
     DepthImportance,
     active_dimensions,
@@ -21,10 +21,12 @@ from tinygpt2.compression.importance import (
     width_importance,
 )
 from tinygpt2.compression.least_squares import refit
+from tinygpt2.compression.sizes import check_sizes, position_count, sizes_of
+from tinygpt2.config.common import OTHER_OUT
 from tinygpt2.config.compression import Position, TruncateStudentConfig
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.errors import DataError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.card import model_card
 from tinygpt2.models.compatibility import check_fits
@@ -82,13 +84,12 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         ModelError: the teacher cannot be loaded, or is not a plain GPT-2.
     """
     out = Path(config.out)
-    require_free(out, "give another --out")
+    require_free(out, OTHER_OUT)
     teacher, directory = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle)
     require_cuttable(teacher, config.teacher)
     tokenizer = model_tokenizer(directory)
-    sizes_of(config, teacher.config)  # find impossible sizes before anything is measured
-    _check_depth(config, teacher.config.n_layer)
-    positions = _position_count(config, teacher.config.n_positions)
+    check_sizes(config, teacher.config)  # before anything is measured
+    positions = position_count(config, teacher.config.n_positions)
     data = None
     if config.data is not None:
         data = load_packed_dataset(config.data)
@@ -122,29 +123,6 @@ def _pinned(config: TruncateStudentConfig, directory: Path) -> TruncateStudentCo
     revision = hub_revision(directory)
     name = config.teacher.partition("@")[0]
     return config if revision is None else config.model_copy(update={"teacher": f"{name}@{revision}"})
-
-
-def _check_depth(config: TruncateStudentConfig, total: int) -> None:
-    """Check the layers that the options ask for.
-
-    Raises:
-        ConfigError: a block does not exist, is repeated, or is not in ascending order.
-    """
-    if config.num_layers is not None and config.num_layers > total:
-        raise ConfigError(f"--num-layers {config.num_layers}: the teacher has only {total} layers")
-    if config.layers is None:
-        return
-    layers = [int(number) for number in config.layers.split(",")]
-    if bad := [layer for layer in layers if layer >= total]:
-        raise ConfigError(f"--layers: block {bad[0]} does not exist, the teacher has blocks 0 to {total - 1}")
-    if sorted(set(layers)) != layers:
-        raise ConfigError(f"--layers {config.layers}: list the blocks in ascending order, each of them once")
-
-
-def _position_count(config: TruncateStudentConfig, total: int) -> tuple[int, Position]:
-    if (config.n_positions or 0) > total:
-        raise ConfigError(f"--n-positions {config.n_positions}: the teacher has only {total} positions")
-    return config.n_positions or total, config.position or "first"
 
 
 def _choose(

@@ -6,14 +6,13 @@ help are declared once. The command line, the YAML keys and `--print-config` fol
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import shlex
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, Union, dataclass_transform, get_args, get_origin
+from typing import Any, ClassVar, Self, Union, dataclass_transform, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -29,19 +28,24 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tinygpt2.errors import ConfigError, one_line
+from tinygpt2.errors import ConfigError, first_sentence, one_line
+from tinygpt2.utils.suggestions import did_you_mean
+
+OPTIONS = "Options"  # the heading of options without another one
 
 
 def option(
     text: str,
     *,
     default: Any = PydanticUndefined,
-    panel: str = "Options",
+    panel: str = OPTIONS,
     positional: bool = False,
     commas: bool = False,
     repeated: bool = False,
     path: bool = False,
     shown: str | None = None,
+    metavar: str | None = None,
+    required: str | None = None,
     alias: str | None = None,
     **bounds: Any,
 ) -> Any:
@@ -56,24 +60,32 @@ def option(
         repeated: whether it may be given several times, though one value is not a list.
         path: whether it may name a file or directory; a leading ~ is the home directory.
         shown: the default that the help shows, if the value itself says too little.
+        metavar: what the help shows in the place of its value: words in small letters between bars stand for
+            themselves, the others say what kind of value is meant. By default, this follows from the type.
+        required: the condition under which an option with a default has to be given; empty if it always has to be.
         alias: its name, if the field cannot have the same name.
         bounds: pydantic's ge, gt, le and lt.
     """
     extra: dict[str, Any] = {
         "panel": panel, "positional": positional, "commas": commas, "repeated": repeated,
-        "path": path, "shown": shown,
+        "path": path, "shown": shown, "metavar": metavar, "required": required,
     }  # fmt: skip
     return Field(default, description=text, json_schema_extra=extra, alias=alias, **bounds)
 
 
 def extra(field: FieldInfo, key: str) -> Any:
-    """Return `panel`, `positional`, `commas`, `repeated`, `path` or `shown` of an option."""
+    """Return what `option` was told of an option, by the name of the argument: `panel`, `path`, `shown` and so on."""
     return field.json_schema_extra.get(key) if isinstance(field.json_schema_extra, dict) else None
 
 
 def flag_name(key: str) -> str:
     """Return the option for a field's name, such as `--max-steps` for `max_steps`."""
     return "--" + key.replace("_", "-")
+
+
+def summary(field: FieldInfo) -> str:
+    """Return the first sentence of an option's help."""
+    return first_sentence(field.description or "")
 
 
 def plain_type(field: FieldInfo) -> Any:
@@ -93,8 +105,15 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, defer_build=True, populate_by_name=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        defer_build=True,
+        populate_by_name=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
+    shown_defaults: ClassVar[Mapping[str, str]] = {}
+    """Defaults that the help of this command shows in place of `shown`, by the option's name."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
@@ -124,9 +143,9 @@ class Config(BaseModel):
         if extra(field, "repeated") and isinstance(value, list) and len(value) == 1:
             (value,) = value
         if kind in (int, float) and isinstance(value, bool):
-            raise ValueError("expected a number, not yes or no")
+            raise ValueError(f"expected a number, got {_quoted(value)}")
         if kind is int:
-            return _whole_number(value)
+            return whole_number(value)
         return _expanded(value) if extra(field, "path") else value
 
     @model_validator(mode="after")
@@ -163,19 +182,20 @@ class Config(BaseModel):
     @classmethod
     def _problems(cls, error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:
         options = {**cls.model_fields, **cls.options()}
+        reported: set[str] = set()
         bad = {str(item["loc"][0]) if item["loc"] else "" for item in error.errors()}
         for item in error.errors():
             key = str(item["loc"][0]) if item["loc"] else ""
             if not key:
                 yield str(item["ctx"]["error"])
             elif item["type"] == "extra_forbidden":
-                close = difflib.get_close_matches(key, cls.options(), n=1)
-                yield f"unknown option '{key}'" + (f", did you mean '{close[0]}'?" if close else "")
+                yield f"unknown option '{key}'{did_you_mean(key, cls.options())}"
             elif item["type"] == "missing":
                 name = key.upper() if extra(options[key], "positional") else flag_name(key)
-                yield f"{name} is required: {options[key].description}"
-            else:
-                yield f"{flag_name(key)} {item['input']}: {_reason(item)}"
+                yield f"{name} is required: {summary(options[key])}"
+            elif key not in reported:
+                reported.add(key)  # a value that may be of two types is wrong for both
+                yield f"{flag_name(key)}: {_reason(item)}"
         if "" not in bad:  # after an invalid value, pydantic skips the check for contradictions
             blank = {key: "?" for key, field in cls.options().items() if field.is_required()}
             valid = {key: value for key, value in values.items() if key in options and key not in bad}
@@ -217,7 +237,7 @@ def _expanded(value: Any) -> Any:
         return value
 
 
-def _whole_number(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
     """Return a number such as 1e3 or "1e3" as a whole number, if it is one, and any other value unchanged."""
     try:
         number = float(value) if isinstance(value, float | str) else 0.5
@@ -228,37 +248,31 @@ def _whole_number(value: Any) -> Any:
 
 
 def _reason(item: Any) -> str:
-    """Return in a few words why a value is invalid."""
+    """Return what was expected of a value, and what was given."""
     kinds = {"int": "a whole number", "float": "a number", "bool": "yes or no", "list": "a list", "string": "a text"}
-    kind = next((words for name, words in kinds.items() if item["type"].startswith(f"{name}_")), None)
-    if kind is not None:
-        return f"expected {kind}"
+    kinds |= {"finite_number": "a finite number"}
     bounds = {"greater_than_equal": "at least", "greater_than": "more than", "less_than_equal": "at most"}
     bounds |= {"less_than": "less than"}
+    expected = next((words for name, words in kinds.items() if item["type"].startswith(name)), None)
     if item["type"] in bounds:
-        return f"expected {bounds[item['type']]} {next(iter(item['ctx'].values()))}"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{message[0].lower()}{message[1:]}"
+        expected = f"{bounds[item['type']]} {next(iter(item['ctx'].values())):.12g}"
+    elif item["type"] == "literal_error":
+        expected = str(item["ctx"]["expected"]).replace("'", "")
+    if expected is None:
+        message = str(item["msg"]).removeprefix("Value error, ")
+        return f"{message[0].lower()}{message[1:]}"
+    return f"expected {expected}, got {_quoted(item['input'])}"
 
 
-def type_label(field: FieldInfo) -> str:
-    """Return the type that the help shows: INTEGER, NUMBER, TEXT or the choices."""
-    kind = plain_type(field)
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    return {int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
-
-
-def bounds_label(field: FieldInfo) -> str:
-    """Return the bounds that the help shows, such as `>= 1`, or an empty string."""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(item, name)}"
-        for item in field.metadata
-        for name, sign in signs.items()
-        if hasattr(item, name)
-    ]
-    return ", ".join(bounds)
+def _quoted(value: Any) -> str:
+    """Return a value as a message shows it: numbers as they are, yes and no as in YAML, everything else in quotes."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "nothing"}[value]
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return one_line(repr(value), 100)
+    return str(value)
 
 
 class _Loader(yaml.SafeLoader):

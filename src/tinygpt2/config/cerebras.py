@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tinygpt2.config.base import whole_number
 from tinygpt2.errors import ConfigError
 
 SECTIONS = ("train_input", "eval_input", "model", "optimizer", "runconfig")
@@ -153,6 +154,7 @@ def _schedule(rate: Any, steps: Any, where: str) -> dict[str, Any]:
             "for other schedules, set lr_schedule, learning_rate and warmup_ratio in a YAML file of tinygpt2 options",
         )
     first, rest = _length(warmup, where), _length(decay, where)
+    steps = whole_number(steps)
     total = steps if isinstance(steps, int) and steps else (first + rest if rest else 0)
     if (name != "Constant" and rest and total != first + rest) or first > total:
         raise ConfigError(

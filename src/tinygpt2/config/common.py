@@ -10,3 +10,5 @@ LENGTH, OPTIMISATION, RUN = "Length of training", "Optimisation", "Running, logg
 OBJECTIVES, TEXT, DECODING = "Objectives", "Text", "Decoding"
 MAX_SEED = 2**32 - 1  # the largest that every random generator accepts
 DEFAULT_SEQUENCE_LENGTH = 1024
+OTHER_OUT = "give another --out"  # what helps if a directory is not empty
+OTHER_OUT_OR_RESUME = f"{OTHER_OUT}, or --resume to continue a run"

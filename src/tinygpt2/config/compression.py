@@ -16,7 +16,7 @@ Position = Literal["first", "interpolate"]
 class TruncateStudentConfig(ModelOptions):
     """Options of `truncate-student`."""
 
-    teacher: str = option("Teacher: a local directory or a Hub id.", path=True)
+    teacher: str = option("Teacher: a local directory or a Hub id.", path=True, metavar="PATH|ID")
     out: str = option("Directory for the student.", path=True)
     num_layers: int | None = option("Number of layers to keep.", default=None, ge=1)
     strategy: Strategy | None = option(
@@ -27,7 +27,7 @@ class TruncateStudentConfig(ModelOptions):
         shown="uniform",
     )
     layers: str | None = option(
-        "Layers to keep by number, counted from 0, such as 0,2,4,7,9,11.", default=None, commas=True
+        "Layers to keep by number, counted from 0, such as 0,2,4,7,9,11.", default=None, commas=True, metavar="N,..."
     )
     n_embd: int | None = option(
         "Hidden size of the student. Keeps the dimensions that matter most on --data.",
@@ -90,4 +90,4 @@ class TruncateStudentConfig(ModelOptions):
         if self.measures and self.data is None:
             yield f"--data is required to measure on: {' and '.join(self.measures)}"
         if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
-            yield f"--layers {self.layers!r}: expected layer numbers such as 0,2,4"
+            yield f"--layers: expected layer numbers such as 0,2,4, got {self.layers!r}"

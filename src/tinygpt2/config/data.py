@@ -18,11 +18,12 @@ class SourceOptions(Config):
     """Where text comes from."""
 
     source: list[str] = option(
-        "Files (text, jsonl, json, csv, tsv, parquet, arrow, tar, zip; compressed or not), directories, patterns in "
-        "quotes, - (standard input), python-docs, or a dataset: saved to disk, or on the Hub as "
-        "NAME:CONFIGURATION@SPLIT.",
+        "Files, directories, patterns in quotes, - (standard input), python-docs, or datasets. Files may be text, "
+        "jsonl, json, csv, tsv, parquet, arrow, tar or zip, compressed or not. A dataset is saved to disk, or on the "
+        "Hub as NAME:CONFIGURATION@SPLIT.",
         positional=True,
         path=True,
+        metavar="SOURCE",
     )
 
 
@@ -34,17 +35,20 @@ class FileOptions(Config):
         default="auto",
         panel=TEXT,
     )
-    text_column: str = option("Field or column that holds the text of a row.", default="text", panel=TEXT)
+    text_column: str = option(
+        "Field or column that holds the text of a row.", default="text", panel=TEXT, metavar="NAME"
+    )
 
 
 class TextOptions(FileOptions):
     """How texts are divided into documents."""
 
     document: str | None = option(
-        "What is one document in a text file: file, line, blank-line or separator:REGEX.",
+        "What is one document in a text file.",
         default=None,
         panel=TEXT,
         shown="file; in JSON and tables, a row",
+        metavar="file|line|blank-line|separator:REGEX",
     )
     encoding_errors: EncodingErrors = option(
         "What to do with text that is not UTF-8: strict stops with an error, replace inserts U+FFFD, skip leaves the "
@@ -65,7 +69,7 @@ class TextOptions(FileOptions):
             except (re.error, OverflowError, RecursionError) as error:
                 yield f"--document separator:{pattern}: not a regular expression ({error})"
         elif rule not in (None, "file", "line", "blank-line"):
-            yield f"--document {rule!r}: expected file, line, blank-line or separator:REGEX"
+            yield f"--document: expected file, line, blank-line or separator:REGEX, got {rule!r}"
 
 
 class TrainTokenizerConfig(TextOptions, SourceOptions):
@@ -104,7 +108,9 @@ class PregenerateConfig(PackOptions, SourceOptions):
 
     sequence_length: int = option("Tokens in a block.", default=DEFAULT_SEQUENCE_LENGTH, panel=TEXT, ge=2)
     tokenizer: str = option(
-        "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base.", path=True
+        "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base.",
+        path=True,
+        metavar="PATH|ID",
     )
     out: str = option("Directory for the dataset.", path=True)
     stride: int | None = option(
@@ -117,6 +123,7 @@ class PregenerateConfig(PackOptions, SourceOptions):
         "Read the held-out text from here, in its own order. --test-fraction then has no effect.",
         default=None,
         path=True,
+        metavar="SOURCE",
     )
     seed: int = option(
         "Seed for the order of documents and for the choice of held-out ones.", default=42, ge=0, le=MAX_SEED
@@ -125,7 +132,7 @@ class PregenerateConfig(PackOptions, SourceOptions):
         "Output format: arrow (Hugging Face datasets), hdf5 (Cerebras) or jsonl (TinyGPT2).", default="arrow"
     )
     shard: str | None = option(
-        "Make shard I of N, written I/N. A folder with all N shards is one dataset.", default=None
+        "Make shard I of N. A folder with all N shards is one dataset.", default=None, metavar="I/N"
     )
     overwrite: bool = option(
         "Replace the dataset in --out, if there is one, when the new one is complete.", default=False
@@ -146,7 +153,7 @@ class PregenerateConfig(PackOptions, SourceOptions):
         if self.resume and "-" in [*self.source, *(self.test_source or [])]:
             yield "--resume cannot be combined with standard input, which cannot be read twice"
         if self.shard is not None and not re.fullmatch(r"\d{1,9}/\d{1,9}", self.shard):
-            yield f"--shard {self.shard!r}: expected I/N, such as 1/8"
+            yield f"--shard: expected I/N, such as 1/8, got {self.shard!r}"
         elif not 1 <= self.shard_numbers[0] <= self.shard_numbers[1]:
             yield f"--shard {self.shard}: the first of N shards is 1/N, the last N/N"
         length = self.sequence_length

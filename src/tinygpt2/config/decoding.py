@@ -12,7 +12,9 @@ from tinygpt2.config.models import ModelOptions
 class GenerateConfig(ModelOptions):
     """Options of `generate`. Decoding is greedy without an option for sampling or beam search."""
 
-    model: list[str] = option("Model: a local directory or a Hub id. Repeat it to compare several.", path=True)
+    model: list[str] = option(
+        "Model: a local directory or a Hub id. Repeat it to compare several.", path=True, metavar="PATH|ID"
+    )
     prompt: list[str] = option(
         "Text to continue. Repeat it for several prompts.", default=[], shown="the start of a text"
     )

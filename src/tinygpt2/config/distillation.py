@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from tinygpt2.config.base import extra, flag_name, option, read_yaml
+from tinygpt2.config.base import extra, flag_name, option, read_yaml, summary
 from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, RUN
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import ConfigError
+from tinygpt2.utils.suggestions import did_you_mean
 
 PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
 HiddenScale = Literal["none", "variance"]
@@ -25,11 +26,23 @@ class DistillConfig(TrainOptions):
     Sources: TinyGPT2 (attention, hidden states, soft labels), DistilGPT2 (cosine, temperature).
     """
 
-    teacher: str | None = option("Teacher: a local directory or a Hub id.", default=None, path=True)
-    student: str | None = option(
-        "Student: a directory with weights, or for random weights a preset's name or a configuration file.",
+    shown_defaults: ClassVar[dict[str, str]] = {
+        "num_epochs": "1 to 4, from student and data",
+        "learning_rate": "from the student's width",
+    }
+    teacher: str | None = option(
+        "Teacher: a local directory or a Hub id.",
         default=None,
         path=True,
+        metavar="PATH|ID",
+        required="unless only --ce-weight is above 0",
+    )
+    student: str | None = option(
+        "Student: a model's directory or Hub id, or for random weights a preset or a configuration file.",
+        default=None,
+        path=True,
+        metavar="PATH|ID|PRESET",
+        required="without --plan",
     )
     data: str | list[str] = option(
         "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.",
@@ -47,6 +60,8 @@ class DistillConfig(TrainOptions):
         "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.",
         default="default",
         path=True,
+        metavar="RECIPE|PATH",
+        shown="",
     )
     attention_weight: float = option(
         "Weight of the squared error of the attention scores.", default=0.0, panel=OBJECTIVES, ge=0
@@ -72,6 +87,7 @@ class DistillConfig(TrainOptions):
         default="all",
         panel=OBJECTIVES,
         commas=True,
+        metavar="all|inner|N,...",
     )
     hidden_scale: HiddenScale = option(
         "variance divides the error of a hidden state by the variance of the teacher's state.",
@@ -106,10 +122,11 @@ class DistillConfig(TrainOptions):
         default="uniform",
         panel=OBJECTIVES,
         commas=True,
+        metavar="uniform|last|first|N,...",
     )
     plan: bool = option(
-        "Time a few steps of --student, or of several cuts of the teacher, report what fits into --budget-minutes, "
-        "and exit.",
+        "Report what fits into --budget-minutes, and exit. Times a few steps of --student or, without it, of several "
+        "cuts of the teacher.",
         default=False,
         panel=RUN,
     )
@@ -136,7 +153,7 @@ class DistillConfig(TrainOptions):
         yield from super().conflicts()
         yield from self._plan_conflicts()
         if self.student is None and not self.plan:
-            yield f"--student is required: {type(self).model_fields['student'].description}"
+            yield f"--student is required: {summary(type(self).model_fields['student'])}"
         if self.needs_teacher and self.teacher is None:
             yield "--teacher is required: an objective with a weight above 0 compares the student with it"
         if not self.needs_teacher and not self.ce_weight:
@@ -145,10 +162,10 @@ class DistillConfig(TrainOptions):
             flag_name(name) for name in ("attention_weight", "relation_weight", "hidden_weight") if getattr(self, name)
         ]
         if self.layer_map not in ("uniform", "last", "first") and not re.fullmatch(r"\d+(,\d+)*", str(self.layer_map)):
-            yield f"--layer-map {self.layer_map!r}: expected uniform, last, first or numbers such as 3,6,9,12"
+            yield f"--layer-map: expected uniform, last, first or numbers such as 3,6,9,12, got {self.layer_map!r}"
         states = r"\d+(=\d+)?"
         if self.hidden_map not in ("all", "inner") and not re.fullmatch(f"{states}(,{states})*", str(self.hidden_map)):
-            yield f"--hidden-map {self.hidden_map!r}: expected all, inner or numbers such as 0,3 or 0,3=10"
+            yield f"--hidden-map: expected all, inner or numbers such as 0,3 or 0,3=10, got {self.hidden_map!r}"
         if self.head_map != "equal" and not self.attention_weight:
             yield "--head-map average has no effect while --attention-weight is 0"
         if self.hidden_map != "all" and not self.hidden_weight:
@@ -173,21 +190,24 @@ class DistillConfig(TrainOptions):
             yield "--plan uses one process: leave --num-processes out"
 
 
+def built_in_recipes() -> dict[str, Path]:
+    """Return the file of every built-in recipe, by the recipe's name."""
+    folder = files("tinygpt2.config").joinpath("recipes")
+    return {Path(item.name).stem: Path(str(item)) for item in folder.iterdir() if item.name.endswith(".yaml")}
+
+
 def read_recipe(name: str) -> dict[str, Any]:
     """Read a recipe: a built-in one by its name, or a YAML file.
 
     Raises:
         ConfigError: there is no such recipe, or it sets an option that is neither an objective nor optimisation.
     """
-    built_in = {
-        Path(item.name).stem: Path(str(item))
-        for item in files("tinygpt2.config").joinpath("recipes").iterdir()
-        if item.name.endswith(".yaml")
-    }
-    path = built_in.get(name, Path(name))
+    built_in = built_in_recipes()
+    path = built_in.get(name, Path(name).expanduser())
     if name not in built_in and not path.is_file():
         raise ConfigError(
-            f"no recipe {name!r}: there is no such file", f"the built-in recipes are {', '.join(sorted(built_in))}"
+            f"no recipe {name!r}: there is no such file{did_you_mean(name, built_in)}",
+            f"the built-in recipes are {', '.join(sorted(built_in))}",
         )
     values = read_yaml(path)
     allowed = {

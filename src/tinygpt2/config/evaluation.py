@@ -27,12 +27,17 @@ class PplConfig(ModelOptions, FileOptions):
     """Options of `ppl`."""
 
     model: list[str] = option(
-        "Model: a local directory or a Hub id. Repeat it to compare several.", default=["gpt2"], path=True
+        "Model: a local directory or a Hub id. Repeat it to compare several.",
+        default=["gpt2"],
+        path=True,
+        metavar="PATH|ID",
     )
     task: list[str] = option(
         "Text to measure on: a named task, `all` of them, a text file or a pregenerated dataset. Repeatable.",
         default=[],
         path=True,
+        metavar="TASK|PATH",
+        required="without --list-tasks",
     )
     task_data: str | None = option(
         "File or folder with the texts of the named tasks.", default=None, shown="the Hub", path=True

@@ -54,14 +54,14 @@ class TrainOptions(ModelOptions):
     )
     max_steps: int | None = option("Number of optimizer steps.", default=None, panel=LENGTH, ge=1)
     num_epochs: float | None = option(
-        "Number of passes over the training blocks.",
+        "Passes over the training blocks.",
         default=None,
         panel=LENGTH,
         gt=0,
-        shown="1; distill: 1 to 4, from the sizes of student and data",
+        shown="1",
     )
     max_tokens: int | None = option("Number of tokens to train on.", default=None, panel=LENGTH, ge=1)
-    micro_batch_size: int = option("Sequences per device in one forward pass.", default=8, panel=OPTIMISATION, ge=1)
+    micro_batch_size: int = option("Sequences per device at a time.", default=8, panel=OPTIMISATION, ge=1)
     gradient_accumulation_steps: int = option("Forward passes per optimizer step.", default=1, panel=OPTIMISATION, ge=1)
     optimizer: Optimizer = option(
         "adamw for all weights, or muon for the matrices inside the layers and adamw for the others.",
@@ -73,7 +73,7 @@ class TrainOptions(ModelOptions):
         default=None,
         panel=OPTIMISATION,
         gt=0,
-        shown="5e-4 (pretrain, finetune); from the recipe, else from the student's width (distill)",
+        shown="5e-4",
     )
     lr_schedule: Schedule = option(
         "Learning rate after the warm-up; wsd is warmup-stable-decay.", default="cosine", panel=OPTIMISATION
@@ -115,6 +115,7 @@ class TrainOptions(ModelOptions):
         "Do not train the parameters whose names match a pattern such as 'transformer.wte.*'.",
         default=[],
         panel=OPTIMISATION,
+        metavar="PATTERN",
     )
     precision: Precision = option(
         "Number format of the matrix products. Weights stay float32.", default="fp32", panel=OPTIMISATION
@@ -150,12 +151,15 @@ class TrainOptions(ModelOptions):
         panel=RUN,
     )
     log_every: int = option("Write a line to metrics.jsonl every N steps.", default=10, panel=RUN, ge=1)
-    report_to: list[str] = option("Also log to tensorboard or wandb. Repeat it for both.", default=[], panel=RUN)
+    report_to: list[str] = option(
+        "Also log to this service. Repeat it for both.", default=[], panel=RUN, metavar="tensorboard|wandb"
+    )
     eval_task: list[str] = option(
         "Measure the finished model on this task, as `ppl --task` does. Repeat it for several.",
         default=[],
         panel=RUN,
         path=True,
+        metavar="TASK|PATH",
     )
     task_data: str | None = option(
         "File or folder with the texts of the named tasks.", default=None, panel=RUN, shown="the Hub", path=True
@@ -210,7 +214,7 @@ class TrainOptions(ModelOptions):
             yield f"{' and '.join(map(flag_name, lengths))} cannot be combined: give one of them"
         for tracker in self.report_to:
             if tracker not in TRACKERS:
-                yield f"--report-to {tracker!r}: expected {' or '.join(TRACKERS)}"
+                yield f"--report-to: expected {' or '.join(TRACKERS)}, got {tracker!r}"
             elif find_spec(tracker) is None:
                 yield f"--report-to {tracker}: it is not installed; run pip install {tracker}"
         if self.task_data is not None and not self.eval_task:
@@ -236,8 +240,16 @@ class PretrainConfig(TrainOptions):
         default=None,
         alias="model_config",
         path=True,
+        metavar="PRESET|PATH",
+        required="without --model",
     )
-    model: str | None = option("Train these weights further: a local directory or a Hub id.", default=None, path=True)
+    model: str | None = option(
+        "Train these weights further: a local directory or a Hub id.",
+        default=None,
+        path=True,
+        metavar="PATH|ID",
+        required="without --model-config",
+    )
 
     def conflicts(self) -> Iterator[str]:
         """Require exactly one start."""
@@ -249,7 +261,7 @@ class PretrainConfig(TrainOptions):
 class FinetuneConfig(TrainOptions, PackOptions):
     """Options of `finetune`."""
 
-    model: str = option("Model to fine-tune: a local directory or a Hub id.", path=True)
+    model: str = option("Model to fine-tune: a local directory or a Hub id.", path=True, metavar="PATH|ID")
     data: str | list[str] = option(
         "Pregenerated dataset, or a text source, which is tokenized with the model's tokenizer. Repeat it to train on "
         "several datasets; DIR:0.7 gives each a share of the tokens.",

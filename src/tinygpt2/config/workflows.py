@@ -21,9 +21,12 @@ class QuickstartConfig(Config):
 class VerifyConfig(ModelOptions):
     """Options of `verify`."""
 
-    path: str = option("Pregenerated dataset, model directory or Hub id.", positional=True, path=True)
+    path: str = option(
+        "Pregenerated dataset, model directory or Hub id.", positional=True, path=True, metavar="PATH|ID"
+    )
     teacher: str | None = option(
         "Teacher model: also report which tensors of the student are exact copies of the teacher's.",
         default=None,
         path=True,
+        metavar="PATH|ID",
     )

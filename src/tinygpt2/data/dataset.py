@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tinygpt2.data.block_readers import ArrowPart, BlockPart, Hdf5Part, JsonPart, MapPart, real_tokens
 from tinygpt2.data.block_writers import MANIFEST
+from tinygpt2.data.layout import dataset_folders, shard_folders
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tinygpt2.errors import DataError, one_line
 from tinygpt2.utils.files import read_json
@@ -211,32 +212,13 @@ def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "cus
     return PackedDataset(name, splits[0], splits[1], manifest, tokenizer)
 
 
-def is_packed_dataset(path: Path) -> bool:
-    """Return whether a directory is a pregenerated dataset or contains shards of one."""
-    return (path / MANIFEST).is_file() or (path / "dataset_dict.json").is_file() or bool(shard_folders(path))
-
-
-def shard_folders(path: Path) -> list[Path]:
-    """Return the directories of the shards in a folder; empty if it is a dataset itself, or contains none."""
-    return sorted(file.parent for file in path.glob(f"*/{MANIFEST}")) if not (path / MANIFEST).is_file() else []
-
-
 def load_packed_dataset(name: str) -> PackedDataset:
     """Open a pregenerated dataset, or a folder that contains all shards of one.
 
     Raises:
         DataError: there is no dataset at that path, or a part of it is missing or broken.
     """
-    path = Path(name)
-    if not path.is_dir():
-        raise DataError(
-            f"no such dataset: {path}", "make one with: tinygpt2 pregenerate SOURCE --tokenizer T --out DIR"
-        )
-    folders = shard_folders(path) or [path]
-    if not (folders[0] / MANIFEST).is_file():
-        raise DataError(
-            f"{path} is not a pregenerated dataset: it has no {MANIFEST}", "make one with tinygpt2 pregenerate"
-        )
+    path, folders = Path(name), dataset_folders(name)
     try:
         manifests = [read_json(folder / MANIFEST) for folder in folders]
         manifest = manifests[0] if folders == [path] else _joined(folders, manifests)

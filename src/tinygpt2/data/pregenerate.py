@@ -63,6 +63,23 @@ class PregenerateResult:
     seconds: float
 
 
+def check_output(config: PregenerateConfig) -> tuple[Path, bool]:
+    """Check that the dataset may be written, and return its directory and whether a complete one is there.
+
+    Raises:
+        ConfigError: the directory is not empty, and the options say neither to replace nor to continue what is there.
+    """
+    out = Path(config.out).resolve()
+    if os.path.ismount(out):
+        raise ConfigError(f"--out {out} is a mount point, which cannot be replaced in one step", "give a folder in it")
+    complete = (out / MANIFEST).is_file()
+    if config.overwrite and out.is_dir() and any(out.iterdir()) and not complete:
+        raise ConfigError(f"--out {out} contains no {MANIFEST}", "--overwrite replaces only pregenerated datasets")
+    if not config.overwrite and not (config.resume and complete):
+        require_free(out, "give another --out, add --overwrite to replace it, or add --resume to continue a run")
+    return out, complete
+
+
 @writes_out
 def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     """Tokenize, split, shuffle and pack a corpus.
@@ -79,17 +96,10 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         ModelError: the tokenizer was not found or cannot be loaded.
     """
     started = time.perf_counter()
-    out = Path(config.out).resolve()
-    if os.path.ismount(out):
-        raise ConfigError(f"--out {out} is a mount point, which cannot be replaced in one step", "give a folder in it")
-    replaced = staging_path(out) / "replaced"
-    if replaced.exists() and not out.exists():  # an earlier run was killed between its two renames
-        replaced.replace(out)
-    complete = (out / MANIFEST).is_file()
-    if config.overwrite and out.is_dir() and any(out.iterdir()) and not complete:
-        raise ConfigError(f"--out {out} contains no {MANIFEST}", "--overwrite replaces only pregenerated datasets")
-    if not config.overwrite and not (config.resume and complete):
-        require_free(out, "give another --out, add --overwrite to replace it, or add --resume to continue a run")
+    replaced = staging_path(Path(config.out).resolve()) / "replaced"
+    if replaced.exists() and not Path(config.out).exists():  # an earlier run was killed between its two renames
+        replaced.replace(Path(config.out).resolve())
+    out, complete = check_output(config)
     tokenizer = load_tokenizer(config.tokenizer)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")

@@ -12,7 +12,7 @@ import numpy as np
 from tinygpt2.data.encoding import LETTERS, encode, is_plain_bpe, merge_ends, missing_bytes, parsed
 from tinygpt2.errors import ModelError, one_line
 from tinygpt2.utils.files import read_json
-from tinygpt2.utils.hub import local_directory
+from tinygpt2.utils.hub import local_directory, local_path
 
 if TYPE_CHECKING:
     import tiktoken
@@ -36,6 +36,25 @@ def _vocabulary_files(directory: Path) -> list[str]:
     return sorted(file.name for pattern in _VOCABULARIES for file in directory.glob(pattern) if file.is_file())
 
 
+def _required_files(directory: Path) -> list[str]:
+    if not (files := _vocabulary_files(directory)):
+        raise ModelError(
+            f"no tokenizer in {directory}: it has neither tokenizer.json nor vocab.json with merges.txt, vocab.txt "
+            "or a *.model file"
+        )
+    return files
+
+
+def check_tokenizer(name: str) -> None:
+    """Check that a tokenizer's directory exists and contains a vocabulary. Nothing is loaded or downloaded.
+
+    Raises:
+        ModelError: there is no such directory, or it has no vocabulary.
+    """
+    if not name.startswith("tiktoken:") and (directory := local_path(name, "tokenizer")) is not None:
+        _required_files(directory)
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """Load a tokenizer from a directory, the Hub or tiktoken.
 
@@ -48,11 +67,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name.startswith("tiktoken:"):
         return _from_tiktoken(name.removeprefix("tiktoken:"))
     directory = local_directory(name, "tokenizer")
-    if not (files := _vocabulary_files(directory)):
-        raise ModelError(
-            f"no tokenizer in {directory}: it has neither tokenizer.json nor vocab.json with merges.txt, vocab.txt "
-            "or a *.model file"
-        )
+    files = _required_files(directory)
     from transformers import PreTrainedTokenizerFast
 
     named = ""

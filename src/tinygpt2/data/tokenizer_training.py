@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tinygpt2.config.common import OTHER_OUT
 from tinygpt2.config.data import TrainTokenizerConfig
 from tinygpt2.data.corpus.sources import Corpus
 from tinygpt2.data.encoding import encode
@@ -64,7 +65,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
 
     started = time.perf_counter()
     out = Path(config.out)
-    require_free(out, "give another --out")
+    require_free(out, OTHER_OUT)
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -9,7 +9,8 @@ from typing import Any
 
 from tinygpt2.data.block_readers import real_tokens
 from tinygpt2.data.block_writers import MANIFEST, content_of
-from tinygpt2.data.dataset import Blocks, load_packed_dataset, shard_folders
+from tinygpt2.data.dataset import Blocks, load_packed_dataset
+from tinygpt2.data.layout import shard_folders
 from tinygpt2.data.tokenizer import fingerprint, vocabulary_size
 from tinygpt2.errors import DataError, one_line
 from tinygpt2.utils.files import read_json

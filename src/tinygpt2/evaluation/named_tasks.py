@@ -8,6 +8,7 @@ from typing import Literal
 from tinygpt2.evaluation.detokenize import Style
 
 TextUnit = Literal["word", "character", "byte"]
+ALL = "all"  # instead of a name: every task whose text is found
 
 
 @dataclass(frozen=True)

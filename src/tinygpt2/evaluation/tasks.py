@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt2.config.data import FileOptions
-from tinygpt2.data.corpus.formats import ReadOptions, plain_name
+from tinygpt2.data.corpus.formats import ReadOptions
 from tinygpt2.data.corpus.readers import read_documents, table_rows
-from tinygpt2.data.dataset import PackedDataset, is_packed_dataset, load_packed_dataset
-from tinygpt2.errors import ConfigError, DataError, TinyGPT2Error
+from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
+from tinygpt2.errors import DataError, TinyGPT2Error
 from tinygpt2.evaluation.detokenize import detokenize_cbt
-from tinygpt2.evaluation.named_tasks import SPECS, HubSplit, TaskSpec
+from tinygpt2.evaluation.named_tasks import ALL, SPECS, HubSplit, TaskSpec
+from tinygpt2.evaluation.task_files import check_tasks, find_task, is_alone, no_copy
 from tinygpt2.utils.files import absolute, open_file
 from tinygpt2.utils.hub import dataset_rows
 from tinygpt2.utils.progress import say, track
 
-ALL = "all"
 _WHOLE, _TEST = 100_000_000, 5_000_000  # bytes of enwik8 and text8, and of their test part at the end
 
 
@@ -83,12 +82,8 @@ def load_tasks(names: Iterable[str], data: str | None, how: FileOptions | None =
         DataError: a text is missing, empty, not UTF-8, or not available from the Hub.
     """
     asked = list(dict.fromkeys(names))
-    named = [name for name in asked if name in SPECS or name == ALL]
-    if data is not None and not named:
-        raise ConfigError(f"--task-data is only for named tasks ({', '.join(SPECS)}): {asked[0]} is a path")
-    if data is not None and (len(named) > 1 or ALL in named) and Path(data).is_file():
-        raise ConfigError(f"--task-data {data} is one file, but there are several tasks", "give a folder of files")
-    how, alone = how or FileOptions(), len(named) == 1
+    check_tasks(asked, data)
+    how, alone = how or FileOptions(), is_alone(asked)
     tasks: dict[str, Task] = {}
     for name in asked:
         if name == ALL:
@@ -115,11 +110,10 @@ def _named(spec: TaskSpec, data: str | None, how: FileOptions, *, alone: bool = 
     """Read a named task. `alone` says that no other task is read from the same folder."""
     if data is None:
         if spec.source is None:
-            what = "a pregenerated dataset" if spec.kind == "blocks" else f"the file {spec.files[0]}"
-            raise DataError(f"{spec.name}: the Hub has no readable copy", f"use --task-data PATH to give {what}")
+            raise no_copy(spec)
         with track(f"download {spec.name} from the Hub", None):
             return _from_rows(spec, spec.source)
-    paths = _find(spec, Path(data), alone=alone)
+    paths = find_task(spec, Path(data), alone=alone)
     path = paths[0]
     if spec.kind == "blocks":
         return Task(spec, spec.name, str(path), packed=load_packed_dataset(str(path)))
@@ -144,48 +138,11 @@ def _end(raw: bytes) -> str:
     return raw[-_TEST:].decode("utf-8", "ignore")
 
 
-def _find(spec: TaskSpec, data: Path, *, alone: bool) -> list[Path]:
-    """Return a task's file or dataset: `data` itself, or the first path below it that has one of the task's names.
-
-    A split in Parquet may have several files, which follow one another. They are known by the folder of the dataset's
-    configuration or, if no other task is read from `data`, by the name of the split alone.
-    """
-    wanted = is_packed_dataset if spec.kind == "blocks" else Path.is_file
-    if wanted(data):
-        return [data]
-    if data.is_dir():
-        root = data.resolve()
-        below = [(path, plain_name(str(path))) for path in sorted(root.rglob("*"))]
-        for name in (*spec.files, *spec.copies):
-            found = [path for path, plain in below if plain.match(name) and wanted(path)]
-            if found:
-                return [path for path in found if path.parent == found[0].parent] if name in spec.copies else found[:1]
-        split = spec.source.split if spec.source and alone else None
-        for pattern in (f"{split}-*.parquet", f"data/{split}-*.parquet", f"{split}/*.parquet"):
-            if split and (found := sorted(root.glob(pattern))):
-                return found
-    kind = "pregenerated dataset" if spec.kind == "blocks" else "file"
-    reason = f"{data} has no {kind} named {' or '.join(spec.files)}" if data.is_dir() else f"{data} is not a {kind}"
-    if not data.exists():
-        reason = f"no such file: {data}"
-    raise DataError(f"{spec.name}: {reason}", f"--task-data must be the {kind} itself or a folder that contains it")
-
-
 def _at(name: str, how: FileOptions) -> Task:
     """Read the text file or pregenerated dataset at a path."""
     path = Path(name)
     if path.is_dir():
-        if not is_packed_dataset(path):
-            raise DataError(
-                f"{path} is not a pregenerated dataset", "give a text file, or make a dataset with tinygpt2 pregenerate"
-            )
         return Task(TaskSpec(name, kind="blocks"), absolute(name), str(path), packed=load_packed_dataset(name))
-    if not path.exists():
-        if path.suffix or len(path.parts) > 1:
-            raise DataError(f"no such file: {path}")
-        close = difflib.get_close_matches(name, [*SPECS, ALL], n=3)
-        meant = f", did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"unknown task {name!r}{meant}", "tinygpt2 ppl --list-tasks lists the names; or give a path")
     texts, _ = _read([path], ReadOptions(text_column=how.text_column, format=how.input_format))
     texts = [text for text in texts if text.strip()]
     if len(texts) > 1:

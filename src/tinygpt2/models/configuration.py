@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt2.config.base import load_yaml
+from tinygpt2.config.base import load_yaml, whole_number
 from tinygpt2.config.cerebras import is_cerebras, shape_of
 from tinygpt2.config.models import PresetsConfig
 from tinygpt2.data.tokenizer import vocabulary_size
 from tinygpt2.errors import ConfigError, TinyGPT2Error, listed, one_line
 from tinygpt2.utils.progress import say
+from tinygpt2.utils.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import GPT2Config
@@ -30,6 +30,23 @@ _SETTINGS = (
     "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention", "tie_word_embeddings",
     "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
+_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+GPT2_DEFAULTS = {
+    "vocab_size": GPT2_VOCABULARY, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": None,
+    "activation_function": "gelu_new", "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+}  # fmt: skip
+_ALIASES = {
+    "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}  # fmt: skip
+# Keys that a configuration file may also have. They do not describe the model.
+_KNOWN = {
+    *_SETTINGS, *_ALIASES, "_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label",
+    "is_encoder_decoder", "label2id", "model_type", "n_ctx", "output_attentions", "output_hidden_states",
+    "problem_type", "return_dict", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,10 +116,35 @@ def read_model_config(name: str, tokenizer: Tokenizer, vocab_size: int | None = 
         ConfigError: there is no such preset or file, it does not describe a GPT-2, it has unknown or impossible values,
             or its vocabulary is smaller than the tokenizer's.
     """
-    path = _preset(name) if name in preset_names() else Path(name)
+    path = _path_of(name)
+    values, stray = read_shape(name)
+    if stray:  # a library saved the file, and others add keys of their own
+        say(f"{path}: not used: {listed(stray, 8)}")
+    needed = vocabulary_size(tokenizer)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = make_model_config({"vocab_size": vocab_size or needed, **values, **ends}, str(path), ConfigError)
+    if config.vocab_size < needed:
+        raise ConfigError(
+            f"{path}: vocab_size {config.vocab_size} is less than the {needed} tokens of the data's tokenizer",
+            "leave vocab_size out, so that it follows from the data",
+        )
+    return config
+
+
+def read_shape(name: str) -> tuple[dict[str, Any], list[str]]:
+    """Read a preset, a config.json, a YAML file or a Cerebras parameter file as settings of a GPT-2, and check them.
+
+    Returns:
+        The settings, with the names of config.json, and the keys that are not used.
+
+    Raises:
+        ConfigError: there is no such preset or file, it does not describe a GPT-2, or it has unknown or impossible
+            values.
+    """
+    path = _path_of(name)
     if not path.is_file():
         raise ConfigError(
-            f"no model configuration {name!r}: there is no such preset or file",
+            f"no model configuration {name!r}: there is no such preset or file{did_you_mean(name, preset_names())}",
             f"give a file, or one of: {', '.join(preset_names())}",
         )
     try:
@@ -115,19 +157,28 @@ def read_model_config(name: str, tokenizer: Tokenizer, vocab_size: int | None = 
     if is_cerebras(values):
         values = shape_of(values, str(path))
     values.pop("source", None)
-    if stray := sorted(str(key) for key in values if key not in _known_keys()):
-        if not {"architectures", "transformers_version"} & values.keys():
-            raise ConfigError(f"{path}: unknown keys: {', '.join(stray)}")
-        say(f"{path}: not used: {listed(stray, 8)}")  # a library saved the file, and others add keys of their own
-    needed = vocabulary_size(tokenizer)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = make_model_config({"vocab_size": vocab_size or needed, **values, **ends}, str(path), ConfigError)
-    if config.vocab_size < needed:
-        raise ConfigError(
-            f"{path}: vocab_size {config.vocab_size} is less than the {needed} tokens of the data's tokenizer",
-            "leave vocab_size out, so that it follows from the data",
-        )
-    return config
+    stray = sorted(str(key) for key in values if key not in _KNOWN)
+    if stray and not {"architectures", "transformers_version"} & values.keys():
+        guesses = {key: did_you_mean(key, _SETTINGS).removeprefix(", ") for key in stray}
+        unknown = ", ".join(f"{key} ({guess})" if guess else key for key, guess in guesses.items())
+        raise ConfigError(f"{path}: unknown keys: {unknown}")
+    return check_settings(values, str(path), ConfigError), stray
+
+
+def check_settings(values: dict[str, Any], where: str, error: type[TinyGPT2Error]) -> dict[str, Any]:
+    """Check the settings that describe a GPT-2, as far as this needs no library, and return them without other keys.
+
+    Sizes such as 1e3 become whole numbers. The arguments are those of `make_model_config`.
+    """
+    if (kind := values.get("model_type") or "gpt2") != "gpt2":
+        raise error(f"{where}: model_type {kind!r} is not gpt2")
+    if values.get("quantization_config"):
+        raise error(f"{where}: the model is quantized (quantization_config), which is not supported")
+    named = {_ALIASES.get(key, key): value for key, value in values.items()}
+    settings = {key: whole_number(named[key]) if key in _SIZES else named[key] for key in _SETTINGS if key in named}
+    if (wrong := next(_impossible(GPT2_DEFAULTS | settings), None)) is not None:
+        raise error(f"{where}: {wrong}")
+    return settings
 
 
 def make_model_config(values: dict[str, Any], where: str, error: type[TinyGPT2Error]) -> GPT2Config:
@@ -142,45 +193,40 @@ def make_model_config(values: dict[str, Any], where: str, error: type[TinyGPT2Er
         TinyGPT2Error: of the given class: the configuration is not GPT-2's, or no model can have these values.
     """
     from transformers import GPT2Config
+    from transformers.activations import ACT2FN
 
-    if (kind := values.get("model_type") or "gpt2") != "gpt2":
-        raise error(f"{where}: model_type {kind!r} is not gpt2")
-    if values.get("quantization_config"):
-        raise error(f"{where}: the model is quantized (quantization_config), which is not supported")
-    names = {*_SETTINGS, *GPT2Config.attribute_map}
     try:
-        config = GPT2Config(**{key: value for key, value in values.items() if key in names})
+        config = GPT2Config(**check_settings(values, where, error))
+    except TinyGPT2Error:
+        raise
     except Exception as problem:  # the library raises errors of many kinds
         raise error(f"{where}: {one_line(problem, 300)}") from problem
-    if (wrong := next(_impossible(config), None)) is not None:
-        raise error(f"{where}: {wrong}")
+    if (name := config.activation_function) not in ACT2FN:
+        known = did_you_mean(name, ACT2FN) or f", known are {', '.join(sorted(ACT2FN))}"
+        raise error(f"{where}: activation_function {name!r} is unknown{known}")
     return config
 
 
-def _known_keys() -> set[str]:
-    """Return the keys that a configuration file may have. Some of them do not describe the model."""
-    from transformers import GPT2Config
-
-    return {*GPT2Config().to_dict(), *GPT2Config.attribute_map, "task_specific_params", "n_ctx", "torch_dtype"}
+def _path_of(name: str) -> Path:
+    return _preset(name) if name in preset_names() else Path(name)
 
 
-def _impossible(config: GPT2Config) -> Iterator[str]:
+def _impossible(settings: dict[str, Any]) -> Iterator[str]:
     """Yield a message for each value with which there is no model."""
-    from transformers.activations import ACT2FN
-
-    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-        size = getattr(config, name)
-        if size is not None and (isinstance(size, bool) or not 1 <= size < 2**31):
-            yield f"{name} is {size}: expected a whole number from 1"
-    if config.n_embd % config.n_head:
-        yield f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}"
-    if config.activation_function not in ACT2FN:
-        close = get_close_matches(config.activation_function, ACT2FN, n=1)
-        known = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(ACT2FN))}"
-        yield f"activation_function {config.activation_function!r} is unknown, {known}"
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if not 0 <= getattr(config, name) <= 1:
-            yield f"{name} is {getattr(config, name)}: expected a number from 0 to 1"
-    for name in ("layer_norm_epsilon", "initializer_range"):
-        if not 0 <= getattr(config, name) < float("inf"):
-            yield f"{name} is {getattr(config, name)}: expected a number from 0"
+    right = True
+    for name in _SIZES:
+        size = settings[name]
+        if size is None and name == "n_inner":
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**31:
+            right = False
+            yield f"{name} is {size!r}: expected a whole number from 1"
+    if right and settings["n_embd"] % settings["n_head"]:
+        yield f"n_embd {settings['n_embd']} is not a multiple of n_head {settings['n_head']}"
+    if not isinstance(settings["activation_function"], str):
+        yield f"activation_function is {settings['activation_function']!r}: expected a name"
+    rates = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    for name in (*rates, "layer_norm_epsilon", "initializer_range"):
+        value, most = settings[name], 1 if name in rates else float("inf")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= most or value == most > 1:
+            yield f"{name} is {value!r}: expected a number from 0{' to 1' * (most == 1)}"

@@ -13,9 +13,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tinygpt2.data.tokenizer import has_tokenizer, load_tokenizer
 from tinygpt2.errors import ModelError, listed, one_line
 from tinygpt2.models.configuration import make_model_config
-from tinygpt2.models.weights import RUN_PREFIX, SAFETENSORS, stored_tensors, unused_tensors, weight_files
+from tinygpt2.models.directory import no_weights, read_config_json, weight_files
+from tinygpt2.models.weights import RUN_PREFIX, stored_tensors, unused_tensors
 from tinygpt2.utils.files import read_json
-from tinygpt2.utils.hub import OTHER_WEIGHTS, local_directory, other_weights
+from tinygpt2.utils.hub import local_directory
 from tinygpt2.utils.progress import say
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def load_model(
     if not files and hollow and not Path(name).expanduser().is_dir():
         return shapes, directory
     if not files:
-        raise _no_weights(name, directory, role)
+        raise no_weights(name, directory, role)
     unused = unused_tensors(stored_tensors(files, where), shapes, where)
     if hollow:
         return shapes, directory
@@ -114,24 +115,6 @@ def _check_finite(model: GPT2LMHeadModel, where: str) -> None:
         raise ModelError(f"{where}: NaN or infinite values in {listed(bad)}", "the training that made it diverged")
 
 
-def _no_weights(name: str, directory: Path, role: str) -> ModelError:
-    """Return the error for a model without safetensors; it says what else the model has."""
-    others = sorted(file.name for file in directory.glob("*") if file.suffix in OTHER_WEIGHTS) or other_weights(name)
-    if not others:
-        return ModelError(f"there are no weights in {role} {directory}: {SAFETENSORS} is missing")
-    if not any(file.startswith("pytorch_model") and file.endswith(".bin") for file in others):
-        return ModelError(
-            f"there are no weights in {role} {directory} that this program reads: {SAFETENSORS} is missing, "
-            f"there is only {listed(others)}",
-            f"convert them with transformers; sharded weights need {SAFETENSORS}.index.json",
-        )
-    return ModelError(
-        f"{role} {name} has pickled weights only ({listed(others)})",
-        "add --allow-pickle, which reads them without running code from them (torch's weights_only), "
-        "or convert them to safetensors",
-    )
-
-
 def _step(state: Path) -> str:
     """Return the step in the state.json of a training checkpoint."""
     try:
@@ -146,20 +129,8 @@ def model_config(directory: Path, role: str = "model") -> GPT2Config:
     Raises:
         ModelError: there is none, or it does not describe a GPT-2.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        checkpoints = sorted(directory.glob("checkpoints/step-*/config.json"), key=lambda file: file.stat().st_mtime)
-        raise ModelError(
-            f"{role} {directory} has no config.json",
-            f"its training is not finished: give the checkpoint {checkpoints[-1].parent}" if checkpoints else None,
-        )
-    try:
-        values = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} does not contain a model configuration, but a {type(values).__name__}")
-    return make_model_config(values, str(path), ModelError)
+    values = read_config_json(directory, role)
+    return make_model_config(values, str(directory / "config.json"), ModelError)
 
 
 def _fast(model: GPT2LMHeadModel) -> GPT2LMHeadModel:

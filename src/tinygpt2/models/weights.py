@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,33 +13,7 @@ from tinygpt2.errors import ModelError, listed, one_line
 from tinygpt2.utils.files import sha256_of
 
 CHECKSUMS = "SHA256SUMS"  # checksums of the weight files, in the format of `sha256sum -c`
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 RUN_PREFIX = "student."  # the names in a training checkpoint begin with it
-
-
-def weight_files(directory: Path, *, allow_pickle: bool = False) -> list[Path]:
-    """Return the weight files that `transformers` reads in a model directory: one file, or the shards of an index.
-
-    Args:
-        allow_pickle: return pickled weights if there are no safetensors.
-
-    Raises:
-        ModelError: the index cannot be read, or a shard that it lists is missing.
-    """
-    for name in (SAFETENSORS, PICKLE) if allow_pickle else (SAFETENSORS,):
-        if (directory / name).is_file():
-            return [directory / name]
-        index = directory / f"{name}.index.json"
-        if not index.is_file():
-            continue
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} does not list the files of the weights: {one_line(error)}") from error
-        if missing := [shard for shard in shards if not (directory / str(shard)).is_file()]:
-            raise ModelError(f"{index.name} in {directory} lists files that are missing: {listed(missing)}")
-        return [directory / str(shard) for shard in shards]
-    return []
 
 
 def stored_tensors(files: Iterable[Path], where: str) -> dict[str, Tensor]:

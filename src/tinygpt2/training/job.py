@@ -13,7 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
-from tinygpt2.data.dataset import Blocks, PackedDataset, is_packed_dataset, load_packed_dataset
+from tinygpt2.data.dataset import Blocks, PackedDataset, load_packed_dataset
+from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.mixture import load_datasets
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, listed

@@ -19,11 +19,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from transformers import GPT2Config
 
+from tinygpt2.config.common import OTHER_OUT_OR_RESUME
 from tinygpt2.config.data import PackOptions, PregenerateConfig, TextOptions
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.corpus.sources import Corpus
-from tinygpt2.data.dataset import Blocks, PackedDataset, content_of, is_packed_dataset, load_packed_dataset
+from tinygpt2.data.dataset import Blocks, PackedDataset, content_of, load_packed_dataset
+from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.pregenerate import pregenerate
 from tinygpt2.data.staging import staging_path
 from tinygpt2.errors import ConfigError, DataError
@@ -175,7 +177,7 @@ def _check_start(config: TrainOptions) -> None:
         for path in left:
             shutil.rmtree(path, ignore_errors=True)
     if not (config.resume and begun):
-        require_free(out, "give another --out, or --resume to continue a run")
+        require_free(out, OTHER_OUT_OR_RESUME)
     elif run.is_file():
         check_same_run(config)
 

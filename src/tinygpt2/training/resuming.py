@@ -9,11 +9,11 @@ from typing import Any
 from tinygpt2.config.base import extra, flag_name, read_yaml
 from tinygpt2.config.common import LENGTH, RUN
 from tinygpt2.config.training import TrainOptions, dataset_shares
-from tinygpt2.data.dataset import is_packed_dataset
+from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.mixture import content_of_datasets
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.configuration import is_model_config, preset_names
-from tinygpt2.models.weights import weight_files
+from tinygpt2.models.directory import weight_files
 from tinygpt2.utils.files import read_json, sha256_of, write_json, write_text
 from tinygpt2.utils.hub import local_directory
 

@@ -34,14 +34,9 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
     Raises:
         ModelError: there is no such directory, and the files are neither in the cache nor available from the Hub.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if (path := local_path(name, role)) is not None:
         return path
-    if path.exists():
-        raise ModelError(f"{role} {name} is a file", "give the directory that holds config.json and model.safetensors")
     repository, revision = _repository(name)
-    if not is_hub_id(name):
-        raise ModelError(f"no such directory: {role} {name}", "give a local directory or a Hub id such as gpt2")
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
@@ -58,6 +53,22 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
         problem, hint = _explanation(error, name, "model")
         raise ModelError(f"{role} {name!r} is not a local directory, and {problem}", hint) from error
     return directory
+
+
+def local_path(name: str, role: str) -> Path | None:
+    """Return the directory that a name means, or None if it may be a Hub id.
+
+    Raises:
+        ModelError: it is a file, or the path of a directory that does not exist.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{role} {name} is a file", "give the directory that holds config.json and model.safetensors")
+    if not is_hub_id(name):
+        raise ModelError(f"no such directory: {role} {name}", "give a local directory or a Hub id such as gpt2")
+    return None
 
 
 def is_hub_id(name: str) -> bool:

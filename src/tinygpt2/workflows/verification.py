@@ -17,24 +17,16 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.workflows import VerifyConfig
-from tinygpt2.data.dataset import is_packed_dataset
+from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.validation import check_dataset
 from tinygpt2.errors import DataError, ModelError, listed
 from tinygpt2.models import reference
 from tinygpt2.models.compatibility import vocabulary_mismatch
+from tinygpt2.models.directory import directory_to_verify, is_model_directory, weight_files
 from tinygpt2.models.loading import load_model, model_config, model_tokenizer
-from tinygpt2.models.weights import (
-    CHECKSUMS,
-    PICKLE,
-    SAFETENSORS,
-    block_of,
-    check_checksums,
-    stored_tensors,
-    unused_tensors,
-    weight_files,
-)
+from tinygpt2.models.weights import CHECKSUMS, block_of, check_checksums, stored_tensors, unused_tensors
 from tinygpt2.utils.files import read_json
-from tinygpt2.utils.hub import is_hub_id, local_directory
+from tinygpt2.utils.hub import local_directory
 
 TOLERANCE = 1e-4  # relative to the largest logit or state: float32 sums depend on their order
 _PROMPT, _TOKENS = 16, 32  # tokens of the prompt and of the greedy text, if the model has enough positions
@@ -95,7 +87,7 @@ def verify(config: VerifyConfig) -> VerifyResult:
     """
     path = _directory(config)
     # look for a model first: the directory of a model that was fine-tuned on a text also holds a dataset
-    if not any((path / name).is_file() for name in ("config.json", SAFETENSORS, PICKLE)):
+    if not is_model_directory(path):
         if not is_packed_dataset(path):
             raise DataError(f"{path} is neither a pregenerated dataset nor a model directory")
         if config.teacher is not None:
@@ -129,11 +121,9 @@ def verify(config: VerifyConfig) -> VerifyResult:
 
 def _directory(config: VerifyConfig) -> Path:
     """Return the directory to check; the model of a Hub id is downloaded."""
-    path = Path(config.path).expanduser()
-    if path.is_dir():
+    path = directory_to_verify(config.path)
+    if path is not None:
         return path
-    if path.exists() or not is_hub_id(config.path):
-        raise DataError(f"no such directory: {path}", "verify takes a pregenerated dataset or a model")
     return local_directory(config.path, "model", allow_pickle=config.allow_pickle, weights=True)
 
 

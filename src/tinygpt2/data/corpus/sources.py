@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tinygpt2.config.data import EncodingErrors, InputFormat, TextOptions
 from tinygpt2.data.corpus.formats import COMPRESSED, ENDINGS, Notes, ReadOptions
@@ -32,6 +32,7 @@ from tinygpt2.utils.files import open_file
 from tinygpt2.utils.hub import stream_dataset
 
 PYTHON_DOCS = "python-docs"
+SourceKind = Literal["python-docs", "stdin", "saved", "directory", "file", "pattern", "hub"]
 Rows = Callable[[ReadOptions], Iterator[TextPart]]
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?(@(?P<split>[\w.-]+))?")
@@ -205,26 +206,51 @@ def _broken(text: str) -> bool:
 
 
 def _source_items(source: str, split: tuple[str, ...]) -> Iterator[SourceItem]:
-    path = Path(source)
-    if source == PYTHON_DOCS:
+    path, kind = Path(source), source_kind(source)
+    if kind == "python-docs":
         texts = python_docs()
         size = sum(len(text.encode()) for text in texts)
         yield SourceItem(source, size, lambda how: ((text, True) for text in texts), sys.version)
-    elif source == "-":
+    elif kind == "stdin":
         yield SourceItem(source, None, _standard_input)
-    elif (saved := re.sub(r"@[\w.-]+$", "", source)) and _is_saved(Path(saved)):
+    elif kind == "saved":
+        saved = _without_split(source)
         yield _saved(Path(saved), (source[len(saved) + 1 :],) if saved != source else split)
-    elif source and path.is_dir():
+    elif kind == "directory":
         inside = (file for file in sorted(path.rglob("*")) if file.is_file())
         yield from (_file(file) for file in inside if not hidden(file.relative_to(path)))
-    elif source and path.exists():
+    elif kind == "file":
         yield _file(path)
-    elif any(sign in source for sign in "*?["):
-        yield from _matching(source)
-    elif found := _on_the_hub(path, source):
+    elif kind == "pattern":
+        yield from map(_file, _matching(source))
+    elif found := _HUB_NAME.fullmatch(source):
         yield from _streamed(source, found, split)
-    else:
+
+
+def source_kind(source: str) -> SourceKind:
+    """Return what kind of source a name means. Nothing is read, and the Hub is not asked.
+
+    Raises:
+        DataError: there is no such file or directory, and no dataset on the Hub can have the name.
+    """
+    path = Path(source)
+    if source in (PYTHON_DOCS, "-"):
+        return "python-docs" if source == PYTHON_DOCS else "stdin"
+    if (saved := _without_split(source)) and _is_saved(Path(saved)):
+        return "saved"
+    if source and path.exists():
+        return "directory" if path.is_dir() else "file"
+    if any(sign in source for sign in "*?["):
+        _matching(source)
+        return "pattern"
+    # a missing file is not taken for a dataset
+    if path.suffix.lower() in (*COMPRESSED, *ENDINGS) or not _HUB_NAME.fullmatch(source):
         raise DataError(f"no such file or directory: {source}", _HINT)
+    return "hub"
+
+
+def _without_split(source: str) -> str:
+    return re.sub(r"@[\w.-]+$", "", source)
 
 
 def _standard_input(how: ReadOptions) -> Iterator[TextPart]:
@@ -233,12 +259,12 @@ def _standard_input(how: ReadOptions) -> Iterator[TextPart]:
     yield from read_stream(sys.stdin.buffer, "standard input", how)
 
 
-def _matching(pattern: str) -> Iterator[SourceItem]:
+def _matching(pattern: str) -> list[Path]:
     found = glob.glob(pattern, recursive=True)  # noqa: PTH207  (Path.glob takes no absolute pattern)
     files = [Path(name) for name in sorted(found) if Path(name).is_file()]
     if not files:
         raise DataError(f"no file matches {pattern}", _HINT)
-    yield from map(_file, files)
+    return files
 
 
 def _file(path: Path) -> SourceItem:
@@ -274,12 +300,6 @@ def _saved(path: Path, split: tuple[str, ...]) -> SourceItem:
         yield from _whole_texts(rows, str(path), how)
 
     return SourceItem(str(path), dataset.data.nbytes, read, dataset._fingerprint)
-
-
-def _on_the_hub(path: Path, source: str) -> re.Match[str] | None:
-    """Match a source with a Hub dataset's name. Return None if it looks like the path of a missing file."""
-    looks_local = path.suffix.lower() in (*COMPRESSED, *ENDINGS)
-    return None if looks_local else _HUB_NAME.fullmatch(source)
 
 
 def _whole_texts(texts: Iterable[str], name: str, how: ReadOptions) -> Iterator[TextPart]:

@@ -1,0 +1,76 @@
+"""How large a student can be cut from a teacher: checks that need only the teacher's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tinygpt2.config.compression import Position, TruncateStudentConfig
+from tinygpt2.errors import ConfigError
+
+
+def check_sizes(config: TruncateStudentConfig, teacher: Any) -> None:
+    """Check the layers, the width and the positions that the options ask for.
+
+    Args:
+        teacher: the teacher's configuration, or an object with the same sizes.
+
+    Raises:
+        ConfigError: the teacher has no such parts, or they do not fit together.
+    """
+    sizes_of(config, teacher)
+    _check_depth(config, teacher.n_layer)
+    position_count(config, teacher.n_positions)
+
+
+def sizes_of(config: TruncateStudentConfig, teacher: Any) -> tuple[int, int, int]:
+    """Return the student's width, heads and inner units.
+
+    Args:
+        teacher: the teacher's configuration.
+
+    Raises:
+        ConfigError: the student would be wider than the teacher, or would keep only a part of a head.
+    """
+    head_width = teacher.n_embd // teacher.n_head
+    heads = config.n_head or (config.n_embd or teacher.n_embd) // head_width
+    width = config.n_embd or heads * head_width
+    if width != heads * head_width or not 0 < heads <= teacher.n_head:
+        pairs = ", ".join(f"{count * head_width}/{count}" for count in range(1, teacher.n_head + 1))
+        raise ConfigError(
+            f"--n-embd {width} with --n-head {heads}: the teacher's heads have {head_width} dimensions each, "
+            "and a head cannot be cut",
+            f"valid pairs of --n-embd and --n-head: {pairs}",
+        )
+    whole = teacher.n_inner or 4 * teacher.n_embd
+    inner = config.n_inner or max(1, whole * width // teacher.n_embd)
+    if inner > whole:
+        raise ConfigError(f"--n-inner {inner}: the teacher has only {whole} inner units")
+    return width, heads, inner
+
+
+def _check_depth(config: TruncateStudentConfig, total: int) -> None:
+    """Check the layers that the options ask for.
+
+    Raises:
+        ConfigError: a block does not exist, is repeated, or is not in ascending order.
+    """
+    if config.num_layers is not None and config.num_layers > total:
+        raise ConfigError(f"--num-layers {config.num_layers}: the teacher has only {total} layers")
+    if config.layers is None:
+        return
+    layers = [int(number) for number in config.layers.split(",")]
+    if bad := [layer for layer in layers if layer >= total]:
+        raise ConfigError(f"--layers: block {bad[0]} does not exist, the teacher has blocks 0 to {total - 1}")
+    if sorted(set(layers)) != layers:
+        raise ConfigError(f"--layers {config.layers}: list the blocks in ascending order, each of them once")
+
+
+def position_count(config: TruncateStudentConfig, total: int) -> tuple[int, Position]:
+    """Return how many positions the student has, and how they are chosen.
+
+    Raises:
+        ConfigError: the teacher has fewer.
+    """
+    if (config.n_positions or 0) > total:
+        raise ConfigError(f"--n-positions {config.n_positions}: the teacher has only {total} positions")
+    return config.n_positions or total, config.position or "first"
