@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
     from tinygpt2.training.step import Evaluation
     from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
-    from tinygpt2.workflows.quickstart import ModelSummary, QuickstartResult, QuickstartSizes, quickstart
+    from tinygpt2.workflows.quickstart import quickstart
+    from tinygpt2.workflows.quickstart_report import Gain, ModelSummary, QuickstartResult, QuickstartSizes
     from tinygpt2.workflows.runs import RunList, RunStatus, runs
     from tinygpt2.workflows.show import ShowResult, show
     from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
@@ -82,7 +83,8 @@ _HOME = {
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
     "training.step": ["Evaluation"],
     "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
-    "workflows.quickstart": ["ModelSummary", "QuickstartResult", "QuickstartSizes", "quickstart"],
+    "workflows.quickstart": ["quickstart"],
+    "workflows.quickstart_report": ["Gain", "ModelSummary", "QuickstartResult", "QuickstartSizes"],
     "workflows.runs": ["RunList", "RunStatus", "runs"],
     "workflows.show": ["ShowResult", "show"],
     "workflows.train": ["TrainResult", "distill", "finetune", "pretrain"],
@@ -103,6 +105,7 @@ __all__ = [
     "DivergedError",
     "Evaluation",
     "FinetuneConfig",
+    "Gain",
     "GenerateConfig",
     "GenerateResult",
     "Generation",

@@ -150,7 +150,7 @@ def _canvas(chart: Chart, columns: int) -> tuple[dict[tuple[int, int], int], dic
         for x in range(across + 1):
             if x % 6 < 3:
                 dot(x, height, number)
-    for number, one in enumerate(chart.series):
+    for number, one in reversed(list(enumerate(chart.series))):  # the first series lies above the others
         places = [
             (round(position(x, x_ends, log=chart.log) * across), round(position(y, y_ends, log=chart.log) * up))
             for x, y in one.points

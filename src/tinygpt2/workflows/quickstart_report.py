@@ -199,7 +199,7 @@ def _notes(result: QuickstartResult, card: tuple[float, int] | None) -> Iterator
         "perplexity are better. All models were measured on all held-out documents, which were not used for "
         f"training. All stages together took {result.seconds:.0f} seconds."
     )
-    if card is not None:
+    if card is not None and f"{card[0]:.2f}" != f"{result.cut.perplexity:.2f}":
         yield (
             f"{CUT}/README.md gives {card[0]:.2f} as the cut's perplexity, because it was measured on only {card[1]} "
             "of the held-out blocks."
