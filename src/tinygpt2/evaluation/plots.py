@@ -44,14 +44,15 @@ def comparison_charts(rows: Sequence[PplRow]) -> list[Chart]:
     names = short_names([row.model for row in rows])
     by_task = {task: [row for row in rows if row.task == task] for task in dict.fromkeys(row.task for row in rows)}
     charts = []
-    for key, label in (("parameters", "parameters"), ("tokens_per_second", "tokens per second, measured here")):
+    for key, label in (("parameters", "parameters"), ("tokens_per_second", "tokens per second")):
         for task, found in by_task.items():
             if key != "parameters" and any(row.accuracy is not None for row in found):
                 continue
             ordered = sorted(found, key=lambda row: (row.parameters, row.perplexity))
             series = [Series(names[row.model], [(getattr(row, key), row.perplexity)]) for row in ordered]
             y = f"perplexity per {found[0].unit}"
-            charts.append(Chart(tasks[task], label, y, series, joined=False, log=True))
+            title = f"{tasks[task]}, by {'parameters' if key == 'parameters' else 'speed'}"
+            charts.append(Chart(title, label, y, series, joined=False, log=True))
     return charts
 
 

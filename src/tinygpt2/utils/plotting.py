@@ -90,6 +90,8 @@ def _draw(axis: Any, chart: Chart, names: list[str]) -> dict[str, Any]:
             linestyle="-" if chart.joined else "none",
             linewidth=1.4,
             markersize=6 if chart.joined else 9,
+            markerfacecolor=None if chart.joined else "none",  # points at the same place can all be seen
+            markeredgewidth=1 if chart.joined else 2,
             capsize=2,
             zorder=3 - number / 100,  # the first series lies above the others
         )

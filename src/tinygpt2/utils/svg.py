@@ -73,7 +73,7 @@ def _series(places: list[tuple[float, float]], number: int, *, joined: bool) -> 
     colour = number % COLOURS
     if not joined:
         shape = list(_SHAPES.values())[number % len(_SHAPES)]
-        return "".join(f'<path class="dot c{colour}" transform="translate({x} {y})" d="{shape}"/>' for x, y in places)
+        return "".join(f'<path class="mark c{colour}" transform="translate({x} {y})" d="{shape}"/>' for x, y in places)
     line = "M" + "L".join(f"{x} {y}" for x, y in places) if places else ""
     dots = places if len(places) <= 40 else []
     return f'<path class="line c{colour}" d="{line}"/>' + "".join(
@@ -108,7 +108,9 @@ def _legend(chart: Chart) -> str:
     items = []
     for number, one in enumerate(chart.series):
         shape = "M-9 0H9" if chart.joined else list(_SHAPES.values())[number % len(_SHAPES)]
-        items.append((f'<path class="{"line" if chart.joined else "dot"} c{number % COLOURS}" d="{shape}"/>', one.name))
+        items.append(
+            (f'<path class="{"line" if chart.joined else "mark"} c{number % COLOURS}" d="{shape}"/>', one.name)
+        )
     for number, name in enumerate(chart.levels):
         items.append((f'<path class="level dash{number % 3}" d="M-9 0H9"/>', name))
     keys = [
