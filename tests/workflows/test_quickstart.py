@@ -65,7 +65,7 @@ def test_the_cut_before_training_is_measured_as_the_others(run: tuple) -> None:
     pair = measured.paired[0]
     assert (result.gains["cut"].loss, result.gains["cut"].stderr) == (-pair.difference, pair.stderr)
     report = Path(result.report).read_text(encoding="utf-8")
-    assert f"| cut, before training | 1 | {result.cut.parameters:,} |" in report
+    assert f"| cut, before training | {result.cut.perplexity:.2f} | 1 | {result.cut.parameters:,} |" in report
     assert f"{abs(result.gains['cut'].loss):.4f} ± {pair.stderr:.4f} nats per token" in report
 
 
