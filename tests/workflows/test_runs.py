@@ -195,7 +195,7 @@ def test_show_draws_and_writes(tmp_path: Path, cli: Callable) -> None:
     outcome = cli("show", out)
     assert outcome.code == 0
     lines = outcome.out.splitlines()
-    assert lines[0] == "distill a: interrupted at step 100 of 100, nothing saved, held-out perplexity 90.00"
+    assert lines[0] == "distill a: interrupted at step 100 of 100, nothing saved yet, held-out perplexity 90.00"
     assert max(map(len, lines)) <= max(100, len(str(out)) + 50)
     assert any("\u2800" < sign < "\u2900" for sign in outcome.out)
     assert "--- held out   --- training   - - before training   - - teacher" in outcome.out
@@ -224,8 +224,9 @@ def test_lists_for_people_and_programs(tmp_path: Path, monkeypatch: pytest.Monke
     lock(make_run(tmp_path / "x" / "a"), os.getpid(), socket.gethostname())
     make_run(tmp_path / "x" / "b", failed="out of memory")
     said = cli("runs").out
-    assert f"running on {socket.gethostname()} (process {os.getpid()}), step 50 of 100" in said
-    assert "failed at step 50 of 100, nothing saved" in said
+    assert f"running on {socket.gethostname()}/{os.getpid()}, step 50 of 100, " in said
+    assert " left " in said
+    assert "failed at step 50 of 100" in said
     assert "b failed: out of memory" in said
     found = cli("runs", "x", "--json").json["runs"]
     assert {run["path"] for run in found} == {str(tmp_path / "x" / "a"), str(tmp_path / "x" / "b")}
