@@ -16,6 +16,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from tinygpt2.cli.render import print_result
+from tinygpt2.cli.session import choose_level
 from tinygpt2.config.base import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
 from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
@@ -55,6 +56,7 @@ def add_command(
     def command(**given: Any) -> None:
         file, print_config, as_json = given.pop("config"), given.pop("print_config"), given.pop("json")
         given.pop("version")
+        choose_level(quiet=given.pop("quiet"), verbose=given.pop("verbose"))
         config = resolve(config_type, file, {key: value for key, value in given.items() if value not in (None, [], ())})
         if print_config:
             typer.echo(config.to_yaml(), nl=False)
@@ -162,6 +164,8 @@ def _common() -> list[inspect.Parameter]:
             _common_option("--print-config", "Print all options with their values as YAML and exit."),
         ),
         ("json", bool, _common_option("--json", "Print the result as one JSON object.")),
+        ("quiet", bool, _common_option("--quiet", "Show no progress and no notes, only warnings and errors.", short="-q")),
+        ("verbose", bool, _common_option("--verbose", "Also say what is decided and why.", short="-v")),
         (
             "version",
             bool,
@@ -181,7 +185,8 @@ def _common() -> list[inspect.Parameter]:
 
 
 def _common_option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
-    return typer.Option(name, help=text, metavar=metavar, show_default=False, **more)
+    short = [more.pop("short")] if "short" in more else []
+    return typer.Option(name, *short, help=text, metavar=metavar, show_default=False, **more)
 
 
 def print_version(asked: bool) -> None:
