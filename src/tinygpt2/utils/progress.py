@@ -177,7 +177,7 @@ def track(
             rate is shown.
         done: units that an earlier run has done.
         announce: whether a stage that ends within 30 seconds leaves a trace.
-        lines: whether to print lines where there is no terminal; if not, the block prints its own.
+        lines: whether to print a line every 30 seconds where there is no terminal; if not, the block prints its own.
     """
     if not shown():
         yield ProgressStage()
@@ -187,7 +187,7 @@ def track(
     outer = _bars is not None
     with _shared_bars(transient=not announce) as bars:
         stage = ProgressStage(bars, description, total, unit, done)
-        if announce and lines:
+        if announce:
             stage.line(f"{description}: {amount(total, unit)}" if total and unit else description)
         try:
             with _repeated(stage.report, lines and _mode == "plain"):
