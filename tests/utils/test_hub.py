@@ -103,7 +103,9 @@ def test_only_what_is_needed_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
     ]  # fmt: skip
     fetched: list[set[str]] = []
 
-    def download(name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(
+        name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str], tqdm_class: type
+    ) -> str:
         assert (name, revision) == ("someone/model", "v2")
         fetched.append(
             set(huggingface_hub.utils.filter_repo_objects(

@@ -33,6 +33,7 @@ from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import default_device
+from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import require_free
 from tinygpt2.utils.hub import hub_revision
 from tinygpt2.utils.locks import writes_out
@@ -99,6 +100,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         if not len(data.train):
             raise DataError(f"the training split of {config.data} is empty: there is nothing to measure on")
         teacher.to(default_device())
+        tell_machine(default_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
     kept, importance = _choose(config, teacher, batches, positions)
     student = cut_model(teacher.cpu(), kept)
