@@ -5,7 +5,8 @@
 Models of several sizes generate greedily, and quickstart's teacher takes training steps: with one thread and with one
 for each core, in turns, with torch's default OMP_WAIT_POLICY and with PASSIVE, on the machine as it is and beside one
 other busy process. `shared` is the smallest number of operations in a forward pass from which every core is faster
-than one thread in every setting with PASSIVE; `SHARED` in runtime/threads.py is this number, rounded.
+than one thread with PASSIVE, by the geometric mean over both states of the machine; `SHARED` in runtime/threads.py is
+this number, rounded.
 """
 
 from __future__ import annotations
@@ -118,13 +119,17 @@ def summary(turns: dict[tuple[str, bool], list[dict[str, Any]]]) -> list[dict[st
 
 
 def threshold(rows: list[dict[str, Any]]) -> float | None:
-    """Return the operations from which every core wins in all settings with PASSIVE; None if it never does."""
-    decoding = [row for row in rows if row["policy"] == "PASSIVE" and row["job"].startswith("generate")]
-    sizes = sorted({row["operations"] for row in decoding})
-    for size in sizes:
-        if all(row["ratio"] > 1 for row in decoding if row["operations"] >= size):
-            return float(size)
-    return None
+    """Return the operations from which every core wins with PASSIVE; None if it does not even win with the most."""
+    ratios: dict[float, list[float]] = {}
+    for row in rows:
+        if row["policy"] == "PASSIVE" and row["job"].startswith("generate"):
+            ratios.setdefault(row["operations"], []).append(row["ratio"])
+    found = None
+    for size in sorted(ratios, reverse=True):
+        if statistics.geometric_mean(ratios[size]) <= 1:
+            break
+        found = size
+    return found
 
 
 def main() -> None:

@@ -78,12 +78,12 @@ def _download_reports(description: str) -> Iterator[type]:
     The library makes several bars: for files, for bytes that are received, and for bytes that are stored. The last one
     is the first to be refreshed, when the size of a file is known.
     """
-    from tqdm.std import tqdm
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
 
     lock = threading.Lock()
     with ExitStack() as stack:
 
-        class Reports(tqdm):  # type: ignore[type-arg]
+        class Reports(tqdm):  # type: ignore[misc]
             stored: Reports | None = None
 
             def __init__(self, *items: Any, **options: Any) -> None:
