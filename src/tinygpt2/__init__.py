@@ -42,12 +42,13 @@ if TYPE_CHECKING:
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
     from tinygpt2.training.step import Evaluation
     from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
+    from tinygpt2.workflows.model_verification import Agreement
     from tinygpt2.workflows.quickstart import quickstart
     from tinygpt2.workflows.quickstart_report import Gain, ModelSummary, QuickstartResult, QuickstartSizes
     from tinygpt2.workflows.runs import RunList, RunStatus, runs
     from tinygpt2.workflows.show import ShowResult, show
     from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
-    from tinygpt2.workflows.verification import Agreement, VerifyResult, verify
+    from tinygpt2.workflows.verification import VerifyResult, verify
 
 __version__ = "0.1.0"
 
@@ -83,12 +84,13 @@ _HOME = {
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
     "training.step": ["Evaluation"],
     "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
+    "workflows.model_verification": ["Agreement"],
     "workflows.quickstart": ["quickstart"],
     "workflows.quickstart_report": ["Gain", "ModelSummary", "QuickstartResult", "QuickstartSizes"],
     "workflows.runs": ["RunList", "RunStatus", "runs"],
     "workflows.show": ["ShowResult", "show"],
     "workflows.train": ["TrainResult", "distill", "finetune", "pretrain"],
-    "workflows.verification": ["Agreement", "VerifyResult", "verify"],
+    "workflows.verification": ["VerifyResult", "verify"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -29,6 +29,7 @@ from tinygpt2.cli.help import (
     show_everything,
 )
 from tinygpt2.cli.render import print_result
+from tinygpt2.cli.session import choose_level
 from tinygpt2.config.base import OPTIONS, Config, extra, flag_name, plain_type, read_yaml
 from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
@@ -72,6 +73,7 @@ def add_command(
         file, print_config, as_json = given.pop("config"), given.pop("print_config"), given.pop("json")
         given.pop("version")
         given.pop("help_all")
+        choose_level(quiet=given.pop("quiet"), verbose=given.pop("verbose"))
         config = resolve(config_type, file, {key: value for key, value in given.items() if value not in (None, [], ())})
         if print_config:
             typer.echo(config.to_yaml(), nl=False)
@@ -187,6 +189,8 @@ def _common(short: Sequence[str]) -> list[inspect.Parameter]:
         (["--config"], str | None, "Read options from a YAML file; the command line wins.", {"metavar": "PATH"}),
         (["--print-config"], bool, "Print all options with their values as YAML and exit.", {}),
         (["--json"], bool, "Print the result as one JSON object.", {}),
+        (["--quiet", "-q"], bool, "Show no progress and no notes, only warnings.", {}),
+        (["--verbose", "-v"], bool, "Also say what is decided and why.", {}),
         (["--version", "-V"], bool, "Print the version and exit.", {"callback": print_version, **eager}),
         (
             ["--help-all"],

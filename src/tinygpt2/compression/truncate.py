@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss
+from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
 from tinygpt2.compression.importance import (
     DepthImportance,
@@ -36,10 +36,12 @@ from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import default_device
+from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import require_free
 from tinygpt2.utils.hub import hub_revision
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.plotting import paint
+from tinygpt2.utils.progress import track
 
 PICTURE = "importance.png"
 
@@ -100,6 +102,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         if not len(data.train):
             raise DataError(f"the training split of {config.data} is empty: there is nothing to measure on")
         teacher.to(default_device())
+        tell_machine(default_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
     kept, importance = _choose(config, teacher, batches, positions)
     student = cut_model(teacher.cpu(), kept)
@@ -166,7 +169,8 @@ def _perplexity(
     device = default_device()
     batches = [ids[:, : student.config.n_positions] for ids in calibration_batches(data.test, count, device)]
     student, teacher = student.to(device), teacher.to(device)
-    after, before = (perplexity_of(mean_loss(model, batches)) for model in (student, teacher))
+    with track("measure student and teacher", 2 * tokens_of(batches), "tokens") as stage:
+        after, before = (perplexity_of(mean_loss(model, batches, stage)) for model in (student, teacher))
     return CutPerplexity(after, before, sum(len(ids) for ids in batches))
 
 

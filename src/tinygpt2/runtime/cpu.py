@@ -8,6 +8,8 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tinygpt2.utils.progress import detail
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -16,6 +18,15 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def wait_passively() -> None:
+    """Let idle threads sleep. Call it before torch is imported; it does nothing if OMP_WAIT_POLICY is set.
+
+    By default, the threads of OpenMP spin while they wait for each other. If another process needs a core, each spins
+    for the whole time slice of the other.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def keep_memory() -> None:
@@ -52,8 +63,10 @@ def fast_products() -> Iterator[None]:
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     fine = torch.full((256, 256), 1 + 2**-23)
-    if not torch.equal(fine @ torch.eye(256), fine):
+    exact = torch.equal(fine @ torch.eye(256), fine)
+    if not exact:
         setting.fp32_precision = before
+    detail(f"float32 products: {'by oneDNN, which is exact on this CPU' if exact else 'as torch chooses them'}")
     try:
         yield
     finally:
