@@ -42,9 +42,10 @@ if TYPE_CHECKING:
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
     from tinygpt2.training.step import Evaluation
     from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
+    from tinygpt2.workflows.model_verification import Agreement
     from tinygpt2.workflows.quickstart import ModelSummary, QuickstartResult, QuickstartSizes, quickstart
     from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
-    from tinygpt2.workflows.verification import Agreement, VerifyResult, verify
+    from tinygpt2.workflows.verification import VerifyResult, verify
 
 __version__ = "0.1.0"
 
@@ -80,9 +81,10 @@ _HOME = {
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
     "training.step": ["Evaluation"],
     "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
+    "workflows.model_verification": ["Agreement"],
     "workflows.quickstart": ["ModelSummary", "QuickstartResult", "QuickstartSizes", "quickstart"],
     "workflows.train": ["TrainResult", "distill", "finetune", "pretrain"],
-    "workflows.verification": ["Agreement", "VerifyResult", "verify"],
+    "workflows.verification": ["VerifyResult", "verify"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -16,6 +16,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from tinygpt2.cli.render import print_result
+from tinygpt2.cli.session import choose_level
 from tinygpt2.config.base import Config, bounds_label, extra, flag_name, plain_type, read_yaml, type_label
 from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
@@ -55,6 +56,7 @@ def add_command(
     def command(**given: Any) -> None:
         file, print_config, as_json = given.pop("config"), given.pop("print_config"), given.pop("json")
         given.pop("version")
+        choose_level(quiet=given.pop("quiet"), verbose=given.pop("verbose"))
         config = resolve(config_type, file, {key: value for key, value in given.items() if value not in (None, [], ())})
         if print_config:
             typer.echo(config.to_yaml(), nl=False)
@@ -163,6 +165,12 @@ def _common() -> list[inspect.Parameter]:
         ),
         ("json", bool, _common_option("--json", "Print the result as one JSON object.")),
         (
+            "quiet",
+            bool,
+            _common_option("--quiet", "Show no progress and no notes, only warnings.", short="-q"),
+        ),
+        ("verbose", bool, _common_option("--verbose", "Also say what is decided and why.", short="-v")),
+        (
             "version",
             bool,
             _common_option("--version", "Print the version and exit.", callback=print_version, is_eager=True),
@@ -181,7 +189,8 @@ def _common() -> list[inspect.Parameter]:
 
 
 def _common_option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
-    return typer.Option(name, help=text, metavar=metavar, show_default=False, **more)
+    short = [more.pop("short")] if "short" in more else []
+    return typer.Option(name, *short, help=text, metavar=metavar, show_default=False, **more)
 
 
 def print_version(asked: bool) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss
+from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable, sizes_of
 from tinygpt2.compression.importance import (
     DepthImportance,
@@ -37,6 +37,7 @@ from tinygpt2.utils.files import require_free
 from tinygpt2.utils.hub import hub_revision
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.plotting import figure_of, save_figure
+from tinygpt2.utils.progress import track
 
 PICTURE = "importance.png"
 
@@ -187,7 +188,8 @@ def _perplexity(
     device = default_device()
     batches = [ids[:, : student.config.n_positions] for ids in calibration_batches(data.test, count, device)]
     student, teacher = student.to(device), teacher.to(device)
-    after, before = (perplexity_of(mean_loss(model, batches)) for model in (student, teacher))
+    with track("measure student and teacher", 2 * tokens_of(batches), "tokens") as stage:
+        after, before = (perplexity_of(mean_loss(model, batches, stage)) for model in (student, teacher))
     return CutPerplexity(after, before, sum(len(ids) for ids in batches))
 
 

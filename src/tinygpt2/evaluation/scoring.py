@@ -119,7 +119,7 @@ class Scorer:
         tokens: Integer[np.ndarray, " N"],
         spans: Sequence[Window],
         budget: int,
-        advance: Callable[[int, str], None] = lambda windows, note: None,
+        advance: Callable[[int, str], None] = lambda targets, note: None,
         ruled_out: Bool[Tensor, " V"] | None = None,
     ) -> Scores:
         """Score windows, in batches of similar length.
@@ -130,11 +130,12 @@ class Scorer:
             tokens: the text's token ids.
             spans: its windows.
             budget: tokens in one forward pass; a longer window is scored alone.
-            advance: called with the number of windows just done and a note with the perplexity so far.
+            advance: called with the number of targets that all processes have just scored, and a note with the
+                perplexity so far.
             ruled_out: also check which targets were predicted, once with and once without these tokens allowed.
         """
         state = PartialState(cpu=not torch.cuda.is_available())
-        found = np.zeros((3, len(spans)))
+        found, everything = np.zeros((3, len(spans))), sum(span.targets for span in spans)
         total, targets, done = 0.0, 0, 0
         for batch in list(_batches(spans, budget))[state.process_index :: state.num_processes]:
             part = [spans[index] for index in batch]
@@ -146,9 +147,9 @@ class Scorer:
             if hits is not None:
                 found[1:, batch] = _all_hit(hits.cpu(), [span.targets for span in part])
             total, targets = total + float(losses.sum()), targets + len(losses)
-            windows = min(len(part) * state.num_processes, len(spans) - done)
-            done += windows
-            advance(windows, f"perplexity {perplexity_of(total / targets):,.4g}")
+            just = min(len(losses) * state.num_processes, everything - done)  # the other processes do about as many
+            done += just
+            advance(just, f"perplexity {perplexity_of(total / targets):,.4g}")
         if state.num_processes > 1:
             found = reduce(torch.from_numpy(found).to(state.device), "sum").cpu().numpy()
         counts = np.array([span.targets for span in spans])

@@ -18,6 +18,15 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def wait_passively() -> None:
+    """Let idle threads sleep. Call it before torch is imported; it does nothing if OMP_WAIT_POLICY is set.
+
+    By default, the threads of OpenMP spin while they wait for each other. If another process needs a core, each spins
+    for the whole time slice of the other.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def keep_memory() -> None:
     """Let this process keep the memory that it frees, so that the next step can use it.
 

@@ -50,8 +50,8 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     """
     config, run = job.config, _Run(job, accelerator, module)
     memory = memory_explained(config, job.data.sequence_length)
-    with closing(run.checkpoints), memory, stop_on_signals() as stop, track(run.out.name, run.total) as progress:
-        progress.advance(run.state.step)
+    bar = track(run.out.name, run.total, done=run.state.step, lines=False)  # the lines are those of `_Run.log`
+    with closing(run.checkpoints), memory, stop_on_signals() as stop, bar as progress:
         while not run.finished:
             outcome = run.step(stop=bool(stop))
             row, improved = {}, False

@@ -22,6 +22,7 @@ from tinygpt2.models.activations import Activations, collect_activations
 from tinygpt2.models.lm_head import head_operand, target_losses
 from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
 from tinygpt2.training.teacher_cache import TeacherCache
+from tinygpt2.utils.progress import follow
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     # processes that share a sharded model must make equally many forward passes: some repeat the last block,
     # which then does not count
-    for start in range(0, math.ceil(len(blocks) / world), size):
+    for start in follow(range(0, math.ceil(len(blocks) / world), size), "evaluate", "batches", announce=False):
         numbers = range(start * world + rank, min(start + size, math.ceil(len(blocks) / world)) * world, world)
         batch = blocks.batch([min(index, len(blocks) - 1) for index in numbers]).to(accelerator.device)
         losses, _ = module(batch.input_ids)  # (B, T - 1)
