@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tinygpt2.config.evaluation import PplConfig
     from tinygpt2.config.models import PresetsConfig
     from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-    from tinygpt2.config.workflows import QuickstartConfig, VerifyConfig
+    from tinygpt2.config.workflows import QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
@@ -43,7 +43,10 @@ if TYPE_CHECKING:
     from tinygpt2.training.step import Evaluation
     from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
     from tinygpt2.workflows.model_verification import Agreement
-    from tinygpt2.workflows.quickstart import ModelSummary, QuickstartResult, QuickstartSizes, quickstart
+    from tinygpt2.workflows.quickstart import quickstart
+    from tinygpt2.workflows.quickstart_report import Gain, ModelSummary, QuickstartResult, QuickstartSizes
+    from tinygpt2.workflows.runs import RunList, RunStatus, runs
+    from tinygpt2.workflows.show import ShowResult, show
     from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
     from tinygpt2.workflows.verification import VerifyResult, verify
 
@@ -59,7 +62,7 @@ _HOME = {
     "config.evaluation": ["PplConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
-    "config.workflows": ["QuickstartConfig", "VerifyConfig"],
+    "config.workflows": ["QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
@@ -82,7 +85,10 @@ _HOME = {
     "training.step": ["Evaluation"],
     "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
     "workflows.model_verification": ["Agreement"],
-    "workflows.quickstart": ["ModelSummary", "QuickstartResult", "QuickstartSizes", "quickstart"],
+    "workflows.quickstart": ["quickstart"],
+    "workflows.quickstart_report": ["Gain", "ModelSummary", "QuickstartResult", "QuickstartSizes"],
+    "workflows.runs": ["RunList", "RunStatus", "runs"],
+    "workflows.show": ["ShowResult", "show"],
     "workflows.train": ["TrainResult", "distill", "finetune", "pretrain"],
     "workflows.verification": ["VerifyResult", "verify"],
 }
@@ -101,6 +107,7 @@ __all__ = [
     "DivergedError",
     "Evaluation",
     "FinetuneConfig",
+    "Gain",
     "GenerateConfig",
     "GenerateResult",
     "Generation",
@@ -123,7 +130,12 @@ __all__ = [
     "QuickstartResult",
     "QuickstartSizes",
     "RemovalRound",
+    "RunList",
     "RunPlan",
+    "RunStatus",
+    "RunsConfig",
+    "ShowConfig",
+    "ShowResult",
     "TaskInfo",
     "TaskList",
     "TinyGPT2Error",
@@ -148,6 +160,8 @@ __all__ = [
     "pretrain",
     "quickstart",
     "reference",
+    "runs",
+    "show",
     "train_tokenizer",
     "truncate_student",
     "verify",

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -72,7 +71,7 @@ def ppl(config: PplConfig) -> PplResult:
         with fast_products():
             measured = _measure_all(config, tasks, state.device)
         if config.plot and state.is_main_process:
-            plot_comparison(measured.results, Path(config.plot))
+            plot_comparison(measured, config)
     finally:
         if not joined:
             state.destroy_process_group()
