@@ -33,7 +33,7 @@ from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import default_device
+from tinygpt2.runtime.devices import computes_on_device, current_device
 from tinygpt2.utils.files import require_free
 from tinygpt2.utils.hub import hub_revision
 from tinygpt2.utils.locks import writes_out
@@ -73,6 +73,7 @@ class TruncateStudentResult:
     perplexity: CutPerplexity | None = None
 
 
+@computes_on_device
 @writes_out
 @fast_products()
 def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
@@ -99,12 +100,12 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     if data is not None and config.measures:
         if not len(data.train):
             raise DataError(f"the training split of {config.data} is empty: there is nothing to measure on")
-        teacher.to(default_device())
+        teacher.to(current_device())
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
     kept, importance = _choose(config, teacher, batches, positions)
     student = cut_model(teacher.cpu(), kept)
     if config.refit:
-        device = default_device()
+        device = current_device()
         short = [ids[:, : positions[0]] for ids in batches]
         refit(student.to(device), teacher.to(device), kept.layers, kept.dimensions.to(device), short)
     perplexity = None if data is None else _perplexity(student, teacher, data, config.calibration_sequences)
@@ -186,7 +187,7 @@ def _perplexity(
     """Measure both models on blocks of the test split, shortened to the student's positions."""
     if not len(data.test):
         return None
-    device = default_device()
+    device = current_device()
     batches = [ids[:, : student.config.n_positions] for ids in calibration_batches(data.test, count, device)]
     student, teacher = student.to(device), teacher.to(device)
     with track("measure student and teacher", 2 * tokens_of(batches), "tokens") as stage:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Literal
 
 from tinygpt2.config.base import option
-from tinygpt2.config.models import ModelOptions
+from tinygpt2.config.models import DeviceOptions, ModelOptions
 
 Strategy = Literal["uniform", "alternate", "distilgpt2", "first", "middle", "last", "importance"]
 Position = Literal["first", "interpolate"]
 
 
-class TruncateStudentConfig(ModelOptions):
+class TruncateStudentConfig(ModelOptions, DeviceOptions):
     """Options of `truncate-student`."""
 
     teacher: str = option("Teacher: a local directory or a Hub id.", path=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tinygpt2.config.base import Config, option
-from tinygpt2.config.common import RUN
+from tinygpt2.config.common import RUN, Device
 
 
 class PresetsConfig(Config):
@@ -15,4 +15,14 @@ class ModelOptions(Config):
 
     allow_pickle: bool = option(
         "Load pickled weights (.bin) if there are no safetensors. Only for models you trust.", default=False, panel=RUN
+    )
+
+
+class DeviceOptions(Config):
+    """Where a command computes."""
+
+    device: Device = option(
+        "Where to compute: cpu, cuda (NVIDIA or AMD) or mps (Apple). auto takes a CUDA GPU if there is one.",
+        default="auto",
+        panel=RUN,
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from tinygpt2.config.base import Config, option
 from tinygpt2.config.common import MAX_SEED
-from tinygpt2.config.models import ModelOptions
+from tinygpt2.config.models import DeviceOptions, ModelOptions
 
 
-class QuickstartConfig(Config):
+class QuickstartConfig(DeviceOptions):
     """Options of `quickstart`."""
 
     out: str = option(

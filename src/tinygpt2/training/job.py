@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tinygpt2.models.loading import load_model, model_tokenizer, random_model
 from tinygpt2.models.parameters import count_parameters, freeze
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import DTYPES
+from tinygpt2.runtime.devices import DTYPES, device_chosen
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.schedule import peak_learning_rate, total_steps
@@ -99,8 +99,11 @@ def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Ite
     Raises:
         ConfigError, DataError, ModelError: an option, a dataset or a model is wrong, or they do not fit each other.
     """
-    check_number(config.num_processes)
-    with fast_products(), training_setup(config, loss_weights(config)) as setup:
+    with ExitStack() as stack:
+        stack.enter_context(device_chosen(config.device))
+        check_number(config.num_processes)
+        stack.enter_context(fast_products())
+        setup = stack.enter_context(training_setup(config, loss_weights(config)))
         job = make_job(config, data, setup)
         freeze(job.model, config.freeze)
         if config.eval_task:  # report a task that does not fit the model now, not after the training

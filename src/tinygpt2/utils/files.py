@@ -68,7 +68,9 @@ def sha256_of(path: Path) -> str:
 
 def flush_to_disk(path: Path) -> None:
     """Wait until a file's content, or a directory's list of files, is physically on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows cannot open directories
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -23,6 +23,7 @@ from tinygpt2.models.card import model_card
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.models.saving import save_model
 from tinygpt2.planning.batch_size import fit_batch
+from tinygpt2.runtime.devices import device_chosen
 from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.memory import peak_memory
 from tinygpt2.runtime.processes import launched
@@ -111,7 +112,8 @@ def _run(command: str, config: TrainOptions, data: PackedDataset | None) -> Trai
             f"{command} trains a model, so validate_only, compile_only and plan must be off",
             "call tinygpt2.plan_run, tinygpt2.compile_step or tinygpt2.plan_budget instead",
         )
-    check_number(config.num_processes)
+    with device_chosen(config.device):
+        check_number(config.num_processes)
     if (config.num_processes or 1) > 1 and not launched():
         result: TrainResult = launch(command, config.num_processes or 1, config, data)
         return result
