@@ -38,7 +38,9 @@ def test_a_missing_gpu_is_refused_before_anything_is_written(
 
 
 def test_the_cpu_can_be_chosen(data: Path, teacher: Path, tmp_path: Path, cli: Callable) -> None:
-    outcome = cli("finetune", "--model", teacher, "--data", data, "--out", tmp_path / "m", "--max-steps", 1, "--device", "cpu")
+    outcome = cli(
+        "finetune", "--model", teacher, "--data", data, "--out", tmp_path / "m", "--max-steps", 1, "--device", "cpu"
+    )
     assert outcome.code == 0, outcome.err
     assert "device: cpu" in (tmp_path / "m" / "config.yaml").read_text()
 

@@ -27,14 +27,14 @@ from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.scoring import perplexity_of
-from tinygpt2.models.card import model_card
+from tinygpt2.models.card import HubMetadata, model_card
 from tinygpt2.models.compatibility import check_fits
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import computes_on_device, current_device
-from tinygpt2.utils.files import require_free
+from tinygpt2.utils.files import require_free, shared_name
 from tinygpt2.utils.hub import hub_revision
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.plotting import paint
@@ -202,15 +202,21 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
     figures |= dict(_reasons(config, kept, result))
     if (perplexity := result.perplexity) is not None:
         figures["perplexity before any training"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"
-        figures["measured on"] = f"{perplexity.sequences} blocks of the test split of {config.data}"
+        figures["measured on"] = f"{perplexity.sequences} blocks of the test split of {shared_name(config.data or '')}"
     plural = "" if len(kept.layers) == 1 else "s"
     how = (
         f"A GPT-2 with {len(kept.layers)} layer{plural} and hidden size {len(kept.dimensions)}, cut from "
-        f"{config.teacher} and not trained since. It consists of the teacher's block{plural} "
+        f"{shared_name(config.teacher)} and not trained since. It consists of the teacher's block{plural} "
         f"{', '.join(map(str, kept.layers))}, with copied weights"
         + (" and refitted output projections." if config.refit else ".")
     )
-    return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags()}")
+    metadata = HubMetadata(
+        base_model=[] if revision is None else [config.teacher.partition("@")[0]],
+        language=config.language,
+        license=config.license,
+        perplexities={} if perplexity is None else {"held-out text": perplexity.student},
+    )
+    return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags(shared=True)}", metadata)
 
 
 def _reasons(
@@ -227,7 +233,8 @@ def _reasons(
             "hidden size, heads, inner units",
             (
                 f"{len(kept.dimensions)}, {len(kept.heads[0])}, {len(kept.inner[0])}: "
-                f"the ones that matter most on up to {config.calibration_sequences} blocks of {config.data}"
+                f"the ones that matter most on up to {config.calibration_sequences} blocks of "
+                f"{shared_name(config.data or '')}"
             ),
         )
         yield "dimensions kept", ", ".join(map(str, kept.dimensions.tolist()))

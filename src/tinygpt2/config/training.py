@@ -12,7 +12,7 @@ from typing import Literal
 from tinygpt2.config.base import flag_name, option
 from tinygpt2.config.common import LENGTH, MAX_SEED, OPTIMISATION, RUN, TEXT, Precision
 from tinygpt2.config.data import PackOptions
-from tinygpt2.config.models import DeviceOptions, ModelOptions
+from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
 OnSaveError = Literal["stop", "continue"]
@@ -42,7 +42,7 @@ def dataset_shares(names: str | list[str]) -> dict[str, Fraction | None]:
     return found
 
 
-class TrainOptions(ModelOptions, DeviceOptions):
+class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
     """Options that pretrain, distill and finetune share."""
 
     out: str = option("Directory for the trained model.", path=True)

@@ -48,8 +48,8 @@ def device_chosen(device: Device) -> Iterator[None]:
     if device == "auto":
         yield
         return
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if device in available and not available[device]():
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[device]:
         kind = "no CUDA GPU" if device == "cuda" else "no Apple GPU (MPS)"
         raise ConfigError(
             f"--device {device}: torch {torch.__version__} finds {kind} on this machine",

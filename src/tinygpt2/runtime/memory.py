@@ -32,12 +32,12 @@ def memory_in_use() -> int:
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has used so far: of the CUDA GPU that it computes on, else of main memory."""
+    """Return the most bytes that this process has used so far: of the CUDA GPU if it computes there, else in all."""
     if on_cuda():
         return int(torch.cuda.max_memory_allocated())
     try:
         import resource
     except ImportError:  # on Windows
-        return int(psutil.Process().memory_info().peak_wset)
+        return int(getattr(psutil.Process().memory_info(), "peak_wset"))  # noqa: B009  (other systems lack it)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -56,9 +56,7 @@ def only_writer(out: Path) -> Iterator[None]:
     except OSError as error:
         raise os_failure(error, f"cannot write next to {out}", "give another --out") from error
     try:
-        if isinstance(
-            lock, UnixFileLock
-        ):  # a SoftFileLock names its holder itself
+        if isinstance(lock, UnixFileLock):  # a SoftFileLock names its holder itself
             file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:

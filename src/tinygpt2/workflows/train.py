@@ -36,6 +36,7 @@ from tinygpt2.training.teacher_cache import TeacherCache
 from tinygpt2.utils.files import write_text
 from tinygpt2.utils.progress import say
 from tinygpt2.workflows.curves import plot_curves
+from tinygpt2.workflows.metadata import run_metadata
 from tinygpt2.workflows.report import write_run_report
 
 
@@ -274,4 +275,9 @@ def _card(job: Job, result: TrainResult) -> str:
     figures |= {f"perplexity on {name} (per token)": f"{value:.2f}" for name, value in (result.tasks or {}).items()}
     figures["fingerprint of the data"] = f"`{job.data.content[:16]}`"
     figures["fingerprint of its tokenizer"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
-    return model_card(Path(job.config.out).name, job.how, figures, f"{job.command} {job.config.flags()}")
+    command = f"{job.command} {job.config.flags(shared=True)}"
+    measured = {} if result.eval is None else {"held-out text": result.eval.perplexity}
+    measured |= {f"held-out text of {name}": one.perplexity for name, one in (result.eval_by_data or {}).items()}
+    return model_card(
+        Path(job.config.out).name, job.how, figures, command, run_metadata(job, measured | (result.tasks or {}))
+    )
