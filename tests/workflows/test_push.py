@@ -18,6 +18,9 @@ from huggingface_hub import ModelCard, constants
 from tinygpt2 import FinetuneConfig, PushConfig, finetune, push
 from tinygpt2.errors import ModelError
 
+# huggingface_hub 2.4 calls its HTTP library in a way that is deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 
 @dataclass
 class Hub:
@@ -107,6 +110,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # large files go through plain HTTP
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     yield state
     server.shutdown()

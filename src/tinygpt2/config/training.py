@@ -212,7 +212,7 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
             if tracker not in TRACKERS:
                 yield f"--report-to {tracker!r}: expected {' or '.join(TRACKERS)}"
             elif find_spec(tracker) is None:
-                yield f"--report-to {tracker}: it is not installed; run pip install {tracker}"
+                yield f"--report-to {tracker}: it is not installed; run pip install 'tinygpt2[{tracker}]'"
         if self.task_data is not None and not self.eval_task:
             yield "--task-data has no effect without --eval-task"
         if self.early_stopping_patience and not self.eval_every:

@@ -257,7 +257,7 @@ def _refusal(error: BaseException, repository: str) -> tuple[str, str]:
         return "the Hub does not know the token", _LOG_IN
     if status in (403, 404):
         return f"the token may not write to {repository}", f"{_LOG_IN}; {repository.split('/')[0]} has to be its owner"
-    if status is None and isinstance(error, ValueError):  # what its check of a model card says
+    if isinstance(error, ValueError) or (status == 400 and "metadata" in str(error)):  # its check of a model card
         return f"the Hub refuses README.md: {one_line(error, 300)}", "correct the lines between --- in README.md"
     if status is not None:
         return f"the Hub answered {status}: {one_line(error, 200)}", "try again later"
