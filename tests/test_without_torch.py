@@ -60,5 +60,5 @@ def test_an_hdf5_dataset_without_h5py_says_how_to_get_it(
     assert cli("pregenerate", *arguments, "--format", "hdf5").code == 0
     monkeypatch.setitem(sys.modules, "h5py", None)
     outcome = cli("verify", tmp_path / "d")
-    assert outcome.code == 2
+    assert outcome.code == 2, outcome.out + outcome.err
     assert "pip install 'tinygpt2[hdf5]'" in outcome.err
