@@ -10,6 +10,7 @@ from transformers import GPT2LMHeadModel
 
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.models.lm_head import target_losses
+from tinygpt2.runtime.devices import float64_device
 from tinygpt2.utils.progress import ProgressStage
 
 Batches = list[Int[Tensor, "B T"]]
@@ -48,7 +49,7 @@ def mean_loss(model: GPT2LMHeadModel, batches: Batches, stage: ProgressStage | N
     total, count = 0.0, 0
     for ids in batches:
         losses, _ = target_losses(model, model.lm_head.weight, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
-        total, count = total + float(losses.double().sum()), count + losses.numel()
+        total, count = total + float(losses.to(float64_device(losses.device)).double().sum()), count + losses.numel()
         if stage is not None:
             stage.advance(ids.numel())
     return total / count

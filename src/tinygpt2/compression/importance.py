@@ -104,7 +104,7 @@ def block_influence(model: GPT2LMHeadModel, batches: Batches) -> list[float]:
             {block.ln_1: entries.append for block in model.transformer.h} | {model.transformer.ln_f: entries.append},
         )
         for layer, (before, after) in enumerate(pairwise(entries)):
-            sums[layer] += float((1 - F.cosine_similarity(before, after, dim=-1)).double().sum())
+            sums[layer] += float((1 - F.cosine_similarity(before, after, dim=-1)).cpu().double().sum())
         tokens += ids.numel()
     return [float(value) for value in sums / tokens]
 

@@ -21,6 +21,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from tinygpt2.compression.calibration import Batches, tokens_of
 from tinygpt2.models.activations import mixed_heads
+from tinygpt2.runtime.devices import float64_device
 from tinygpt2.utils.progress import ProgressStage, track
 
 RIDGE = 1e-2  # ridge penalty in units of the activations' mean square; it keeps weights close to their old values
@@ -74,17 +75,18 @@ def _fitted(
     """Fit one projection to the missing part of the targets by ridge regression, and return the states after it."""
     weight, bias = projection.weight, projection.bias  # Conv1D's weight has shape (in, out)
     size = len(weight) + 1  # one more for a column of ones, which fits the bias
-    square = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-    cross = torch.zeros(size, len(bias), dtype=torch.float64, device=weight.device)
+    exact = float64_device(weight.device)
+    square = torch.zeros(size, size, dtype=torch.float64, device=exact)
+    cross = torch.zeros(size, len(bias), dtype=torch.float64, device=exact)
     for state, target in zip(states, targets, strict=True):
         x = inputs(state)
         missing = target[..., dimensions] - state - (x @ weight + bias)
-        ones = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1).double()
+        ones = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1).to(exact).double()
         square += ones.T @ ones
-        cross += ones.T @ missing.flatten(0, 1).double()
+        cross += ones.T @ missing.flatten(0, 1).to(exact).double()
         stage.advance(state.shape[0] * state.shape[1])
     square.diagonal().add_(RIDGE * square.diagonal().mean())
-    change = torch.linalg.solve(square, cross).to(weight.dtype)
+    change = torch.linalg.solve(square, cross).to(weight.dtype).to(weight.device)
     weight += change[:-1]
     bias += change[-1]
     return [state + inputs(state) @ weight + bias for state in states]

@@ -16,7 +16,7 @@ from tinygpt2.data.block_readers import ArrowPart, BlockPart, Hdf5Part, JsonPart
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.layout import dataset_folders, shard_folders
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
-from tinygpt2.errors import DataError, one_line
+from tinygpt2.errors import ConfigError, DataError, one_line
 from tinygpt2.utils.files import read_json
 from tinygpt2.utils.types import Array
 
@@ -231,7 +231,7 @@ def load_packed_dataset(name: str) -> PackedDataset:
         )
         length = int(manifest["sequence_length"])
         return PackedDataset(str(path), Blocks(train, length), Blocks(test, length), manifest, folders[0] / "tokenizer")
-    except DataError:
+    except (ConfigError, DataError):
         raise
     except Exception as error:  # broken files raise many kinds of exceptions
         raise DataError(

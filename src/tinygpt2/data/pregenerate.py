@@ -125,6 +125,8 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         result.mkdir()
         del settings["read"]  # names and times of files: the result depends only on their content
         manifest = {**settings, **_write(result, read, kept, config, encoder.dtype)}
+        if datasets := {item.dataset: None for item in corpus.items if item.dataset}:
+            manifest["hub_datasets"] = list(datasets)
         tokenizer.save_pretrained(str(result / "tokenizer"))
         write_json(result / MANIFEST, manifest)
         if out.exists():

@@ -12,7 +12,7 @@ from tinygpt2.data.block_writers import MANIFEST, content_of
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.data.layout import shard_folders
 from tinygpt2.data.tokenizer import fingerprint, vocabulary_size
-from tinygpt2.errors import DataError, one_line
+from tinygpt2.errors import ConfigError, DataError, one_line
 from tinygpt2.utils.files import read_json
 from tinygpt2.utils.progress import track
 
@@ -35,6 +35,8 @@ def _check_folder(path: Path) -> Iterator[str]:
     try:
         packed = load_packed_dataset(str(path))
         tokenizer = packed.tokenizer()
+    except ConfigError:  # a package is missing, which is no fault of the dataset
+        raise
     except Exception as error:
         yield str(error)
         return

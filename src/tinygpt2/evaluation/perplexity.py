@@ -29,7 +29,7 @@ from tinygpt2.models.lm_head import scoring_chunk
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import DTYPES
+from tinygpt2.runtime.devices import DTYPES, computes_on_device, current_device, on_cuda
 from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.processes import launched
 from tinygpt2.runtime.threads import tell_machine
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
 
 
+@computes_on_device
 def ppl(config: PplConfig) -> PplResult:
     """Measure the zero-shot perplexity of every model on every task.
 
@@ -55,15 +56,15 @@ def ppl(config: PplConfig) -> PplResult:
     if config.list_tasks:
         raise ConfigError("ppl measures, and list_tasks does not", "call tinygpt2.list_tasks instead")
     check_number(config.num_processes)
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
+    if config.precision == "fp16" and not on_cuda():
+        raise ConfigError("--precision fp16 needs a CUDA GPU", "elsewhere use bf16 or fp32")
     if (config.num_processes or 1) > 1 and not launched():
         result: PplResult = launch("ppl", config.num_processes or 1, config)
         return result
     joined = distributed.is_initialized()
     if not joined:  # forget the processes of an earlier call: they no longer exist
         PartialState._reset_state()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=current_device().type == "cpu")
     try:
         with state.main_process_first():  # one process downloads, the others use its cache
             tasks = load_tasks(config.task, config.task_data, config)

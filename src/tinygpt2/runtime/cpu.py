@@ -51,12 +51,14 @@ def fast_products() -> Iterator[None]:
     oneDNN only if it was not rounded.
 
     The earlier setting returns at the end of the block. Inside it, torch.get_float32_matmul_precision() raises an
-    error, because torch does not allow its two ways of setting a precision to be mixed. Does nothing if there is a
-    GPU.
+    error, because torch does not allow its two ways of setting a precision to be mixed. Does nothing for a
+    command that computes on a GPU.
     """
     import torch
 
-    if torch.cuda.is_available():
+    from tinygpt2.runtime.devices import current_device
+
+    if current_device().type != "cpu":
         yield
         return
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
 from tinygpt2.models.lm_head import head_operand, target_losses
 from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
+from tinygpt2.runtime.devices import current_device, float64_device
 from tinygpt2.training.teacher_cache import TeacherCache
 from tinygpt2.utils.progress import follow
 
@@ -131,8 +132,8 @@ def seed_step(seed: int, step: int, process: int) -> None:
     number = int.from_bytes(hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=7).digest())
     # torch.manual_seed takes a millisecond, because it looks for every kind of device
     torch.default_generator.manual_seed(number)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(number)
+    if (kind := current_device().type) != "cpu":
+        (torch.cuda if kind == "cuda" else torch.mps).manual_seed(number)
 
 
 def gradients(
@@ -211,7 +212,7 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
     """
     module.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=float64_device(accelerator.device))
     # processes that share a sharded model must make equally many forward passes: some repeat the last block,
     # which then does not count
     for start in follow(range(0, math.ceil(len(blocks) / world), size), "evaluate", "batches", announce=False):
@@ -221,7 +222,8 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
         counted = torch.tensor([[index < len(blocks)] for index in numbers], device=losses.device).expand_as(losses)
         if batch.lengths is not None:
             counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None])
-        sums += torch.stack([losses[counted].double().sum(), counted.sum().double()])
+        kept = losses[counted].to(sums.device)
+        sums += torch.stack([kept.double().sum(), counted.sum().to(sums.device).double()])
     total, targets = accelerator.reduce(sums, "sum").tolist()
     module.train()
     loss = total / max(targets, 1)

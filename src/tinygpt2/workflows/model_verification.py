@@ -20,6 +20,7 @@ from tinygpt2.config.workflows import VerifyConfig
 from tinygpt2.errors import ModelError, listed
 from tinygpt2.models import reference
 from tinygpt2.models.compatibility import vocabulary_mismatch
+from tinygpt2.models.directory import weight_files
 from tinygpt2.models.loading import load_model, model_config, model_tokenizer
 from tinygpt2.models.weights import (
     CHECKSUMS,
@@ -27,7 +28,6 @@ from tinygpt2.models.weights import (
     check_checksums,
     stored_tensors,
     unused_tensors,
-    weight_files,
 )
 from tinygpt2.utils.files import read_json
 

@@ -28,6 +28,7 @@ from tinygpt2.data.tokenizer_training import train_tokenizer
 from tinygpt2.decoding.generation import generate
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.evaluation.perplexity import ppl
+from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.utils.files import read_json, write_json, write_text
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import say, track
@@ -48,6 +49,7 @@ JOURNAL, MEASURED = "quickstart.json", "measurements"
 _SPEED_RUNS = 5  # of greedy decoding; the best one counts
 
 
+@computes_on_device
 @writes_out
 def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -> QuickstartResult:
     """Train a tokenizer, a teacher, a student and two baselines, measure the models, and write a report.

@@ -23,6 +23,7 @@ from tinygpt2.models.card import model_card
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.models.saving import save_model
 from tinygpt2.planning.batch_size import fit_batch
+from tinygpt2.runtime.devices import device_chosen
 from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.memory import peak_memory
 from tinygpt2.runtime.processes import launched
@@ -35,6 +36,7 @@ from tinygpt2.training.teacher_cache import TeacherCache
 from tinygpt2.utils.files import write_text
 from tinygpt2.utils.progress import say
 from tinygpt2.workflows.curves import plot_curves
+from tinygpt2.workflows.metadata import run_metadata
 from tinygpt2.workflows.report import write_run_report
 
 
@@ -111,7 +113,8 @@ def _run(command: str, config: TrainOptions, data: PackedDataset | None) -> Trai
             f"{command} trains a model, so validate_only, compile_only and plan must be off",
             "call tinygpt2.plan_run, tinygpt2.compile_step or tinygpt2.plan_budget instead",
         )
-    check_number(config.num_processes)
+    with device_chosen(config.device):
+        check_number(config.num_processes)
     if (config.num_processes or 1) > 1 and not launched():
         result: TrainResult = launch(command, config.num_processes or 1, config, data)
         return result
@@ -272,4 +275,9 @@ def _card(job: Job, result: TrainResult) -> str:
     figures |= {f"perplexity on {name} (per token)": f"{value:.2f}" for name, value in (result.tasks or {}).items()}
     figures["fingerprint of the data"] = f"`{job.data.content[:16]}`"
     figures["fingerprint of its tokenizer"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
-    return model_card(Path(job.config.out).name, job.how, figures, f"{job.command} {job.config.flags()}")
+    command = f"{job.command} {job.config.flags(shared=True)}"
+    measured = {} if result.eval is None else {"held-out text": result.eval.perplexity}
+    measured |= {f"held-out text of {name}": one.perplexity for name, one in (result.eval_by_data or {}).items()}
+    return model_card(
+        Path(job.config.out).name, job.how, figures, command, run_metadata(job, measured | (result.tasks or {}))
+    )
