@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tinygpt2.config.evaluation import PplConfig
     from tinygpt2.config.models import PresetsConfig
     from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-    from tinygpt2.config.workflows import QuickstartConfig, VerifyConfig
+    from tinygpt2.config.workflows import QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from tinygpt2.training.step import Evaluation
     from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
     from tinygpt2.workflows.quickstart import ModelSummary, QuickstartResult, QuickstartSizes, quickstart
+    from tinygpt2.workflows.runs import RunList, RunStatus, runs
+    from tinygpt2.workflows.show import ShowResult, show
     from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
     from tinygpt2.workflows.verification import Agreement, VerifyResult, verify
 
@@ -58,7 +60,7 @@ _HOME = {
     "config.evaluation": ["PplConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
-    "config.workflows": ["QuickstartConfig", "VerifyConfig"],
+    "config.workflows": ["QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
@@ -81,6 +83,8 @@ _HOME = {
     "training.step": ["Evaluation"],
     "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
     "workflows.quickstart": ["ModelSummary", "QuickstartResult", "QuickstartSizes", "quickstart"],
+    "workflows.runs": ["RunList", "RunStatus", "runs"],
+    "workflows.show": ["ShowResult", "show"],
     "workflows.train": ["TrainResult", "distill", "finetune", "pretrain"],
     "workflows.verification": ["Agreement", "VerifyResult", "verify"],
 }
@@ -121,7 +125,12 @@ __all__ = [
     "QuickstartResult",
     "QuickstartSizes",
     "RemovalRound",
+    "RunList",
     "RunPlan",
+    "RunStatus",
+    "RunsConfig",
+    "ShowConfig",
+    "ShowResult",
     "TaskInfo",
     "TaskList",
     "TinyGPT2Error",
@@ -146,6 +155,8 @@ __all__ = [
     "pretrain",
     "quickstart",
     "reference",
+    "runs",
+    "show",
     "train_tokenizer",
     "truncate_student",
     "verify",

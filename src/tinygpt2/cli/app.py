@@ -22,10 +22,11 @@ from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.models import PresetsConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-from tinygpt2.config.workflows import QuickstartConfig, VerifyConfig
+from tinygpt2.config.workflows import QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error, machine_failure
 from tinygpt2.runtime.processes import rank
 from tinygpt2.runtime.signals import stop_like_ctrl_c
+from tinygpt2.utils import progress
 from tinygpt2.utils.terminal import printable, tolerate_encodings
 
 app = typer.Typer(
@@ -92,6 +93,16 @@ def _presets(config: Any, as_json: bool) -> Any:
     from tinygpt2.models.configuration import presets
 
     return presets(config)
+
+
+def _reading(function: str) -> Run:
+    """Return a function that runs a command which only reads the files of runs: without torch, and so at once."""
+
+    def run(config: Any, as_json: bool) -> Any:
+        progress.show()
+        return getattr(import_module("tinygpt2"), function)(config)
+
+    return run
 
 
 class Command(NamedTuple):
@@ -188,6 +199,20 @@ COMMANDS = [
             "generate --model student --interactive",
         ],
         _generate,
+    ),
+    Command(
+        "runs",
+        RunsConfig,
+        "List the training runs below a directory: their state, losses and time left.",
+        ["runs", "runs experiments --json"],
+        _reading("runs"),
+    ),
+    Command(
+        "show",
+        ShowConfig,
+        "Draw the curves of a training run, and write its picture and its report anew.",
+        ["show student"],
+        _reading("show"),
     ),
     Command(
         "verify",

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tinygpt2.cli.curves import render_runs, render_show
 from tinygpt2.config.evaluation import CONVENTION_NOTES
 from tinygpt2.errors import TinyGPT2Error
 from tinygpt2.utils.terminal import json_line, open_console, printable
@@ -286,4 +287,6 @@ RENDER: dict[str, Callable[[Any, Console], None]] = {
     "VerifyResult": _render_verify,
     "QuickstartResult": _render_quickstart,
     "BudgetPlan": _render_budget,
+    "RunList": render_runs,
+    "ShowResult": render_show,
 }

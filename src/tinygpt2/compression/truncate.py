@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -36,7 +37,7 @@ from tinygpt2.runtime.devices import default_device
 from tinygpt2.utils.files import require_free
 from tinygpt2.utils.hub import hub_revision
 from tinygpt2.utils.locks import writes_out
-from tinygpt2.utils.plotting import figure_of, save_figure
+from tinygpt2.utils.plotting import paint
 
 PICTURE = "importance.png"
 
@@ -235,13 +236,16 @@ def _reasons(
 
 def _plot(importance: DepthImportance, path: Path) -> None:
     """Draw how much the loss rises without each block, round by round, and the block influence."""
-    figure, axes = figure_of(2)
-    for number, one in enumerate(importance.rounds, 1):
-        label = f"round {number}: removes {one.removed}"
-        axes[0].plot(list(one.costs), list(one.costs.values()), marker=".", label=label)
-    axes[0].set(xlabel="block", ylabel="rise of the loss without the block (nats per token)", yscale="symlog")
-    if importance.rounds:
-        axes[0].legend(fontsize=7)
-    axes[1].bar(range(len(importance.influence)), importance.influence)
-    axes[1].set(xlabel="block", ylabel="block influence, 1 - cos(input, output)")
-    save_figure(figure, path)
+
+    def fill(figure: Any) -> None:
+        costs, influence = figure.subplots(1, 2)
+        for number, one in enumerate(importance.rounds, 1):
+            label = f"round {number}: removes {one.removed}"
+            costs.plot(list(one.costs), list(one.costs.values()), marker=".", label=label)
+        costs.set(xlabel="block", ylabel="rise of the loss without the block (nats per token)", yscale="symlog")
+        if importance.rounds:
+            costs.legend(fontsize=7)
+        influence.bar(range(len(importance.influence)), importance.influence)
+        influence.set(xlabel="block", ylabel="block influence, 1 - cos(input, output)")
+
+    paint(path, (12.8, 4.4), fill)

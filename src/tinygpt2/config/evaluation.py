@@ -55,7 +55,10 @@ class PplConfig(ModelOptions, FileOptions):
         "Processes to start on this machine, one per GPU.", default=None, ge=1, shown="1, or what the launcher started"
     )
     plot: str | None = option(
-        "PNG to write: perplexity against parameters and against tokens/s.", default=None, path=True
+        "PNG to write: perplexity against parameters and against tokens/s. A page for browsers is written beside it, "
+        "as .html.",
+        default=None,
+        path=True,
     )
     csv: bool = option("Print all figures as CSV.", default=False)
     markdown: bool = option("Print the table as Markdown.", default=False)

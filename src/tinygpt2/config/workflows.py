@@ -1,4 +1,4 @@
-"""Options of `quickstart` and `verify`."""
+"""Options of `quickstart`, `runs`, `show` and `verify`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,20 @@ class QuickstartConfig(Config):
         path=True,
     )
     seed: int = option("Seed of every random choice.", default=42, ge=0, le=MAX_SEED)
+
+
+class RunsConfig(Config):
+    """Options of `runs`."""
+
+    path: str = option(
+        "Directory that holds training runs, at any depth.", default=".", positional=True, path=True, shown="here"
+    )
+
+
+class ShowConfig(Config):
+    """Options of `show`."""
+
+    path: str = option("Directory of a training run.", positional=True, path=True)
 
 
 class VerifyConfig(ModelOptions):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,7 +69,7 @@ def ppl(config: PplConfig) -> PplResult:
         with fast_products():
             measured = _measure_all(config, tasks, state.device)
         if config.plot and state.is_main_process:
-            plot_comparison(measured.results, Path(config.plot))
+            plot_comparison(measured, config)
     finally:
         if not joined:
             state.destroy_process_group()

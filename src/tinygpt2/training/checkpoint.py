@@ -32,7 +32,7 @@ from tinygpt2.config.training import OnSaveError
 from tinygpt2.errors import ConfigError, ModelError, TinyGPT2Error, os_failure, reason_of
 from tinygpt2.runtime.memory import available_memory
 from tinygpt2.training.metrics import METRICS
-from tinygpt2.training.state import RunState
+from tinygpt2.training.state import CHECKPOINTS, RunState
 from tinygpt2.utils.files import flush_to_disk, read_json, sha256_of, write_json
 from tinygpt2.utils.progress import say
 
@@ -60,7 +60,7 @@ class Checkpoints:
         on_error: OnSaveError,
         beside: Callable[[Path], None] | None = None,
     ) -> None:
-        self._root, self._accelerator = out / "checkpoints", accelerator
+        self._root, self._accelerator = out / CHECKPOINTS, accelerator
         self._module, self._optimizer = module, optimizer
         self._keep, self._on_error, self._beside = keep, on_error, beside
         self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)

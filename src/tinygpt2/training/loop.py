@@ -194,7 +194,8 @@ class _Run:
         """Write metrics to metrics.jsonl and to the trackers, if there are any; update the time in the state."""
         if row and self._metrics is not None:
             with self.checkpoints.may_fail("metrics.jsonl"):
-                self._metrics.write({"step": self.state.step, "tokens": self.state.tokens, **row})
+                place = {"step": self.state.step, "total_steps": self.total, "tokens": self.state.tokens}
+                self._metrics.write({**place, **row})
             self._accelerator.log(row, step=self.state.step)
         self.state.seconds = self._meter.seconds()
 

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl, and plots of its curves."""
+"""The metrics of a run, in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tinygpt2.utils.files import write_text
-from tinygpt2.utils.plotting import figure_of, save_figure
 
-METRICS, CURVES = "metrics.jsonl", "curves.png"
+METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
@@ -55,31 +54,3 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def plot_runs(runs: Mapping[str, Path], key: str, path: Path, title: str) -> None:
-    """Plot one metric of several runs against the number of tokens, as a PNG."""
-    figure, axes = figure_of(1)
-    for name, out in runs.items():
-        rows = [row for row in read_metrics(out) if key in row]
-        axes[0].plot([row["tokens"] for row in rows], [row[key] for row in rows], marker=".", label=name)
-    axes[0].set(xlabel="tokens", ylabel=key, title=title)
-    axes[0].legend()
-    save_figure(figure, path)
-
-
-def plot_curves(out: Path) -> None:
-    """Plot a run's losses and learning rate against the number of tokens, as curves.png in its directory."""
-    rows = read_metrics(out)
-    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if "loss" in key]
-    figure, axes = figure_of(2)
-    for key in keys:
-        points = [(row["tokens"], row[key]) for row in rows if row.get(key) is not None]
-        axes[0].plot(*zip(*points, strict=True), label=key, marker="o" if key.startswith("eval") else None)
-    axes[0].set(xlabel="tokens", ylabel="loss (nats)", title=out.name)
-    axes[0].legend()
-    rates = [(row["tokens"], row["learning_rate"]) for row in rows if "learning_rate" in row]
-    if rates:
-        axes[1].plot(*zip(*rates, strict=True))
-    axes[1].set(xlabel="tokens", ylabel="learning rate")
-    save_figure(figure, out / CURVES)

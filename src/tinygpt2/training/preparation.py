@@ -30,7 +30,8 @@ from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.tasks import load_tasks
 from tinygpt2.models.compatibility import check_fits
 from tinygpt2.objectives.combined import LossWeights
-from tinygpt2.training.resuming import RUN_FILE, check_same_run
+from tinygpt2.training.resuming import check_same_run
+from tinygpt2.training.state import RUN_FILE
 from tinygpt2.utils.files import read_json, require_free
 from tinygpt2.utils.locks import only_writer
 

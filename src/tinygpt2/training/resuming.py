@@ -14,10 +14,10 @@ from tinygpt2.data.mixture import content_of_datasets
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.configuration import is_model_config, preset_names
 from tinygpt2.models.weights import weight_files
+from tinygpt2.training.state import RECORD_FILE, RUN_FILE
 from tinygpt2.utils.files import read_json, sha256_of, write_json, write_text
 from tinygpt2.utils.hub import local_directory
 
-RUN_FILE, RECORD_FILE = "config.yaml", "run.json"
 _DATASETS, _MODELS = ("data", "eval_data"), ("model_config", "model", "student", "teacher")
 
 
@@ -34,6 +34,11 @@ def record_run(config: TrainOptions) -> None:
     record = {"command": _command(config), "version": __version__, "content": content or _contents(config)}
     write_json(out / RECORD_FILE, record)
     write_text(out / RUN_FILE, config.to_yaml())
+
+
+def record_end(out: Path, **end: Any) -> None:
+    """Add to run.json how a run ended: its `result`, or the message of the error by which it `failed`."""
+    write_json(out / RECORD_FILE, earlier_record(out) | end)
 
 
 def earlier_record(out: Path) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""The progress of a run, which checkpoints keep in addition to weights and optimizer state."""
+"""What a run knows of itself: its progress, which checkpoints keep, and the names of the files that it writes."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from typing import Any
+
+RUN_FILE, RECORD_FILE, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)

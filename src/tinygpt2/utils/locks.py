@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
@@ -18,6 +19,15 @@ from tinygpt2.utils.files import LOCK_INSIDE
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock, its host, and the time (seconds since 1970) since when."""
+
+    process: int
+    host: str
+    since: float
 
 
 @contextmanager
@@ -55,14 +65,31 @@ def only_writer(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _holder(file: Path) -> str:
-    """Return who holds a lock, from its file."""
+def holder_of(out: Path) -> Holder | None:
+    """Return who holds the lock of an output according to its lock file, or None if there is none.
+
+    A process that was killed leaves its lock file.
+    """
+    out = out.resolve()
+    found = map(_read, (out.parent / f".{out.name}.lock", out / LOCK_INSIDE))
+    return next((holder for holder in found if holder is not None), None)
+
+
+def _read(file: Path) -> Holder | None:
     try:
-        since = datetime.fromtimestamp(file.stat().st_mtime).astimezone()
         process, host = file.read_text(encoding="utf-8").split()[:2]
-    except (OSError, ValueError):  # it has just been taken or released
+        return Holder(int(process), host, file.stat().st_mtime)
+    except (OSError, ValueError):  # there is none, or it has just been taken or released
+        return None
+
+
+def _holder(file: Path) -> str:
+    """Say who holds a lock."""
+    holder = _read(file)
+    if holder is None:
         return "a process that has just started"
-    return f"process {process} on {host}, since {since:%Y-%m-%d %H:%M:%S}"
+    since = datetime.fromtimestamp(holder.since).astimezone()
+    return f"process {holder.process} on {holder.host}, since {since:%Y-%m-%d %H:%M:%S}"
 
 
 def writes_out(command: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:

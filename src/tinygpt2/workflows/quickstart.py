@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,79 +23,29 @@ from tinygpt2.config.distillation import DistillConfig, read_recipe
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import PretrainConfig
 from tinygpt2.config.workflows import QuickstartConfig
-from tinygpt2.data.corpus.sources import PYTHON_DOCS
 from tinygpt2.data.pregenerate import pregenerate
 from tinygpt2.data.tokenizer_training import train_tokenizer
 from tinygpt2.decoding.generation import generate
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.evaluation.perplexity import ppl
-from tinygpt2.training.metrics import CURVES, plot_runs
 from tinygpt2.utils.files import read_json, write_json, write_text
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import say
+from tinygpt2.workflows.quickstart_report import (
+    CUT,
+    MARKDOWN,
+    PROMPT,
+    RUNS,
+    Gain,
+    ModelSummary,
+    QuickstartResult,
+    QuickstartSizes,
+    write_reports,
+)
 from tinygpt2.workflows.train import distill, pretrain
 
-JOURNAL, REPORT = "quickstart.json", "report.md"
-PROMPT = "The following example shows how to"
-
-
-@dataclass(frozen=True)
-class QuickstartSizes:
-    """Sizes of the run; with the defaults it takes a few minutes on two cores."""
-
-    vocab_size: int = 2048
-    sequence_length: int = 128
-    n_layer: int = 4
-    n_embd: int = 160
-    n_head: int = 5
-    student_layers: int = 1
-    teacher_tokens: int = 900_000
-    student_tokens: int = 100_000
-    batch_size: int = 4
-    learning_rate: float = 2e-3
-    new_tokens: int = 60
-    source: str = PYTHON_DOCS
-
-
-@dataclass(frozen=True)
-class ModelSummary:
-    """One row of the report's table.
-
-    Attributes:
-        bytes: the size of the weights on disk.
-        tokens_per_second: the speed of greedy decoding.
-        sample: a generated text that continues `PROMPT`.
-    """
-
-    model: str
-    layers: int
-    parameters: int
-    perplexity: float
-    bytes: int
-    tokens_per_second: float
-    sample: str
-
-
-@dataclass(frozen=True)
-class QuickstartResult:
-    """The models that `quickstart` trained, with their measurements.
-
-    Attributes:
-        baselines: `truncated` started from the same weights as the student, `random` from random ones.
-        seconds: the time of all stages.
-        report: the path of report.md.
-    """
-
-    teacher: ModelSummary
-    student: ModelSummary
-    baselines: dict[str, ModelSummary]
-    seconds: float
-    report: str
-
-    @property
-    def summary(self) -> str:
-        """The text of the report."""
-        return Path(self.report).read_text(encoding="utf-8")
+JOURNAL, MEASURED = "quickstart.json", "measurements"
+_SPEED_RUNS = 5  # of greedy decoding; the best one counts
 
 
 @writes_out
@@ -143,18 +93,19 @@ def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -
     stages.run("baseline-random", lambda: pretrain(PretrainConfig(
         model_config=student_shape, out=str(out / "baseline-random"), **pupil,
     )))  # fmt: skip
-    models = ("teacher", "student", "baseline-truncated", "baseline-random")
-    figures = stages.run("figures", lambda: _measure(out, models, scale))
-    rows = [ModelSummary(model=str((out / name).resolve()), **figures[name]) for name in models]
-    plot_runs({name: out / name for name in models}, "eval/loss", out / CURVES, "held-out loss (nats/token)")
+    measured = stages.run(MEASURED, lambda: _measure(out, scale))
+    rows = {name: ModelSummary(model=str(out / name), **values) for name, values in measured["models"].items()}
     result = QuickstartResult(
-        rows[0],
-        rows[1],
-        {"truncated": rows[2], "random": rows[3]},
-        stages.seconds,
-        str((out / REPORT).resolve()),
+        teacher=rows[RUNS[0]],
+        student=rows[RUNS[1]],
+        cut=rows[CUT],
+        baselines={"truncated": rows[RUNS[2]], "random": rows[RUNS[3]]},
+        gains={name: Gain(**gain) for name, gain in measured["gains"].items()},
+        seconds=stages.seconds,
+        report=str(out / MARKDOWN),
     )
-    write_text(out / REPORT, _report(out, result, scale))
+    cut = stages.result("truncated").get("perplexity")
+    write_reports(result, scale, config.out, (cut["student"], cut["sequences"]) if cut else None)
     return result
 
 
@@ -205,10 +156,15 @@ class _Stages:
         """Seconds of all finished stages. Each stage counts only the time of the run that finished it."""
         return float(sum(stage["seconds"] for stage in self._journal["stages"].values()))
 
+    def result(self, name: str) -> dict[str, Any]:
+        """Return the result of a finished stage as JSON."""
+        result: dict[str, Any] = self._journal["stages"][name]["result"]
+        return result
+
     def run(self, name: str, work: Callable[[], Any]) -> Any:
         """Run a stage unless it is already finished; return the result of `work` as JSON."""
         stages = self._journal["stages"]
-        if name in stages and ((self._out / name).is_dir() or name == "figures"):
+        if name in stages and ((self._out / name).is_dir() or name == MEASURED):
             say(f"{name}: already finished")
             return stages[name]["result"]
         started = time.perf_counter()
@@ -225,79 +181,39 @@ class _Stages:
         return stages[name]["result"]
 
 
-def _measure(out: Path, models: tuple[str, ...], scale: QuickstartSizes) -> dict[str, Any]:
-    """Measure each model's held-out perplexity, size and speed of greedy decoding, and generate a sample."""
-    paths = [str(out / name) for name in models]
-    measured = ppl(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size)).results
+def _measure(out: Path, scale: QuickstartSizes) -> dict[str, Any]:
+    """Measure the models: perplexity on the held-out documents, size and speed of decoding; and generate samples.
+
+    Returns:
+        The values of a `ModelSummary` for each directory, and the student's `gains`.
+    """
+    names = (RUNS[0], RUNS[1], CUT, RUNS[2], RUNS[3])
+    paths = [str(out / name) for name in names]
+    measured = ppl(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size))
     greedy = GenerateConfig(model=paths, prompt=[PROMPT], max_new_tokens=scale.new_tokens)
     samples = generate(greedy.model_copy(update={"temperature": 0.8, "top_p": 0.9})).results
-    texts = generate(greedy).results  # this call is timed: it comes second, after a warm-up
-    runs = {name: read_json(out / name / "config.json") for name in models}
+    layers = {name: read_json(out / name / "config.json")["n_layer"] for name in names}
+    # every prompt is continued by one model after the other, after the warm-up by the samples
+    speeds: dict[int, float] = {}
+    for text in generate(greedy.model_copy(update={"prompt": [PROMPT] * _SPEED_RUNS})).results:
+        shape = layers[Path(text.model).name]
+        speeds[shape] = max(speeds.get(shape, 0.0), text.tokens / text.seconds)
     journal = read_json(out / JOURNAL)["stages"]
-    return {
+    models = {
         name: {
-            "layers": runs[name]["n_layer"],
+            "layers": layers[name],
             "parameters": journal[name]["result"]["parameters"],
             "perplexity": row.perplexity,
             "bytes": (out / name / "model.safetensors").stat().st_size,
-            "tokens_per_second": text.tokens / text.seconds,
+            "tokens_per_second": speeds[layers[name]],
             "sample": sample.text,
         }
-        for name, row, text, sample in zip(models, measured, texts, samples, strict=True)
+        for name, row, sample in zip(names, measured.results, samples, strict=True)
     }
-
-
-def _report(out: Path, result: QuickstartResult, scale: QuickstartSizes) -> str:
-    rows = {
-        "teacher": result.teacher,
-        "student (distilled)": result.student,
-        "baseline: same start, text only": result.baselines["truncated"],
-        "baseline: random start, text only": result.baselines["random"],
+    differences = {Path(pair.b).name: pair for pair in measured.paired if Path(pair.a).name == RUNS[1]}
+    others = {"cut": CUT, "truncated": RUNS[2], "random": RUNS[3]}
+    gains = {
+        key: {"loss": -(differences[name].difference or 0.0), "stderr": differences[name].stderr}
+        for key, name in others.items()
     }
-    table = "\n".join(
-        f"| {name} | {row.layers} | {row.parameters:,} | {row.bytes / 1e6:.1f} MB "
-        f"| {row.perplexity:.2f} | {row.tokens_per_second:,.0f} |"
-        for name, row in rows.items()
-    )
-    samples = "\n\n".join(f"**{name}**\n\n> {' '.join((PROMPT + row.sample).split())}" for name, row in rows.items())
-    student, length = out / "student", scale.sequence_length
-    return f"""# quickstart
-
-This run trained four models on Python's documentation:
-
-- The **teacher** was trained on {scale.teacher_tokens:,} tokens.
-- The **student** was cut from the teacher ({scale.student_layers} of its {scale.n_layer} layers) and then distilled on
-  {scale.student_tokens:,} tokens.
-- Two **baselines** have the student's shape, but learned from the text alone, without the teacher. They saw the same
-  tokens as the student, with the same optimizer, learning rate and schedule.
-
-| model | layers | parameters | on disk | held-out perplexity | greedy tokens/s |
-|---|---|---|---|---|---|
-{table}
-
-Lower perplexity is better. It was measured on held-out documents that were not used for training. All stages together
-took {result.seconds:.0f} seconds.
-
-![held-out loss of the four runs]({CURVES})
-
-## Samples (temperature 0.8, top-p 0.9)
-
-{samples}
-
-## What to try next
-
-Try the student with your own prompts:
-
-    tinygpt2 generate --model {student} --interactive
-
-Distil this teacher on your own text (a file, a directory or .jsonl):
-
-    tinygpt2 pregenerate my-texts/ --tokenizer {out / "tokenizer"} --sequence-length {length} --out my-data
-    tinygpt2 distill --teacher {out / "teacher"} --student {out / "truncated"} --data my-data --out my-student
-
-Use GPT-2 itself as the teacher (`gpt2` is loaded from the Hub; offline, give a local directory instead):
-
-    tinygpt2 pregenerate my-texts/ --tokenizer gpt2 --out gpt2-data
-    tinygpt2 truncate-student --teacher gpt2 --num-layers 6 --refit --data gpt2-data --out gpt2-cut
-    tinygpt2 distill --teacher gpt2 --student gpt2-cut --data gpt2-data --out gpt2-small
-"""
+    return {"models": models, "gains": gains}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.mixture import MixedOrder, training_order
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, InterruptedRunError, reason_of
 from tinygpt2.evaluation.perplexity import ppl
 from tinygpt2.evaluation.results import short_names
 from tinygpt2.models.card import model_card
@@ -27,13 +28,14 @@ from tinygpt2.runtime.memory import peak_memory
 from tinygpt2.runtime.processes import launched
 from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.loop import run_loop
-from tinygpt2.training.metrics import plot_curves
-from tinygpt2.training.resuming import RUN_FILE, record_run
-from tinygpt2.training.state import RunState
+from tinygpt2.training.resuming import record_end, record_run
+from tinygpt2.training.state import RUN_FILE, RunState
 from tinygpt2.training.step import Evaluation, Step
 from tinygpt2.training.teacher_cache import TeacherCache
 from tinygpt2.utils.files import write_text
 from tinygpt2.utils.progress import say
+from tinygpt2.workflows.curves import plot_curves
+from tinygpt2.workflows.report import write_run_report
 
 
 @dataclass(frozen=True)
@@ -139,14 +141,20 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
         if accelerator.is_main_process:
             own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
             save_model(job.model, out, tokenizer, _card(job, result), own, job.pinned_config().to_yaml())
+            record_end(out, result=_recorded(result))
             plot_curves(out)
         # free the wrapper before the process group: otherwise both can wait for each other at the end
         (wrapped,) = accelerator.free_memory(wrapped)
         if config.eval_task:
             result = _measured(job, result, accelerator)
-    except BaseException:
+        if accelerator.is_main_process:
+            write_run_report(out)
+    except BaseException as error:
         for tracker in accelerator.trackers:
             tracker.finish()
+        if accelerator.is_main_process and not isinstance(error, InterruptedRunError | KeyboardInterrupt):
+            with suppress(OSError):  # the disk may be what failed
+                record_end(out, failed=reason_of(error))
         raise
     accelerator.end_training()
     return result
@@ -223,6 +231,11 @@ def _result(job: Job, state: RunState, parameters: int) -> TrainResult:
         eval_by_data={name: Evaluation(**one) for name, one in (state.eval_by_data or {}).items()} or None,
         tokens_by_data=_tokens_by_data(job, state),
     )
+
+
+def _recorded(result: TrainResult) -> dict[str, Any]:
+    """Return what run.json says of a finished run: the result without the place of the model."""
+    return {key: value for key, value in asdict(result).items() if key != "model" and value is not None}
 
 
 def _tokens_by_data(job: Job, state: RunState) -> dict[str, int] | None:
