@@ -26,7 +26,7 @@ from tinygpt2.config.models import PresetsConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig
 from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error, machine_failure
-from tinygpt2.runtime.processes import rank
+from tinygpt2.runtime.processes import command_begins, rank
 from tinygpt2.runtime.signals import stop_like_ctrl_c
 from tinygpt2.utils import progress
 from tinygpt2.utils.terminal import printable, tolerate_encodings
@@ -304,7 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
     stop_like_ctrl_c()
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = _run(arguments, as_json="--json" in arguments)
+        with command_begins():
+            code = _run(arguments, as_json="--json" in arguments)
     except BrokenPipeError:  # nobody reads on, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         code = _CLOSED_PIPE

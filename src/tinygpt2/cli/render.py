@@ -269,10 +269,11 @@ def _render_budget(result: Any, console: Console) -> None:
         "passes",
         "tokens per parameter",
         "learning rate",
+        "evaluation s",
     ]
     rows = [
         [one.student, one.parameters, one.tokens_per_second, one.steps, one.tokens, one.passes,
-         one.tokens / one.parameters, one.learning_rate]
+         one.tokens / one.parameters, one.learning_rate, one.evaluation_seconds]
         for one in result.candidates
     ]  # fmt: skip
     console.print(_table(headings, rows))

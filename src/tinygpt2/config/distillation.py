@@ -130,12 +130,6 @@ class DistillConfig(TrainOptions):
         default=False,
         panel=RUN,
     )
-    budget_minutes: float | None = option("Minutes of training for --plan.", default=None, panel=RUN, gt=0, shown="60")
-
-    @property
-    def dry_run(self) -> bool:
-        """Whether nothing is trained, and nothing is left in the output directory."""
-        return super().dry_run or self.plan
 
     @property
     def needs_teacher(self) -> bool:
@@ -151,7 +145,8 @@ class DistillConfig(TrainOptions):
     def conflicts(self) -> Iterator[str]:
         """Require a student, an objective and what the objective needs."""
         yield from super().conflicts()
-        yield from self._plan_conflicts()
+        if self.plan and self.teacher is None and self.student is None:
+            yield "--teacher is required: --plan times cuts of it"
         if self.student is None and not self.plan:
             yield f"--student is required: {summary(type(self).model_fields['student'])}"
         if self.needs_teacher and self.teacher is None:
@@ -175,19 +170,6 @@ class DistillConfig(TrainOptions):
         if self.teacher_cache is not None and (inside or not self.needs_teacher):
             why = f"{inside[0]} needs other states" if inside else "no objective uses the teacher"
             yield f"--teacher-cache holds only the teacher's final hidden states: {why}"
-
-    def _plan_conflicts(self) -> Iterator[str]:
-        if self.budget_minutes is not None and not self.plan:
-            yield "--budget-minutes has no effect without --plan"
-        if not self.plan:
-            return
-        if self.teacher is None and self.student is None:
-            yield "--teacher is required: --plan times cuts of it"
-        others = ["validate_only", "compile_only", "auto_batch_size", "max_steps", "num_epochs", "max_tokens"]
-        if found := [flag_name(name) for name in others if getattr(self, name)]:
-            yield f"--plan cannot be combined with {' and '.join(found)}: it finds the number of steps by timing"
-        if (self.num_processes or 1) > 1:
-            yield "--plan uses one process: leave --num-processes out"
 
 
 def built_in_recipes() -> dict[str, Path]:

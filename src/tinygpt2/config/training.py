@@ -9,15 +9,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from tinygpt2.config.base import flag_name, option
+from pydantic import field_validator
+
+from tinygpt2.config.base import extra, flag_name, option
 from tinygpt2.config.common import LENGTH, MAX_SEED, OPTIMISATION, RUN, TEXT, Precision
 from tinygpt2.config.data import PackOptions
 from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
 OnSaveError = Literal["stop", "continue"]
+EvalBlocks = int | Literal["all"]
 Optimizer = Literal["adamw", "muon"]
 TRACKERS = ("tensorboard", "wandb")
+SAVE_EVERY = 1000  # steps, if the option is not given
+EVAL_TOKENS = 262_144  # tokens in the held-out blocks of an evaluation, if the option is not given
 
 
 def dataset_shares(names: str | list[str]) -> dict[str, Fraction | None]:
@@ -61,6 +66,13 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
         shown="1",
     )
     max_tokens: int | None = option("Number of tokens to train on.", default=None, panel=LENGTH, ge=1)
+    max_minutes: float | None = option(
+        "Minutes for the whole command, with its start and its last evaluation, but without --eval-task. The number of "
+        "steps follows from their measured time.",
+        default=None,
+        panel=LENGTH,
+        gt=0,
+    )
     micro_batch_size: int = option("Sequences per device at a time.", default=8, panel=OPTIMISATION, ge=1)
     gradient_accumulation_steps: int = option("Forward passes per optimizer step.", default=1, panel=OPTIMISATION, ge=1)
     optimizer: Optimizer = option(
@@ -139,8 +151,18 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
     eval_every: int | None = option(
         "Evaluate every N steps.", default=None, panel=RUN, ge=1, shown="only after the last step"
     )
-    save_every: int = option(
-        "Save a checkpoint every N steps. One is always saved at the end.", default=1000, panel=RUN, ge=1
+    eval_blocks: EvalBlocks | None = option(
+        "Evaluate on N held-out blocks, evenly spaced and always the same, or on all.",
+        default=None,
+        panel=RUN,
+        shown="as many as hold 262,144 tokens",
+    )
+    save_every: int | None = option(
+        "Save a checkpoint every N steps. One is always saved at the end.",
+        default=None,
+        panel=RUN,
+        ge=1,
+        shown="1000, and at least every 10 minutes",
     )
     keep: int = option(
         "Keep this many of the newest checkpoints. The best by evaluation is kept too.", default=1, panel=RUN, ge=1
@@ -196,11 +218,30 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
     compile_only: bool = option(
         "Compile one training step, report how long that took, and exit.", default=False, panel=RUN
     )
+    plan: bool = option(
+        "Time a few steps, report how many fit into --budget-minutes, and exit.", default=False, panel=RUN
+    )
+    budget_minutes: float | None = option("Minutes of training for --plan.", default=None, panel=RUN, gt=0, shown="60")
+
+    @field_validator("eval_blocks", mode="before")
+    @classmethod
+    def _accept_blocks_or_all(cls, value: object) -> object:
+        if value is None or value == "all":
+            return value
+        if not re.fullmatch(r"[1-9]\d*(\.0*)?|[1-9]e\d", str(value)):
+            raise ValueError("expected a number of blocks, or all")
+        return int(float(str(value)))
 
     @property
     def dry_run(self) -> bool:
         """Whether nothing is trained, and nothing is left in the output directory."""
-        return self.validate_only or self.compile_only
+        return self.validate_only or self.compile_only or self.plan
+
+    def evaluated_blocks(self, blocks: int, length: int) -> int:
+        """Return on how many of the held-out blocks, each of `length` tokens, an evaluation runs."""
+        if self.eval_blocks == "all":
+            return blocks
+        return min(blocks, self.eval_blocks or max(1, EVAL_TOKENS // length))
 
     def conflicts(self) -> Iterator[str]:
         """Require one length and known trackers."""
@@ -209,9 +250,10 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
             dataset_shares(getattr(self, "data", ""))
         except ValueError as error:
             yield str(error)
-        lengths = [name for name in ("max_steps", "num_epochs", "max_tokens") if getattr(self, name) is not None]
+        lengths = [name for name in length_options() if getattr(self, name) is not None]
         if len(lengths) > 1:
             yield f"{' and '.join(map(flag_name, lengths))} cannot be combined: give one of them"
+        yield from self._plan_conflicts()
         for tracker in self.report_to:
             if tracker not in TRACKERS:
                 yield f"--report-to: expected {' or '.join(TRACKERS)}, got {tracker!r}"
@@ -225,6 +267,22 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
             yield "--validate-only and --compile-only cannot be combined: give one of them"
         if self.lr_schedule == "plateau" and self.warmup_ratio + self.plateau_ratio > 1:
             yield "--warmup-ratio and --plateau-ratio add up to more than 1"
+
+    def _plan_conflicts(self) -> Iterator[str]:
+        if self.budget_minutes is not None and not self.plan:
+            yield "--budget-minutes has no effect without --plan"
+        if not self.plan:
+            return
+        others = ["validate_only", "compile_only", "auto_batch_size", *length_options()]
+        if found := [flag_name(name) for name in others if getattr(self, name)]:
+            yield f"--plan cannot be combined with {' and '.join(found)}: it finds the number of steps by timing"
+        if (self.num_processes or 1) > 1:
+            yield "--plan uses one process: leave --num-processes out"
+
+
+def length_options() -> list[str]:
+    """Return the names of the options that set the length of a run; at most one of them is given."""
+    return [key for key, field in TrainOptions.options().items() if extra(field, "panel") == LENGTH]
 
 
 class PretrainConfig(TrainOptions):

@@ -49,15 +49,33 @@ class Blocks:
     Args:
         parts: the stored parts of the split, in order.
         length: number of tokens in a block.
+        chosen: the numbers of the blocks to use, if not all of the parts' blocks.
     """
 
-    def __init__(self, parts: Sequence[BlockPart], length: int) -> None:
+    def __init__(self, parts: Sequence[BlockPart], length: int, chosen: Sequence[int] | None = None) -> None:
         self._parts = [part for part in parts if len(part)]
         self._ends = np.cumsum([len(part) for part in self._parts])
+        self._chosen = chosen
         self.sequence_length = length
 
     def __len__(self) -> int:
+        return self.stored if self._chosen is None else len(self._chosen)
+
+    @property
+    def stored(self) -> int:
+        """The number of blocks that the parts hold."""
         return int(self._ends[-1]) if self._parts else 0
+
+    def spaced(self, count: int) -> Blocks:
+        """Return `count` of the blocks, evenly spaced, or all if there are not more."""
+        if count >= len(self):
+            return self
+        numbers = [index * len(self) // count for index in range(count)]
+        return Blocks(self._parts, self.sequence_length, [self._number(index) for index in numbers])
+
+    def _number(self, index: int) -> int:
+        """Return the number of a block among those of all parts."""
+        return index if self._chosen is None else self._chosen[index]
 
     @property
     def parts(self) -> list[BlockPart]:
@@ -75,6 +93,7 @@ class Blocks:
         Raises:
             DataError: the block contains only padding, or has padding before its end.
         """
+        index = self._number(index)
         at = int(np.searchsorted(self._ends, index, side="right"))
         first = index - (int(self._ends[at - 1]) if at else 0)
         ids, mask = self._parts[at].read(first, first + 1)

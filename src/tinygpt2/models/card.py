@@ -34,7 +34,12 @@ class HubMetadata:
 
 
 def model_card(
-    title: str, how: str, figures: Mapping[str, Any], command: str, metadata: HubMetadata | None = None
+    title: str,
+    how: str,
+    figures: Mapping[str, Any],
+    command: str,
+    metadata: HubMetadata | None = None,
+    held_out: str = "",
 ) -> str:
     """Render a model card: what the model is, how it was made, what was measured, and the command that made it.
 
@@ -46,6 +51,7 @@ def model_card(
         figures: rows of the card's table.
         command: the command and its options, without `tinygpt2`.
         metadata: for the block at the beginning of the card, which the Hub reads.
+        held_out: a table, see `held_out_table`; empty if nothing was measured.
     """
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in figures.items())
     shown = command.replace("\n", "\n    ")  # the lines of a code block are indented
@@ -62,7 +68,7 @@ Plain `transformers` loads it: `GPT2LMHeadModel.from_pretrained(...)`, `AutoToke
 | | |
 |---|---|
 {rows}
-
+{held_out}
 The following command made this model. In the folder where it ran, config.yaml holds all its options, for
 `tinygpt2 {command.split()[0]} --config`:
 
@@ -95,6 +101,20 @@ def _front_matter(title: str, metadata: HubMetadata) -> str:
         model_name=one_line(title) or "model",
         eval_results=results or None,
     ).to_yaml()
+
+
+def held_out_table(text: str, rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Return the losses and perplexities of several models on a held-out text as a table for the model card.
+
+    Args:
+        text: what was held out.
+        rows: `loss` (nats per token), `stderr` of the loss and `perplexity` by the model's name.
+    """
+    lines = [f"| held out: {_cell(text)} | loss (nats/token) | perplexity |", "|---|---|---|"]
+    for name, one in rows.items():
+        error = f" ± {one['stderr']:.4f}" if one.get("stderr") is not None else ""
+        lines.append(f"| {_cell(name)} | {one['loss']:.4f}{error} | {one['perplexity']:.2f} |")
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def _text(value: object) -> str:

@@ -42,6 +42,7 @@ def save_model(
             model.save_pretrained(str(temporary), state_dict=weights)
             write_checksums(temporary)
             save_description(model, temporary, tokenizer)
+            share_files(temporary)
         write_text(out / "README.md", card)
         if run is not None:
             write_text(out / "config.yaml", run)
@@ -52,6 +53,8 @@ def save_model(
 def save_description(model: GPT2LMHeadModel, directory: Path, tokenizer: Tokenizer | None) -> None:
     """Write what a model directory holds besides the weights: the configurations and the tokenizer.
 
+    The tokenizer's limit becomes that of the model, so that `transformers` warns of texts that are too long for it.
+
     Raises:
         OSError: a file cannot be written.
     """
@@ -60,4 +63,20 @@ def save_description(model: GPT2LMHeadModel, directory: Path, tokenizer: Tokeniz
     model.config.save_pretrained(str(directory))
     model.generation_config.save_pretrained(str(directory))
     if tokenizer is not None:
+        tokenizer.model_max_length = model.config.n_positions
         tokenizer.save_pretrained(str(directory))
+
+
+def share_files(directory: Path) -> None:
+    """Give every file the permissions that new files get: safetensors makes files that only their owner may read.
+
+    Raises:
+        OSError: the permissions cannot be set.
+    """
+    probe = directory / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.parameters import count_parameters, set_dropout
+from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.planning.memory_estimate import step_memory
 from tinygpt2.runtime.devices import device_peak, measured_rate
@@ -22,13 +24,19 @@ from tinygpt2.runtime.memory import available_memory, memory_in_use
 from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.step import Step, step_seconds
 from tinygpt2.training.teacher_cache import cache_bytes
+from tinygpt2.training.throughput import step_operations
 
 _REACHED = 0.4  # share of a device's rate that a whole step reaches: small models reach less, large ones more
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The size of a run. Memory (of one process), disk space and seconds are estimates."""
+    """The size of a run. Memory (of one process), disk space and seconds are estimates.
+
+    Attributes:
+        eval_sequences: the held-out blocks of an evaluation.
+        seconds: of training steps and evaluations together; `evaluation_seconds` are those of the evaluations.
+    """
 
     command: str
     parameters: int
@@ -48,6 +56,8 @@ class RunPlan:
     disk_bytes: int
     disk_free_bytes: int
     seconds: float
+    training_seconds: float
+    evaluation_seconds: float
 
 
 @dataclass(frozen=True)
@@ -86,13 +96,15 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
         fit_batch(job, accelerator)
     config, data = job.config, job.data
     processes = config.num_processes or accelerator.num_processes
-    fixed, each = step_memory(job.model, job.teacher, job.weights, config, data.sequence_length)
-    parameters, steps = count_parameters(job.model), job.total_steps(processes)
-    tokens = steps * job.sequences(processes) * data.sequence_length
+    fixed, block = step_memory(job.model, job.teacher, job.weights, config, data.sequence_length)
+    parameters, step_tokens = count_parameters(job.model), job.sequences(processes) * data.sequence_length
     device = accelerator.device
     rate = device_peak(device, config.precision) or measured_rate(device, config.precision)
     # processes share one CPU, but each has its own GPU
     rate *= _REACHED * (processes if device.type == "cuda" else 1)
+    each = step_tokens * job.operations() / rate
+    steps = _steps(job, processes, each, rate)
+    training, evaluation = steps * each, _evaluation_seconds(job, steps, rate)
     # checkpoints with weights and AdamW's moments: the newest `keep`, the best, and one that is being written
     disk, free = (
         12 * parameters * (config.keep + 2) + 4 * parameters + _cached(job),
@@ -114,15 +126,38 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
         micro_batch_size=config.micro_batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         steps=steps,
-        tokens=tokens,
+        tokens=steps * step_tokens,
         learning_rate=job.peak_rate(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        memory_bytes=memory_in_use() + fixed + each * config.micro_batch_size,
+        memory_bytes=memory_in_use() + fixed + block * config.micro_batch_size,
         memory_available_bytes=available_memory(),
         disk_bytes=disk,
         disk_free_bytes=free,
-        seconds=tokens * job.operations() / rate,
+        seconds=training + evaluation,
+        training_seconds=training,
+        evaluation_seconds=evaluation,
     )
+
+
+def _steps(job: Job, processes: int, each: float, rate: float) -> int:
+    """Return the number of optimizer steps; with --max-minutes, an estimate from the seconds of `each`."""
+    minutes, every = job.config.max_minutes, job.config.eval_every
+    if minutes is None:
+        return job.total_steps(processes)
+    one = _evaluation_seconds(job, 1, rate)  # at the beginning and at the end
+    between = (_evaluation_seconds(job, every + 1, rate) - one) / every if every else 0.0
+    return max(1, int((60 * minutes - one) / (each + between)))
+
+
+def _evaluation_seconds(job: Job, steps: int, rate: float) -> float:
+    """Return the seconds of all evaluations of a run: only forward passes, in float32."""
+    every, length = job.config.eval_every, job.data.sequence_length
+    during = math.ceil(steps / every) if every else 1
+    student, teacher = (
+        0 if model is None else step_operations(model.config, None, LossWeights(), length) / 3
+        for model in (job.model, job.teacher)
+    )
+    return len(job.evaluated) * length * ((during + (not job.new)) * student + teacher) / rate
 
 
 def _cached(job: Job) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error, machine_failure
 from tinygpt2.runtime.cpu import usable_cores
-from tinygpt2.runtime.processes import launched, rank
+from tinygpt2.runtime.processes import BEGAN, command_began, launched, rank
 from tinygpt2.runtime.signals import raise_interrupt
 
 _SIGKILL = getattr(signal, "SIGKILL", 9)  # Windows has none
@@ -70,6 +70,7 @@ def launch(name: str, processes: int, *arguments: Any) -> Any:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
     # the processes share the cores: with more threads than cores, all of them would be slower
     address["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
+    address[BEGAN] = str(command_began())
     started: list[SpawnProcess] = []
     receivers = []
     with _environment(address), _forwarded_signals(started) as signals:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from tinygpt2.config.training import OnSaveError
 from tinygpt2.errors import ConfigError, ModelError, TinyGPT2Error, os_failure, reason_of
+from tinygpt2.models.saving import share_files
 from tinygpt2.runtime.memory import available_memory
 from tinygpt2.training.metrics import METRICS
 from tinygpt2.training.state import CHECKPOINTS, RunState
@@ -223,6 +224,7 @@ class Checkpoints:
                 save_file(tensors, temporary / name)
             if parts is not None and self._beside is not None:
                 self._beside(temporary)
+            share_files(temporary)
             files = {
                 str(file.relative_to(temporary)): sha256_of(file) for file in temporary.rglob("*") if file.is_file()
             }

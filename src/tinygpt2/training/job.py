@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
+from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares, length_options
 from tinygpt2.data.dataset import Blocks, PackedDataset, load_packed_dataset
 from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.mixture import load_datasets
@@ -28,10 +30,12 @@ from tinygpt2.models.loading import load_model, model_tokenizer, random_model
 from tinygpt2.models.parameters import count_parameters, freeze
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import DTYPES, device_chosen
+from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.training.preparation import TrainingSetup, training_setup
-from tinygpt2.training.schedule import peak_learning_rate, total_steps
+from tinygpt2.training.schedule import passes_over_data, peak_learning_rate, total_steps
+from tinygpt2.training.state import RunState
+from tinygpt2.training.step import Evaluation, Step, evaluate, joined
 from tinygpt2.training.throughput import step_operations
 from tinygpt2.utils.files import shared_name
 from tinygpt2.utils.hub import hub_revision
@@ -47,6 +51,9 @@ class Job:
         evaluated: the blocks to evaluate on.
         weights: the objectives and their weights.
         revisions: for each model that came from the Hub, its commit by its role.
+        new: whether the model begins with random weights.
+        clock: returns the time in seconds.
+        started: the time at which the command began.
     """
 
     command: str
@@ -58,6 +65,9 @@ class Job:
     weights: LossWeights = field(default_factory=LossWeights)
     teacher: GPT2LMHeadModel | None = None
     revisions: dict[str, str] = field(default_factory=dict)
+    new: bool = False
+    clock: Callable[[], float] = time.perf_counter
+    started: float = field(default_factory=time.perf_counter)
 
     def sequences(self, processes: int) -> int:
         """Return the number of blocks in one optimizer step."""
@@ -68,8 +78,13 @@ class Job:
         teacher = None if self.teacher is None else self.teacher.config
         return step_operations(self.model.config, teacher, self.weights, self.data.sequence_length)
 
+    def peak_tokens_per_second(self, accelerator: Accelerator) -> float | None:
+        """Return the tokens per second at the peak rate of all devices, or None if it is not known."""
+        peak = device_peak(accelerator.device, self.config.precision)
+        return None if peak is None else peak * accelerator.num_processes / self.operations()
+
     def total_steps(self, processes: int) -> int:
-        """Return the number of optimizer steps of the whole run."""
+        """Return the number of optimizer steps of the whole run. With --max-minutes, timing finds it."""
         sequences, length = len(self.data.train), self.data.sequence_length
         return total_steps(self.config, sequences, self.sequences(processes), length, count_parameters(self.model))
 
@@ -77,11 +92,16 @@ class Job:
         """Return the peak learning rate."""
         return peak_learning_rate(self.config, self.model.config.n_embd)
 
-    def pinned_config(self) -> TrainOptions:
-        """Return the configuration with the commit after the name of every model from the Hub: ID@COMMIT."""
+    def recorded_config(self) -> TrainOptions:
+        """Return the configuration that runs again what this run does: the values that rules gave, and ID@COMMIT."""
+        tokens = len(self.data.train) * self.data.sequence_length
+        values: dict[str, object] = {"learning_rate": self.peak_rate()}
+        if all(getattr(self.config, name) is None for name in length_options()):
+            values["num_epochs"] = passes_over_data(self.config, count_parameters(self.model), tokens)
         options = {"model" if role == "base" else role: revision for role, revision in self.revisions.items()}
         names = self.hub_models()
-        return self.config.model_copy(update={option: f"{names[option]}@{options[option]}" for option in options})
+        commits = {option: f"{names[option]}@{options[option]}" for option in options}
+        return self.config.model_copy(update={**values, **commits})
 
     def hub_models(self) -> dict[str, str]:
         """Return the ids of the models that came from the Hub, by the options that named them."""
@@ -89,11 +109,54 @@ class Job:
         return {option: str(getattr(self.config, option)).partition("@")[0] for option in options}
 
     def evaluated_by_data(self) -> dict[str, Blocks]:
-        """Return the test split of each dataset by its name, if the run trains and is evaluated on several."""
+        """Return the blocks to evaluate on of each dataset by its name, if it is several: in proportion to all."""
         if self.config.eval_data is not None:
             return {}
         names = short_names([member.name for member in self.data.members])
-        return {names[member.name]: member.test for member in self.data.members if len(member.test)}
+        share = len(self.evaluated) / max(1, len(self.data.test))
+        return {
+            names[member.name]: member.test.spaced(max(1, round(share * len(member.test))))
+            for member in self.data.members
+            if len(member.test)
+        }
+
+    def measured(self, one: Callable[[Blocks], Evaluation]) -> tuple[Evaluation, dict[str, Evaluation]]:
+        """Evaluate with a function of blocks: on all held-out blocks, and if several datasets have some, on each."""
+        blocks = self.evaluated_by_data()
+        if not blocks:
+            return one(self.evaluated), {}
+        by_data = {name: one(part) for name, part in blocks.items()}
+        return joined(by_data, blocks), by_data
+
+
+def metrics_of(whole: Evaluation, by_data: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Return an evaluation as metrics.jsonl has it."""
+    every = {"eval": whole, **{f"eval/{name}": one for name, one in by_data.items()}}
+    row = {f"{name}/{key}": value for name, one in every.items() for key, value in asdict(one).items()}
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def figures_before_training(job: Job, accelerator: Accelerator, module: nn.Module, state: RunState) -> dict[str, float]:
+    """Evaluate the model before training, unless its weights are random, and the teacher, if there is one.
+
+    Args:
+        module: a `Step`, as Accelerate prepared it.
+        state: keeps the figures.
+
+    Returns:
+        The metrics for metrics.jsonl.
+    """
+    size, row = job.config.micro_batch_size, {}
+    if not len(job.evaluated):
+        return {}
+    if not job.new:
+        whole, by_data = job.measured(lambda blocks: evaluate(accelerator, module, blocks, size))
+        state.before, row = asdict(whole), metrics_of(whole, by_data)
+    if job.teacher is not None:
+        teacher = Step(job.teacher, None, LossWeights(), job.config).eval()
+        whole, _ = job.measured(lambda blocks: evaluate(accelerator, teacher, blocks, size))
+        state.teacher, row["eval/teacher_loss"] = asdict(whole), whole.loss
+    return row
 
 
 @contextmanager
@@ -149,7 +212,7 @@ def pretraining_job(config: PretrainConfig, data: PackedDataset | None, setup: T
         check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
         how = f"A GPT-2 that continued the training of {shared_name(config.model or '')} on {_sources(data)}."
     evaluated, revisions = setup.evaluated(data, model.config, config), _revisions(base=directory)
-    return Job("pretrain", config, how, model, data, evaluated, revisions=revisions)
+    return Job("pretrain", config, how, model, data, evaluated, revisions=revisions, new=directory is None)
 
 
 def distillation_job(
@@ -184,7 +247,8 @@ def distillation_job(
     )
     evaluated = setup.evaluated(data, student.config, config)
     revisions = _revisions(teacher=source, student=directory)
-    return Job("distill", config, how, student, data, evaluated, LossWeights.of(config), teacher, revisions)
+    weights, new = LossWeights.of(config), directory is None
+    return Job("distill", config, how, student, data, evaluated, weights, teacher, revisions, new)
 
 
 def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: TrainingSetup) -> Job:

@@ -11,30 +11,34 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from tinygpt2.config.training import TrainOptions
+from tinygpt2.config.training import SAVE_EVERY
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.mixture import training_order
-from tinygpt2.errors import ConfigError, InterruptedRunError
-from tinygpt2.evaluation.scoring import perplexity_of
+from tinygpt2.errors import InterruptedRunError
 from tinygpt2.models.activations import attention_kernel
 from tinygpt2.models.lm_head import default_chunk
+from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_description
-from tinygpt2.runtime.devices import DTYPES, device_peak
+from tinygpt2.runtime.devices import DTYPES
 from tinygpt2.runtime.signals import stop_on_signals
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, memory_explained
-from tinygpt2.training.job import Job
+from tinygpt2.training.job import Job, figures_before_training, metrics_of
 from tinygpt2.training.metrics import MetricsLog
 from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
-from tinygpt2.training.resuming import earlier_lengths, record_run
-from tinygpt2.training.schedule import learning_rate, warmup_steps
+from tinygpt2.training.preparation import tell_deepspeed
+from tinygpt2.training.resuming import check_schedule, record_run
+from tinygpt2.training.schedule import Plan, learning_rate, warmup_steps
 from tinygpt2.training.state import RunState
-from tinygpt2.training.step import Evaluation, Step, evaluate, gradients, seed_step
-from tinygpt2.training.throughput import ThroughputMeter
+from tinygpt2.training.step import Evaluation, Step, evaluate, evaluation_seconds, gradients, seed_step, step_seconds
+from tinygpt2.training.throughput import ThroughputMeter, TimeLimit
 from tinygpt2.utils.progress import ProgressStage, detail, say, track
+
+_SAVE_AFTER = 600.0  # seconds without a checkpoint, if --save-every is not given
 
 
 def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState, nn.Module]:
@@ -53,8 +57,14 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     """
     config, run = job.config, _Run(job, accelerator, module)
     memory = memory_explained(config, job.data.sequence_length)
-    bar = track(run.out.name, run.total, done=run.state.step, lines=False)  # the lines are those of `_Run.log`
-    with closing(run.checkpoints), memory, stop_on_signals() as stop, bar as progress:
+    bar = track(run.out.name, unit="steps", done=run.state.step, lines=False)  # the lines are those of `_Run.log`
+    with (
+        closing(run.checkpoints),
+        memory,
+        stop_on_signals() as stop,
+        track(named, unit="steps", done=done, lines=False) as progress,
+    ):
+        run.begin(progress)
         while not run.finished:
             outcome = run.step(stop=bool(stop))
             row, improved = {}, False
@@ -65,8 +75,8 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
                 figures, improved = run.evaluate()
                 row |= figures
             run.record(row)
-            if outcome.stop or improved or run.due(config.save_every):
-                run.checkpoints.save(run.state)
+            if outcome.stop or improved or outcome.overdue or run.due(config.save_every or SAVE_EVERY):
+                run.save()
             progress.advance()
             if outcome.stop and not run.finished:
                 run.checkpoints.settle()
@@ -86,12 +96,14 @@ class _Outcome(NamedTuple):
     Attributes:
         terms: loss and its parts, means over the global batch.
         stop: whether a signal asked any process to stop.
+        overdue: whether the last checkpoint is too old.
     """
 
     terms: dict[str, float]
     learning_rate: float
     grad_norm: float
     stop: bool
+    overdue: bool
 
 
 class _Run:
@@ -99,20 +111,18 @@ class _Run:
 
     Attributes:
         module: as Accelerate wrapped it.
-        total: optimizer steps of the whole run.
+        plan: the optimizer steps of the whole run, and their places in the schedule.
         state: the progress so far.
     """
 
     def __init__(self, job: Job, accelerator: Accelerator, module: Step) -> None:
         config, self._job, self._accelerator = job.config, job, accelerator
         self.out, self._blocks = Path(config.out), job.data.train
-        self._sequences, self.total = (
-            job.sequences(accelerator.num_processes),
-            job.total_steps(accelerator.num_processes),
-        )
+        self._sequences = job.sequences(accelerator.num_processes)
+        self.plan = Plan.of(1 if config.max_minutes else job.total_steps(accelerator.num_processes))
         self._peak_rate = job.peak_rate()
         _tell_choices(job, accelerator)
-        _tell_deepspeed(accelerator, config)
+        tell_deepspeed(accelerator, config)
         self.module, optimizer = accelerator.prepare(module, make_optimizer(module, config))
         self._optimizer = unwrapped(accelerator, optimizer)
         self._parameters = list(self.module.parameters())
@@ -127,15 +137,99 @@ class _Run:
         if config.resume:
             self.state = self.checkpoints.resume(self.state)
             if accelerator.is_main_process:
-                _check_length(job, self.state, accelerator.num_processes)
-                record_run(job.pinned_config())
+                self._check_schedule()
+                record_run(job.recorded_config())
+        if self.state.plan is not None:
+            self.plan = Plan(**self.state.plan)
+        self._said = self.plan
         positions = accelerator.unwrap_model(self.module).student.transformer.wpe.weight
         decays = positions.requires_grad and config.weight_decay
         self._fixed = FixedPositions(positions, job.data.sequence_length) if decays else None
         self._metrics = MetricsLog(self.out, self.state.step) if accelerator.is_main_process else None
         self._step_tokens = self._sequences * job.data.sequence_length
-        self._meter = ThroughputMeter(self.state, self._step_tokens, _peak_tokens_per_second(job, accelerator))
+        self._limit = self._time_limit()
+        self._meter = ThroughputMeter(
+            self.state,
+            self._step_tokens,
+            job.peak_tokens_per_second(accelerator),
+            job.clock,
+            *([self._limit.seconds / 10] if self._limit else []),
+        )
+        self._saved = job.clock()
         self.module.train()
+
+    def _check_schedule(self) -> None:
+        """Check that a resumed run may have the length and the peak rate that it now has."""
+        job, processes = self._job, self._accelerator.num_processes
+        check_schedule(
+            job.config,
+            self.state,
+            lambda options: replace(job, config=options).total_steps(processes),
+            lambda options: replace(job, config=options).peak_rate(),
+        )
+
+    @property
+    def total(self) -> int:
+        """The number of optimizer steps of the whole run, as far as it is known."""
+        return self.plan.steps
+
+    def _time_limit(self) -> TimeLimit | None:
+        """Return the limit of --max-minutes, which includes the time that interrupted attempts have used."""
+        config, earlier, started, clock = self._job.config, self.state.used_seconds, self._job.started, self._job.clock
+        self._used = lambda: earlier + clock() - started
+        if config.max_minutes is None:
+            return None
+        return TimeLimit(60 * config.max_minutes, self._used, config.eval_every, count_parameters(self._job.model))
+
+    def begin(self, progress: ProgressStage) -> None:
+        """Before the first step: measure student and teacher, and with --max-minutes the time of a step."""
+        row: dict[str, float] = {}
+        if self.state.step == 0:
+            with self._meter.paused(evaluating=True):
+                row = figures_before_training(self._job, self._accelerator, self.module, self.state)
+        if self._limit is not None and not self.finished:
+            with self._meter.paused():
+                self._plan_by_time(self._limit)
+        progress.expect(self.total)
+        self.record(row)
+
+    def _plan_by_time(self, limit: TimeLimit) -> None:
+        """Find the number of steps by timing a few, which change no weights; a resumed run has its plan already."""
+        job, accelerator, clock = self._job, self._accelerator, self._job.clock
+        size = job.config.micro_batch_size
+        self._meter.eval_seconds = evaluation_seconds(accelerator, self.module, job.evaluated, size, clock)
+        if self.state.plan is not None:
+            return
+        timed = partial(step_seconds, accelerator, self.module, None, self._blocks, self._sequences, size, clock=clock)
+        _, first = timed(steps=2)
+        more = self._from_main(min(4, int(0.01 * limit.seconds / max(first, 1e-9))))
+        for seconds in [first, *timed(steps=more)]:
+            self._meter.count(seconds)
+        self.plan = self._said = Plan.of(self._from_main(self._fitting()))
+        self.state.plan, self.state.warmup = asdict(self.plan), warmup_steps(self.total, job.config)
+        say(f"--max-minutes {job.config.max_minutes:g}: about {self.total:,} steps")
+
+    def _from_main(self, number: int) -> int:
+        """Return the main process's number in every process."""
+        return broadcast_object_list([number])[0] if self._accelerator.num_processes > 1 else number
+
+    def _fitting(self) -> int:
+        """Return how many steps the whole run has by the time that is left; at least the next one is taken."""
+        each = self._meter.step_seconds
+        if self._limit is None or each is None:
+            return self.total
+        return self.state.step + max(1, self._limit.steps(each, self._meter.eval_seconds))
+
+    def _replan(self, steps: int) -> None:
+        """Change the number of steps. A change of more than 10 % is said."""
+        if self._limit is None or steps == self.total:
+            return
+        self.plan = self.plan.changed(self.state.step, steps)
+        self.state.plan = asdict(self.plan)
+        before = self._said.steps
+        if abs(steps - before) > 0.1 * before:
+            self._said = self.plan
+            say(f"--max-minutes {self._job.config.max_minutes:g}: now about {steps:,} steps instead of {before:,}")
 
     @property
     def finished(self) -> bool:
@@ -154,14 +248,16 @@ class _Run:
             stop: whether a signal asked this process to stop.
         """
         config, state, accelerator = self._job.config, self.state, self._accelerator
-        rate = learning_rate(state.step, self.total, config, self._peak_rate, state.warmup)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        steps, overdue = self._fitting(), self._job.clock() - self._saved > _SAVE_AFTER and config.save_every is None
         seed_step(config.seed, state.step, accelerator.process_index)
         indices = self._order[state.step * self._sequences : (state.step + 1) * self._sequences]
         parts = gradients(accelerator, self.module, self._blocks, indices, config.micro_batch_size)
         norm = clip_gradients(accelerator, self._optimizer, self._parameters, config.grad_clip)
-        terms, stop = _agree(accelerator, parts, stop)
+        terms, stop, overdue, steps = _agree(accelerator, parts, stop, overdue, steps)
+        self._replan(steps)
+        rate = learning_rate(self.plan.at(state.step), self.plan.length, config, self._peak_rate, state.warmup)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         if may_step(accelerator, state, terms, norm, indices, config):
             self._optimizer.step()
             if self._fixed is not None:
@@ -171,11 +267,13 @@ class _Run:
         state.step += 1
         state.tokens = state.step * self._step_tokens
         state.loss = terms["loss"] if math.isfinite(terms["loss"]) else None
-        return _Outcome(terms, rate, norm, stop)
+        self._meter.stepped()
+        return _Outcome(terms, rate, norm, stop, overdue)
 
     def log(self, outcome: _Outcome, progress: ProgressStage) -> dict[str, float]:
         """Show the progress to the user; return the step's metrics for metrics.jsonl."""
         step, speed = self.state.step, self._meter.lap(self.state.step)
+        progress.expect(self.total)
         progress.line(f"step {step}/{self.total}  {self._meter.note(outcome.terms, speed, self.total - step)}")
         progress.advance(0, self._meter.note(outcome.terms, speed))
         row = {**outcome.terms, "learning_rate": outcome.learning_rate, "grad_norm": outcome.grad_norm, **speed}
@@ -183,13 +281,10 @@ class _Run:
 
     def evaluate(self) -> tuple[dict[str, float], bool]:
         """Evaluate; return the metrics for metrics.jsonl, and whether the loss is the lowest so far."""
-        with self._meter.paused():
-            by_data = {name: self._evaluate(blocks) for name, blocks in self._job.evaluated_by_data().items()}
-            whole = _joined(by_data, self._job) if by_data else self._evaluate(self._job.evaluated)
+        with self._meter.paused(evaluating=True):
+            whole, by_data = self._job.measured(self._evaluate)
         self.state.eval_by_data = {name: asdict(one) for name, one in by_data.items()} or None
-        row = {f"eval/{key}": value for key, value in asdict(whole).items()}
-        row |= {f"eval/{name}/{key}": value for name, one in by_data.items() for key, value in asdict(one).items()}
-        return row, self.state.evaluated(**asdict(whole))
+        return metrics_of(whole, by_data), self.state.evaluated(**asdict(whole))
 
     def _evaluate(self, blocks: Blocks) -> Evaluation:
         return evaluate(self._accelerator, self.module, blocks, self._job.config.micro_batch_size)
@@ -201,14 +296,19 @@ class _Run:
                 place = {"step": self.state.step, "total_steps": self.total, "tokens": self.state.tokens}
                 self._metrics.write({**place, **row})
             self._accelerator.log(row, step=self.state.step)
-        self.state.seconds = self._meter.seconds()
+        self.state.seconds, self.state.used_seconds = self._meter.seconds(), self._used()
+
+    def save(self) -> None:
+        """Save a checkpoint, in the background where that is possible."""
+        self.checkpoints.save(self.state)
+        self._saved = self._job.clock()
 
     def take_best_weights(self) -> None:
         """With early stopping, restore the weights that had the lowest evaluation loss."""
         best = self.state.best
         if self._job.config.early_stopping_patience and best is not None and self.checkpoints.restore_best(self.state):
             say(f"Using the weights from step {best.step}, which had the lowest evaluation loss.")
-            self.state.eval = {"loss": best.loss, "perplexity": best.perplexity}
+            self.state.eval = {"loss": best.loss, "perplexity": best.perplexity, "stderr": best.stderr}
             self.state.eval_by_data = self.state.eval_by_data if best.step == self.state.step else None
 
 
@@ -226,64 +326,11 @@ def _tell_choices(job: Job, accelerator: Accelerator) -> None:
     detail(f"{job.data.sequence_length} tokens in a block; blocks in a step: {turns} (micro-batch, turns, processes)")
 
 
-def _joined(by_data: dict[str, Evaluation], job: Job) -> Evaluation:
-    """Return the evaluation on the blocks of all datasets together."""
-    targets = {
-        name: sum(max(0, length - 1) for length in blocks.lengths(range(len(blocks))))
-        for name, blocks in job.evaluated_by_data().items()
-    }
-    loss = sum(one.loss * targets[name] for name, one in by_data.items()) / max(1, sum(targets.values()))
-    return Evaluation(loss, perplexity_of(loss))
-
-
-def _check_length(job: Job, state: RunState, processes: int) -> None:
-    """Check that a resumed run may end after another number of steps than it began with.
-
-    It may if the learning rates of the steps that are done are the same for both lengths. So a run whose schedule is
-    constant, or wsd and not yet decaying, can be made longer.
-
-    Raises:
-        ConfigError: the learning rates differ, or more steps are done than the run may now have.
-    """
-    config, total, peak = job.config, job.total_steps(processes), job.peak_rate()
-    before = replace(job, config=config.model_copy(update=earlier_lengths(Path(config.out)))).total_steps(processes)
-    if before == total:
-        return
-    rates = [
-        [learning_rate(step, end, config, peak, state.warmup) for step in range(state.step)] for end in (before, total)
-    ]
-    if rates[0] != rates[1] or total < state.step:
-        raise ConfigError(
-            f"--resume: the run has {before} steps, and {state.step} of them are done with a learning rate that does "
-            f"not fit a run of {total} steps (--max-steps, --max-tokens, --num-epochs)",
-            "keep the length; only a run with --lr-schedule constant, or wsd before its decay, can be made longer",
-        )
-    if state.warmup not in (None, warmup_steps(total, config)):
-        say(f"the run now has {total} steps instead of {before}, and keeps its warm-up of {state.warmup} steps")
-
-
-def _tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
-    """If DeepSpeed is used, set the options it would read from a data loader; they override those in its file."""
-    if accelerator.state.deepspeed_plugin is None:
-        return
-    options = accelerator.state.deepspeed_plugin.deepspeed_config
-    options |= {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_clipping": config.grad_clip,
-    }
-    if options.get("zero_optimization", {}).get("stage") == 3:
-        options["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # also gathers 32-bit ones
-
-
-def _peak_tokens_per_second(job: Job, accelerator: Accelerator) -> float | None:
-    """Return the tokens per second at the peak rate of all devices, or None if it is not known."""
-    peak = device_peak(accelerator.device, job.config.precision)
-    return None if peak is None else peak * accelerator.num_processes / job.operations()
-
-
-def _agree(accelerator: Accelerator, parts: dict[str, torch.Tensor], stop: bool) -> tuple[dict[str, float], bool]:
-    """Return the mean loss and its parts over all processes, and whether any process was asked to stop."""
-    both = torch.stack([*parts.values(), parts["loss"].new_tensor(float(stop))])
-    *means, asked = accelerator.reduce(both, "mean").tolist()
-    return dict(zip(parts, means, strict=True)), asked > 0
+def _agree(
+    accelerator: Accelerator, parts: dict[str, torch.Tensor], stop: bool, overdue: bool, steps: int
+) -> tuple[dict[str, float], bool, bool, int]:
+    """Agree with all processes: mean loss and parts, whether any is to stop or to save, the main process's steps."""
+    own = [float(stop), float(overdue), float(steps if accelerator.is_main_process else 0)]
+    both = torch.cat([torch.stack([*parts.values()]), parts["loss"].new_tensor(own)])
+    *means, asked, late, whole = accelerator.reduce(both, "mean").tolist()
+    return dict(zip(parts, means, strict=True)), asked > 0, late > 0, round(whole * accelerator.num_processes)

@@ -36,6 +36,7 @@ from tinygpt2.training.resuming import check_same_run
 from tinygpt2.training.state import RUN_FILE
 from tinygpt2.utils.files import read_json, require_free
 from tinygpt2.utils.locks import only_writer
+from tinygpt2.utils.progress import say
 
 PACKED_TEXTS = ("data", "eval-data")  # datasets that a run may pack, in its directory
 _PATIENCE = 120.0  # seconds until a process that waits says so
@@ -88,11 +89,19 @@ class TrainingSetup:
         return str(out)
 
     def evaluated(self, data: PackedDataset, model: GPT2Config, config: TrainOptions) -> Blocks:
-        """Return the blocks to evaluate on: those of --eval-data, or the test split of the training dataset.
+        """Return the blocks to evaluate on: `--eval-blocks` of the held-out ones.
 
         Raises:
             DataError, ConfigError: there are no such blocks, or they do not fit the model.
         """
+        held_out = self._held_out(data, model, config)
+        used = config.evaluated_blocks(len(held_out), data.sequence_length)
+        if used < len(held_out):
+            say(f"evaluating on {used:,} of {len(held_out):,} held-out blocks; --eval-blocks all uses all")
+        return held_out.spaced(used)
+
+    def _held_out(self, data: PackedDataset, model: GPT2Config, config: TrainOptions) -> Blocks:
+        """Return the blocks of --eval-data, or those of the test split of the training dataset."""
         if config.eval_data is None:
             if not len(data.test) and (config.eval_every or config.early_stopping_patience):
                 raise DataError(
@@ -222,5 +231,21 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
         raise ConfigError(
             "Muon needs whole matrices, but FSDP and DeepSpeed split them", "add --optimizer adamw, or use DDP"
         )
+    if config.max_minutes:
+        raise ConfigError("--max-minutes does not support FSDP or DeepSpeed", "give the length as --max-steps")
     if config.dry_run and not config.validate_only:
         raise ConfigError("--compile-only and --plan do not support FSDP or DeepSpeed", "use DDP or a single process")
+
+
+def tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
+    """If DeepSpeed is used, set the options it would read from a data loader; they override those in its file."""
+    if accelerator.state.deepspeed_plugin is None:
+        return
+    options = accelerator.state.deepspeed_plugin.deepspeed_config
+    options |= {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.grad_clip,
+    }
+    if options.get("zero_optimization", {}).get("stage") == 3:
+        options["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # also gathers 32-bit ones

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tinygpt2.config.base import extra, flag_name, read_yaml
-from tinygpt2.config.common import LENGTH, RUN
-from tinygpt2.config.training import TrainOptions, dataset_shares
+from tinygpt2.config.common import RUN
+from tinygpt2.config.training import TrainOptions, dataset_shares, length_options
 from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.mixture import content_of_datasets
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.configuration import is_model_config, preset_names
 from tinygpt2.models.directory import weight_files
-from tinygpt2.training.state import RECORD_FILE, RUN_FILE
+from tinygpt2.training.schedule import learning_rate, warmup_steps
+from tinygpt2.training.state import RECORD_FILE, RUN_FILE, RunState
 from tinygpt2.utils.files import read_json, sha256_of, write_json, write_text
 from tinygpt2.utils.hub import local_directory
+from tinygpt2.utils.progress import say
 
 _DATASETS, _MODELS = ("data", "eval_data"), ("model_config", "model", "student", "teacher")
 
@@ -47,15 +50,51 @@ def earlier_record(out: Path) -> dict[str, Any]:
     return record
 
 
-def earlier_lengths(out: Path) -> dict[str, Any]:
-    """Return the options with which a run set its length."""
-    earlier = read_yaml(out / RUN_FILE)
-    return {key: earlier.get(key) for key in length_options()}
+def check_schedule(
+    config: TrainOptions,
+    state: RunState,
+    steps: Callable[[TrainOptions], int],
+    peak: Callable[[TrainOptions], float],
+) -> None:
+    """Check that a resumed run may have the length and the peak learning rate that it now has.
+
+    Another length is possible if the learning rates of the steps that are done are the same for both. So a run whose
+    schedule is constant, or wsd and not yet decaying, can be made longer.
+
+    Args:
+        steps, peak: return the number of steps and the peak rate that options mean for this run.
+
+    Raises:
+        ConfigError: the learning rates differ, or more steps are done than the run may now have.
+    """
+    earlier = read_yaml(Path(config.out) / RUN_FILE)
+    before = config.model_copy(update={key: earlier.get(key) for key in (*length_options(), "learning_rate")})
+    if peak(before) != peak(config):
+        raise _differs("--learning-rate", Path(config.out))
+    if before.max_minutes != config.max_minutes:
+        raise _differs("--max-minutes", Path(config.out))
+    if config.max_minutes is not None or steps(before) == steps(config):
+        return
+    total = steps(config)
+    rates = [
+        [learning_rate(step, end, config, peak(config), state.warmup) for step in range(state.step)]
+        for end in (steps(before), total)
+    ]
+    if rates[0] != rates[1] or total < state.step:
+        raise ConfigError(
+            f"--resume: the run has {steps(before)} steps, and {state.step} of them are done with a learning rate that "
+            f"does not fit a run of {total} steps (--max-steps, --max-tokens, --num-epochs)",
+            "keep the length; only a run with --lr-schedule constant, or wsd before its decay, can be made longer",
+        )
+    if state.warmup not in (None, warmup_steps(total, config)):
+        say(f"the run now has {total} steps instead of {steps(before)}, and keeps its warm-up of {state.warmup} steps")
 
 
-def length_options() -> list[str]:
-    """Return the names of the options that set the length of a run; at most one of them is given."""
-    return [key for key, field in TrainOptions.options().items() if extra(field, "panel") == LENGTH]
+def _differs(options: str, out: Path) -> ConfigError:
+    return ConfigError(
+        f"--resume: {options} differ from the run in {out}",
+        f"use the options in {out / RUN_FILE}, or give another --out",
+    )
 
 
 def check_same_run(config: TrainOptions) -> None:
@@ -73,10 +112,7 @@ def check_same_run(config: TrainOptions) -> None:
         )
     changed = changed_mathematics(config, earlier, record.get("content"))
     if changed:
-        raise ConfigError(
-            f"--resume: {', '.join(changed)} differ from the run in {out}",
-            f"use the options in {out / RUN_FILE}, or give another --out",
-        )
+        raise _differs(", ".join(changed), out)
 
 
 def changed_mathematics(config: TrainOptions, earlier: dict[str, Any], content: dict[str, Any] | None) -> list[str]:
@@ -89,9 +125,10 @@ def changed_mathematics(config: TrainOptions, earlier: dict[str, Any], content: 
             the inputs are compared.
     """
     now = config.model_dump(mode="json", by_alias=True)
-    # Checkpoints.resume checks the global batch, the loop the length
+    # Checkpoints.resume checks the global batch, `check_schedule` the length, and the rate if its rule is used
     free = {"out", "micro_batch_size", "gradient_accumulation_steps", *length_options()}
     free |= {*_DATASETS, *_MODELS} if content is not None else set()
+    free |= {"learning_rate"} if None in (now["learning_rate"], earlier.get("learning_rate")) else set()
     keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key not in free]
     recipe = {"recipe": earlier["recipe"]} if "recipe" in earlier else {}
     defaults = {key: field.default for key, field in config.options().items()} | config.layered(recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import Optimizer, TrainOptions
@@ -43,6 +44,7 @@ def total_steps(options: TrainOptions, sequences: int, global_batch: int, length
     """Return the number of optimizer steps.
 
     Args:
+        options: without --max-minutes, for which the steps are timed.
         sequences: blocks in the training split, each of `length` tokens.
         global_batch: blocks in one optimizer step.
         parameters: of the model.
@@ -60,8 +62,41 @@ def warmup_steps(total: int, options: TrainOptions) -> int:
     return math.ceil(options.warmup_ratio * total)
 
 
-def learning_rate(step: int, total: int, options: TrainOptions, peak: float, warmup: int | None = None) -> float:
-    """Return the learning rate of optimizer step `step` (counted from 0) of `total`.
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run, and which place in the learning rate's schedule each has.
+
+    The number of steps may change while the run goes on (`--max-minutes`). What is left of the schedule is then spread
+    evenly over the steps that are left. So the place never jumps or goes back, and the last step ends the schedule.
+
+    Attributes:
+        steps: of the whole run.
+        length: of the schedule, in steps: their number as it was planned at first.
+        start: the step from which this plan holds.
+        place: the place of that step in the schedule, from 0 to `length`.
+    """
+
+    steps: int
+    length: int
+    start: int = 0
+    place: float = 0.0
+
+    @classmethod
+    def of(cls, steps: int) -> Plan:
+        """Return the plan of a run with a fixed number of steps: each step's place is its number."""
+        return cls(steps, steps)
+
+    def at(self, step: int) -> float:
+        """Return the place of a step in the schedule."""
+        return self.place + (step - self.start) * (self.length - self.place) / (self.steps - self.start)
+
+    def changed(self, step: int, steps: int) -> Plan:
+        """Return the plan with another number of steps, from `step` on."""
+        return self if steps == self.steps else Plan(steps, self.length, step, self.at(step))
+
+
+def learning_rate(step: float, total: int, options: TrainOptions, peak: float, warmup: int | None = None) -> float:
+    """Return the learning rate at place `step` (counted from 0) of a schedule of `total` steps; see `Plan.at`.
 
     It rises linearly over the first `warmup_ratio` of the steps, or over `warmup` steps if they are given: a run that
     is made longer keeps its warm-up. After that it is the peak times a factor of t, the
@@ -75,7 +110,7 @@ def learning_rate(step: int, total: int, options: TrainOptions, peak: float, war
     """
     warmup = warmup_steps(total, options) if warmup is None else warmup
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return peak * min(step + 1, warmup) / warmup
     past, rest = step - warmup, max(total - warmup, 1)
     t = past / rest
     if options.lr_schedule == "constant":

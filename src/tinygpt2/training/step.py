@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,15 @@ from tinygpt2.utils.progress import follow
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Cross-entropy on the held-out blocks, in nats per token, and its exponential."""
+    """Cross-entropy on the held-out blocks, in nats per token, and its exponential.
+
+    Attributes:
+        stderr: standard error of the loss over blocks; None for a single block.
+    """
 
     loss: float
     perplexity: float
+    stderr: float | None = None
 
 
 class Step(nn.Module):
@@ -178,6 +183,7 @@ def step_seconds(
     sequences: int,
     size: int,
     steps: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Take some steps and return the seconds of each. The first ones are slower than the rest.
 
@@ -187,10 +193,11 @@ def step_seconds(
         sequences: blocks in a global batch.
         size: blocks in a process's micro-batch.
         steps: how many to take.
+        clock: returns the time in seconds.
     """
     seconds = []
     for step in range(steps):
-        started = time.perf_counter()
+        started = clock()
         rows = [index % len(blocks) for index in range(step * sequences, (step + 1) * sequences)]
         gradients(accelerator, module, blocks, rows, size)
         if optimizer is not None:
@@ -198,7 +205,7 @@ def step_seconds(
         module.zero_grad(set_to_none=True)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return seconds
 
 
@@ -210,9 +217,10 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
         module: a `Step`, as Accelerate prepared it.
         size: blocks in a batch.
     """
+    was_training = module.training
     module.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
-    sums = torch.zeros(2, dtype=torch.float64, device=float64_device(accelerator.device))
+    sums = torch.zeros(6, dtype=torch.float64, device=float64_device(accelerator.device))
     # processes that share a sharded model must make equally many forward passes: some repeat the last block,
     # which then does not count
     for start in follow(range(0, math.ceil(len(blocks) / world), size), "evaluate", "batches", announce=False):
@@ -222,9 +230,53 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
         counted = torch.tensor([[index < len(blocks)] for index in numbers], device=losses.device).expand_as(losses)
         if batch.lengths is not None:
             counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None])
-        kept = losses[counted].to(sums.device)
-        sums += torch.stack([kept.double().sum(), counted.sum().to(sums.device).double()])
-    total, targets = accelerator.reduce(sums, "sum").tolist()
-    module.train()
+        losses, counted = losses.to(sums.device), counted.to(sums.device)
+        each, n = torch.where(counted, losses.double(), 0.0).sum(1), counted.sum(1).double()  # of a block
+        sums += torch.stack(
+            [
+                losses[counted].double().sum(),
+                n.sum(),
+                (each * each).sum(),
+                (each * n).sum(),
+                (n * n).sum(),
+                (n > 0).sum(),
+            ]
+        )
+    total, targets, squares, products, sizes, used = accelerator.reduce(sums, "sum").tolist()
+    module.train(was_training)
     loss = total / max(targets, 1)
-    return Evaluation(loss, perplexity_of(loss))
+    # the loss is a ratio of two sums over blocks: the error follows from each block's total minus loss times targets
+    spread = max(0.0, squares - 2 * loss * products + loss * loss * sizes)
+    error = math.sqrt(spread * used / (used - 1)) / targets if used > 1 else math.nan
+    return Evaluation(loss, perplexity_of(loss), error if math.isfinite(error) else None)
+
+
+def joined(by_data: Mapping[str, Evaluation], blocks: Mapping[str, Blocks]) -> Evaluation:
+    """Return the evaluation on the blocks of several datasets together, from those on each."""
+    targets = {name: sum(max(0, length - 1) for length in one.lengths(range(len(one)))) for name, one in blocks.items()}
+    whole = max(1, sum(targets.values()))
+    loss = sum(one.loss * targets[name] for name, one in by_data.items()) / whole
+    errors = [(one.stderr, targets[name] / whole) for name, one in by_data.items()]
+    known = [error * share for error, share in errors if error is not None]
+    return Evaluation(loss, perplexity_of(loss), math.hypot(*known) if len(known) == len(errors) else None)
+
+
+@torch.no_grad()
+def evaluation_seconds(
+    accelerator: Accelerator,
+    module: nn.Module,
+    blocks: Blocks,
+    size: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Estimate the seconds of `evaluate` from those of one batch, after one that warms up."""
+    if not len(blocks):
+        return 0.0
+    was_training = module.training
+    module.eval()
+    rows, marks = range(min(size, len(blocks))), []
+    for _ in range(2):
+        module(blocks.batch(rows).to(accelerator.device).input_ids)[0].sum().item()
+        marks.append(clock())
+    module.train(was_training)
+    return (marks[1] - marks[0]) * len(blocks) / len(rows) / accelerator.num_processes

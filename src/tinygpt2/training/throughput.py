@@ -1,16 +1,21 @@
-"""The speed of a run (tokens per second, share of the device's peak), and the operations of a training step."""
+"""The speed of a run, the steps that fit into a time, and the operations of a training step."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from transformers import GPT2Config
 
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.memory import memory_in_use
 from tinygpt2.training.state import RunState
+
+_MEMORY = 30.0  # seconds after which the time of a step counts a third in the mean
+_SAVED_PER_SECOND = 1e8  # bytes: a slow disk, with checksums
 
 
 class ThroughputMeter:
@@ -20,39 +25,110 @@ class ThroughputMeter:
         state: the state in which the run starts or continues.
         step_tokens: the number of tokens in a global batch.
         bound: tokens per second at the peak rate of all devices, or None if it is not known.
+        clock: returns the time in seconds.
+        memory: seconds after which the time of a step counts a third in `step_seconds`.
+
+    Attributes:
+        eval_seconds: the time of the last evaluation.
     """
 
-    def __init__(self, state: RunState, step_tokens: int, bound: float | None) -> None:
-        self._start = self._mark = time.perf_counter()
-        self._step, self._before, self._step_tokens, self._bound = state.step, state.seconds, step_tokens, bound
+    def __init__(
+        self,
+        state: RunState,
+        step_tokens: int,
+        bound: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        memory: float = _MEMORY,
+    ) -> None:
+        self._clock, self._memory = clock, memory
+        self._start = self._mark = self._last = clock()
+        self._state, self._step, self._before = state, state.step, state.seconds
+        self._step_tokens, self._bound = step_tokens, bound
+        self._warm = False
+        self._mean = (0.0, 0.0)  # weighted seconds, and the weights of the steps that took them
+        self.eval_seconds = 0.0
 
     def seconds(self) -> float:
         """Return the seconds since the run's first step."""
-        return self._before + time.perf_counter() - self._start
+        return self._before + self._clock() - self._start
+
+    def stepped(self) -> None:
+        """Count the time of a step. The first one after a start is slower than the others, and does not count."""
+        now = self._clock()
+        if self._warm:
+            self.count(now - self._last)
+        self._last, self._warm = now, True
+
+    def count(self, seconds: float) -> None:
+        """Count a step of so many seconds in the mean."""
+        kept = math.exp(-seconds / self._memory)
+        self._mean = (self._mean[0] * kept + seconds, self._mean[1] * kept + 1)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The mean time of the last steps, without evaluations; None before the first step that counts."""
+        return self._mean[0] / self._mean[1] if self._mean[1] else None
 
     def lap(self, step: int) -> dict[str, float]:
         """Return tokens per second since the last lap, and MFU (model FLOPs utilisation) if the peak is known."""
-        now = time.perf_counter()
+        now = self._clock()
         speed = (step - self._step) / (now - self._mark) * self._step_tokens
         self._mark, self._step = now, step
         return {"tokens_per_second": speed, **({"mfu": speed / self._bound} if self._bound else {})}
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the block's time out of the current lap."""
-        before = time.perf_counter()
+    def paused(self, *, evaluating: bool = False) -> Iterator[None]:
+        """Leave the block's time out of laps and steps; count it as that of an evaluation, if it is one."""
+        before = self._clock()
         yield
-        self._mark += time.perf_counter() - before
+        spent = self._clock() - before
+        self._mark, self._last = self._mark + spent, self._last + spent
+        if evaluating:
+            self.eval_seconds = spent
+            self._state.eval_seconds += spent
 
     def note(self, terms: dict[str, float], speed: dict[str, float], left: int = 0) -> str:
-        """Return a line for the user with losses, speed and memory; with `left` steps, also the remaining time."""
+        """Return a line with losses, speed and memory; with `left` steps and once it is known, also the time left.
+
+        The speed is that of the last steps if it is known, because that of a few steps changes with the machine's load.
+        """
         parts = [f"{name.removeprefix('loss/')} {value:.4g}" for name, value in terms.items()]
         shown = parts[:1] + ([f"({', '.join(parts[1:])})"] if parts[2:] else [])
-        rate = speed["tokens_per_second"]
+        each = self.step_seconds
+        rate = speed["tokens_per_second"] if each is None else self._step_tokens / each
         shown += [f" {rate:,.0f} tokens/s", f" {memory_in_use() / 1e9:.2f} GB"]
         shown += [f" mfu {speed['mfu']:.0%}"] if "mfu" in speed else []
-        shown += [f" eta {left * self._step_tokens / rate:.0f} s"] if left else []
+        shown += [f" eta {left * each:.0f} s"] if left and each is not None else []
         return " ".join(shown)
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """The time that a command may take (`--max-minutes`), and how many steps fit into what is left of it.
+
+    Attributes:
+        seconds: the limit.
+        used: returns the seconds since the command began, with those of interrupted attempts.
+        eval_every: steps from one evaluation to the next; None if there is only the last one.
+        parameters: of the model. Their number decides how long the end takes, in which the model is saved.
+    """
+
+    seconds: float
+    used: Callable[[], float]
+    eval_every: int | None
+    parameters: int
+
+    def steps(self, each: float, evaluation: float) -> int:
+        """Return how many more steps fit.
+
+        Args:
+            each: seconds of a step.
+            evaluation: seconds of an evaluation. The last one is always kept free.
+        """
+        saving = 16 * self.parameters / _SAVED_PER_SECOND  # a checkpoint with AdamW's moments, and the model
+        ending = evaluation + saving + min(3.0 + 0.01 * self.seconds, 0.2 * self.seconds)
+        between = evaluation / self.eval_every if self.eval_every else 0.0
+        return max(0, int((self.seconds - self.used() - ending) / (each + between)))
 
 
 def layer_operations(shape: GPT2Config, length: int) -> int:

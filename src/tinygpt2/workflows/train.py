@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import time
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,17 +17,17 @@ from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.mixture import MixedOrder, training_order
-from tinygpt2.errors import ConfigError, InterruptedRunError, reason_of
+from tinygpt2.errors import ConfigError, InterruptedRunError, listed, reason_of
 from tinygpt2.evaluation.perplexity import ppl
 from tinygpt2.evaluation.results import short_names
-from tinygpt2.models.card import model_card
+from tinygpt2.models.card import held_out_table, model_card
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.models.saving import save_model
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.runtime.devices import device_chosen
 from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.memory import peak_memory
-from tinygpt2.runtime.processes import launched
+from tinygpt2.runtime.processes import command_began, launched
 from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.loop import run_loop
 from tinygpt2.training.resuming import record_end, record_run
@@ -38,6 +39,8 @@ from tinygpt2.utils.progress import say
 from tinygpt2.workflows.curves import plot_curves
 from tinygpt2.workflows.metadata import run_metadata
 from tinygpt2.workflows.report import write_run_report
+
+_LITTLE = 0.05  # share of the time that evaluations may take unsaid
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,14 @@ def _run(command: str, config: TrainOptions, data: PackedDataset | None) -> Trai
             f"{command} trains a model, so validate_only, compile_only and plan must be off",
             "call tinygpt2.plan_run, tinygpt2.compile_step or tinygpt2.plan_budget instead",
         )
+    began = command_began()
     with device_chosen(config.device):
         check_number(config.num_processes)
     if (config.num_processes or 1) > 1 and not launched():
         result: TrainResult = launch(command, config.num_processes or 1, config, data)
         return result
     with prepared_job(config, data) as (job, accelerator):
+        job.started = job.clock() - (time() - began)
         return _train(job, accelerator)
 
 
@@ -134,7 +139,7 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
         fit_batch(job, accelerator, module)
     config = job.config
     if accelerator.is_main_process and not (config.resume and (out / RUN_FILE).is_file()):
-        record_run(job.pinned_config())  # a resumed run is recorded when it has turned out to be the same
+        record_run(job.recorded_config())  # a resumed run is recorded when it has turned out to be the same
     _begin_tracking(accelerator, config)
     tokenizer, parameters = job.data.tokenizer(), count_parameters(job.model)  # before ZeRO-3 splits the parameters
     try:
@@ -143,13 +148,13 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
         result = _result(job, state, parameters)
         if accelerator.is_main_process:
             own = {name.split("student.", 1)[1]: tensor for name, tensor in weights.items() if "student." in name}
-            save_model(job.model, out, tokenizer, _card(job, result), own, job.pinned_config().to_yaml())
+            save_model(job.model, out, tokenizer, _card(job, result, state), own, _options_used(job, state))
             record_end(out, result=_recorded(result))
             plot_curves(out)
         # free the wrapper before the process group: otherwise both can wait for each other at the end
         (wrapped,) = accelerator.free_memory(wrapped)
         if config.eval_task:
-            result = _measured(job, result, accelerator)
+            result = _measured(job, result, state, accelerator)
         if accelerator.is_main_process:
             write_run_report(out)
     except BaseException as error:
@@ -160,7 +165,22 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
                 record_end(out, failed=reason_of(error))
         raise
     accelerator.end_training()
+    _say_share_of_evaluation(config, state)
     return result
+
+
+def _options_used(job: Job, state: RunState) -> str:
+    """Return what config.yaml says after the run; with --max-minutes, a comment has the number of steps."""
+    minutes = job.config.max_minutes
+    note = "" if minutes is None else f"# {state.step:,} steps were done in --max-minutes {minutes:g}\n"
+    return note + job.recorded_config().to_yaml()
+
+
+def _say_share_of_evaluation(config: TrainOptions, state: RunState) -> None:
+    share = state.eval_seconds / max(state.seconds, 1e-9)
+    if share > _LITTLE:
+        ways = "--eval-blocks N" if config.eval_every is None else "--eval-blocks N or a larger --eval-every"
+        say(f"evaluation took {share:.0%} of {state.seconds:.0f} seconds; {ways} shortens it")
 
 
 def _cache(job: Job) -> TeacherCache | None:
@@ -176,7 +196,7 @@ def _cache(job: Job) -> TeacherCache | None:
     return cache
 
 
-def _measured(job: Job, result: TrainResult, accelerator: Accelerator) -> TrainResult:
+def _measured(job: Job, result: TrainResult, state: RunState, accelerator: Accelerator) -> TrainResult:
     """Measure the finished model on the tasks of --eval-task, and add the results to its card."""
     config = job.config
     if job.teacher is not None:
@@ -187,7 +207,7 @@ def _measured(job: Job, result: TrainResult, accelerator: Accelerator) -> TrainR
     names = short_names([row.task for row in rows])
     result = replace(result, tasks={names[row.task]: row.perplexity for row in rows})
     if accelerator.is_main_process:
-        write_text(Path(config.out) / "README.md", _card(job, result))
+        write_text(Path(config.out) / "README.md", _card(job, result, state))
     return result
 
 
@@ -253,21 +273,20 @@ def _tokens_by_data(job: Job, state: RunState) -> dict[str, int] | None:
     }
 
 
-def _card(job: Job, result: TrainResult) -> str:
-    shape = job.model.config
+def _card(job: Job, result: TrainResult, state: RunState) -> str:
+    shape, data = job.model.config, job.data
     figures: dict[str, Any] = {
         "parameters": f"{result.parameters:,}",
         "layers, width, heads": f"{shape.n_layer}, {shape.n_embd}, {shape.n_head}",
         "positions, vocabulary": f"{shape.n_positions}, {shape.vocab_size}",
         "steps, tokens trained on": f"{result.steps:,}, {result.tokens:,}",
+        "passes over the training data": f"{result.tokens / (len(data.train) * data.sequence_length):.3g}",
+        "learning rate": f"{job.peak_rate():.3g} ({job.config.lr_schedule}, {job.config.optimizer})",
         "seconds": f"{result.seconds:.0f}",
         **{f"revision of the {role}": revision for role, revision in job.revisions.items()},
     }
     if result.loss is not None:
-        figures["last training loss"] = f"{result.loss:.4f}"
-    if result.eval is not None:
-        figures["held-out loss (nats/token)"] = f"{result.eval.loss:.4f}"
-        figures["held-out perplexity"] = f"{result.eval.perplexity:.2f}"
+        figures[f"last training loss ({_training_loss(job)})"] = f"{result.loss:.4f}"
     for name, one in (result.eval_by_data or {}).items():
         figures[f"held-out perplexity on {name}"] = f"{one.perplexity:.2f}"
     for name, tokens in (result.tokens_by_data or {}).items():
@@ -278,6 +297,33 @@ def _card(job: Job, result: TrainResult) -> str:
     command = f"{job.command} {job.config.flags(shared=True)}"
     measured = {} if result.eval is None else {"held-out text": result.eval.perplexity}
     measured |= {f"held-out text of {name}": one.perplexity for name, one in (result.eval_by_data or {}).items()}
-    return model_card(
-        Path(job.config.out).name, job.how, figures, command, run_metadata(job, measured | (result.tasks or {}))
-    )
+    metadata = run_metadata(job, measured | (result.tasks or {}))
+    return model_card(Path(job.config.out).name, job.how, figures, command, metadata, _held_out(job, state))
+
+
+def _held_out(job: Job, state: RunState) -> str:
+    """Return the card's table of held-out losses: the teacher's, the model's before training, the model's."""
+    models = {"teacher": state.teacher, "before training": state.before, "this model": state.eval}
+    rows = {name: one for name, one in models.items() if one is not None}
+    if not rows:
+        return ""
+    sources = [Path(source).name for source in job.data.manifest.get("sources", [job.data.name])]
+    given = job.config.eval_data
+    text = f"the test split of {listed(sources, 5)}" if given is None else Path(given).name
+    return held_out_table(f"{text}, {len(job.evaluated):,} of {job.evaluated.stored:,} blocks", rows)
+
+
+def _training_loss(job: Job) -> str:
+    """Return in words what the training loss is."""
+    terms = ("attention", "hidden", "prediction", "ce", "cosine", "relation")
+    config, used = job.config, [name for name in terms if getattr(job.weights, name)]
+    if not isinstance(config, DistillConfig) or used == ["ce"]:
+        return "cross-entropy"
+    if used != ["prediction"]:
+        return "weighted sum of the objectives"
+    return {
+        "forward_kl": "KL to the teacher",
+        "reverse_kl": "reverse KL to the teacher",
+        "soft_ce": "soft cross-entropy to the teacher",
+        "jsd": "Jensen-Shannon divergence to the teacher",
+    }[config.prediction_loss]
