@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tinygpt2
-from tinygpt2.cli.app import COMMANDS
+from tinygpt2.cli.commands import COMMANDS
 from tinygpt2.config.base import Config, extra
 
 PAGE = Path(__file__).with_name("api.md")

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import tinygpt2
-from tinygpt2.cli.app import COMMANDS
+from tinygpt2.cli.commands import COMMANDS
 from tinygpt2.cli.options import resolve
 from tinygpt2.data.dataset import load_packed_dataset
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt2.cli.app import COMMANDS
+from tinygpt2.cli.commands import COMMANDS
 
 NAMES = [command.name for command in COMMANDS]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tinygpt2.cli.app import COMMANDS
+from tinygpt2.cli.commands import COMMANDS
 from tinygpt2.cli.help import COMMON, REQUIRED
 from tinygpt2.config.base import flag_name
 

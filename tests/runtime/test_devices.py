@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinygpt2.cli.app import COMMANDS
+from tinygpt2.cli.commands import COMMANDS
 from tinygpt2.config.models import DeviceOptions
 from tinygpt2.runtime import devices
 from tinygpt2.runtime.devices import current_device, device_chosen, float64_device, on_cuda

@@ -62,7 +62,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
         closing(run.checkpoints),
         memory,
         stop_on_signals() as stop,
-        track(named, unit="steps", done=done, lines=False) as progress,
+        bar as progress,
     ):
         run.begin(progress)
         while not run.finished:

@@ -1,0 +1,265 @@
+"""All commands: their options, help, examples and the functions that run them. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import typer
+
+from tinygpt2.cli.options import Run
+from tinygpt2.cli.render import as_csv, as_markdown
+from tinygpt2.cli.session import start_session
+from tinygpt2.config.base import Config
+from tinygpt2.config.compression import TruncateStudentConfig
+from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
+from tinygpt2.config.decoding import GenerateConfig
+from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.config.evaluation import PplConfig
+from tinygpt2.config.models import PresetsConfig
+from tinygpt2.config.training import FinetuneConfig, PretrainConfig
+from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
+from tinygpt2.errors import ConfigError
+from tinygpt2.runtime.processes import rank
+from tinygpt2.utils import progress
+from tinygpt2.utils.terminal import printable
+
+
+def _public(function: str) -> Run:
+    """Return a function that runs a command: it imports the public function when it is called, and calls it."""
+
+    def run(config: Any, as_json: bool) -> Any:
+        start_session()
+        return getattr(import_module("tinygpt2"), function)(config)
+
+    return run
+
+
+def _training(function: str) -> Run:
+    """Return a function that runs a training command, or the planning function that a flag selects instead."""
+
+    def run(config: Any, as_json: bool) -> Any:
+        flags = {"validate_only": "plan_run", "compile_only": "compile_step", "plan": "plan_budget"}
+        name = next((other for flag, other in flags.items() if getattr(config, flag, False)), function)
+        return _public(name)(config, as_json)
+
+    return run
+
+
+def _generate(config: Any, as_json: bool) -> Any:
+    start_session()
+    from tinygpt2.cli.interactive import generate_on_terminal
+
+    return generate_on_terminal(config, as_json=as_json)
+
+
+def _ppl(config: Any, as_json: bool) -> Any:
+    if as_json and (config.csv or config.markdown):
+        raise ConfigError("--json cannot be combined with --csv or --markdown: give one of them")
+    if config.list_tasks:
+        return import_module("tinygpt2").list_tasks()
+    result = _public("ppl")(config, as_json)
+    if rank() or not (config.csv or config.markdown):
+        return result
+    typer.echo(printable(as_csv(result) if config.csv else as_markdown(result), sys.stdout), nl=False)
+    return None
+
+
+def _presets(config: Any, as_json: bool) -> Any:
+    from tinygpt2.models.configuration import presets
+
+    return presets(config)
+
+
+def _reading(function: str) -> Run:
+    """Return a function that runs a command which only reads the files of runs: without torch, and so at once."""
+
+    def run(config: Any, as_json: bool) -> Any:
+        progress.show()
+        return getattr(import_module("tinygpt2"), function)(config)
+
+    return run
+
+
+class Command(NamedTuple):
+    """A command: its name, options, help and examples, the function that runs it, and what its --help lists first."""
+
+    name: str
+    config: type[Config]
+    about: str
+    examples: list[str]
+    run: Run
+    short: tuple[str, ...] = ()
+
+
+COMMANDS = [
+    Command(
+        "quickstart",
+        QuickstartConfig,
+        "Run the whole pipeline in a few minutes, without downloads: teacher, student, baselines, report.",
+        ["quickstart", "quickstart --out my-first-student"],
+        _public("quickstart"),
+    ),
+    Command(
+        "train-tokenizer",
+        TrainTokenizerConfig,
+        "Train a byte-level BPE tokenizer, for any language.",
+        ["train-tokenizer novels/ --vocab-size 8192 --out tokenizer"],
+        _public("train_tokenizer"),
+    ),
+    Command(
+        "pregenerate",
+        PregenerateConfig,
+        "Tokenize a corpus and pack it into blocks, with a training and a test split.",
+        ["pregenerate novels/ pages.jsonl --tokenizer tokenizer --sequence-length 512 --out data"],
+        _public("pregenerate"),
+        (
+            "sequence_length",
+            "test_fraction",
+            "test_source",
+            "document",
+            "text_column",
+            "num_workers",
+            "overwrite",
+            "resume",
+            "shard",
+        ),
+    ),
+    Command(
+        "pretrain",
+        PretrainConfig,
+        "Train a language model from random weights (--model-config) or existing ones (--model).",
+        [
+            "pretrain --model-config distilgpt2 --data data --out model",
+            "pretrain --model cut --data data --out model",
+        ],
+        _training("pretrain"),
+        (
+            "num_epochs",
+            "max_steps",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "optimizer",
+            "learning_rate",
+            "lr_schedule",
+            "precision",
+            "eval_data",
+            "eval_every",
+            "save_every",
+            "resume",
+            "validate_only",
+        ),
+    ),
+    Command(
+        "truncate-student",
+        TruncateStudentConfig,
+        "Cut a student out of a teacher: fewer layers, a smaller hidden size, fewer heads or positions.",
+        ["truncate-student --teacher gpt2 --num-layers 6 --out cut"],
+        _public("truncate_student"),
+        ("num_layers", "strategy", "layers", "n_embd", "n_head", "n_inner", "refit", "data"),
+    ),
+    Command(
+        "distill",
+        DistillConfig,
+        "Distil a teacher into a student.",
+        [
+            "distill --teacher gpt2 --student cut --data data --out student",
+            "distill --plan --teacher gpt2 --data data --out student",
+            "distill --recipe tinygpt2 --teacher gpt2 --student tinygpt2-4l-312 --data data --out student",
+        ],
+        _training("distill"),
+        (
+            "recipe",
+            "num_epochs",
+            "max_steps",
+            "micro_batch_size",
+            "learning_rate",
+            "precision",
+            "resume",
+            "plan",
+            "prediction_weight",
+            "hidden_weight",
+            "attention_weight",
+            "ce_weight",
+        ),
+    ),
+    Command(
+        "finetune",
+        FinetuneConfig,
+        "Fine-tune any GPT-2 on a text or a pregenerated dataset.",
+        ["finetune --model student --data mine.txt --out mine"],
+        _training("finetune"),
+        (
+            "num_epochs",
+            "max_steps",
+            "micro_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "precision",
+            "sequence_length",
+            "test_fraction",
+            "eval_data",
+            "eval_every",
+            "resume",
+            "validate_only",
+        ),
+    ),
+    Command(
+        "ppl",
+        PplConfig,
+        "Measure the zero-shot perplexity of one or several models.",
+        [
+            "ppl --model student --task mine.txt",
+            "ppl --model gpt2 --model student --task wikitext --task-data wiki.test.raw --plot comparison.png",
+            "ppl --list-tasks",
+        ],
+        _ppl,
+        ("model", "task_data", "list_tasks", "convention", "stride", "batch_size", "plot", "csv", "markdown"),
+    ),
+    Command(
+        "presets",
+        PresetsConfig,
+        "List the built-in model configurations.",
+        ["presets"],
+        _presets,
+    ),
+    Command(
+        "generate",
+        GenerateConfig,
+        "Generate text with one or several models, side by side. Greedy unless you choose sampling or beams.",
+        [
+            "generate --model teacher --model student --prompt 'Once upon a time' --top-p 0.9",
+            "generate --model student --interactive",
+        ],
+        _generate,
+    ),
+    Command(
+        "runs",
+        RunsConfig,
+        "List the training runs below a directory: their state, losses and time left.",
+        ["runs", "runs experiments --json"],
+        _reading("runs"),
+    ),
+    Command(
+        "show",
+        ShowConfig,
+        "Draw the curves of a training run, and write its picture and its report anew.",
+        ["show student"],
+        _reading("show"),
+    ),
+    Command(
+        "verify",
+        VerifyConfig,
+        "Check a pregenerated dataset or a model directory, and list what is wrong.",
+        ["verify data", "verify student"],
+        _public("verify"),
+    ),
+    Command(
+        "push",
+        PushConfig,
+        "Upload a model to the Hub, after checking it: weights, tokenizer, card, pictures. No checkpoints, no texts.",
+        ["push student --repo me/my-student --dry-run", "push student --repo me/my-student --private"],
+        _public("push"),
+    ),
+]
