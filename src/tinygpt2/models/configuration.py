@@ -99,6 +99,11 @@ def preset_names() -> list[str]:
     )
 
 
+def model_config_file(name: str) -> Path:
+    """Return the file of a model configuration: a preset's, or the one that is named."""
+    return _preset(name) if name in preset_names() else Path(name)
+
+
 def is_model_config(name: str) -> bool:
     """Return whether a name means a configuration (a preset or a file) and not a directory with weights."""
     return not Path(name).is_dir() and (name in preset_names() or Path(name).suffix in (".json", ".yaml", ".yml"))
@@ -116,7 +121,7 @@ def read_model_config(name: str, tokenizer: Tokenizer, vocab_size: int | None = 
         ConfigError: there is no such preset or file, it does not describe a GPT-2, it has unknown or impossible values,
             or its vocabulary is smaller than the tokenizer's.
     """
-    path = _path_of(name)
+    path = model_config_file(name)
     values, stray = read_shape(name)
     if stray:  # a library saved the file, and others add keys of their own
         say(f"{path}: not used: {listed(stray, 8)}")
@@ -141,7 +146,7 @@ def read_shape(name: str) -> tuple[dict[str, Any], list[str]]:
         ConfigError: there is no such preset or file, it does not describe a GPT-2, or it has unknown or impossible
             values.
     """
-    path = _path_of(name)
+    path = model_config_file(name)
     if not path.is_file():
         raise ConfigError(
             f"no model configuration {name!r}: there is no such preset or file{did_you_mean(name, preset_names())}",
@@ -205,10 +210,6 @@ def make_model_config(values: dict[str, Any], where: str, error: type[TinyGPT2Er
         known = did_you_mean(name, ACT2FN) or f", known are {', '.join(sorted(ACT2FN))}"
         raise error(f"{where}: activation_function {name!r} is unknown{known}")
     return config
-
-
-def _path_of(name: str) -> Path:
-    return _preset(name) if name in preset_names() else Path(name)
 
 
 def _impossible(settings: dict[str, Any]) -> Iterator[str]:

@@ -279,4 +279,4 @@ def evaluation_seconds(
         module(blocks.batch(rows).to(accelerator.device).input_ids)[0].sum().item()
         marks.append(clock())
     module.train(was_training)
-    return (marks[1] - marks[0]) * len(blocks) / len(rows) / accelerator.num_processes
+    return float((marks[1] - marks[0]) * len(blocks) / len(rows) / accelerator.num_processes)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tinygpt2.config.workflows import PushConfig, VerifyConfig
 from tinygpt2.errors import DataError, ModelError, listed, one_line
-from tinygpt2.models.weights import CHECKSUMS, weight_files
+from tinygpt2.models.directory import weight_files
+from tinygpt2.models.weights import CHECKSUMS
 from tinygpt2.utils.files import folders_named, read_text
 from tinygpt2.utils.html_report import REPORT
 from tinygpt2.utils.hub import DESCRIPTION_FILES, TOKENIZER_FILES, hub_page, upload
