@@ -253,10 +253,10 @@ def _copied_blocks(copies: dict[str, str]) -> Iterator[str]:
 
 
 def _render_push(result: Any, console: Console) -> None:
-    console.print(_table(["file", "MB"], [[file.path, file.bytes / 1e6] for file in result.files]))
+    console.print(_table(["file", "size"], [[file.path, _size(file.bytes)] for file in result.files]))
     what = "would be uploaded" if result.dry_run else "uploaded"
-    total = sum(file.bytes for file in result.files) / 1e6
-    console.print(f"\n{what} to {result.url}: {len(result.files)} files, {total:,.1f} MB", markup=False, soft_wrap=True)
+    total = _size(sum(file.bytes for file in result.files))
+    console.print(f"\n{what} to {result.url}: {len(result.files)} files, {total}", markup=False, soft_wrap=True)
 
 
 def _render_budget(result: Any, console: Console) -> None:
