@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -247,11 +248,11 @@ def _result(job: Job, state: RunState, parameters: int) -> TrainResult:
         tokens=state.tokens,
         seconds=state.seconds,
         loss=state.loss,
-        eval=None if state.eval is None else Evaluation(**state.eval),
+        eval=None if state.eval is None else _evaluation(state.eval),
         parameters=parameters,
         tokens_per_second=state.tokens / state.seconds,
         peak_memory_bytes=peak_memory(),
-        eval_by_data={name: Evaluation(**one) for name, one in (state.eval_by_data or {}).items()} or None,
+        eval_by_data={name: _evaluation(one) for name, one in (state.eval_by_data or {}).items()} or None,
         tokens_by_data=_tokens_by_data(job, state),
     )
 
@@ -259,6 +260,10 @@ def _result(job: Job, state: RunState, parameters: int) -> TrainResult:
 def _recorded(result: TrainResult) -> dict[str, Any]:
     """Return what run.json says of a finished run: the result without the place of the model."""
     return {key: value for key, value in asdict(result).items() if key != "model" and value is not None}
+
+
+def _evaluation(figures: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(**figures)
 
 
 def _tokens_by_data(job: Job, state: RunState) -> dict[str, int] | None:
