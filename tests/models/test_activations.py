@@ -19,6 +19,7 @@ from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.loading import load_model, random_model
 from tinygpt2.models.parameters import set_dropout
 from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.step import Step
 
 T, V = 150, 60  # more than one block of query rows, and no multiple of it
@@ -143,7 +144,6 @@ def test_a_compiled_run_has_the_same_losses(tmp_path: Path, data: Path, teacher:
         # in its own process: the tests' shape checks cannot be compiled
         command = [sys.executable, "-m", "tinygpt2", "distill", "--config", str(tmp_path / f"{name}.yaml"), *flags]
         subprocess.run(command, check=True, capture_output=True)
-        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        curves.append([json.loads(row)["loss"] for row in rows])
+        curves.append([row["loss"] for row in read_metrics(tmp_path / name)])
     assert len(curves[0]) == 4
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)

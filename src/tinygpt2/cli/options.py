@@ -22,6 +22,7 @@ from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.config.distillation import read_recipe
+from tinygpt2.config.training import length_options
 from tinygpt2.config.workflows import QuickstartConfig
 from tinygpt2.data.staging import staging_path
 from tinygpt2.errors import ConfigError, InterruptedRunError
@@ -59,7 +60,7 @@ def add_command(
         choose_level(quiet=given.pop("quiet"), verbose=given.pop("verbose"))
         config = resolve(config_type, file, {key: value for key, value in given.items() if value not in (None, [], ())})
         if print_config:
-            typer.echo(config.to_yaml(), nl=False)
+            typer.echo(_printed(config), nl=False)
             return
         try:
             result = run(config, as_json)
@@ -76,6 +77,15 @@ def add_command(
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     lines = "\n\n".join(f"  tinygpt2 {example}" for example in examples)
     app.command(name, help=about, short_help=about, epilog=f"Examples:\n\n{lines}")(command)
+
+
+def _printed(config: Config) -> str:
+    """Return a configuration as YAML, with the values that follow from files which are there."""
+    from tinygpt2.planning.known_values import known_options
+
+    known, open_ = known_options(config)
+    note = f"# null: the run computes {' and '.join(open_)} from its student and data\n" if open_ else ""
+    return note + known.to_yaml()
 
 
 def interrupted(config: Config) -> InterruptedRunError:
@@ -101,6 +111,8 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
         from_file = _translated(config_type, from_file, file)
     if from_file.get("allow_pickle") and "allow_pickle" not in given:
         typer.echo(f"note: {file} allows pickled weights (allow_pickle)", err=True)
+    if any(key in given for key in ("plan", *length_options())):  # a length on the command line replaces the file's
+        from_file = {key: value for key, value in from_file.items() if key not in length_options()}
     if "recipe" in given:  # a recipe on the command line overrides the file's values of all its options
         given = config_type.layered(given)
     try:

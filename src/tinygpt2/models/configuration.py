@@ -82,6 +82,11 @@ def preset_names() -> list[str]:
     )
 
 
+def model_config_file(name: str) -> Path:
+    """Return the file of a model configuration: a preset's, or the one that is named."""
+    return _preset(name) if name in preset_names() else Path(name)
+
+
 def is_model_config(name: str) -> bool:
     """Return whether a name means a configuration (a preset or a file) and not a directory with weights."""
     return not Path(name).is_dir() and (name in preset_names() or Path(name).suffix in (".json", ".yaml", ".yml"))
@@ -99,7 +104,7 @@ def read_model_config(name: str, tokenizer: Tokenizer, vocab_size: int | None = 
         ConfigError: there is no such preset or file, it does not describe a GPT-2, it has unknown or impossible values,
             or its vocabulary is smaller than the tokenizer's.
     """
-    path = _preset(name) if name in preset_names() else Path(name)
+    path = model_config_file(name)
     if not path.is_file():
         raise ConfigError(
             f"no model configuration {name!r}: there is no such preset or file",

@@ -95,7 +95,7 @@ class Job:
         tokens = len(self.data.train) * self.data.sequence_length
         values: dict[str, object] = {"learning_rate": self.peak_rate()}
         if all(getattr(self.config, name) is None for name in length_options()):
-            values["num_epochs"] = passes_over_data(self.config, count_parameters(self.model), tokens)
+            values["num_epochs"] = float(passes_over_data(self.config, count_parameters(self.model), tokens))
         options = {"model" if role == "base" else role: revision for role, revision in self.revisions.items()}
         names = {option: str(getattr(self.config, option)).partition("@")[0] for option in options}
         commits = {option: f"{names[option]}@{options[option]}" for option in options}

@@ -41,7 +41,7 @@ def run_options(out: Path) -> dict[str, Any]:
 
 def run_charts(out: Path) -> list[Chart]:
     """Return the charts of a run: losses, each objective in a chart of its own, the learning rate and the speed."""
-    rows, options = read_metrics(out), run_options(out)
+    rows, options = read_metrics(out, from_step=0), run_options(out)
     charts = [_cross_entropy(rows)]
     terms = {key: name for key, name in _keys(rows, "loss/") if name != "ce"}
     charts += [_one(rows, key, *_objective(name, options)) for key, name in terms.items()]
@@ -60,7 +60,7 @@ def compared_runs(runs: Mapping[str, Path], levels: Mapping[str, float], title: 
         runs: the directory of each run, by its name.
         levels: losses to compare them to.
     """
-    series = [_series(read_metrics(out), EVALUATED, name) for name, out in runs.items()]
+    series = [_series(read_metrics(out, from_step=0), EVALUATED, name) for name, out in runs.items()]
     return Chart(title, TOKENS, f"held-out cross-entropy ({CROSS_ENTROPY})", series, dict(levels))
 
 

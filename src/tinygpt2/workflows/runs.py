@@ -105,7 +105,7 @@ def _below(root: Path) -> Iterator[Path]:
 def run_status(out: Path) -> RunStatus:
     """Read how far a run is from the files in its directory."""
     record = _record(out)
-    rows = [row for row in read_metrics(out) if row.get("step")]  # step 0 is the model before training
+    rows = read_metrics(out)
     last = rows[-1] if rows else {}
     checkpoint, total = _checkpoint(out), last.get("total_steps")
     written = _written(out)

@@ -1,0 +1,83 @@
+"""The values that rules give to a run's options, as far as files tell them without loading a model or a dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tinygpt2.config.base import Config, load_yaml
+from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.config.training import PretrainConfig, TrainOptions, dataset_shares, length_options
+from tinygpt2.data.block_writers import MANIFEST
+from tinygpt2.errors import TinyGPT2Error
+from tinygpt2.models.configuration import is_model_config, model_config_file, parameters_of
+from tinygpt2.training.schedule import passes_over_data, peak_learning_rate
+from tinygpt2.utils.files import read_json
+
+
+def known_options(config: Config) -> tuple[Config, list[str]]:
+    """Return a configuration with the values that rules give, and the names of the options that are not known yet.
+
+    The learning rate of `distill` follows from the student's width, and its length from the sizes of student and data.
+    """
+    if not isinstance(config, TrainOptions):
+        return config, []
+    rate, passes = _rate(config), _passes(config)
+    values = {"learning_rate": rate}
+    if all(getattr(config, name) is None for name in length_options()):
+        values["num_epochs"] = passes
+    return config.model_copy(update=values), [name for name, value in values.items() if value is None]
+
+
+def _rate(config: TrainOptions) -> float | None:
+    width = 1 if config.learning_rate or not isinstance(config, DistillConfig) else _student(config).get("n_embd")
+    return None if width is None else peak_learning_rate(config, int(width))
+
+
+def _passes(config: TrainOptions) -> float | None:
+    if not isinstance(config, DistillConfig):
+        return float(passes_over_data(config, 1, 1))
+    shape, tokens = _student(config), _training_tokens(config)
+    try:
+        parameters = parameters_of(shape)
+    except (KeyError, TypeError):
+        return None
+    if shape.get("tie_word_embeddings") is False:
+        parameters += shape["vocab_size"] * shape["n_embd"]
+    return float(passes_over_data(config, parameters, tokens)) if tokens and "vocab_size" in shape else None
+
+
+def _student(config: DistillConfig) -> dict[str, Any]:
+    """Return the student's shape; empty if there is no such directory or file."""
+    name = config.student or ""
+    if not is_model_config(name):
+        return _values(Path(name) / "config.json")
+    sizes = [_values(Path(config.teacher or "") / "config.json").get("vocab_size"), *_manifest(config, "vocab_size")]
+    vocabulary = next((size for size in sizes if size), None)
+    return {**({"vocab_size": vocabulary} if vocabulary else {}), **_values(model_config_file(name))}
+
+
+def _training_tokens(config: TrainOptions) -> int:
+    blocks = [splits["train"]["sequences"] for splits in _manifest(config, "splits")]
+    return sum(blocks) * next(iter(_manifest(config, "sequence_length")), 0)
+
+
+def _manifest(config: Any, key: str) -> list[Any]:
+    """Return a value of each dataset, or of each shard of one; empty if one is not there."""
+    found = []
+    for name in dataset_shares(config.data):
+        files = [Path(name) / MANIFEST] if (Path(name) / MANIFEST).is_file() else sorted(Path(name).glob(f"*/{MANIFEST}"))
+        found.append([_values(file).get(key) for file in files])
+    values = [value for part in found for value in part]
+    return values if all(found) and all(value is not None for value in values) else []
+
+
+def _values(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON or YAML file; empty if it cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text) if file.suffix == ".json" else load_yaml(text, file)
+    except (OSError, ValueError, TinyGPT2Error):
+        return {}
+    return values if isinstance(values, dict) else {}
