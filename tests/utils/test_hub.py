@@ -177,7 +177,7 @@ def test_a_download_is_one_stage_with_the_bytes_of_all_files(
             stored.refresh()
             received.update(size)
             stored.update(size // 2)
-        assert [file for file in tqdm_class(["a", "b"], desc="files")] == ["a", "b"]
+        assert list(tqdm_class(["a", "b"], desc="files")) == ["a", "b"]
         (task,) = progress._bars.tasks
         told.append(f"{task.description} {task.total}")
         received.set_description_str("complete")
