@@ -211,5 +211,5 @@ def test_a_stage_that_fails_takes_its_bar_along(screen: Callable[[int], io.Strin
         raise KeyboardInterrupt
     assert progress._bars is None
     with pytest.raises(ZeroDivisionError):
-        [1 / item for item in progress.follow([0], "work")]
+        _ = [1 / item for item in progress.follow([0], "work")]
     assert progress._bars is None

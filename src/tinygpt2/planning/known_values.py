@@ -59,7 +59,7 @@ def _student(config: DistillConfig) -> dict[str, Any]:
 
 def _training_tokens(config: TrainOptions) -> int:
     blocks = [splits["train"]["sequences"] for splits in _manifest(config, "splits")]
-    return sum(blocks) * next(iter(_manifest(config, "sequence_length")), 0)
+    return int(sum(blocks) * next(iter(_manifest(config, "sequence_length")), 0))
 
 
 def _manifest(config: Any, key: str) -> list[Any]:
