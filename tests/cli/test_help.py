@@ -12,7 +12,7 @@ import pytest
 
 from tinygpt2.cli.commands import COMMANDS
 from tinygpt2.cli.help import COMMON, REQUIRED
-from tinygpt2.config.base import flag_name
+from tinygpt2.config.base import extra, flag_name
 
 LONGEST, MOST_LINES, ONE_SCREEN = 200, 90, 46
 
@@ -35,9 +35,8 @@ def test_help_in_a_pipe_is_short_and_plain(cli: Callable, command: object) -> No
             assert f"\n  tinygpt2 {example}\n" in text
     last = short.rstrip().splitlines()[-1]
     assert last.endswith(f"tinygpt2 {command.name} --help-all shows every option.") == bool(command.short), last
-    options = {flag_name(key) for key, field in command.config.options().items()}
-    positional = {"--source", "--path"}
-    assert options - positional <= listed(everything)
+    options = {flag_name(key) for key, field in command.config.options().items() if not extra(field, "positional")}
+    assert options <= listed(everything)
     assert set(command.short) <= set(command.config.options())
     assert {flag_name(key) for key in command.short} <= listed(short)
     if not command.short:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def test_a_changed_plan_neither_jumps_nor_goes_back_and_ends_with_the_last_step(
         assert plan.changed(step, steps).at(step) == pytest.approx(plan.at(step))
         plan = plan.changed(step, steps)
     places += [plan.at(number) for number in range(len(places), plan.steps)]
-    assert all(later > earlier for earlier, later in zip(places, places[1:], strict=False))
+    assert all(later > earlier for earlier, later in itertools.pairwise(places))
     assert places[-1] < 100
     assert plan.at(plan.steps) == pytest.approx(100)
     flat = TrainOptions(out="o", lr_schedule="constant", warmup_ratio=0.1)

@@ -295,7 +295,7 @@ class _Run:
             with self.checkpoints.may_fail("metrics.jsonl"):
                 place = {"step": self.state.step, "total_steps": self.total, "tokens": self.state.tokens}
                 self._metrics.write({**place, **row})
-            self._accelerator.log(row, step=self.state.step)  # type: ignore[no-untyped-call]
+            self._accelerator.log(row, step=self.state.step)
         self.state.seconds, self.state.used_seconds = self._meter.seconds(), self._used()
 
     def save(self) -> None:
