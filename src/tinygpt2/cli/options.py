@@ -113,15 +113,6 @@ def _printed(config: Config) -> str:
     return note + known.to_yaml()
 
 
-def _printed(config: Config) -> str:
-    """Return a configuration as YAML, with the values that follow from files which are there."""
-    from tinygpt2.planning.known_values import known_options
-
-    known, open_ = known_options(config)
-    note = f"# null: the run computes {' and '.join(open_)} from its student and data\n" if open_ else ""
-    return note + known.to_yaml()
-
-
 def interrupted(config: Config) -> InterruptedRunError:
     """Return the error of a command that was interrupted: what was kept, and which options continue it."""
     values = config.model_dump()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -176,7 +177,7 @@ class _Run:
     def _time_limit(self) -> TimeLimit | None:
         """Return the limit of --max-minutes, which includes the time that interrupted attempts have used."""
         config, earlier, started, clock = self._job.config, self.state.used_seconds, self._job.started, self._job.clock
-        self._used = lambda: earlier + clock() - started
+        self._used: Callable[[], float] = lambda: earlier + clock() - started
         if config.max_minutes is None:
             return None
         return TimeLimit(60 * config.max_minutes, self._used, config.eval_every, count_parameters(self._job.model))
