@@ -166,7 +166,11 @@ class _Run:
     def _time_limit(self) -> TimeLimit | None:
         """Return the limit of --max-minutes, which includes the time that interrupted attempts have used."""
         config, earlier, started, clock = self._job.config, self.state.used_seconds, self._job.started, self._job.clock
-        self._used = lambda: earlier + clock() - started
+
+        def used() -> float:
+            return earlier + clock() - started
+
+        self._used = used
         if config.max_minutes is None:
             return None
         return TimeLimit(60 * config.max_minutes, self._used, config.eval_every, count_parameters(self._job.model))

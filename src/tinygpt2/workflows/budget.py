@@ -183,7 +183,8 @@ def _before_training(job: Job, accelerator: Accelerator, size: int, evaluation: 
 
 
 def _commands(command: str, config: TrainOptions, chosen: Candidate) -> list[str]:
-    commands, changed = [], {"plan": False, "budget_minutes": None, "max_steps": chosen.steps}
+    commands: list[str] = []
+    changed: dict[str, object] = {"plan": False, "budget_minutes": None, "max_steps": chosen.steps}
     if isinstance(config, DistillConfig) and chosen.num_layers is not None:
         changed["student"] = student = f"{Path(config.out)}-start"
         data = next(iter(dataset_shares(config.data)))

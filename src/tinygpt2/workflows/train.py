@@ -244,13 +244,17 @@ def _result(job: Job, state: RunState, parameters: int) -> TrainResult:
         tokens=state.tokens,
         seconds=state.seconds,
         loss=state.loss,
-        eval=None if state.eval is None else Evaluation(**state.eval),
+        eval=None if state.eval is None else _evaluation(state.eval),
         parameters=parameters,
         tokens_per_second=state.tokens / state.seconds,
         peak_memory_bytes=peak_memory(),
-        eval_by_data={name: Evaluation(**one) for name, one in (state.eval_by_data or {}).items()} or None,
+        eval_by_data={name: _evaluation(one) for name, one in (state.eval_by_data or {}).items()} or None,
         tokens_by_data=_tokens_by_data(job, state),
     )
+
+
+def _evaluation(figures: dict[str, Any]) -> Evaluation:
+    return Evaluation(**figures)
 
 
 def _recorded(result: TrainResult) -> dict[str, Any]:
