@@ -274,7 +274,7 @@ def evaluation_seconds(
         return 0.0
     was_training = module.training
     module.eval()
-    rows, marks = range(min(size, len(blocks))), []
+    rows, marks = range(min(size, len(blocks))), list[float]()
     for _ in range(2):
         module(blocks.batch(rows).to(accelerator.device).input_ids)[0].sum().item()
         marks.append(clock())

@@ -257,6 +257,10 @@ def _result(job: Job, state: RunState, parameters: int) -> TrainResult:
     )
 
 
+def _evaluation(figures: dict[str, Any]) -> Evaluation:
+    return Evaluation(**figures)
+
+
 def _recorded(result: TrainResult) -> dict[str, Any]:
     """Return what run.json says of a finished run: the result without the place of the model."""
     return {key: value for key, value in asdict(result).items() if key != "model" and value is not None}
