@@ -200,7 +200,7 @@ def important_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) ->
     return kept
 
 
-def _first_order(model: GPT2LMHeadModel, batches: Batches, stage: ProgressStage) -> Float[Tensor, " D"]:
+def _first_order(model: GPT2LMHeadModel, batches: Batches, stage: ProgressStage | None = None) -> Float[Tensor, " D"]:
     transformer, head = model.transformer, model.lm_head.weight.detach()
     norms = [norm for block in transformer.h for norm in (block.ln_1, block.ln_2)] + [transformer.ln_f]
     scores = torch.zeros(head.shape[1], device=head.device)
@@ -220,7 +220,8 @@ def _first_order(model: GPT2LMHeadModel, batches: Batches, stage: ProgressStage)
             for output, gradient in zip(seen, torch.autograd.grad(loss, seen), strict=True):
                 # The loss is a mean over the batch: weight it by the batch's size.
                 scores -= len(ids) * (output.detach() * gradient).sum((0, 1))
-        stage.advance(ids.numel())
+        if stage is not None:
+            stage.advance(ids.numel())
     return scores
 
 

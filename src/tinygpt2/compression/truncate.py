@@ -34,6 +34,7 @@ from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import computes_on_device, current_device
+from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import require_free, shared_name
 from tinygpt2.utils.hub import hub_revision
 from tinygpt2.utils.locks import writes_out
@@ -101,6 +102,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         if not len(data.train):
             raise DataError(f"the training split of {config.data} is empty: there is nothing to measure on")
         teacher.to(current_device())
+        tell_machine(current_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
     kept, importance = _choose(config, teacher, batches, positions)
     student = cut_model(teacher.cpu(), kept)

@@ -33,7 +33,7 @@ from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.runtime.cpu import usable_cores
 from tinygpt2.utils.files import read_json, require_free, write_json
 from tinygpt2.utils.locks import writes_out
-from tinygpt2.utils.progress import say, track, warn
+from tinygpt2.utils.progress import detail, say, track, warn
 from tinygpt2.utils.types import Tokens
 
 if TYPE_CHECKING:
@@ -241,6 +241,7 @@ def _tokenize(
         pieces = corpus.pieces() if apart else joined_pieces(corpus, config.tokenizer)
         items = islice(_items(pieces, config), sort.progress.pieces, None)
         workers = config.num_workers or usable_cores()
+        detail(f"{workers} threads encode, {'parts of long documents apart' if apart else 'whole documents'}")
         encode = partial(_encode, encoder=encoder, eos=end)
         size = corpus.size_hint()
         with track("tokenize", size and size // config.shard_numbers[1], "bytes", done=sort.progress.bytes) as task:

@@ -24,14 +24,17 @@ from tinygpt2.evaluation.results import Paired, PplResult, PplRow, make_row, sho
 from tinygpt2.evaluation.scoring import Scorer, Scores
 from tinygpt2.evaluation.stopwords import STOP_WORDS
 from tinygpt2.evaluation.tasks import Task, load_tasks
+from tinygpt2.models.activations import attention_kernel
+from tinygpt2.models.lm_head import scoring_chunk
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import computes_on_device, current_device, on_cuda
+from tinygpt2.runtime.devices import DTYPES, computes_on_device, current_device, on_cuda
 from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.processes import launched
+from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import absolute
-from tinygpt2.utils.progress import ProgressStage, follow, say, track
+from tinygpt2.utils.progress import ProgressStage, detail, follow, say, track
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
@@ -102,6 +105,8 @@ def tokenize_fitting_tasks(
 def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> PplResult:
     names = list(dict.fromkeys(config.model))
     tasks, tokenized_tasks = _tokenize_all(config, names, tasks)
+    tell_machine(device, config.precision)
+    detail(f"attention: {attention_kernel(device.type, DTYPES[config.precision], gradients=False)}")
     rows, done = [], {}
     with _Stages(names, tasks, tokenized_tasks) as stages:
         for name in names:
@@ -191,6 +196,8 @@ def _measure(
     budget = config.batch_size * window if config.batch_size else _budget(scorer.head.device.type)
     last_words = bool(task.passages) and config.convention != "tinygpt2"
     ruled_out = _stop_words(model.tokenizer, len(scorer.head)).to(scorer.head.device) if last_words else None
+    chunk = scoring_chunk(len(scorer.head), scorer.head.device.type)
+    detail(f"{task.name}: up to {budget:,} tokens in a forward pass, logits of {chunk:,} tokens at a time")
     started = time.perf_counter()
     try:
         every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out)

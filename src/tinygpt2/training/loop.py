@@ -18,9 +18,12 @@ from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.mixture import training_order
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.evaluation.scoring import perplexity_of
+from tinygpt2.models.activations import attention_kernel
+from tinygpt2.models.lm_head import default_chunk
 from tinygpt2.models.saving import save_description
-from tinygpt2.runtime.devices import device_peak
+from tinygpt2.runtime.devices import DTYPES, device_peak
 from tinygpt2.runtime.signals import stop_on_signals
+from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, memory_explained
 from tinygpt2.training.job import Job
@@ -31,7 +34,7 @@ from tinygpt2.training.schedule import learning_rate, warmup_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, Step, evaluate, gradients, seed_step
 from tinygpt2.training.throughput import ThroughputMeter
-from tinygpt2.utils.progress import ProgressStage, say, track
+from tinygpt2.utils.progress import ProgressStage, detail, say, track
 
 
 def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState, nn.Module]:
@@ -108,6 +111,7 @@ class _Run:
             job.total_steps(accelerator.num_processes),
         )
         self._peak_rate = job.peak_rate()
+        _tell_choices(job, accelerator)
         _tell_deepspeed(accelerator, config)
         self.module, optimizer = accelerator.prepare(module, make_optimizer(module, config))
         self._optimizer = unwrapped(accelerator, optimizer)
@@ -206,6 +210,20 @@ class _Run:
             say(f"Using the weights from step {best.step}, which had the lowest evaluation loss.")
             self.state.eval = {"loss": best.loss, "perplexity": best.perplexity}
             self.state.eval_by_data = self.state.eval_by_data if best.step == self.state.step else None
+
+
+def _tell_choices(job: Job, accelerator: Accelerator) -> None:
+    """Say with --verbose on what and how the run computes."""
+    config, device, vocabulary = job.config, accelerator.device, int(job.model.config.vocab_size)
+    tell_machine(device, config.precision)
+    kernel = attention_kernel(device.type, DTYPES[config.precision], gradients=True)
+    if config.dropout and device.type == "cpu":
+        kernel += ", which holds the whole matrix because of --dropout"
+    detail(f"attention: {kernel}")
+    named = "--logit-chunk" if config.logit_chunk else "from the vocabulary"
+    detail(f"logits of {config.logit_chunk or default_chunk(vocabulary, device.type):,} tokens at a time ({named})")
+    turns = f"{config.micro_batch_size} x {config.gradient_accumulation_steps} x {accelerator.num_processes}"
+    detail(f"{job.data.sequence_length} tokens in a block; blocks in a step: {turns} (micro-batch, turns, processes)")
 
 
 def _joined(by_data: dict[str, Evaluation], job: Job) -> Evaluation:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from tinygpt2.errors import ModelError, UnreadableError, one_line
+from tinygpt2.utils.progress import ProgressStage, detail, track
 
 _NETWORK = (
     "check the network, HF_ENDPOINT (a mirror) and SSL_CERT_FILE (a proxy's certificate), "
@@ -37,6 +41,7 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        detail(f"{role} {name}: a local directory")
         return path
     if path.exists():
         raise ModelError(f"{role} {name} is a file", "give the directory that holds config.json and model.safetensors")
@@ -46,10 +51,15 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(
-            # a pattern's * also matches /
-            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
-        )
+        with _download_reports(f"download {role} {name}") as reports:
+            found = snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],  # a pattern's * also matches /
+                tqdm_class=reports,
+            )
+        return Path(found)
 
     try:
         directory = fetch(DESCRIPTION_FILES + TOKENIZER_FILES + _SAFETENSORS * weights)
@@ -58,7 +68,41 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
     except Exception as error:  # network failures raise many kinds of exceptions
         problem, hint = _explanation(error, name, "model")
         raise ModelError(f"{role} {name!r} is not a local directory, and {problem}", hint) from error
+    detail(f"{role} {name}: from the Hub's cache, {directory} (commit {hub_revision(directory)})")
     return directory
+
+
+@contextmanager
+def _download_reports(description: str) -> Iterator[type]:
+    """Yield a class that `snapshot_download` uses for its bars; it reports the bytes of all files as one stage.
+
+    The library makes several bars: for files, for bytes that are received, and for bytes that are stored. The last one
+    is the first to be refreshed, when the size of a file is known.
+    """
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    lock = threading.Lock()
+    with ExitStack() as stack:
+
+        class Reports(tqdm):  # type: ignore[misc]
+            stored: Reports | None = None
+
+            def __init__(self, *items: Any, **options: Any) -> None:
+                self._in_bytes, self._stage = options.get("unit") == "B", ProgressStage()
+                options.pop("name", None)
+                super().__init__(*items, **{**options, "disable": True})
+
+            def refresh(self, *_: Any, **__: Any) -> None:
+                with lock:
+                    if self._in_bytes and self.total and Reports.stored is None:
+                        Reports.stored, self._stage = self, stack.enter_context(track(description, None, "bytes"))
+                    if self.total:
+                        self._stage.expect(int(self.total))
+
+            def update(self, n: float | None = 1) -> None:
+                self._stage.advance(int(n or 0))
+
+        yield Reports
 
 
 def is_hub_id(name: str) -> bool:

@@ -115,7 +115,8 @@ class ProgressStage:
             return
         with self._lock:
             self._waiting = 0
-            self._bars.reset(self._id, total=None, description=description, unit="")
+            self._bars.remove_task(self._id)
+            self._id = self._bars.add_task(description, total=None, unit="", note="")
         self.line(description)
 
     def line(self, message: str) -> None:
