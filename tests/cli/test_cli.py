@@ -21,7 +21,7 @@ import yaml
 from tests.conftest import LENGTH, make_model, sentences
 
 COMMANDS = [
-    "quickstart", "train-tokenizer", "pregenerate", "pretrain", "truncate-student", "distill", "finetune", "ppl", "presets", "generate", "verify",
+    "quickstart", "train-tokenizer", "pregenerate", "pretrain", "truncate-student", "distill", "finetune", "ppl", "presets", "generate", "runs", "show", "verify",
 ]  # fmt: skip
 
 
