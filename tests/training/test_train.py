@@ -386,7 +386,7 @@ def test_misfits_are_refused_before_anything_is_written(
         (DataError, "another tokenizer", lambda: distill(
             DistillConfig(teacher=str(teacher), student=shape, data=str(tmp_path / "other"), **common))),
         (DataError, "no such dataset", lambda: pretrain(PretrainConfig(model=str(teacher), data="nowhere", **common))),
-        (ConfigError, "fp16 needs a GPU", lambda: pretrain(
+        (ConfigError, "fp16 needs a CUDA GPU", lambda: pretrain(
             PretrainConfig(model=str(teacher), data=str(data), precision="fp16", **common))),
     ]  # fmt: skip
     for kind, part, run in cases:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from tinygpt2.runtime.devices import current_device
 from tinygpt2.utils.progress import detail
 
 SHARED = 1e8  # operations of a forward pass from which two threads are faster than one: benchmarks/threads.py
@@ -25,7 +26,7 @@ def enough_threads(operations: float) -> Iterator[None]:
         operations: floating-point operations of one forward pass.
     """
     threads = torch.get_num_threads()
-    if torch.cuda.is_available() or threads == 1 or operations >= SHARED or os.environ.get("OMP_NUM_THREADS"):
+    if current_device().type != "cpu" or threads == 1 or operations >= SHARED or os.environ.get("OMP_NUM_THREADS"):
         yield
         return
     detail(
