@@ -11,8 +11,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from tinygpt2.cli.comparison import as_csv, as_markdown
 from tinygpt2.cli.options import Run, add_command, print_version
-from tinygpt2.cli.render import as_csv, as_markdown, print_error
+from tinygpt2.cli.render import print_error
 from tinygpt2.cli.session import start_session
 from tinygpt2.config.base import Config
 from tinygpt2.config.compression import TruncateStudentConfig
@@ -78,14 +79,13 @@ def _generate(config: Any, as_json: bool) -> Any:
 
 
 def _ppl(config: Any, as_json: bool) -> Any:
-    if as_json and (config.csv or config.markdown):
-        raise ConfigError("--json cannot be combined with --csv or --markdown: give one of them")
     if config.list_tasks:
         return import_module("tinygpt2").list_tasks()
     result = _public("ppl")(config, as_json)
-    if rank() or not (config.csv or config.markdown):
+    write = {"csv": as_csv, "md": as_markdown}.get(config.output_format)
+    if rank() or write is None:
         return result
-    typer.echo(printable(as_csv(result) if config.csv else as_markdown(result), sys.stdout), nl=False)
+    typer.echo(printable(write(result), sys.stdout), nl=False)
     return None
 
 
@@ -234,7 +234,15 @@ def main(arguments: list[str] | None = None) -> None:
     tolerate_encodings()
     stop_like_ctrl_c()
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    sys.exit(_run(arguments, as_json="--json" in arguments))
+    sys.exit(_run(arguments, as_json=asks_for_json(arguments)))
+
+
+def asks_for_json(arguments: list[str]) -> bool:
+    """Return whether a command line asks for JSON, so that errors of the command line itself are JSON too."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return "--json" in arguments or any(
+        part == "--output-format=json" or (part, then) == ("--output-format", "json") for part, then in pairs
+    )
 
 
 def _unexpected(error: Exception) -> TinyGPT2Error:

@@ -30,11 +30,11 @@ _SHARED: dict[str, Callable[[PplRow], str]] = {
 _FIGURES: list[tuple[str, int, Callable[[PplRow], str]]] = [
     ("accuracy", 0, lambda row: _percent(row.accuracy)),
     ("acc. (no stop words)", 6, lambda row: _percent(row.accuracy_without_stop_words)),
-    ("bits/byte", 4, lambda row: number(row.bits_per_byte)),
+    ("bits/byte", 4, lambda row: _digits(row.bits_per_byte)),
     ("loss", 5, lambda row: _with_error(f"{row.loss:.4f}", row.stderr)),
     ("tokens/s", 7, lambda row: number(row.tokens_per_second)),
-    ("word ppl", 8, lambda row: number(row.word_perplexity)),
-    ("bits/char", 9, lambda row: number(row.bits_per_character)),
+    ("word ppl", 8, lambda row: _digits(row.word_perplexity)),
+    ("bits/char", 9, lambda row: _digits(row.bits_per_character)),
 ]
 """Headings, ranks and texts of the columns after the comparison with the first model."""
 
@@ -77,54 +77,55 @@ class Comparison:
         name = self.models[self.first]
         return f"above {name}" if len(name) <= _LONGEST_NAME else "above the first"
 
-    def columns(self, *, repeat_tasks: bool = False) -> list[Column]:
-        """Return every column that is not the same in all rows. `repeat_tasks` names the task in each row."""
-        rows, several = self.rows, len(self.models) > 1
+    def parts(self) -> list[list[PplRow]]:
+        """Return the rows of each table: for one model all of them, for several models those of each task."""
+        if len(self.models) == 1:
+            return [self.rows]
+        return [[row for row in self.rows if row.task == task] for task in self.tasks]
+
+    def columns(self, rows: Sequence[PplRow]) -> list[Column]:
+        """Return every column of a table that is not the same in all its rows."""
         columns = []
-        if len(self.tasks) > 1:
-            again = [not repeat_tasks and index > 0 and rows[index - 1].task == row.task
-                     for index, row in enumerate(rows)]  # fmt: skip
-            names = ["" if same else self.tasks[row.task] for same, row in zip(again, rows, strict=True)]
-            columns.append(Column("task", names, left=True))
-        if several:
+        if len({row.task for row in rows}) > 1:
+            columns.append(Column("task", [self.tasks[row.task] for row in rows], left=True))
+        if len(self.models) > 1:
             columns.append(Column("model", [self.models[row.model] for row in rows], left=True))
-        columns.append(Column("perplexity", [number(row.perplexity) for row in rows]))
-        differing = {name: _texts(rows, text) for name, text in _SHARED.items() if len(set(_texts(rows, text))) > 1}
+        columns.append(Column("perplexity", [_digits(row.perplexity) for row in rows]))
+        differing = {name: texts for name, text in _SHARED.items() if len(set(texts := _texts(rows, text))) > 1}
         if "per" in differing:
             columns.append(Column("per", differing["per"], 1))
         figures = [Column(name, _texts(rows, text), rank) for name, rank, text in _FIGURES]
-        if several:
+        if len(self.models) > 1:
             above = [self.shown_difference(row.task, row.model, self.first) or "-" for row in rows]
-            figures[2:2] = [Column(self.above, above, 2), Column("parameters", self._parameters(), 3)]
+            figures[2:2] = [Column(self.above, above, 2), Column("parameters", self._parameters(rows), 3)]
         columns += [column for column in figures if set(column.cells) != {"-"}]
         columns += [Column(name, texts, 10) for name, texts in differing.items() if name != "per"]
         return columns
 
-    def _parameters(self) -> list[str]:
+    def _parameters(self, rows: Sequence[PplRow]) -> list[str]:
         """Return the number of each row's parameters, and its share of the first model's."""
-        whole = next(row.parameters for row in self.rows if row.model == self.first)
-        return [f"{short_count(row.parameters)} {row.parameters / whole:>4.0%}" for row in self.rows]
+        whole = next(row.parameters for row in rows if row.model == self.first)
+        return [f"{short_count(row.parameters)} {row.parameters / whole:>4.0%}" for row in rows]
 
-    @property
-    def caption(self) -> str:
-        """What all rows share."""
-        row, shared = self.rows[0], {name for name, text in _SHARED.items() if len(set(_texts(self.rows, text))) == 1}
+    def caption(self, rows: Sequence[PplRow]) -> str:
+        """Return what all rows of a table share."""
+        row, shared = rows[0], {name for name, text in _SHARED.items() if len(set(_texts(rows, text))) == 1}
         what = "perplexity" + (f" per {row.unit}" if "per" in shared else "")
         if len(self.models) == 1:
             what += f" of {self.models[self.first]} ({short_count(row.parameters)} parameters)"
-        if len(self.tasks) == 1:
+        if len({row.task for row in rows}) == 1:
             what += f" on {self.tasks[row.task]}"
         facts = [f"{row.tokens:,} targets"] if "targets" in shared else []
         facts += [f"convention {row.convention}"]
         facts += [f"stride {row.stride:,}"] if "stride" in shared and row.stride is not None else []
-        return f"{what}: {', '.join(facts)}"
+        return ", ".join([what, *facts])
 
     def notes(self) -> list[str]:
         """Return the lines below the table: what its columns mean, the convention, and the texts."""
         lines = []
         if len(self.models) > 1:
-            first = self.models[self.first]
-            lines.append(f"{self.above}: the loss minus that of {first}, in nats per token, ± its standard error")
+            than = "" if self.above.endswith(first := self.models[self.first]) else f" from {first}"
+            lines.append(f"{self.above}: difference of the losses{than} in nats per token ± standard error")
         if any(pair.difference is None for pair in self._pairs.values()):
             lines.append(
                 f"{_NOT_COMPARABLE}: the models predict different tokens, so their losses cannot be compared; "
@@ -148,20 +149,20 @@ class Comparison:
              for row in rows]
             for column in columns
         ]  # fmt: skip
-        named = [Column(f"- {self.models[column]}", texts) for column, texts in zip(columns, cells, strict=True)]
+        named = [Column(self.models[column], texts) for column, texts in zip(columns, cells, strict=True)]
         return [Column("", [self.models[row] for row in rows], left=True), *named]
 
 
 def render_ppl(result: PplResult, console: Console) -> None:
     """Print the table of `ppl` in the width of the window, and notes below it."""
     comparison = Comparison(result)
-    print_note(comparison.caption, console, style="bold")
-    console.print()
-    left_out = print_table(comparison.columns(), console)
-    console.print()
+    left_out: list[str] = []
+    for rows in comparison.parts():
+        print_note(comparison.caption(rows), console, style="bold")
+        left_out += [column.heading for column in print_table(comparison.columns(rows), console)]
+        console.print()
     if left_out:
-        names = ", ".join(column.heading for column in left_out)
-        print_note(f"not shown at this width: {names}", console, style="dim", indent="  ")
+        print_note(f"not shown at this width: {', '.join(dict.fromkeys(left_out))}", console, "dim", indent="  ")
     for line in comparison.notes():
         print_note(line, console, indent="  ")
     matrices = {task: comparison.matrix(task) for task in comparison.tasks}
@@ -193,16 +194,21 @@ def as_csv(result: PplResult) -> str:
 def as_markdown(result: PplResult) -> str:
     """Return the table of `ppl` with all its columns, and the notes below it, in Markdown."""
     comparison = Comparison(result)
-    columns = comparison.columns(repeat_tasks=True)
+    columns = comparison.columns(comparison.rows)
     marks = ["---" if column.left else "---:" for column in columns]
     rows = zip(*(column.cells for column in columns), strict=True)
     lines = [[column.heading for column in columns], marks, *rows]
     table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-    return table + "".join(f"\n{line}\n" for line in [comparison.caption, *comparison.notes()])
+    return table + "".join(f"\n{line}\n" for line in [comparison.caption(comparison.rows), *comparison.notes()])
 
 
 def _texts(rows: Sequence[PplRow], text: Callable[[PplRow], str]) -> list[str]:
     return [text(row) for row in rows]
+
+
+def _digits(value: float) -> str:
+    """Return a number with four digits or more, so that the numbers of a column line up."""
+    return number(value) if value >= 1000 else f"{value:#.4g}".removesuffix(".")
 
 
 def _percent(share: float | None) -> str:

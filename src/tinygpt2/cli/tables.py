@@ -88,6 +88,5 @@ def print_note(text: str, console: Console, style: str = "", indent: str = "") -
 
 def short_path(value: Any) -> str:
     """Return a path below the working directory as seen from there, and any other text unchanged."""
-    here = os.getcwd()
-    text = str(value)
-    return str(Path(text).relative_to(here)) if text.startswith(here + os.sep) else text
+    here, text = Path.cwd(), str(value)
+    return str(Path(text).relative_to(here)) if text.startswith(f"{here}{os.sep}") else text

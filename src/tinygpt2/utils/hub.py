@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +59,27 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
         problem, hint = _explanation(error, name, "model")
         raise ModelError(f"{role} {name!r} is not a local directory, and {problem}", hint) from error
     return directory
+
+
+def download_size(name: str, otherwise: int) -> int:
+    """Return the bytes of a Hub model's safetensors that still have to be downloaded: 0 if the cache holds them.
+
+    Args:
+        otherwise: returned if the Hub does not answer.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    repository, revision = _repository(name)
+    if constants.HF_HUB_OFFLINE or isinstance(
+        try_to_load_from_cache(repository, "model.safetensors", revision=revision), str
+    ):
+        return 0
+    try:
+        files = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=5).siblings or []
+    except Exception:  # it only improves a note
+        return otherwise
+    weights = [file for file in files if any(fnmatch(file.rfilename, pattern) for pattern in _SAFETENSORS)]
+    return sum(file.size or 0 for file in weights) or otherwise
 
 
 def is_hub_id(name: str) -> bool:

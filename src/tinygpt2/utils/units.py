@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 
@@ -18,7 +19,8 @@ def number(value: Any) -> str:
 
 def size(count: float) -> str:
     """Return a number of bytes: 512 bytes, 1.2 kB, 12.4 MB, 548 MB."""
-    return f"{count:.0f} bytes" if count < 1000 else _scaled(count, ((" kB", 1e3), (" MB", 1e6), (" GB", 1e9), (" TB", 1e12)))
+    units = ((" kB", 1e3), (" MB", 1e6), (" GB", 1e9), (" TB", 1e12))
+    return f"{count:.0f} bytes" if count < 1000 else _scaled(count, units)
 
 
 def short_count(count: float) -> str:
@@ -28,12 +30,12 @@ def short_count(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return a time: 0.25 s, 42 s, 3 min 12 s, 2 h 5 min, 3 days 4 h."""
-    if seconds < 59.95:
+    if seconds < 59.5:
         return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
     whole = round(seconds)
-    for (large, name), (small, rest) in zip(_TIMES, _TIMES[1:], strict=False):
+    for (large, name), (small, rest) in pairwise(_TIMES):
         if whole >= large:
-            many, few = divmod(whole, large)[0], whole % large // small
+            many, few = whole // large, whole % large // small
             plural = "s" if name == "day" and many > 1 else ""
             return f"{many} {name}{plural}" + (f" {few} {rest}" if few else "")
     return f"{whole} s"
