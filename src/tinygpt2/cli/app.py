@@ -56,11 +56,19 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         with command_begins():
-            code = _run(arguments, as_json="--json" in arguments)
+            code = _run(arguments, as_json=asks_for_json(arguments))
     except BrokenPipeError:  # nobody reads on, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         code = _CLOSED_PIPE
     sys.exit(code)
+
+
+def asks_for_json(arguments: list[str]) -> bool:
+    """Return whether a command line asks for JSON, so that errors of the command line itself are JSON too."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return "--json" in arguments or any(
+        part == "--output-format=json" or (part, then) == ("--output-format", "json") for part, then in pairs
+    )
 
 
 def _unexpected(error: Exception) -> TinyGPT2Error:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import typer
 
+from tinygpt2.cli.comparison import as_csv, as_markdown
 from tinygpt2.cli.options import Run
-from tinygpt2.cli.render import as_csv, as_markdown
 from tinygpt2.cli.session import start_session
 from tinygpt2.config.base import Config
 from tinygpt2.config.compression import TruncateStudentConfig
@@ -20,7 +20,6 @@ from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.models import PresetsConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig
 from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
-from tinygpt2.errors import ConfigError
 from tinygpt2.runtime.processes import rank
 from tinygpt2.utils import progress
 from tinygpt2.utils.terminal import printable
@@ -55,14 +54,13 @@ def _generate(config: Any, as_json: bool) -> Any:
 
 
 def _ppl(config: Any, as_json: bool) -> Any:
-    if as_json and (config.csv or config.markdown):
-        raise ConfigError("--json cannot be combined with --csv or --markdown: give one of them")
     if config.list_tasks:
         return import_module("tinygpt2").list_tasks()
     result = _public("ppl")(config, as_json)
-    if rank() or not (config.csv or config.markdown):
+    write = {"csv": as_csv, "md": as_markdown}.get(config.output_format)
+    if rank() or write is None:
         return result
-    typer.echo(printable(as_csv(result) if config.csv else as_markdown(result), sys.stdout), nl=False)
+    typer.echo(printable(write(result), sys.stdout), nl=False)
     return None
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.markup import escape
-
+from tinygpt2.cli.live_text import TextView, choose_view, render_generate
 from tinygpt2.cli.render import print_error
+from tinygpt2.cli.tables import print_note
 from tinygpt2.config.base import extra, flag_name
 from tinygpt2.config.common import DECODING
 from tinygpt2.config.decoding import GenerateConfig
@@ -24,11 +25,21 @@ from tinygpt2.decoding.generation import (
     load_with_tokenizer,
 )
 from tinygpt2.errors import ConfigError, TinyGPT2Error
+from tinygpt2.evaluation.results import short_names
+from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.utils.progress import say
-from tinygpt2.utils.terminal import open_console, printable
+from tinygpt2.utils.terminal import open_console
+from tinygpt2.utils.units import short_count
 
-_HELP = "/NAME VALUE changes a setting, /NAME resets it to its default, // starts a prompt that begins with a slash"
+_HELP, _SETTINGS, _QUIT = "help", "settings", ("quit", "exit")
+_COMMANDS = [
+    ("/NAME VALUE", "changes a setting, as in /temperature 0.7"),
+    ("/NAME", "resets a setting to its default"),
+    ("/settings", "shows the values of all settings"),
+    ("//TEXT", "is a prompt that begins with a slash"),
+    ("/quit", "ends the session, and so does Ctrl-D"),
+]
 
 
 @computes_on_device
@@ -36,10 +47,10 @@ def generate_on_terminal(config: GenerateConfig, *, as_json: bool) -> GenerateRe
     """Run `generate`. Return None if the texts were already shown while they were generated."""
     if config.interactive:
         return _converse(config, as_json=as_json)
-    live = not as_json and sys.stdout.isatty() and _can_stream(config)
-    if not live:
+    if as_json or not sys.stdout.isatty() or not _can_stream(config):
         return generate(config)
-    generate(config, _announce)
+    with _view(config, headed=True) as view:
+        generate(config, lambda loaded, prompt: view.begin(loaded.name, prompt), view.finish)
     return None
 
 
@@ -47,69 +58,104 @@ def _can_stream(config: GenerateConfig) -> bool:
     return config.num_beams == 1 and config.num_samples == 1
 
 
-def _announce(loaded: LoadedModel, prompt: str) -> Callable[[str], None]:
-    """Print the model and the prompt, and return a function that prints the text while it is generated."""
-    console = open_console()
-    console.rule(escape(printable(loaded.name, sys.stdout)), align="left")
-    console.print(prompt, markup=False, style="bold", end="", soft_wrap=True)
-    return _show
-
-
-def _show(text: str) -> None:
-    print(printable(text, sys.stdout), end="", flush=True)
+@contextmanager
+def _view(config: GenerateConfig, *, headed: bool) -> Iterator[TextView]:
+    view = choose_view(short_names(config.model), headed=headed)
+    try:
+        yield view
+    finally:
+        view.close()
 
 
 def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
     """Read prompts until end of input and continue each with every model. A line such as `/seed 1` changes settings."""
-    models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in config.model]
-    console = open_console()
+    models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in dict.fromkeys(config.model)]
+    if sys.stdin.isatty():
+        _greet(models)
     texts: list[Generation] = []
     with _history():
         turn = -1
         for line in _lines():
-            if line.startswith("/") and not line.startswith("//"):
+            command = line[1:].strip() if line.startswith("/") and not line.startswith("//") else None
+            if command in _QUIT:
+                break
+            if command is not None:
                 try:
-                    config = _changed(config, line)
-                    turn = -1 if re.match(r"/\s*seed\b", line) else turn
+                    config = _obeyed(config, command)
+                    turn = -1 if re.match(r"seed\b", command) else turn
                 except ConfigError as error:
                     print_error(error, as_json=False)
                 continue
             prompt, turn = line.removeprefix("/"), turn + 1
             # Each turn uses another seed, so that repeating a prompt gives another sample.
-            settings = config.model_copy(update={"seed": config.seed + turn})
-            for loaded in models:
-                live = not as_json and _can_stream(config)
-                try:
-                    added = list(continue_prompt(loaded, prompt, settings, _announce(loaded, prompt) if live else None))
-                except TinyGPT2Error as error:  # a prompt that is too long must not end the session
-                    print_error(error, as_json=False)
-                    continue
-                texts += added
-                for text in added if not live and not as_json else []:
-                    console.print(text.prompt, markup=False, style="bold", end="", soft_wrap=True)
-                    console.print(text.text, markup=False, soft_wrap=True)
+            texts += _answer(models, prompt, config.model_copy(update={"seed": config.seed + turn}), as_json=as_json)
     return GenerateResult(texts) if as_json else None
 
 
-def _changed(config: GenerateConfig, line: str) -> GenerateConfig:
-    """Return the settings changed by a line such as `/temperature 0.7`, and show them.
+def _greet(models: list[LoadedModel]) -> None:
+    names = short_names([loaded.name for loaded in models])
+    known = [f"{names[one.name]} ({short_count(count_parameters(one.model))} parameters)" for one in models]
+    say(f"{' and '.join(known)}: type the beginning of a text. /help lists the settings, /quit or Ctrl-D ends.")
+
+
+def _answer(models: list[LoadedModel], prompt: str, config: GenerateConfig, *, as_json: bool) -> list[Generation]:
+    """Continue a prompt with every model, and show the texts unless they become JSON."""
+    texts: list[Generation] = []
+    live = not as_json and sys.stdout.isatty() and _can_stream(config)
+    with _view(config, headed=len(models) > 1) as view:
+        for loaded in models:
+            try:
+                added = list(continue_prompt(loaded, prompt, config, view.begin(loaded.name, prompt) if live else None))
+            except TinyGPT2Error as error:  # a prompt that is too long must not end the session
+                view.close()
+                print_error(error, as_json=False)
+                continue
+            texts += added
+            if live:
+                view.finish(added[0])
+    if not live and not as_json:
+        render_generate(GenerateResult(texts), open_console())
+        sys.stdout.flush()
+    return texts
+
+
+def _obeyed(config: GenerateConfig, command: str) -> GenerateConfig:
+    """Return the settings changed by a command such as `temperature 0.7`, and show them, or the help.
 
     Raises:
         ConfigError: the setting is unknown, or its value is invalid.
     """
     fields = {key: field for key, field in config.options().items() if extra(field, "panel") == DECODING}
     names = {flag_name(key)[2:]: key for key in fields}
-    name, _, value = line[1:].strip().partition(" ")
+    name, _, value = command.partition(" ")
+    if name == _HELP:
+        _print_help(config, names)
+        return config
     if name in names:
         asked = {names[name]: value.strip() or fields[names[name]].default}
         config = GenerateConfig(**config.model_dump(by_alias=True) | asked)
-    elif name:
+    elif name not in ("", _SETTINGS):
+        near = difflib.get_close_matches(name, [*names, _HELP, _SETTINGS, *_QUIT], n=1)
+        guess = f", did you mean /{near[0]}?" if near else ""
         raise ConfigError(
-            f"unknown setting /{name}", f"the settings are /{', /'.join(names)}; / alone shows their values"
+            f"unknown setting /{name}{guess}", f"the settings are /{', /'.join(names)}; /help explains them"
         )
     values = [f"{name} {getattr(config, key)}" for name, key in names.items() if getattr(config, key) is not None]
-    say(", ".join(values) if name else f"{', '.join(values)}\n{_HELP}")
+    say(", ".join(values))
     return config
+
+
+def _print_help(config: GenerateConfig, names: dict[str, str]) -> None:
+    console = open_console(stderr=True)
+    values = [getattr(config, key) for key in names.values()]
+    fields = [config.options()[key] for key in names.values()]
+    width = max(map(len, names))
+    for name, value, field in zip(names, values, fields, strict=True):
+        shown = extra(field, "shown")
+        now = value if value is not None else f"default: {shown}" if shown else "not set"
+        print_note(f"/{name:<{width}}  {now}. {field.description}", console, indent=" " * (width + 3))
+    for form, meaning in _COMMANDS:
+        print_note(f"{form:<{width + 1}}  {meaning}", console)
 
 
 def _lines() -> Iterator[str]:

@@ -75,7 +75,10 @@ def add_command(
         given.pop("version")
         given.pop("help_all")
         choose_level(quiet=given.pop("quiet"), verbose=given.pop("verbose"))
+        if as_json and "output_format" in config_type.model_fields:
+            given["json"] = True
         config = resolve(config_type, file, {key: value for key, value in given.items() if value not in (None, [], ())})
+        as_json = as_json or getattr(config, "output_format", None) == "json"
         if print_config:
             typer.echo(_printed(config), nl=False)
             return
@@ -136,6 +139,7 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
         from_file = _translated(config_type, from_file, file)
     if from_file.get("allow_pickle") and "allow_pickle" not in given:
         typer.echo(f"note: {file} allows pickled weights (allow_pickle)", err=True)
+    from_file, given = config_type.in_full(from_file), config_type.in_full(given)
     if any(key in given for key in ("plan", *length_options())):  # a length on the command line replaces the file's
         from_file = {key: value for key, value in from_file.items() if key not in length_options()}
     if "recipe" in given:  # a recipe on the command line overrides the file's values of all its options

@@ -160,11 +160,16 @@ class Config(BaseModel):
     @classmethod
     def _validate(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         """Complete the values with `layered`, and report all problems as one ConfigError."""
-        values = cls.layered(values)
+        values = cls.layered(cls.in_full(values))
         try:
             return handler(values)
         except ValidationError as error:
             raise ConfigError("\n".join(cls._problems(error, values))) from None
+
+    @classmethod
+    def in_full(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return values in which the options that short forms stand for have replaced them."""
+        return values
 
     @classmethod
     def layered(cls, values: dict[str, Any]) -> dict[str, Any]:

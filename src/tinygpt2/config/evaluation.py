@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tinygpt2.config.base import option
 from tinygpt2.config.common import Precision
 from tinygpt2.config.data import FileOptions
 from tinygpt2.config.models import DeviceOptions, ModelOptions
+from tinygpt2.errors import ConfigError
+
+OutputFormat = Literal["table", "csv", "md", "json"]
+_SHORT_FORMS = {"csv": "csv", "markdown": "md", "json": "json"}
 
 Convention = Literal["hf", "gpt2-paper", "lm-eval", "tinygpt2"]
 
@@ -65,8 +69,33 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
         default=None,
         path=True,
     )
-    csv: bool = option("Print all figures as CSV.", default=False)
-    markdown: bool = option("Print the table as Markdown.", default=False)
+    output_format: OutputFormat = option(
+        "How to print the result: a table that fits the window, all figures as CSV or JSON, or a table in Markdown. "
+        "--csv, --json and --markdown are short for it.",
+        default="table",
+    )
+    csv: bool = option("Short for --output-format csv.", default=False, exclude=True)
+    markdown: bool = option("Short for --output-format md.", default=False, exclude=True)
+
+    @classmethod
+    def in_full(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return values with `output_format` in place of `csv`, `markdown` and `json`.
+
+        Raises:
+            ConfigError: they ask for different formats.
+        """
+        rest = {key: value for key, value in values.items() if key not in _SHORT_FORMS}
+        short = [key for key in _SHORT_FORMS if values.get(key) in (True, "true", "yes")]
+        asked = {_SHORT_FORMS[key] for key in short} | {value for value in [rest.get("output_format")] if value}
+        if short and len(asked) > 1:
+            every = [f"--{key}" for key in short]
+            every += [f"--output-format {rest['output_format']}"] if "output_format" in rest else []
+            raise ConfigError(f"{', '.join(every)} cannot be combined: give one of them")
+        if short:
+            rest["output_format"] = _SHORT_FORMS[short[0]]
+        elif len(rest) < len(values):  # --no-csv undoes the csv of a file
+            rest.setdefault("output_format", "table")
+        return rest
 
     def conflicts(self) -> Iterator[str]:
         """Require a model, a task and one output format."""
@@ -76,8 +105,8 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
             yield "--task is required: the text to measure on; --list-tasks lists the named ones"
         if self.stride is not None and self.convention in ("lm-eval", "tinygpt2"):
             yield f"--stride cannot be combined with --convention {self.convention}: its windows do not overlap"
-        if self.csv + self.markdown + self.list_tasks > 1:
-            yield "--csv, --markdown and --list-tasks cannot be combined: give one of them"
+        if self.list_tasks and self.output_format in ("csv", "md"):
+            yield "--list-tasks prints a list or JSON: leave --csv, --markdown and --output-format out"
         if self.plot is not None and not Path(self.plot).absolute().parent.is_dir():
             yield f"--plot {self.plot}: the directory does not exist"
         if self.plot is not None and Path(self.plot).is_dir():

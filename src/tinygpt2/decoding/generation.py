@@ -188,12 +188,17 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 @computes_on_device
 @fast_products()
-def generate(config: GenerateConfig, on_text: OnText = lambda loaded, prompt: None) -> GenerateResult:
+def generate(
+    config: GenerateConfig,
+    on_text: OnText = lambda loaded, prompt: None,
+    on_end: Callable[[Generation], None] = lambda text: None,
+) -> GenerateResult:
     """Continue every prompt with every model.
 
     Args:
         config: models, prompts and decoding.
         on_text: called before each text; see `OnText`.
+        on_end: called with each text when it is complete.
 
     Raises:
         ConfigError: a prompt does not fit the model, or --interactive is set, which only the command line supports.
@@ -208,10 +213,10 @@ def generate(config: GenerateConfig, on_text: OnText = lambda loaded, prompt: No
     for prompt in prompts:
         require_utf8(prompt)
     models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in config.model]
-    texts = [
-        text
-        for prompt in prompts
-        for loaded in models
-        for text in continue_prompt(loaded, prompt, config, on_text(loaded, prompt))
-    ]
+    texts = []
+    for prompt in prompts:
+        for loaded in models:
+            for text in continue_prompt(loaded, prompt, config, on_text(loaded, prompt)):
+                texts.append(text)
+                on_end(text)
     return GenerateResult(texts)

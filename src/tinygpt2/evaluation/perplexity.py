@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -34,10 +35,14 @@ from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.processes import launched
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import absolute
-from tinygpt2.utils.progress import ProgressStage, detail, follow, say, track
+from tinygpt2.utils.hub import download_size
+from tinygpt2.utils.progress import ProgressStage, detail, follow, say, shown, track
+from tinygpt2.utils.units import size
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
+
+_GPT2_BYTES = 548_105_171  # of gpt2's model.safetensors on the Hub
 
 
 @computes_on_device
@@ -61,6 +66,8 @@ def ppl(config: PplConfig) -> PplResult:
     if (config.num_processes or 1) > 1 and not launched():
         result: PplResult = launch("ppl", config.num_processes or 1, config)
         return result
+    if "model" not in config.model_fields_set:
+        _say_default_model(config.model[0])
     joined = distributed.is_initialized()
     if not joined:  # forget the processes of an earlier call: they no longer exist
         PartialState._reset_state()
@@ -81,6 +88,18 @@ def ppl(config: PplConfig) -> PplResult:
         if not joined:
             state.destroy_process_group()
     return measured
+
+
+def _say_default_model(name: str) -> None:
+    """Say which model is measured without --model, and how large its download is."""
+    if not shown():
+        return
+    if Path(name).is_dir():
+        say(f"no --model was given: measuring the directory {name}")
+        return
+    missing = download_size(name, _GPT2_BYTES)
+    download = f"; downloading {size(missing)} from the Hub" if missing else ""
+    say(f"no --model was given: measuring {name}, OpenAI's smallest GPT-2 (124M parameters){download}")
 
 
 def tokenize_fitting_tasks(

@@ -86,16 +86,23 @@ class PplResult:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return as few last parts of each path or name as tell all of them apart.
+    """Return each path or name with as few of its last parts as tell it from the others.
 
     a/gpt2 and b/student become gpt2 and student; a/gpt2 and b/gpt2 stay.
     """
     paths = {name: Path(name).parts for name in names}
-    for count in range(1, max(map(len, paths.values()), default=0) + 1):
-        short = {name: str(Path(*parts[-count:])) for name, parts in paths.items() if parts}
-        if len(set(short.values())) == len(paths):
+    counts = dict.fromkeys(paths, 1)
+    while True:
+        short = {name: str(Path(*parts[-counts[name] :])) for name, parts in paths.items()}
+        texts = list(short.values())
+        alike = [name for name in paths if texts.count(short[name]) > 1]
+        if not alike:
             return short
-    return {name: name for name in paths}
+        longer = [name for name in alike if counts[name] < len(paths[name])]
+        if not longer:
+            return {name: name for name in paths}
+        for name in longer:
+            counts[name] += 1
 
 
 def make_row(

@@ -6,6 +6,7 @@ import errno
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,6 +115,27 @@ def _download_reports(description: str) -> Iterator[type]:
                 self._stage.advance(int(n or 0))
 
         yield Reports
+
+
+def download_size(name: str, otherwise: int) -> int:
+    """Return the bytes of a Hub model's safetensors that still have to be downloaded: 0 if the cache holds them.
+
+    Args:
+        otherwise: returned if the Hub does not answer.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    repository, revision = _repository(name)
+    if constants.HF_HUB_OFFLINE or isinstance(
+        try_to_load_from_cache(repository, "model.safetensors", revision=revision), str
+    ):
+        return 0
+    try:
+        files = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=5).siblings or []
+    except Exception:  # it only improves a note
+        return otherwise
+    weights = [file for file in files if any(fnmatch(file.rfilename, pattern) for pattern in _SAFETENSORS)]
+    return sum(file.size or 0 for file in weights) or otherwise
 
 
 def is_hub_id(name: str) -> bool:
