@@ -538,7 +538,7 @@ def test_foreign_text_never_moves_a_terminals_cursor(tmp_path: Path) -> None:
 def test_generated_text_is_harmless_on_a_terminal_and_untouched_elsewhere(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinygpt2.cli.render import print_result
+    from tinygpt2.cli.output.render import print_result
     from tinygpt2.decoding.generation import GenerateResult, Generation
 
     result = GenerateResult(

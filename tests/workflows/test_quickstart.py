@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tests.utils.test_charts import Page
 from tinygpt2 import PplConfig, QuickstartConfig, ppl
-from tinygpt2.cli.render import to_json
+from tinygpt2.cli.output.render import to_json
 from tinygpt2.errors import ConfigError
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.workflows.quickstart import QuickstartSizes, quickstart

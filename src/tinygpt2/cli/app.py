@@ -13,7 +13,7 @@ import typer
 from tinygpt2.cli.commands import COMMANDS
 from tinygpt2.cli.help import HELP_NAMES, HelpGroup
 from tinygpt2.cli.options import add_command, print_version
-from tinygpt2.cli.render import print_error
+from tinygpt2.cli.output.render import print_error
 from tinygpt2.cli.usage_errors import usage_error
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error, machine_failure
 from tinygpt2.runtime.processes import command_begins, rank

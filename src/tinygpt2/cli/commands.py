@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import typer
 
-from tinygpt2.cli.comparison import as_csv, as_markdown
 from tinygpt2.cli.options import Run
+from tinygpt2.cli.output.comparison import as_csv, as_markdown
 from tinygpt2.cli.session import start_session
 from tinygpt2.config.base import Config
 from tinygpt2.config.compression import TruncateStudentConfig

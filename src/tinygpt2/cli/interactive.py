@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinygpt2.cli.live_text import TextView, choose_view, render_generate
-from tinygpt2.cli.render import print_error
-from tinygpt2.cli.tables import print_note
+from tinygpt2.cli.output.live_text import TextView, choose_view, render_generate
+from tinygpt2.cli.output.render import print_error
+from tinygpt2.cli.output.tables import print_note
 from tinygpt2.config.base import extra, flag_name
 from tinygpt2.config.common import DECODING
 from tinygpt2.config.decoding import GenerateConfig

@@ -28,7 +28,7 @@ from tinygpt2.cli.help import (
     placeholder,
     show_everything,
 )
-from tinygpt2.cli.render import print_result
+from tinygpt2.cli.output.render import print_result
 from tinygpt2.cli.session import choose_level
 from tinygpt2.config.base import OPTIONS, Config, extra, flag_name, plain_type, read_yaml
 from tinygpt2.config.cerebras import is_cerebras, options_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -264,10 +263,6 @@ def _evaluation(figures: dict[str, Any]) -> Evaluation:
 def _recorded(result: TrainResult) -> dict[str, Any]:
     """Return what run.json says of a finished run: the result without the place of the model."""
     return {key: value for key, value in asdict(result).items() if key != "model" and value is not None}
-
-
-def _evaluation(figures: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(**figures)
 
 
 def _tokens_by_data(job: Job, state: RunState) -> dict[str, int] | None:

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tinygpt2.cli.tables import Column, print_note, print_table, short_path, total_width
+from tinygpt2.cli.output.tables import Column, print_note, print_table, short_path, total_width
 from tinygpt2.config.evaluation import CONVENTION_NOTES
 from tinygpt2.utils.units import number, short_count
 

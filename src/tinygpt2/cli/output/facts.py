@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tinygpt2.cli.tables import short_path
+from tinygpt2.cli.output.tables import short_path
 from tinygpt2.utils.units import duration, number, size
 
 if TYPE_CHECKING:
