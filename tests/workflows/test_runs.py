@@ -271,6 +271,6 @@ def test_real_runs_leave_what_is_read(data: Path, teacher: Path, tmp_path: Path,
     assert str(tmp_path) not in json.dumps(record["result"])
     text = (tmp_path / "good" / "report.html").read_text(encoding="utf-8")
     assert str(tmp_path) not in text
-    assert {"held-out perplexity", "max_steps"} <= set(Page(text).said("th"))
+    assert {"held-out loss, perplexity: this model", "max_steps"} <= set(Page(text).said("th"))
     assert (tmp_path / "good" / "curves.png").is_file()
     assert cli("show", tmp_path / "bad").code == 0

@@ -44,9 +44,12 @@ def progress_of(status: RunStatus) -> str:
 
 
 def card_figures(out: Path) -> dict[str, str]:
-    """Return the figures in the table of a model card; empty if the model is not saved yet."""
+    """Return the figures in the tables of a model card; empty if the model is not saved yet."""
     card = out / "README.md"
     lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
     rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in lines if re.fullmatch(r"\|.*\|", line.strip())]
     cells = [[unescape(cell.replace("\\|", "|")).replace("`", "").strip() for cell in row] for row in rows]
-    return {row[0]: row[1] for row in cells if len(row) == 2 and row[0] and not re.fullmatch(r"[-: ]+", row[0])}
+    cells = [row for row in cells if row[0] and not re.fullmatch(r"[-: ]+", row[0])]
+    held_out = [row for row in cells if len(row) == 3][1:]  # after the heading: a model, its loss and its perplexity
+    figures = {row[0]: row[1] for row in cells if len(row) == 2}
+    return figures | {f"held-out loss, perplexity: {name}": f"{loss}, {value}" for name, loss, value in held_out}
