@@ -98,7 +98,7 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
     if file and is_cerebras(from_file):
         from_file = _translated(config_type, from_file, file)
     if from_file.get("allow_pickle") and "allow_pickle" not in given:
-        typer.echo(f"note: {file} allows pickled weights (allow_pickle)", err=True)
+        _note(f"note: {file} allows pickled weights (allow_pickle)")
     if "recipe" in given:  # a recipe on the command line overrides the file's values of all its options
         given = config_type.layered(given)
     try:
@@ -117,9 +117,12 @@ def _translated(config_type: type[Config], values: dict[str, Any], file: str) ->
         raise ConfigError(f"{file} is a Cerebras parameter file, which only tinygpt2 pretrain reads")
     options, left = options_of(values, file)
     if left:
-        ignored = f"{file}: these keys have no counterpart and are ignored: {', '.join(left)}"
-        typer.echo(printable(ignored, sys.stderr), err=True)
+        _note(f"{file}: these keys have no counterpart and are ignored: {', '.join(left)}")
     return options
+
+
+def _note(text: str) -> None:
+    typer.echo(printable(text, sys.stderr), err=True)
 
 
 def _parameter(key: str, field: FieldInfo, recipe: dict[str, Any]) -> inspect.Parameter:

@@ -32,7 +32,7 @@ from tinygpt2.runtime.launch import check_number
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.schedule import peak_learning_rate, total_steps
 from tinygpt2.training.throughput import step_operations
-from tinygpt2.utils.hub import hub_revision
+from tinygpt2.utils.hub import at_commit, hub_revision
 
 
 @dataclass
@@ -77,9 +77,9 @@ class Job:
 
     def pinned_config(self) -> TrainOptions:
         """Return the configuration with the commit after the name of every model from the Hub: ID@COMMIT."""
-        options = {"model" if role == "base" else role: revision for role, revision in self.revisions.items()}
-        names = {option: str(getattr(self.config, option)).partition("@")[0] for option in options}
-        return self.config.model_copy(update={option: f"{names[option]}@{options[option]}" for option in options})
+        commits = {"model" if role == "base" else role: commit for role, commit in self.revisions.items()}
+        pinned = {option: at_commit(getattr(self.config, option), commit) for option, commit in commits.items()}
+        return self.config.model_copy(update=pinned)
 
     def evaluated_by_data(self) -> dict[str, Blocks]:
         """Return the test split of each dataset by its name, if the run trains and is evaluated on several."""

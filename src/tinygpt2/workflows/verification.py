@@ -129,7 +129,7 @@ def verify(config: VerifyConfig) -> VerifyResult:
 
 def _directory(config: VerifyConfig) -> Path:
     """Return the directory to check; the model of a Hub id is downloaded."""
-    path = Path(config.path).expanduser()
+    path = Path(config.path)
     if path.is_dir():
         return path
     if path.exists() or not is_hub_id(config.path):
