@@ -494,12 +494,8 @@ def race(corpus: Path, tokenizer: Path, root: Path, rounds: int) -> None:
     assert not list(root.glob(".*"))
 
 
-def test_of_two_processes_with_one_out_one_is_refused(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, 2)
-
-
-@pytest.mark.slow
-def test_of_two_processes_with_one_out_one_is_refused_time_after_time(
-    corpus: Path, tokenizer_dir: Path, tmp_path: Path
+@pytest.mark.parametrize("rounds", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_of_two_processes_with_one_out_one_is_refused(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, rounds: int
 ) -> None:
-    race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, 6)
+    race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, rounds)

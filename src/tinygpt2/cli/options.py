@@ -138,7 +138,7 @@ def resolve(config_type: type[Config], file: str | None, given: dict[str, Any]) 
     if file and is_cerebras(from_file):
         from_file = _translated(config_type, from_file, file)
     if from_file.get("allow_pickle") and "allow_pickle" not in given:
-        typer.echo(f"note: {file} allows pickled weights (allow_pickle)", err=True)
+        _note(f"note: {file} allows pickled weights (allow_pickle)")
     from_file, given = config_type.in_full(from_file), config_type.in_full(given)
     if any(key in given for key in ("plan", *length_options())):  # a length on the command line replaces the file's
         from_file = {key: value for key, value in from_file.items() if key not in length_options()}
@@ -160,9 +160,12 @@ def _translated(config_type: type[Config], values: dict[str, Any], file: str) ->
         raise ConfigError(f"{file} is a Cerebras parameter file, which only tinygpt2 pretrain reads")
     options, left = options_of(values, file)
     if left:
-        ignored = f"{file}: these keys have no counterpart and are ignored: {', '.join(left)}"
-        typer.echo(printable(ignored, sys.stderr), err=True)
+        _note(f"{file}: these keys have no counterpart and are ignored: {', '.join(left)}")
     return options
+
+
+def _note(text: str) -> None:
+    typer.echo(printable(text, sys.stderr), err=True)
 
 
 def _parameters(config_type: type[Config], short: Sequence[str], recipe: dict[str, Any]) -> list[inspect.Parameter]:

@@ -38,7 +38,7 @@ from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import computes_on_device, current_device
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import require_free, shared_name
-from tinygpt2.utils.hub import hub_revision
+from tinygpt2.utils.hub import at_commit, hub_revision
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.plotting import paint
 from tinygpt2.utils.progress import track
@@ -115,19 +115,15 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     result = TruncateStudentResult(
         str(out.resolve()), kept.layers, count_parameters(student), count_parameters(teacher), importance, perplexity
     )
-    save_model(
-        student.cpu(), out, tokenizer, _card(config, kept, result, directory), run=_pinned(config, directory).to_yaml()
-    )
+    commit = hub_revision(directory)
+    pinned = {} if commit is None else {"teacher": at_commit(config.teacher, commit)}
+    run = config.model_copy(update=pinned).to_yaml()
+    save_model(student.cpu(), out, tokenizer, _card(config, kept, result, commit), run=run)
     if importance is not None:
         _plot(importance, out / PICTURE)
     return result
 
 
-def _pinned(config: TruncateStudentConfig, directory: Path) -> TruncateStudentConfig:
-    """Return the configuration with the commit after the name of a teacher from the Hub."""
-    revision = hub_revision(directory)
-    name = config.teacher.partition("@")[0]
-    return config if revision is None else config.model_copy(update={"teacher": f"{name}@{revision}"})
 
 
 def _choose(
@@ -175,10 +171,10 @@ def _perplexity(
     return CutPerplexity(after, before, sum(len(ids) for ids in batches))
 
 
-def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult, teacher: Path) -> str:
+def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult, commit: str | None) -> str:
     figures = {"parameters": f"{result.parameters:,}", "teacher's parameters": f"{result.teacher_parameters:,}"}
-    if (revision := hub_revision(teacher)) is not None:
-        figures["revision of the teacher"] = revision
+    if commit is not None:
+        figures["revision of the teacher"] = commit
     figures |= dict(_reasons(config, kept, result))
     if (perplexity := result.perplexity) is not None:
         figures["perplexity before any training"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"
@@ -191,7 +187,7 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
         + (" and refitted output projections." if config.refit else ".")
     )
     metadata = HubMetadata(
-        base_model=[] if revision is None else [config.teacher.partition("@")[0]],
+        base_model=[] if commit is None else [config.teacher.partition("@")[0]],
         language=config.language,
         license=config.license,
         perplexities={} if perplexity is None else {"held-out text": perplexity.student},

@@ -250,12 +250,13 @@ def _expanded(value: Any) -> Any:
 
 def whole_number(value: Any) -> Any:
     """Return a number such as 1e3 or "1e3" as a whole number, if it is one, and any other value unchanged."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
+        return value  # of any length: pydantic reads it
     try:
-        number = float(value) if isinstance(value, float | str) else 0.5
+        number = float(value)
     except ValueError:
         return value
-    whole = number.is_integer() and abs(number) < 2**53 and not re.fullmatch(r"\s*[+-]?\d+\s*", str(value))
-    return int(number) if whole else value
+    return int(number) if number.is_integer() and abs(number) < 2**53 else value
 
 
 def _reason(item: Any) -> str:

@@ -89,7 +89,7 @@ def directory_to_verify(name: str) -> Path | None:
     Raises:
         DataError: there is no such directory, and the name cannot be a Hub id.
     """
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         return path
     if path.exists() or not is_hub_id(name):

@@ -38,7 +38,7 @@ from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, Step, evaluate, joined
 from tinygpt2.training.throughput import step_operations
 from tinygpt2.utils.files import shared_name
-from tinygpt2.utils.hub import hub_revision
+from tinygpt2.utils.hub import at_commit, hub_revision
 
 
 @dataclass
@@ -98,10 +98,9 @@ class Job:
         values: dict[str, object] = {"learning_rate": self.peak_rate()}
         if all(getattr(self.config, name) is None for name in length_options()):
             values["num_epochs"] = float(passes_over_data(self.config, count_parameters(self.model), tokens))
-        options = {"model" if role == "base" else role: revision for role, revision in self.revisions.items()}
-        names = self.hub_models()
-        commits = {option: f"{names[option]}@{options[option]}" for option in options}
-        return self.config.model_copy(update={**values, **commits})
+        commits = {"model" if role == "base" else role: commit for role, commit in self.revisions.items()}
+        pinned = {option: at_commit(getattr(self.config, option), commit) for option, commit in commits.items()}
+        return self.config.model_copy(update={**values, **pinned})
 
     def hub_models(self) -> dict[str, str]:
         """Return the ids of the models that came from the Hub, by the options that named them."""

@@ -80,11 +80,11 @@ class TrainingSetup:
                 )
             pregenerate(made)
         # a barrier instead of this loop would time out after some minutes
-        started = time.monotonic()
+        silent_until = time.monotonic() + _PATIENCE
         while not is_packed_dataset(out):
             time.sleep(0.2)
-            if time.monotonic() - started > _PATIENCE:
-                started = math.inf
+            if time.monotonic() > silent_until:
+                silent_until = math.inf
                 sys.stderr.write(f"waiting until process 0 has packed {source} into {out}: every machine must see it\n")
         return str(out)
 

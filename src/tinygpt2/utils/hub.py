@@ -150,6 +150,11 @@ def _repository(name: str) -> tuple[str, str | None]:
     return repository, revision or None
 
 
+def at_commit(name: str, commit: str) -> str:
+    """Return ID@COMMIT for a Hub id, with or without a revision."""
+    return f"{_repository(name)[0]}@{commit}"
+
+
 def hub_revision(directory: Path) -> str | None:
     """Return the commit that a directory in the Hub's cache was downloaded from; None for other directories."""
     return directory.name if directory.parent.name == "snapshots" else None
