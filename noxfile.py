@@ -6,7 +6,6 @@ oldest dependencies that pyproject.toml promises, and `build` another, with noth
 
 from __future__ import annotations
 
-import re
 import sys
 import tempfile
 import tomllib
@@ -23,6 +22,9 @@ CONSTRAINTS = ("-c", "constraints.txt")
 # One thread for each of a few processes: small models gain nothing by more threads.
 PYTEST = ("-m", "pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+TESTED_EXTRAS = ("plots", "tensorboard", "hdf5")
+# tests that need neither torch nor a model, for Python versions for which torch is too large to fetch
+WITHOUT_TORCH = ("tests/config", "tests/data/test_corpus.py", "tests/test_without_torch.py")
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -38,7 +40,8 @@ def shared(session: nox.Session) -> str:
     if not python.exists():
         session.run(sys.executable, "-m", "venv", str(folder), external=True)
     tools = [*group("test"), *group("types")]
-    session.run(str(python), "-m", "pip", "install", "-q", *CONSTRAINTS, "-e", ".", *tools, external=True)
+    package = f".[{','.join(TESTED_EXTRAS)}]"
+    session.run(str(python), "-m", "pip", "install", "-q", *CONSTRAINTS, "-e", package, *tools, external=True)
     return str(python)
 
 
@@ -93,15 +96,27 @@ def harness(session: nox.Session) -> None:
 @nox.session
 def deepspeed(session: nox.Session) -> None:
     """DeepSpeed's ways of sharding, which need a C++ compiler: by hand only."""
-    session.install("-q", *CONSTRAINTS, "-e", ".", "ninja", *group("test"))
+    session.install("-q", *CONSTRAINTS, "-e", ".[plots]", "ninja", *group("test"))
     session.install("-q", *CONSTRAINTS, "--no-build-isolation", "setuptools", "wheel", "deepspeed")
     session.run("python", "-m", "pytest", "tests/runtime/test_launch.py", "-k", "sharded")
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+def pythons(session: nox.Session) -> None:
+    """What needs no torch, on every Python that is declared: by hand only."""
+    needs_torch = ("torch", "accelerate")
+    without = [item for item in PROJECT["project"]["dependencies"] if not item.startswith(needs_torch)]
+    session.install("-q", *CONSTRAINTS, *without, *group("test"))
+    session.install("-q", "--no-deps", "-e", ".")
+    session.run("python", "-m", "pytest", "-m", "not needs_torch", *WITHOUT_TORCH, *session.posargs)
 
 
 @nox.session
 def minimums(session: nox.Session) -> None:
     """The oldest dependencies that are promised; torch stays at its constraint."""
-    oldest = [re.sub(r">=", "==", item) for item in PROJECT["project"]["dependencies"] if not item.startswith("torch")]
+    extras = [item for name in TESTED_EXTRAS for item in PROJECT["project"]["optional-dependencies"][name]]
+    promised = [item for item in PROJECT["project"]["dependencies"] if not item.startswith("torch>")]
+    oldest = [item.replace(">=", "==") for item in [*promised, *extras]]
     torch = next(line for line in Path("constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     session.install("-q", torch, *oldest, *group("test"))
     session.install("-q", "--no-deps", "-e", ".")

@@ -21,14 +21,12 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 
+# torch is imported where a model is made, because some tests also run without it
 import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 from tinygpt2 import PregenerateConfig, TrainTokenizerConfig, pregenerate, train_tokenizer  # noqa: E402
 from tinygpt2.cli import app  # noqa: E402
 from tinygpt2.data.tokenizer import load_tokenizer  # noqa: E402
-from tinygpt2.models.saving import save_model  # noqa: E402
 
 WORDS = [
     "the",
@@ -94,6 +92,11 @@ def data(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 def make_model(path: Path, tokenizer_dir: Path | None, seed: int = 0, **shape: int) -> Path:
     """Save a random GPT-2 with lively weights (GPT-2's own start is nearly uniform)."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tinygpt2.models.saving import save_model
+
     tokenizer = load_tokenizer(str(tokenizer_dir)) if tokenizer_dir else None
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     base = {"n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": LENGTH, "vocab_size": 320}

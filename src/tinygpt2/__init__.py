@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tinygpt2.config.evaluation import PplConfig
     from tinygpt2.config.models import PresetsConfig
     from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-    from tinygpt2.config.workflows import QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
+    from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
@@ -42,13 +42,16 @@ if TYPE_CHECKING:
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
     from tinygpt2.training.step import Evaluation
     from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
-    from tinygpt2.workflows.quickstart import ModelSummary, QuickstartResult, QuickstartSizes, quickstart
+    from tinygpt2.workflows.model_verification import Agreement
+    from tinygpt2.workflows.push import PushedFile, PushResult, push
+    from tinygpt2.workflows.quickstart import quickstart
+    from tinygpt2.workflows.quickstart_report import Gain, ModelSummary, QuickstartResult, QuickstartSizes
     from tinygpt2.workflows.runs import RunList, RunStatus, runs
     from tinygpt2.workflows.show import ShowResult, show
     from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
-    from tinygpt2.workflows.verification import Agreement, VerifyResult, verify
+    from tinygpt2.workflows.verification import VerifyResult, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "compression.importance": ["DepthImportance", "RemovalRound"],
@@ -60,7 +63,7 @@ _HOME = {
     "config.evaluation": ["PplConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
-    "config.workflows": ["QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
+    "config.workflows": ["PushConfig", "QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
@@ -82,11 +85,14 @@ _HOME = {
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
     "training.step": ["Evaluation"],
     "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
-    "workflows.quickstart": ["ModelSummary", "QuickstartResult", "QuickstartSizes", "quickstart"],
+    "workflows.model_verification": ["Agreement"],
+    "workflows.quickstart": ["quickstart"],
+    "workflows.quickstart_report": ["Gain", "ModelSummary", "QuickstartResult", "QuickstartSizes"],
+    "workflows.push": ["PushResult", "PushedFile", "push"],
     "workflows.runs": ["RunList", "RunStatus", "runs"],
     "workflows.show": ["ShowResult", "show"],
     "workflows.train": ["TrainResult", "distill", "finetune", "pretrain"],
-    "workflows.verification": ["Agreement", "VerifyResult", "verify"],
+    "workflows.verification": ["VerifyResult", "verify"],
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -103,6 +109,7 @@ __all__ = [
     "DivergedError",
     "Evaluation",
     "FinetuneConfig",
+    "Gain",
     "GenerateConfig",
     "GenerateResult",
     "Generation",
@@ -121,6 +128,9 @@ __all__ = [
     "PresetList",
     "PresetsConfig",
     "PretrainConfig",
+    "PushConfig",
+    "PushResult",
+    "PushedFile",
     "QuickstartConfig",
     "QuickstartResult",
     "QuickstartSizes",
@@ -153,6 +163,7 @@ __all__ = [
     "pregenerate",
     "presets",
     "pretrain",
+    "push",
     "quickstart",
     "reference",
     "runs",

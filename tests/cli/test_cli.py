@@ -21,7 +21,7 @@ import yaml
 from tests.conftest import LENGTH, make_model, sentences
 
 COMMANDS = [
-    "quickstart", "train-tokenizer", "pregenerate", "pretrain", "truncate-student", "distill", "finetune", "ppl", "presets", "generate", "verify",
+    "quickstart", "train-tokenizer", "pregenerate", "pretrain", "truncate-student", "distill", "finetune", "ppl", "presets", "generate", "runs", "show", "verify",
 ]  # fmt: skip
 
 
@@ -391,9 +391,9 @@ def test_a_missing_tokenizer_is_a_note(cli: Callable, bad: Path) -> None:
 def test_an_internal_error_is_one_line_unless_debugging(
     cli: Callable, monkeypatch: pytest.MonkeyPatch, teacher: Path
 ) -> None:
-    import tinygpt2.workflows.verification
+    import tinygpt2.workflows.model_verification
 
-    monkeypatch.setattr(tinygpt2.workflows.verification, "check_checksums", lambda path: 1 / 0)
+    monkeypatch.setattr(tinygpt2.workflows.model_verification, "check_checksums", lambda path: 1 / 0)
     outcome = cli("verify", teacher)
     assert outcome.code == 1
     assert "internal error: ZeroDivisionError" in outcome.err
@@ -482,12 +482,12 @@ def test_standard_input_leaves_nothing_that_cannot_go_on(tokenizer_dir: Path, tm
 def test_the_machines_faults_have_their_own_code(
     cli: Callable, monkeypatch: pytest.MonkeyPatch, teacher: Path, cause: BaseException, code: int, message: str
 ) -> None:
-    import tinygpt2.workflows.verification
+    import tinygpt2.workflows.model_verification
 
     def fails(*_: object, **__: object) -> None:
         raise cause
 
-    monkeypatch.setattr(tinygpt2.workflows.verification, "check_checksums", fails)
+    monkeypatch.setattr(tinygpt2.workflows.model_verification, "check_checksums", fails)
     outcome = cli("verify", teacher)
     assert (outcome.code, outcome.out) == (code, "")
     assert message in outcome.err

@@ -61,6 +61,7 @@ def params(**changes: object) -> dict:
     return values
 
 
+@pytest.mark.needs_torch
 def test_a_parameter_file_trains(cli: Callable, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
     file.write_text(SMALL.format(data=data, out=tmp_path / "m"))

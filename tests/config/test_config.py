@@ -132,12 +132,14 @@ def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:
         DistillConfig(teacher="t", student="s", data="d", out="o", recipe=str(file))
 
 
+@pytest.mark.needs_torch
 @pytest.mark.parametrize("name", preset_names())
 def test_every_shipped_shape_resolves(name: str, tokenizer_dir: Path) -> None:
     config = read_model_config(name, load_tokenizer(str(tokenizer_dir)))
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (320, 0, 0)
 
 
+@pytest.mark.needs_torch
 def test_presets_have_their_published_sizes(shared_data: Path) -> None:
     from tinygpt2.models.loading import random_model
     from tinygpt2.models.parameters import count_parameters

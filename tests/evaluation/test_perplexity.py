@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model, sentences
+from tests.utils.test_charts import Page
 from tinygpt2 import PplConfig, PregenerateConfig, ppl, pregenerate
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import encode
@@ -179,11 +180,22 @@ def test_pictures_and_tables(teacher: Path, tokenizer_dir: Path, data: Path, tmp
     assert [row["model"] for row in rows] == [str(teacher), str(other)]
     assert float(rows[0]["perplexity"]) == ppl(PplConfig(model=[str(teacher)], task=[str(data)])).results[0].perplexity
     assert int(rows[1]["parameters"]) < int(rows[0]["parameters"])
+    measured = ppl(PplConfig(model=[str(teacher), str(other)], task=[str(data)]))
     lines = cli(*asked, "--markdown").out.splitlines()
     assert {line.count("|") for line in lines[:4]} == {lines[0].count("|")}
     assert f"from {data}" in "\n".join(lines[4:])
     assert cli(*asked, "--markdown", "--csv").code == 2
     assert cli(*asked, "--csv", "--json").code == 2
+    text = (tmp_path / "out.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert {f"{row.perplexity:,.2f} per token" for row in measured.results} <= set(page.said("td"))
+    (pair,) = measured.paired
+    assert {f"{pair.difference:+.4f} ± {pair.stderr:.4f}", f"{-pair.difference:+.4f} ± {pair.stderr:.4f}"} <= set(
+        page.said("td")
+    )
+    assert str(tmp_path) not in text
+    assert cli(*asked, "--plot", tmp_path / "only.html").code == 0
+    assert sorted(file.name for file in tmp_path.glob("only*")) == ["only.html"]
     assert cli(*asked, "--plot", tmp_path / "nowhere" / "out.png").code == 2
     assert cli(*asked, "--plot", tmp_path).code == 2
     assert "convention hf" in cli(*asked).out

@@ -99,6 +99,7 @@ def test_another_launchers_number_counts(
 
 
 def test_processes_are_no_more_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="--num-processes 3, but there are 2 GPUs"):
         check_number(3)

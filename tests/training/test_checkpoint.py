@@ -85,6 +85,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
     harm(newest)
     said: list[str] = []
     monkeypatch.setattr("tinygpt2.training.checkpoint.say", said.append)
+    monkeypatch.setattr("tinygpt2.training.checkpoint.warn", said.append)
     pretrain(options(teacher, data, out, resume=True))
     warning, resumed = said
     assert f"{newest}: {message}" in warning
@@ -149,7 +150,7 @@ def test_the_best_that_could_not_be_written_is_not_trusted(
     monkeypatch.setattr("tinygpt2.training.loop.evaluate", lambda *_: Evaluation(next(losses), 0.0))
     monkeypatch.setattr(checkpoint, "save_file", fails_at_three)
     said: list[str] = []
-    monkeypatch.setattr(checkpoint, "say", said.append)
+    monkeypatch.setattr(checkpoint, "warn", said.append)
     out = tmp_path / "m"
     more = {"keep": 1, "eval_every": 1, "early_stopping_patience": 9, "on_save_error": "continue"}
     result = pretrain(options(teacher, data, out, **more))

@@ -82,7 +82,7 @@ def test_pretraining_learns_and_writes_what_it_promises(data: Path, shape: str, 
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "README.md", "config.yaml", "run.json", "metrics.jsonl", "curves.png", "checkpoints", "SHA256SUMS",
+        "README.md", "config.yaml", "run.json", "metrics.jsonl", "curves.png", "report.html", "checkpoints", "SHA256SUMS",
     }  # fmt: skip
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert f"{result.eval.perplexity:.2f}" in (out / "README.md").read_text()
@@ -386,7 +386,7 @@ def test_misfits_are_refused_before_anything_is_written(
         (DataError, "another tokenizer", lambda: distill(
             DistillConfig(teacher=str(teacher), student=shape, data=str(tmp_path / "other"), **common))),
         (DataError, "no such dataset", lambda: pretrain(PretrainConfig(model=str(teacher), data="nowhere", **common))),
-        (ConfigError, "fp16 needs a GPU", lambda: pretrain(
+        (ConfigError, "fp16 needs a CUDA GPU", lambda: pretrain(
             PretrainConfig(model=str(teacher), data=str(data), precision="fp16", **common))),
     ]  # fmt: skip
     for kind, part, run in cases:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tinygpt2.errors import ModelError
 from tinygpt2.models.loading import load_model
-from tinygpt2.utils import hub
+from tinygpt2.utils import hub, progress
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -103,7 +103,9 @@ def test_only_what_is_needed_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
     ]  # fmt: skip
     fetched: list[set[str]] = []
 
-    def download(name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(
+        name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str], tqdm_class: type
+    ) -> str:
         assert (name, revision) == ("someone/model", "v2")
         fetched.append(
             set(huggingface_hub.utils.filter_repo_objects(
@@ -157,3 +159,31 @@ def test_debugging_shows_the_cause(cli: Callable[..., Any], monkeypatch: pytest.
     outcome = cli("verify", "someone/model")
     assert outcome.code == 4
     assert "OfflineModeIsEnabled" in outcome.err
+
+
+def test_a_download_is_one_stage_with_the_bytes_of_all_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The library makes three bars, and refreshes the one of stored bytes first, as its own code does."""
+    monkeypatch.setattr(progress, "_mode", "plain")
+    monkeypatch.setattr(progress, "_level", "normal")
+    told: list[str] = []
+
+    def download(*_: Any, tqdm_class: type, **__: Any) -> str:
+        received, stored = (tqdm_class(total=0, initial=0, unit="B", desc=name) for name in ("received", "stored"))
+        for size in (2_000_000, 6_000_000):
+            stored.total += size
+            received.total += size
+            stored.refresh()
+            received.update(size)
+            stored.update(size // 2)
+        assert list(tqdm_class(["a", "b"], desc="files")) == ["a", "b"]
+        (task,) = progress._bars.tasks
+        told.append(f"{task.description} {task.total}")
+        received.set_description_str("complete")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    hub.local_directory("someone/model", "teacher", weights=True)
+    assert told == ["download teacher someone/model 8000000"]
+    assert capsys.readouterr().err == "download teacher someone/model\n"

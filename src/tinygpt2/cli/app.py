@@ -22,7 +22,7 @@ from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.models import PresetsConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-from tinygpt2.config.workflows import QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
+from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error, machine_failure
 from tinygpt2.runtime.processes import command_begins, rank
 from tinygpt2.runtime.signals import stop_like_ctrl_c
@@ -220,6 +220,13 @@ COMMANDS = [
         "Check a pregenerated dataset or a model directory, and list what is wrong.",
         ["verify data", "verify student"],
         _public("verify"),
+    ),
+    Command(
+        "push",
+        PushConfig,
+        "Upload a model to the Hub, after checking it: weights, tokenizer, card, pictures. No checkpoints, no texts.",
+        ["push student --repo me/my-student --dry-run", "push student --repo me/my-student --private"],
+        _public("push"),
     ),
 ]
 

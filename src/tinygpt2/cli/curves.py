@@ -34,14 +34,13 @@ def render_runs(result: Any, console: Console) -> None:
         return
     root = _common([Path(run.path) for run in result.runs])
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("run", "command", "state", "loss", "perplexity", "time left", "updated"):
-        right = heading in ("loss", "perplexity", "time left", "updated")
+    for heading in ("run", "command", "state", "loss", "perplexity", "age"):
+        right = heading in ("loss", "perplexity", "age")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for run in result.runs:
         numbers = [short_number(value) if value is not None else "-" for value in (run.loss, run.perplexity)]
-        left = "-" if run.seconds_left is None else duration(run.seconds_left)
         name = str(Path(run.path).relative_to(root)) if Path(run.path) != root else Path(run.path).name
-        cells = [name, run.command, state_of(run), *numbers, left, f"{duration(_age(run.updated))} ago"]
+        cells = [name, run.command, state_of(run), *numbers, duration(_age(run.updated))]
         table.add_row(*(Text(printable(cell, sys.stdout)) for cell in cells))
     console.print(table)
     for run in result.runs:
@@ -55,10 +54,16 @@ def state_of(run: Any) -> str:
     if run.state == "done":
         return f"done, {run.step:,} steps"
     if run.state in ("running", "maybe running"):
-        return f"{run.state.replace('maybe', 'maybe still')} on {run.host} (process {run.process}), {steps}"
-    saved = f", saved at {run.checkpoint:,}" if run.checkpoint not in (None, run.step) else ""
-    unsaved = ", nothing saved" if run.checkpoint is None else saved
-    return f"{run.state} at {steps}{unsaved}"
+        left = "" if run.seconds_left is None else f", {duration(run.seconds_left)} left"
+        return f"{run.state.replace('maybe', 'maybe still')} on {run.host}/{run.process}, {steps}{left}"
+    return f"{run.state} at {steps}"
+
+
+def _saved(run: Any) -> str:
+    """Say from which step a run that has not ended can go on."""
+    if run.state == "done":
+        return ""
+    return f", saved at step {run.checkpoint:,}" if run.checkpoint is not None else ", nothing saved yet"
 
 
 def duration(seconds: float) -> str:
@@ -86,7 +91,7 @@ def render_show(result: Any, console: Console) -> None:
     """Print a run's state and draw its curves."""
     run = result.run
     perplexity = f", held-out perplexity {run.perplexity:,.2f}" if run.perplexity is not None else ""
-    console.print(f"{run.command} {Path(run.path).name}: {state_of(run)}{perplexity}", markup=False)
+    console.print(f"{run.command} {Path(run.path).name}: {state_of(run)}{_saved(run)}{perplexity}", markup=False)
     if run.problem:
         console.print(f"failed: {run.problem}", markup=False, soft_wrap=True)
     width = min(console.width, _WIDEST) if sys.stdout.isatty() else _PIPED
@@ -150,7 +155,7 @@ def _canvas(chart: Chart, columns: int) -> tuple[dict[tuple[int, int], int], dic
         for x in range(across + 1):
             if x % 6 < 3:
                 dot(x, height, number)
-    for number, one in enumerate(chart.series):
+    for number, one in reversed(list(enumerate(chart.series))):  # the first series lies above the others
         places = [
             (round(position(x, x_ends, log=chart.log) * across), round(position(y, y_ends, log=chart.log) * up))
             for x, y in one.points

@@ -24,12 +24,14 @@ from tinygpt2.decoding.generation import (
     load_with_tokenizer,
 )
 from tinygpt2.errors import ConfigError, TinyGPT2Error
+from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.utils.progress import say
 from tinygpt2.utils.terminal import open_console, printable
 
 _HELP = "/NAME VALUE changes a setting, /NAME resets it to its default, // starts a prompt that begins with a slash"
 
 
+@computes_on_device
 def generate_on_terminal(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
     """Run `generate`. Return None if the texts were already shown while they were generated."""
     if config.interactive:

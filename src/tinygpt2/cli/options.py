@@ -176,7 +176,11 @@ def _common() -> list[inspect.Parameter]:
             _common_option("--print-config", "Print all options with their values as YAML and exit."),
         ),
         ("json", bool, _common_option("--json", "Print the result as one JSON object.")),
-        ("quiet", bool, _common_option("--quiet", "Show no progress and no notes, only warnings and errors.", short="-q")),
+        (
+            "quiet",
+            bool,
+            _common_option("--quiet", "Show no progress and no notes, only warnings.", short="-q"),
+        ),
         ("verbose", bool, _common_option("--verbose", "Also say what is decided and why.", short="-v")),
         (
             "version",

@@ -252,6 +252,13 @@ def _copied_blocks(copies: dict[str, str]) -> Iterator[str]:
             yield f"{here} is a copy of the teacher's {there}{count}"
 
 
+def _render_push(result: Any, console: Console) -> None:
+    console.print(_table(["file", "size"], [[file.path, _size(file.bytes)] for file in result.files]))
+    what = "would be uploaded" if result.dry_run else "uploaded"
+    total = _size(sum(file.bytes for file in result.files))
+    console.print(f"\n{what} to {result.url}: {len(result.files)} files, {total}", markup=False, soft_wrap=True)
+
+
 def _render_budget(result: Any, console: Console) -> None:
     headings = [
         "student",
@@ -285,6 +292,7 @@ RENDER: dict[str, Callable[[Any, Console], None]] = {
     "TruncateStudentResult": _render_cut,
     "PresetList": _render_presets,
     "GenerateResult": _render_generate,
+    "PushResult": _render_push,
     "VerifyResult": _render_verify,
     "QuickstartResult": _render_quickstart,
     "BudgetPlan": _render_budget,

@@ -10,6 +10,8 @@ from transformers import GPT2LMHeadModel
 
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.models.lm_head import target_losses
+from tinygpt2.runtime.devices import float64_device
+from tinygpt2.utils.progress import ProgressStage
 
 Batches = list[Int[Tensor, "B T"]]
 
@@ -32,11 +34,22 @@ def calibration_batches(blocks: Blocks, count: int, device: torch.device) -> Bat
     return [ids[:, :longest].to(device) for ids in batches]
 
 
+def tokens_of(batches: Batches) -> int:
+    """Return the number of tokens in all blocks."""
+    return sum(ids.numel() for ids in batches)
+
+
 @torch.no_grad()
-def mean_loss(model: GPT2LMHeadModel, batches: Batches) -> float:
-    """Return the cross-entropy in nats per token, over all tokens but the first of each block."""
+def mean_loss(model: GPT2LMHeadModel, batches: Batches, stage: ProgressStage | None = None) -> float:
+    """Return the cross-entropy in nats per token, over all tokens but the first of each block.
+
+    Args:
+        stage: is told the number of tokens of each batch.
+    """
     total, count = 0.0, 0
     for ids in batches:
         losses, _ = target_losses(model, model.lm_head.weight, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
-        total, count = total + float(losses.double().sum()), count + losses.numel()
+        total, count = total + float(losses.to(float64_device(losses.device)).double().sum()), count + losses.numel()
+        if stage is not None:
+            stage.advance(ids.numel())
     return total / count

@@ -21,10 +21,10 @@ from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-from tinygpt2.compression.calibration import Batches, mean_loss
+from tinygpt2.compression.calibration import Batches, mean_loss, tokens_of
 from tinygpt2.models.activations import by_head, collect_activations
 from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_loss
-from tinygpt2.utils.progress import track
+from tinygpt2.utils.progress import ProgressStage, follow, track
 
 _ROUNDS = 16  # number of rounds in which dimensions are removed
 
@@ -76,16 +76,15 @@ def depth_importance(model: GPT2LMHeadModel, batches: Batches, keep: int) -> Dep
     Source: for block influence, ShortGPT, Men et al. 2024, arXiv:2403.03853, section 2.2.
     """
     present = list(range(model.config.n_layer))
-    whole = current = mean_loss(model, batches)
     rounds = []
-    trials = sum(range(keep + 1, len(present) + 1))
-    with track("measure the loss without each block", trials) as progress:
+    passes = sum(range(keep + 1, len(present) + 1)) + 1
+    with track("measure the loss without each block", passes * tokens_of(batches), "tokens") as stage:
+        whole = current = mean_loss(model, batches, stage)
         while len(present) > keep:
             losses = {}
             for block in present:
                 with run_blocks(model, [other for other in present if other != block]):
-                    losses[block] = mean_loss(model, batches)
-                progress.advance()
+                    losses[block] = mean_loss(model, batches, stage)
             removed = min(losses, key=lambda block: losses[block])
             rounds.append(RemovalRound({block: loss - current for block, loss in losses.items()}, removed))
             present.remove(removed)
@@ -97,7 +96,7 @@ def depth_importance(model: GPT2LMHeadModel, batches: Batches, keep: int) -> Dep
 def block_influence(model: GPT2LMHeadModel, batches: Batches) -> list[float]:
     """Return for each block the mean over tokens of 1 - cos(input, output)."""
     sums, tokens = torch.zeros(model.config.n_layer, dtype=torch.float64), 0
-    for ids in batches:
+    for ids in follow(batches, "measure what each block changes", "batches"):
         entries: list[Tensor] = []
         _tap(
             model,
@@ -105,7 +104,7 @@ def block_influence(model: GPT2LMHeadModel, batches: Batches) -> list[float]:
             {block.ln_1: entries.append for block in model.transformer.h} | {model.transformer.ln_f: entries.append},
         )
         for layer, (before, after) in enumerate(pairwise(entries)):
-            sums[layer] += float((1 - F.cosine_similarity(before, after, dim=-1)).double().sum())
+            sums[layer] += float((1 - F.cosine_similarity(before, after, dim=-1)).cpu().double().sum())
         tokens += ids.numel()
     return [float(value) for value in sums / tokens]
 
@@ -149,7 +148,7 @@ def width_importance(model: GPT2LMHeadModel, batches: Batches) -> WidthImportanc
     for layer, block in enumerate(blocks):
         taps[block.attn.c_proj] = partial(see_head, layer=layer)
         taps[block.mlp.c_proj] = partial(see_units, layer=layer)
-    for ids in batches:
+    for ids in follow(batches, "measure heads and inner units", "batches"):
         _tap(model, ids, taps)
     return WidthImportance(heads, inner)
 
@@ -168,7 +167,7 @@ def active_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) -> In
     def see(x: Float[Tensor, "B T D"]) -> None:
         scores.add_(x.abs().sum((0, 1)))
 
-    for ids in batches:
+    for ids in follow(batches, "measure the residual dimensions", "batches"):
         last = _tap(model, ids, {reader: see for block in blocks for reader in _readers(block)})
         see(last)  # the output matrix reads the last state
     return scores.topk(keep).indices.sort().values.cpu()
@@ -191,18 +190,17 @@ def important_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) ->
     """
     total = model.config.n_embd
     kept, narrow = torch.arange(total), model
-    with track("measure the residual dimensions", _ROUNDS) as progress:
+    with track("measure the residual dimensions", _ROUNDS * tokens_of(batches), "tokens") as stage:
         for number in range(1, _ROUNDS + 1):
-            scores = _first_order(narrow, batches)
+            scores = _first_order(narrow, batches, stage)
             size = total - (total - keep) * number // _ROUNDS
             kept = kept[scores.topk(size).indices.sort().values.cpu()]
             if number < _ROUNDS:
                 narrow = _narrowed(model, kept)
-            progress.advance()
     return kept
 
 
-def _first_order(model: GPT2LMHeadModel, batches: Batches) -> Float[Tensor, " D"]:
+def _first_order(model: GPT2LMHeadModel, batches: Batches, stage: ProgressStage | None = None) -> Float[Tensor, " D"]:
     transformer, head = model.transformer, model.lm_head.weight.detach()
     norms = [norm for block in transformer.h for norm in (block.ln_1, block.ln_2)] + [transformer.ln_f]
     scores = torch.zeros(head.shape[1], device=head.device)
@@ -222,6 +220,8 @@ def _first_order(model: GPT2LMHeadModel, batches: Batches) -> Float[Tensor, " D"
             for output, gradient in zip(seen, torch.autograd.grad(loss, seen), strict=True):
                 # The loss is a mean over the batch: weight it by the batch's size.
                 scores -= len(ids) * (output.detach() * gradient).sum((0, 1))
+        if stage is not None:
+            stage.advance(ids.numel())
     return scores
 
 

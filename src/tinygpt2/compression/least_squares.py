@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from tinygpt2.compression.calibration import Batches
+from tinygpt2.compression.calibration import Batches, tokens_of
 from tinygpt2.models.activations import mixed_heads
-from tinygpt2.utils.progress import track
+from tinygpt2.runtime.devices import float64_device
+from tinygpt2.utils.progress import ProgressStage, track
 
 RIDGE = 1e-2  # ridge penalty in units of the activations' mean square; it keeps weights close to their old values
 
@@ -46,21 +47,21 @@ def refit(
     student_states, teacher_states = ([_embedded(model, ids) for ids in batches] for model in (student, teacher))
     reached = 0  # the teacher's block that `teacher_states` enter next
     ends = [*layers[1:], teacher.config.n_layer]
-    with track("refit output projections", len(layers)) as progress:
+    # every block has two projections; fitting one of them reads all texts
+    with track("refit output projections", 2 * len(layers) * tokens_of(batches), "tokens") as stage:
         for block, layer, end in zip(student.transformer.h, layers, ends, strict=True):
             for other in teacher.transformer.h[reached:layer]:
                 teacher_states = [_mlp(other, _attention(other, x)) for x in teacher_states]
             template = teacher.transformer.h[layer]
             teacher_states = [_attention(template, x) for x in teacher_states]
             heads = partial(_mixed, block)
-            student_states = _fitted(block.attn.c_proj, heads, student_states, teacher_states, dimensions)
+            student_states = _fitted(block.attn.c_proj, heads, student_states, teacher_states, dimensions, stage)
             teacher_states = [_mlp(template, x) for x in teacher_states]
             for other in teacher.transformer.h[layer + 1 : end]:
                 teacher_states = [_mlp(other, _attention(other, x)) for x in teacher_states]
             reached = end
             units = partial(_inner, block)
-            student_states = _fitted(block.mlp.c_proj, units, student_states, teacher_states, dimensions)
-            progress.advance()
+            student_states = _fitted(block.mlp.c_proj, units, student_states, teacher_states, dimensions, stage)
 
 
 def _fitted(
@@ -69,20 +70,23 @@ def _fitted(
     states: list[Float[Tensor, "B T Ds"]],
     targets: list[Float[Tensor, "B T D"]],
     dimensions: Int[Tensor, " Ds"],
+    stage: ProgressStage,
 ) -> list[Float[Tensor, "B T Ds"]]:
     """Fit one projection to the missing part of the targets by ridge regression, and return the states after it."""
     weight, bias = projection.weight, projection.bias  # Conv1D's weight has shape (in, out)
     size = len(weight) + 1  # one more for a column of ones, which fits the bias
-    square = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-    cross = torch.zeros(size, len(bias), dtype=torch.float64, device=weight.device)
+    exact = float64_device(weight.device)
+    square = torch.zeros(size, size, dtype=torch.float64, device=exact)
+    cross = torch.zeros(size, len(bias), dtype=torch.float64, device=exact)
     for state, target in zip(states, targets, strict=True):
         x = inputs(state)
         missing = target[..., dimensions] - state - (x @ weight + bias)
-        ones = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1).double()
+        ones = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1).to(exact).double()
         square += ones.T @ ones
-        cross += ones.T @ missing.flatten(0, 1).double()
+        cross += ones.T @ missing.flatten(0, 1).to(exact).double()
+        stage.advance(state.shape[0] * state.shape[1])
     square.diagonal().add_(RIDGE * square.diagonal().mean())
-    change = torch.linalg.solve(square, cross).to(weight.dtype)
+    change = torch.linalg.solve(square, cross).to(weight.dtype).to(weight.device)
     weight += change[:-1]
     bias += change[-1]
     return [state + inputs(state) @ weight + bias for state in states]

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss
+from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable, sizes_of
 from tinygpt2.compression.importance import (
     DepthImportance,
@@ -27,17 +27,19 @@ from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.scoring import perplexity_of
-from tinygpt2.models.card import model_card
+from tinygpt2.models.card import HubMetadata, model_card
 from tinygpt2.models.compatibility import check_fits
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import default_device
-from tinygpt2.utils.files import require_free
+from tinygpt2.runtime.devices import computes_on_device, current_device
+from tinygpt2.runtime.threads import tell_machine
+from tinygpt2.utils.files import require_free, shared_name
 from tinygpt2.utils.hub import hub_revision
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.plotting import paint
+from tinygpt2.utils.progress import track
 
 PICTURE = "importance.png"
 
@@ -72,6 +74,7 @@ class TruncateStudentResult:
     perplexity: CutPerplexity | None = None
 
 
+@computes_on_device
 @writes_out
 @fast_products()
 def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
@@ -98,12 +101,13 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     if data is not None and config.measures:
         if not len(data.train):
             raise DataError(f"the training split of {config.data} is empty: there is nothing to measure on")
-        teacher.to(default_device())
+        teacher.to(current_device())
+        tell_machine(current_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
     kept, importance = _choose(config, teacher, batches, positions)
     student = cut_model(teacher.cpu(), kept)
     if config.refit:
-        device = default_device()
+        device = current_device()
         short = [ids[:, : positions[0]] for ids in batches]
         refit(student.to(device), teacher.to(device), kept.layers, kept.dimensions.to(device), short)
     perplexity = None if data is None else _perplexity(student, teacher, data, config.calibration_sequences)
@@ -185,10 +189,11 @@ def _perplexity(
     """Measure both models on blocks of the test split, shortened to the student's positions."""
     if not len(data.test):
         return None
-    device = default_device()
+    device = current_device()
     batches = [ids[:, : student.config.n_positions] for ids in calibration_batches(data.test, count, device)]
     student, teacher = student.to(device), teacher.to(device)
-    after, before = (perplexity_of(mean_loss(model, batches)) for model in (student, teacher))
+    with track("measure student and teacher", 2 * tokens_of(batches), "tokens") as stage:
+        after, before = (perplexity_of(mean_loss(model, batches, stage)) for model in (student, teacher))
     return CutPerplexity(after, before, sum(len(ids) for ids in batches))
 
 
@@ -199,15 +204,21 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
     figures |= dict(_reasons(config, kept, result))
     if (perplexity := result.perplexity) is not None:
         figures["perplexity before any training"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"
-        figures["measured on"] = f"{perplexity.sequences} blocks of the test split of {config.data}"
+        figures["measured on"] = f"{perplexity.sequences} blocks of the test split of {shared_name(config.data or '')}"
     plural = "" if len(kept.layers) == 1 else "s"
     how = (
         f"A GPT-2 with {len(kept.layers)} layer{plural} and hidden size {len(kept.dimensions)}, cut from "
-        f"{config.teacher} and not trained since. It consists of the teacher's block{plural} "
+        f"{shared_name(config.teacher)} and not trained since. It consists of the teacher's block{plural} "
         f"{', '.join(map(str, kept.layers))}, with copied weights"
         + (" and refitted output projections." if config.refit else ".")
     )
-    return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags()}")
+    metadata = HubMetadata(
+        base_model=[] if revision is None else [config.teacher.partition("@")[0]],
+        language=config.language,
+        license=config.license,
+        perplexities={} if perplexity is None else {"held-out text": perplexity.student},
+    )
+    return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags(shared=True)}", metadata)
 
 
 def _reasons(
@@ -224,7 +235,8 @@ def _reasons(
             "hidden size, heads, inner units",
             (
                 f"{len(kept.dimensions)}, {len(kept.heads[0])}, {len(kept.inner[0])}: "
-                f"the ones that matter most on up to {config.calibration_sequences} blocks of {config.data}"
+                f"the ones that matter most on up to {config.calibration_sequences} blocks of "
+                f"{shared_name(config.data or '')}"
             ),
         )
         yield "dimensions kept", ", ".join(map(str, kept.dimensions.tolist()))

@@ -30,6 +30,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from tinygpt2.errors import ConfigError, one_line
+from tinygpt2.utils.files import shared_name
 
 
 def option(
@@ -184,8 +185,12 @@ class Config(BaseModel):
             except ConfigError as contradictions:
                 yield contradictions.message
 
-    def flags(self) -> str:
-        """Return the options that differ from their defaults as a command line."""
+    def flags(self, *, shared: bool = False) -> str:
+        """Return the options that differ from their defaults as a command line.
+
+        Args:
+            shared: shorten the paths of this machine to their last names, because other people will read them.
+        """
         recipe = {"recipe": self.recipe} if hasattr(self, "recipe") else {}
         defaults = {key: field.default for key, field in self.options().items()} | self.layered(recipe)
         words: list[str] = []
@@ -197,6 +202,7 @@ class Config(BaseModel):
                 words.append(flag_name(key) if value else f"--no-{flag_name(key)[2:]}")
                 continue
             for item in value if isinstance(value, list) else [value]:
+                item = shared_name(str(item)) if shared and extra(field, "path") else item
                 words += [str(item)] if extra(field, "positional") else [flag_name(key), str(item)]
         return shlex.join(words)
 

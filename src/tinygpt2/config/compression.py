@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Literal
 
 from tinygpt2.config.base import option
-from tinygpt2.config.models import ModelOptions
+from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
 
 Strategy = Literal["uniform", "alternate", "distilgpt2", "first", "middle", "last", "importance"]
 Position = Literal["first", "interpolate"]
 
 
-class TruncateStudentConfig(ModelOptions):
+class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
     """Options of `truncate-student`."""
 
     teacher: str = option("Teacher: a local directory or a Hub id.", path=True)
@@ -76,6 +76,7 @@ class TruncateStudentConfig(ModelOptions):
 
     def conflicts(self) -> Iterator[str]:
         """Require at least one cut, one way to choose layers, and data for what is measured."""
+        yield from super().conflicts()
         if self.num_layers is not None and self.layers is not None:
             yield "--num-layers and --layers cannot be combined: give one of them"
         if self.num_layers is None and self.layers is None and not self.cuts_width and self.n_positions is None:

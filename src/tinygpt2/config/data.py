@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Literal
 
 from tinygpt2.config.base import Config, option
@@ -12,6 +13,9 @@ from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH, MAX_SEED, RUN, TEXT
 EncodingErrors = Literal["strict", "replace", "skip"]
 Format = Literal["arrow", "hdf5", "jsonl"]
 InputFormat = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow"]
+
+
+H5PY_HINT = "run pip install 'tinygpt2[hdf5]'"
 
 
 class SourceOptions(Config):
@@ -149,6 +153,8 @@ class PregenerateConfig(PackOptions, SourceOptions):
             yield f"--shard {self.shard!r}: expected I/N, such as 1/8"
         elif not 1 <= self.shard_numbers[0] <= self.shard_numbers[1]:
             yield f"--shard {self.shard}: the first of N shards is 1/N, the last N/N"
+        if self.format == "hdf5" and find_spec("h5py") is None:
+            yield f"--format hdf5: h5py is not installed; {H5PY_HINT}"
         length = self.sequence_length
         if self.stride is not None and self.stride > length:
             yield f"--stride {self.stride} is larger than --sequence-length {length}: tokens would be lost"

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from tinygpt2.config.base import flag_name, option
 from tinygpt2.config.common import DECODING, MAX_SEED
-from tinygpt2.config.models import ModelOptions
+from tinygpt2.config.models import DeviceOptions, ModelOptions
 
 
-class GenerateConfig(ModelOptions):
+class GenerateConfig(ModelOptions, DeviceOptions):
     """Options of `generate`. Decoding is greedy without an option for sampling or beam search."""
 
     model: list[str] = option("Model: a local directory or a Hub id. Repeat it to compare several.", path=True)

@@ -9,7 +9,7 @@ from typing import Literal
 from tinygpt2.config.base import option
 from tinygpt2.config.common import Precision
 from tinygpt2.config.data import FileOptions
-from tinygpt2.config.models import ModelOptions
+from tinygpt2.config.models import DeviceOptions, ModelOptions
 
 Convention = Literal["hf", "gpt2-paper", "lm-eval", "tinygpt2"]
 
@@ -23,7 +23,7 @@ CONVENTION_NOTES: dict[Convention, str] = {
 }
 
 
-class PplConfig(ModelOptions, FileOptions):
+class PplConfig(ModelOptions, DeviceOptions, FileOptions):
     """Options of `ppl`."""
 
     model: list[str] = option(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 from tinygpt2.config.base import Config, option
-from tinygpt2.config.common import RUN
+from tinygpt2.config.common import RUN, Device
 
 
 class PresetsConfig(Config):
@@ -15,4 +18,36 @@ class ModelOptions(Config):
 
     allow_pickle: bool = option(
         "Load pickled weights (.bin) if there are no safetensors. Only for models you trust.", default=False, panel=RUN
+    )
+
+
+class CardOptions(Config):
+    """What the model card says that a command cannot know."""
+
+    license: str | None = option(
+        "Licence of the model, for its card: an identifier of the Hub, such as apache-2.0. Not written if not given.",
+        default=None,
+        panel=RUN,
+    )
+    language: list[str] = option(
+        "Language of the texts, for the model card: a code such as en. Repeatable.", default=[], panel=RUN
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Check the form of the identifiers."""
+        yield from super().conflicts()
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license):
+            yield f"--license {self.license!r}: expected an identifier of the Hub, such as apache-2.0, mit or other"
+        for code in self.language:
+            if not re.fullmatch(r"[a-z]{2,3}", code):
+                yield f"--language {code!r}: expected a code of two or three small letters, such as en"
+
+
+class DeviceOptions(Config):
+    """Where a command computes."""
+
+    device: Device = option(
+        "Where to compute: cpu, cuda (NVIDIA or AMD) or mps (Apple). auto takes a CUDA GPU if there is one.",
+        default="auto",
+        panel=RUN,
     )

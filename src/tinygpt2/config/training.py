@@ -14,7 +14,7 @@ from pydantic import field_validator
 from tinygpt2.config.base import extra, flag_name, option
 from tinygpt2.config.common import LENGTH, MAX_SEED, OPTIMISATION, RUN, TEXT, Precision
 from tinygpt2.config.data import PackOptions
-from tinygpt2.config.models import ModelOptions
+from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
 OnSaveError = Literal["stop", "continue"]
@@ -47,7 +47,7 @@ def dataset_shares(names: str | list[str]) -> dict[str, Fraction | None]:
     return found
 
 
-class TrainOptions(ModelOptions):
+class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
     """Options that pretrain, distill and finetune share."""
 
     out: str = option("Directory for the trained model.", path=True)
@@ -254,7 +254,7 @@ class TrainOptions(ModelOptions):
             if tracker not in TRACKERS:
                 yield f"--report-to {tracker!r}: expected {' or '.join(TRACKERS)}"
             elif find_spec(tracker) is None:
-                yield f"--report-to {tracker}: it is not installed; run pip install {tracker}"
+                yield f"--report-to {tracker}: it is not installed; run pip install 'tinygpt2[{tracker}]'"
         if self.task_data is not None and not self.eval_task:
             yield "--task-data has no effect without --eval-task"
         if self.early_stopping_patience and not self.eval_every:

@@ -1,13 +1,16 @@
-"""Options of `quickstart`, `runs`, `show` and `verify`."""
+"""Options of `quickstart`, `runs`, `show`, `verify` and `push`."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+
 from tinygpt2.config.base import Config, option
 from tinygpt2.config.common import MAX_SEED
-from tinygpt2.config.models import ModelOptions
+from tinygpt2.config.models import DeviceOptions, ModelOptions
 
 
-class QuickstartConfig(Config):
+class QuickstartConfig(DeviceOptions):
     """Options of `quickstart`."""
 
     out: str = option(
@@ -41,3 +44,25 @@ class VerifyConfig(ModelOptions):
         default=None,
         path=True,
     )
+
+
+class PushConfig(Config):
+    """Options of `push`."""
+
+    out: str = option("Model directory.", positional=True, path=True)
+    repo: str = option("Where on the Hub: USER/NAME. It is made if it does not exist.")
+    private: bool = option("Make a new repository private.", default=False)
+    revision: str | None = option(
+        "Branch to upload to. It is made if it does not exist.", default=None, shown="the main branch"
+    )
+    message: str | None = option("Message of the commit.", default=None, shown="Upload a GPT-2 with tinygpt2")
+    dry_run: bool = option("Check the model, list what would be uploaded, and exit. Uses no network.", default=False)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check the form of the repository's name."""
+        yield from super().conflicts()
+        name = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+        if not re.fullmatch(f"{name}/{name}", self.repo) or re.search(r"--|\.\.|\.git$", self.repo):
+            yield f"--repo {self.repo!r}: expected USER/NAME in letters, digits and single - . _"
+        if self.message is not None and not self.message.strip():
+            yield "--message is empty"

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tinygpt2.errors import DataError, one_line
+from tinygpt2.config.data import H5PY_HINT
+from tinygpt2.errors import ConfigError, DataError, one_line
 from tinygpt2.utils.types import Array
 
 
@@ -44,8 +45,10 @@ class Hdf5Part:
     """An HDF5 file that contains `input_ids` and `input_mask`."""
 
     def __init__(self, file: Path, length: int, padded: bool) -> None:
-        import h5py
-
+        try:
+            import h5py
+        except ImportError:
+            raise ConfigError(f"{file} is an HDF5 file, but h5py is not installed", H5PY_HINT) from None
         self.padded = padded
 
         try:

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from tinygpt2.data.block_readers import ArrowPart, BlockPart, Hdf5Part, JsonPart, MapPart, real_tokens
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
-from tinygpt2.errors import DataError, one_line
+from tinygpt2.errors import ConfigError, DataError, one_line
 from tinygpt2.utils.files import read_json
 from tinygpt2.utils.types import Array
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
     from tinygpt2.utils.types import Tokenizer
 
 
@@ -109,6 +109,8 @@ class Blocks:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return blocks as int64 tokens, one row per index."""
+        import torch
+
         rows = [self._read(int(index)) for index in indices]
         ids = torch.from_numpy(np.stack([ids for ids, _ in rows]).astype(np.int64))
         lengths = [length for _, length in rows]
@@ -266,7 +268,7 @@ def load_packed_dataset(name: str) -> PackedDataset:
         )
         length = int(manifest["sequence_length"])
         return PackedDataset(str(path), Blocks(train, length), Blocks(test, length), manifest, folders[0] / "tokenizer")
-    except DataError:
+    except (ConfigError, DataError):
         raise
     except Exception as error:  # broken files raise many kinds of exceptions
         raise DataError(
@@ -300,13 +302,19 @@ def _open(folder: Path, split: str, manifest: dict[str, Any]) -> list[BlockPart]
         return [Hdf5Part(folder / file["name"], length, padded) for file in manifest["splits"][split]["files"]]
     if kind == "jsonl":
         return [JsonPart(folder / f"{split}_dataset.json", length, padded)]
-    import datasets
+    stored = read_json(folder / split / "state.json")["_data_files"]
+    return [part for file in stored for part in _arrow_parts(folder / split / file["filename"], length)]
 
-    dataset = datasets.load_from_disk(str(folder / split))
-    stored = dataset.features["input_ids"].length
+
+def _arrow_parts(file: Path, length: int) -> list[BlockPart]:
+    """Map one of the files that `datasets` writes; to import that library takes longer than to open a split."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
+    stored = table.schema.field("input_ids").type.list_size
     if stored != length:
-        raise DataError(f"{folder}: {split}: the blocks have {stored} tokens, but {MANIFEST} says {length}")
-    return [ArrowPart(chunk, length) for chunk in dataset.data.column("input_ids").chunks]
+        raise DataError(f"{file}: the blocks have {stored} tokens, but {MANIFEST} says {length}")
+    return [ArrowPart(chunk, length) for chunk in table.column("input_ids").chunks]
 
 
 def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from tinygpt2.errors import ModelError, one_line
+from tinygpt2.utils.progress import detail
 from tinygpt2.utils.types import Tokens
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class Encoder:
         self._mark = 1 + max(ranks.values()) if ranks else 0
         self._fast = _engine(ranks, self._mark) if ranks else None
         self.reproduced = self._fast is not None
+        engine = "tiktoken, which gives the same tokens" if self.reproduced else "tokenizers: tiktoken would differ"
+        detail(f"texts are encoded by {engine}")
         self.dtype: np.dtype[Any] = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.int32)
 
     @property

@@ -116,6 +116,7 @@ def load_datasets(names: str | list[str]) -> PackedDataset:
     manifest = {
         **first.manifest,
         "sources": [source for member in members for source in member.manifest["sources"]],
+        "hub_datasets": [name for member in members for name in member.manifest.get("hub_datasets", [])],
         "content": _content([member.content for member in members], list(shares.values())),
     }
     name = " and ".join(names if isinstance(names, list) else [names])

@@ -33,7 +33,7 @@ from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.runtime.cpu import usable_cores
 from tinygpt2.utils.files import read_json, require_free, write_json
 from tinygpt2.utils.locks import writes_out
-from tinygpt2.utils.progress import say, track
+from tinygpt2.utils.progress import detail, say, track, warn
 from tinygpt2.utils.types import Tokens
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         result.mkdir()
         del settings["read"]  # names and times of files: the result depends only on their content
         manifest = {**settings, **_write(result, read, kept, config, encoder.dtype)}
+        if datasets := {item.dataset: None for item in corpus.items if item.dataset}:
+            manifest["hub_datasets"] = list(datasets)
         tokenizer.save_pretrained(str(result / "tokenizer"))
         write_json(result / MANIFEST, manifest)
         if out.exists():
@@ -127,8 +129,8 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
 def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
     splits = manifest["splits"]
     if splits["test"]["sequences"] == 0 and (manifest["test_fraction"] or manifest["test_sources"]):
-        say(
-            f"warning: the held-out text is shorter than one block of {manifest['sequence_length']} tokens: "
+        warn(
+            f"the held-out text is shorter than one block of {manifest['sequence_length']} tokens: "
             "the test split is empty"
         )
     return PregenerateResult(
@@ -239,10 +241,10 @@ def _tokenize(
         pieces = corpus.pieces() if apart else joined_pieces(corpus, config.tokenizer)
         items = islice(_items(pieces, config), sort.progress.pieces, None)
         workers = config.num_workers or usable_cores()
+        detail(f"{workers} threads encode, {'parts of long documents apart' if apart else 'whole documents'}")
         encode = partial(_encode, encoder=encoder, eos=end)
         size = corpus.size_hint()
-        with track("tokenize", size and size // config.shard_numbers[1]) as task:
-            task.advance(sort.progress.bytes)
+        with track("tokenize", size and size // config.shard_numbers[1], "bytes", done=sort.progress.bytes) as task:
             for batch in in_order(encode, _batches(items), workers):
                 sort.add(batch)
                 task.advance(int(batch.entries["bytes"].sum()))

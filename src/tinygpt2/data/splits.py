@@ -34,7 +34,7 @@ def divide(
         test: writes the test split.
     """
     sizes, total = np.zeros((2, 2), np.int64), read.progress.tokens
-    with track("pack", total) as task:
+    with track("pack", total, "tokens") as task:
         # a split by position holds out the last part of the text in its own order
         for entries, tokens in read.groups(shuffled=not (cut is not None and cut < total)):
             if cut is not None:

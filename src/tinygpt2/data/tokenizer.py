@@ -107,12 +107,19 @@ def _read(directory: Path, class_name: str) -> Any:
     has. Here, the pipeline is always that of tokenizer.json, and no special token is added that no file names.
     """
     from tokenizers import Tokenizer as Backend
-    from transformers import AutoTokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
+    from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
     stored, known = directory / "tokenizer.json", {}
     merges = all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
-    # AutoTokenizer refuses a folder that has only vocab.json and merges.txt; GPT-2's own class reads it
-    kind: Any = GPT2TokenizerFast if merges and not class_name and not stored.is_file() else AutoTokenizer
+    # AutoTokenizer refuses a folder that has only vocab.json and merges.txt, and it imports torch; GPT-2's own class
+    # reads such a folder, and all that name it
+    alone = merges and not class_name and not stored.is_file()
+    named = class_name in ("GPT2Tokenizer", "GPT2TokenizerFast") and not (directory / "config.json").is_file()
+    kind: Any = GPT2TokenizerFast
+    if not (alone or named):
+        from transformers import AutoTokenizer
+
+        kind = AutoTokenizer
     tokenizer = kind.from_pretrained(str(directory), trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer

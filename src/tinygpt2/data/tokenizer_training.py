@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from tinygpt2.errors import DataError, explained
 from tinygpt2.runtime.signals import consumed_interruptibly
 from tinygpt2.utils.files import require_free, staged_files
 from tinygpt2.utils.locks import writes_out
-from tinygpt2.utils.progress import track
+from tinygpt2.utils.progress import ProgressStage, track
 
 _PASSAGE, _BORDER = 2000, re.compile(r"\S(?=\s)")
 
@@ -77,9 +77,9 @@ def train_tokenizer(config: TrainTokenizerConfig) -> TrainTokenizerResult:
     )
     corpus = Corpus.of(config.source, config)
     share = _HeldOut(config.test_fraction)
-    with track("train tokenizer", corpus.size_hint()) as task:
+    with track("read the text", corpus.size_hint(), "bytes") as stage:
         train = partial(backend.train_from_iterator, trainer=trainer)
-        consumed_interruptibly(train, share.rest(corpus, task.advance))
+        consumed_interruptibly(train, share.rest(corpus, stage))
     if not share.documents:
         raise DataError(f"no text in {', '.join(config.source)}")
     if backend.get_vocab_size() < config.vocab_size:
@@ -115,8 +115,8 @@ class _HeldOut:
         self.documents = self.bytes = self._kept = 0
         self.texts: list[str] = []
 
-    def rest(self, corpus: Corpus, advance: Callable[[int], None]) -> Iterator[str]:
-        """Yield the passages to train on."""
+    def rest(self, corpus: Corpus, stage: ProgressStage) -> Iterator[str]:
+        """Yield the passages to train on, and report their bytes."""
         for piece in corpus.pieces():
             self.documents += piece.last
             start = 0
@@ -127,9 +127,10 @@ class _HeldOut:
                 start += len(passage)
                 raw = passage.encode()
                 self.bytes += len(raw)
-                advance(len(raw))
+                stage.advance(len(raw))
                 if zlib.crc32(raw) >= self._limit:
                     yield passage
                 elif self._kept < _REPORT:
                     self._kept += len(raw)
                     self.texts.append(passage)
+        stage.then("compute the merges")

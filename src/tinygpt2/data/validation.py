@@ -11,8 +11,9 @@ from tinygpt2.data.block_readers import real_tokens
 from tinygpt2.data.block_writers import MANIFEST, content_of
 from tinygpt2.data.dataset import Blocks, load_packed_dataset, shard_folders
 from tinygpt2.data.tokenizer import fingerprint, vocabulary_size
-from tinygpt2.errors import DataError, one_line
+from tinygpt2.errors import ConfigError, DataError, one_line
 from tinygpt2.utils.files import read_json
+from tinygpt2.utils.progress import track
 
 
 def check_dataset(path: Path) -> Iterator[str]:
@@ -33,6 +34,8 @@ def _check_folder(path: Path) -> Iterator[str]:
     try:
         packed = load_packed_dataset(str(path))
         tokenizer = packed.tokenizer()
+    except ConfigError:  # a package is missing, which is no fault of the dataset
+        raise
     except Exception as error:
         yield str(error)
         return
@@ -43,12 +46,27 @@ def _check_folder(path: Path) -> Iterator[str]:
         if len(blocks) != counts.get("sequences"):
             yield f"{name}: there are {len(blocks)} sequences, but {MANIFEST} says {counts.get('sequences')}"
             continue
+        if packed.manifest["format"] == "arrow":
+            yield from _check_opens(path / name, len(blocks))
         if packed.manifest["format"] == "jsonl":
             yield from _check_metrics(path, name, len(blocks), packed.sequence_length)
         try:
             yield from _check_blocks(blocks, name, counts["files"], vocabulary_size(tokenizer))
         except Exception as error:
             yield f"{name}: {one_line(error)}"
+
+
+def _check_opens(split: Path, sequences: int) -> Iterator[str]:
+    """Check that plain `datasets` opens a split."""
+    import datasets
+
+    try:
+        found = len(datasets.load_from_disk(str(split)))
+    except Exception as error:  # broken files raise many kinds of exceptions
+        yield f"{split.name}: datasets.load_from_disk cannot open it: {one_line(error)}"
+        return
+    if found != sequences:
+        yield f"{split.name}: datasets.load_from_disk opens {found} sequences instead of {sequences}"
 
 
 def _check_metrics(path: Path, split: str, sequences: int, length: int) -> Iterator[str]:
@@ -70,21 +88,23 @@ def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocab
         yield f"{split}: there are {len(blocks)} sequences, but the files in {MANIFEST} have {listed}"
         return
     step = max(1, (1 << 20) // blocks.sequence_length)
-    for part in blocks.parts:
-        start = 0
-        while start < len(part):
-            while not left:
-                current = waiting.pop(0)
-                sha, left = hashlib.sha256(), current["sequences"]
-            ids, mask = part.read(start, min(start + step, start + left, len(part)))
-            outside = (ids < 0) | (ids >= vocabulary)
-            if outside.any():
-                row = number + int(outside.any(-1).argmax())
-                yield f"{split}: sequence {row} contains a token outside the vocabulary of {vocabulary}"
-                return
-            if mask is not None:
-                real_tokens(mask, number)
-            sha.update(content_of(ids))
-            start, left, number = start + len(ids), left - len(ids), number + len(ids)
-            if not left and sha.hexdigest() != current["sha256"]:
-                yield f"{current['name']}: its tokens are not the ones that were written (the SHA-256 differs)"
+    with track(f"check the {split} split", len(blocks), "blocks", announce=False) as stage:
+        for part in blocks.parts:
+            start = 0
+            while start < len(part):
+                while not left:
+                    current = waiting.pop(0)
+                    sha, left = hashlib.sha256(), current["sequences"]
+                ids, mask = part.read(start, min(start + step, start + left, len(part)))
+                outside = (ids < 0) | (ids >= vocabulary)
+                if outside.any():
+                    row = number + int(outside.any(-1).argmax())
+                    yield f"{split}: sequence {row} contains a token outside the vocabulary of {vocabulary}"
+                    return
+                if mask is not None:
+                    real_tokens(mask, number)
+                sha.update(content_of(ids))
+                start, left, number = start + len(ids), left - len(ids), number + len(ids)
+                stage.advance(len(ids))
+                if not left and sha.hexdigest() != current["sha256"]:
+                    yield f"{current['name']}: its tokens are not the ones that were written (the SHA-256 differs)"

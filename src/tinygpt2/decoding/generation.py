@@ -16,8 +16,10 @@ from tinygpt2.decoding.prompts import Continuation, LiveText, prompt_tokens, req
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.compatibility import first_token, require_tokenizer
 from tinygpt2.models.loading import load_model, model_tokenizer
+from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import default_device
+from tinygpt2.runtime.devices import computes_on_device, current_device
+from tinygpt2.runtime.threads import enough_threads, tell_machine
 from tinygpt2.utils.files import absolute, read_text
 from tinygpt2.utils.progress import say
 
@@ -77,7 +79,8 @@ def load_with_tokenizer(name: str, *, allow_pickle: bool = False) -> LoadedModel
     model, directory = load_model(name, allow_pickle=allow_pickle)
     tokenizer = require_tokenizer(model_tokenizer(directory), model.config, name)
     model.generation_config = GenerationConfig()  # do not use the directory's generation_config.json
-    return LoadedModel(name, model.to(default_device()), tokenizer)
+    tell_machine(current_device(), "fp32")
+    return LoadedModel(name, model.to(current_device()), tokenizer)
 
 
 def continue_prompt(
@@ -108,7 +111,8 @@ def continue_prompt(
     torch.manual_seed(config.seed)
     started = time.perf_counter()
     prompts = torch.tensor([ids], device=model.device)
-    with torch.no_grad():
+    rows = config.num_samples * config.num_beams
+    with torch.no_grad(), enough_threads(2 * count_parameters(model) * rows):
         out = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -182,6 +186,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     return [read_text(Path(config.prompt_file))]
 
 
+@computes_on_device
 @fast_products()
 def generate(config: GenerateConfig, on_text: OnText = lambda loaded, prompt: None) -> GenerateResult:
     """Continue every prompt with every model.

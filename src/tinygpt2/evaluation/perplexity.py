@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -18,22 +20,27 @@ from tinygpt2.data.encoding import encode
 from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError, TinyGPT2Error
 from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, tokenize_task
 from tinygpt2.evaluation.plots import plot_comparison
-from tinygpt2.evaluation.results import Paired, PplResult, PplRow, make_row
+from tinygpt2.evaluation.results import Paired, PplResult, PplRow, make_row, short_names
 from tinygpt2.evaluation.scoring import Scorer, Scores
 from tinygpt2.evaluation.stopwords import STOP_WORDS
 from tinygpt2.evaluation.tasks import Task, load_tasks
+from tinygpt2.models.activations import attention_kernel
+from tinygpt2.models.lm_head import scoring_chunk
 from tinygpt2.models.loading import load_model, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.devices import DTYPES, computes_on_device, current_device, on_cuda
 from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.processes import launched
+from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import absolute
-from tinygpt2.utils.progress import say, track
+from tinygpt2.utils.progress import ProgressStage, detail, follow, say, track
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
 
 
+@computes_on_device
 def ppl(config: PplConfig) -> PplResult:
     """Measure the zero-shot perplexity of every model on every task.
 
@@ -49,15 +56,15 @@ def ppl(config: PplConfig) -> PplResult:
     if config.list_tasks:
         raise ConfigError("ppl measures, and list_tasks does not", "call tinygpt2.list_tasks instead")
     check_number(config.num_processes)
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("--precision fp16 needs a GPU", "on a CPU use bf16 or fp32")
+    if config.precision == "fp16" and not on_cuda():
+        raise ConfigError("--precision fp16 needs a CUDA GPU", "elsewhere use bf16 or fp32")
     if (config.num_processes or 1) > 1 and not launched():
         result: PplResult = launch("ppl", config.num_processes or 1, config)
         return result
     joined = distributed.is_initialized()
     if not joined:  # forget the processes of an earlier call: they no longer exist
         PartialState._reset_state()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=current_device().type == "cpu")
     try:
         with state.main_process_first():  # one process downloads, the others use its cache
             tasks = load_tasks(config.task, config.task_data, config)
@@ -98,18 +105,22 @@ def tokenize_fitting_tasks(
 def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> PplResult:
     names = list(dict.fromkeys(config.model))
     tasks, tokenized_tasks = _tokenize_all(config, names, tasks)
+    tell_machine(device, config.precision)
+    detail(f"attention: {attention_kernel(device.type, DTYPES[config.precision], gradients=False)}")
     rows, done = [], {}
-    for name in names:
-        model, directory = load_model(name, allow_pickle=config.allow_pickle)
-        parameters = count_parameters(model)
-        scorer = Scorer(model, config.precision, device)
-        for task in tasks:
-            tokenizer = ModelTokenizer(name, model.config, model_tokenizer(directory))
-            row, done[name, task.name] = _measure(
-                scorer, tokenizer, task, tokenized_tasks[name, task.name], config, parameters
-            )
-            rows.append(row)
-        del model, scorer  # so that two models are never in memory at once
+    with _Stages(names, tasks, tokenized_tasks) as stages:
+        for name in names:
+            model, directory = load_model(name, allow_pickle=config.allow_pickle)
+            parameters = count_parameters(model)
+            scorer = Scorer(model, config.precision, device)
+            for task in tasks:
+                tokenizer = ModelTokenizer(name, model.config, model_tokenizer(directory))
+                with stages.next(name, task.name) as advance:
+                    row, done[name, task.name] = _measure(
+                        scorer, tokenizer, task, tokenized_tasks[name, task.name], config, parameters, advance
+                    )
+                rows.append(row)
+            del model, scorer  # so that two models are never in memory at once
     paired = []
     for task in tasks:
         for a, b in combinations(names, 2):
@@ -117,6 +128,36 @@ def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> 
             same = tokenized_tasks[a, task.name].same_targets(tokenized_tasks[b, task.name])
             paired.append(_pair(absolute(a), absolute(b), task.name, *scores if same else (None, None)))
     return PplResult(rows, paired)
+
+
+class _Stages(ExitStack):
+    """Reports how far each model is on each task and, if there are several of them, how far all are."""
+
+    def __init__(self, names: list[str], tasks: list[Task], tokenized: dict[tuple[str, str], TokenizedTask]) -> None:
+        super().__init__()
+        self._targets = {key: sum(span.targets for span in one.spans) for key, one in tokenized.items()}
+        self._names, self._tasks = short_names(names), short_names([task.name for task in tasks])
+        self._count, self._number, self._whole = len(names) * len(tasks), 0, ProgressStage()
+
+    def __enter__(self) -> Self:
+        if self._count > 1:
+            total = sum(self._targets[name, task] for name in self._names for task in self._tasks)
+            self._whole = self.enter_context(track("all of them", total, "tokens", announce=False, lines=False))
+        return self
+
+    @contextmanager
+    def next(self, name: str, task: str) -> Iterator[Callable[[int, str], None]]:
+        """Report on a model and a task; yield a function to be called with the targets just scored and a note."""
+        self._number += 1
+        number = f"{self._number} of {self._count}: " if self._count > 1 else ""
+        title = f"{number}{self._names[name]} on {self._tasks[task]}"
+        with track(title, self._targets[name, task], "tokens") as stage:
+
+            def advance(targets: int, note: str) -> None:
+                stage.advance(targets, note)
+                self._whole.advance(targets)
+
+            yield advance
 
 
 def _tokenize_all(
@@ -129,7 +170,7 @@ def _tokenize_all(
         fit every model and the convention are skipped.
     """
     tokenized_tasks: dict[tuple[str, str], TokenizedTask] = {}
-    for name in names:
+    for name in follow(names, "tokenize the tasks", "models", announce=False):
         model, directory = load_model(name, allow_pickle=config.allow_pickle, hollow=True)
         tokenizer = ModelTokenizer(name, model.config, model_tokenizer(directory))
         fitting = tokenize_fitting_tasks(tasks, tokenizer, config.convention, config.stride)
@@ -143,20 +184,27 @@ def _tokenize_all(
 
 
 def _measure(
-    scorer: Scorer, model: ModelTokenizer, task: Task, tokenized: TokenizedTask, config: PplConfig, parameters: int
+    scorer: Scorer,
+    model: ModelTokenizer,
+    task: Task,
+    tokenized: TokenizedTask,
+    config: PplConfig,
+    parameters: int,
+    advance: Callable[[int, str], None],
 ) -> tuple[PplRow, Scores]:
     window = max(span.stop - span.start for span in tokenized.spans)
     budget = config.batch_size * window if config.batch_size else _budget(scorer.head.device.type)
     last_words = bool(task.passages) and config.convention != "tinygpt2"
     ruled_out = _stop_words(model.tokenizer, len(scorer.head)).to(scorer.head.device) if last_words else None
+    chunk = scoring_chunk(len(scorer.head), scorer.head.device.type)
+    detail(f"{task.name}: up to {budget:,} tokens in a forward pass, logits of {chunk:,} tokens at a time")
     started = time.perf_counter()
-    with track(f"{model.name} on {task.name}", len(tokenized.spans)) as progress:
-        try:
-            every = scorer(tokenized.tokens, tokenized.spans, budget, progress.advance, ruled_out)
-        except torch.OutOfMemoryError as error:
-            raise MachineError(
-                f"out of memory on {task.name}", "use a smaller --batch-size, or --precision bf16"
-            ) from error
+    try:
+        every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out)
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"out of memory on {task.name}", "use a smaller --batch-size, or --precision bf16"
+        ) from error
     seconds = time.perf_counter() - started
     scores = counted(tokenized, every)
     if not np.isfinite(every.sums).all():

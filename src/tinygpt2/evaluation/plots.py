@@ -19,18 +19,18 @@ def plot_comparison(result: PplResult, config: PplConfig) -> None:
     """
     path = Path(config.plot or "")
     rows = result.results
-    charts = comparison_charts(rows)
+    charts, tasks = comparison_charts(rows), short_names([row.task for row in rows])
     title = f"zero-shot perplexity, convention {rows[0].convention}"
     page = path if path.suffix.lower() == ".html" else path.with_name(f"{path.stem}.html")
     if page != path:
         draw(charts, path, title)
-    settings = {**config.model_dump(exclude={"model", "task", "plot", "csv", "markdown", "list_tasks"})}
+    settings = {key: getattr(config, key) for key in ("convention", "stride", "batch_size", "precision", "task_data")}
     write_page(page, title, [
         paragraphs(f"{CONVENTION_NOTES[rows[0].convention]}."),
         table_section("Models", *_table(rows)),
-        table_section("Differences between models", *_differences(result.paired)),
         chart_section("Charts", charts),
-        settings_section("Settings", {key: value for key, value in settings.items() if value is not False}),
+        *(_differences(task, name, result.paired) for task, name in tasks.items() if result.paired),
+        settings_section("Settings", settings),
     ])  # fmt: skip
 
 
@@ -44,14 +44,15 @@ def comparison_charts(rows: Sequence[PplRow]) -> list[Chart]:
     names = short_names([row.model for row in rows])
     by_task = {task: [row for row in rows if row.task == task] for task in dict.fromkeys(row.task for row in rows)}
     charts = []
-    for key, label in (("parameters", "parameters"), ("tokens_per_second", "tokens per second, measured here")):
+    for key, label in (("parameters", "parameters"), ("tokens_per_second", "tokens per second")):
         for task, found in by_task.items():
             if key != "parameters" and any(row.accuracy is not None for row in found):
                 continue
             ordered = sorted(found, key=lambda row: (row.parameters, row.perplexity))
             series = [Series(names[row.model], [(getattr(row, key), row.perplexity)]) for row in ordered]
             y = f"perplexity per {found[0].unit}"
-            charts.append(Chart(tasks[task], label, y, series, joined=False, log=True))
+            title = f"{tasks[task]}, by {'parameters' if key == 'parameters' else 'speed'}"
+            charts.append(Chart(title, label, y, series, joined=False, log=True))
     return charts
 
 
@@ -85,19 +86,21 @@ def _table(rows: Sequence[PplRow]) -> tuple[list[str], list[list[str]], str]:
     return headings, cells, f"Texts: {texts}. The number after ± is the standard error over windows."
 
 
-def _differences(paired: Sequence[Paired]) -> tuple[list[str], list[list[str]], str]:
-    """Return headings and cells of the differences of each pair of models, and a note below them."""
-    names = short_names([name for pair in paired for name in (pair.a, pair.b)])
-    tasks = short_names([pair.task for pair in paired])
-    cells = [
-        [
-            f"{names[pair.a]} - {names[pair.b]}",
-            tasks[pair.task],
-            "different tokens"
-            if pair.difference is None
-            else f"{pair.difference:+.4f}" + (f" ± {pair.stderr:.4f}" if pair.stderr is not None else ""),
-        ]
-        for pair in paired
-    ]
-    note = "A negative difference means that the first model predicts better. The number after ± is its standard error."
-    return ["models", "task", "difference of the losses (nats/token)"], cells, note
+def _differences(task: str, name: str, paired: Sequence[Paired]) -> str:
+    """Return the differences on one task as a matrix: the loss of the row's model minus that of the column's."""
+    pairs = {(pair.a, pair.b): pair for pair in paired if pair.task == task}
+    models = short_names([name for pair in paired for name in (pair.a, pair.b)])
+    rows = [[models[a], *(_difference(pairs, a, b) for b in models)] for a in models]
+    note = "Loss of the row's model minus that of the column's, in nats per token, with its standard error: a negative "
+    return table_section(
+        f"Differences on {name}", ["", *models.values()], rows, note + "number means the row's is better."
+    )
+
+
+def _difference(pairs: dict[tuple[str, str], Paired], a: str, b: str) -> str:
+    pair, sign = (pairs[a, b], 1) if (a, b) in pairs else (pairs.get((b, a)), -1)
+    if pair is None:
+        return "-"
+    if pair.difference is None:
+        return "different tokens"
+    return f"{sign * pair.difference:+.4f}" + (f" ± {pair.stderr:.4f}" if pair.stderr is not None else "")

@@ -20,7 +20,7 @@ from transformers import GPT2LMHeadModel
 
 from tinygpt2.config.common import Precision
 from tinygpt2.models.lm_head import head_operand, target_losses
-from tinygpt2.runtime.devices import DTYPES
+from tinygpt2.runtime.devices import DTYPES, current_device, float64_device
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Scorer:
         tokens: Integer[np.ndarray, " N"],
         spans: Sequence[Window],
         budget: int,
-        advance: Callable[[int, str], None] = lambda windows, note: None,
+        advance: Callable[[int, str], None] = lambda targets, note: None,
         ruled_out: Bool[Tensor, " V"] | None = None,
     ) -> Scores:
         """Score windows, in batches of similar length.
@@ -130,25 +130,27 @@ class Scorer:
             tokens: the text's token ids.
             spans: its windows.
             budget: tokens in one forward pass; a longer window is scored alone.
-            advance: called with the number of windows just done and a note with the perplexity so far.
+            advance: called with the number of targets that all processes have just scored, and a note with the
+                perplexity so far.
             ruled_out: also check which targets were predicted, once with and once without these tokens allowed.
         """
-        state = PartialState(cpu=not torch.cuda.is_available())
-        found = np.zeros((3, len(spans)))
+        state = PartialState(cpu=current_device().type == "cpu")
+        found, everything = np.zeros((3, len(spans))), sum(span.targets for span in spans)
         total, targets, done = 0.0, 0, 0
         for batch in list(_batches(spans, budget))[state.process_index :: state.num_processes]:
             part = [spans[index] for index in batch]
             input_ids, wanted = _padded(tokens, part, self.head.device)
             losses, hits = target_losses(self.model, self.head, input_ids, wanted, ruled_out)
             owner = torch.repeat_interleave(torch.tensor([span.targets for span in part])).to(losses.device)
-            sums = torch.zeros(len(part), dtype=torch.float64, device=losses.device)
-            found[0, batch] = sums.index_add_(0, owner, losses.double()).cpu().numpy()
+            exact = losses.to(float64_device(losses.device)).double()
+            sums = torch.zeros(len(part), dtype=torch.float64, device=exact.device)
+            found[0, batch] = sums.index_add_(0, owner.to(exact.device), exact).cpu().numpy()
             if hits is not None:
                 found[1:, batch] = _all_hit(hits.cpu(), [span.targets for span in part])
             total, targets = total + float(losses.sum()), targets + len(losses)
-            windows = min(len(part) * state.num_processes, len(spans) - done)
-            done += windows
-            advance(windows, f"perplexity {perplexity_of(total / targets):,.4g}")
+            just = min(len(losses) * state.num_processes, everything - done)  # the other processes do about as many
+            done += just
+            advance(just, f"perplexity {perplexity_of(total / targets):,.4g}")
         if state.num_processes > 1:
             found = reduce(torch.from_numpy(found).to(state.device), "sum").cpu().numpy()
         counts = np.array([span.targets for span in spans])

@@ -93,7 +93,7 @@ def mixed_heads(
     attention = block.attn
     fused = attention.c_attn(block.ln_1(hidden))
     query, key, value = (by_head(part, attention.num_heads) for part in fused.chunk(3, dim=-1))
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+    if _attends_by_rows(query.device.type, query.dtype, gradients=torch.is_grad_enabled()):
         mixed = _attend_by_rows(query, key, value, attention.scaling)
     else:
         mixed = F.scaled_dot_product_attention(
@@ -105,6 +105,17 @@ def mixed_heads(
             scale=attention.scaling,
         )
     return mixed.transpose(1, 2).flatten(2), fused
+
+
+def _attends_by_rows(device: str, dtype: torch.dtype, *, gradients: bool) -> bool:
+    return device == "cpu" and dtype == torch.bfloat16 and not gradients
+
+
+def attention_kernel(device: str, dtype: torch.dtype, *, gradients: bool) -> str:
+    """Return the name of the kernel that computes attention."""
+    if _attends_by_rows(device, dtype, gradients=gradients):
+        return f"our own, {ROWS} query rows at a time"
+    return "torch's scaled_dot_product_attention"
 
 
 def _attend_by_rows(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-from torch import Tensor
-from transformers import GPT2LMHeadModel
-from transformers.modeling_utils import load_state_dict
+from typing import TYPE_CHECKING
 
 from tinygpt2.errors import ModelError, listed, one_line
 from tinygpt2.utils.files import sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GPT2LMHeadModel
 
 CHECKSUMS = "SHA256SUMS"  # checksums of the weight files, in the format of `sha256sum -c`
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -52,11 +53,14 @@ def stored_tensors(files: Iterable[Path], where: str) -> dict[str, Tensor]:
     Raises:
         ModelError: a file cannot be read.
     """
+    import torch
+    from transformers.modeling_utils import load_state_dict
+
     found: dict[str, Tensor] = {}
     for file in files:
         try:
             tensors = load_state_dict(file, map_location="meta")
-            found |= {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+            found |= {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
         except Exception as error:  # a broken file can make the library raise any exception
             raise ModelError(f"cannot load {where}: {file.name}: {one_line(error, 300)}") from error
     return found

@@ -8,12 +8,11 @@ from typing import Any
 
 from tinygpt2.config.base import Config, load_yaml
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.training import PretrainConfig, TrainOptions, dataset_shares, length_options
+from tinygpt2.config.training import TrainOptions, dataset_shares, length_options
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.errors import TinyGPT2Error
 from tinygpt2.models.configuration import is_model_config, model_config_file, parameters_of
 from tinygpt2.training.schedule import passes_over_data, peak_learning_rate
-from tinygpt2.utils.files import read_json
 
 
 def known_options(config: Config) -> tuple[Config, list[str]]:
@@ -68,7 +67,9 @@ def _manifest(config: Any, key: str) -> list[Any]:
     """Return a value of each dataset, or of each shard of one; empty if one is not there."""
     found = []
     for name in dataset_shares(config.data):
-        files = [Path(name) / MANIFEST] if (Path(name) / MANIFEST).is_file() else sorted(Path(name).glob(f"*/{MANIFEST}"))
+        files = (
+            [Path(name) / MANIFEST] if (Path(name) / MANIFEST).is_file() else sorted(Path(name).glob(f"*/{MANIFEST}"))
+        )
         found.append([_values(file).get(key) for file in files])
     values = [value for part in found for value in part]
     return values if all(found) and all(value is not None for value in values) else []

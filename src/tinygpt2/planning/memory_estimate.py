@@ -15,6 +15,7 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.models.loading import random_model
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.runtime.devices import on_cuda
 from tinygpt2.training.step import Step
 
 
@@ -64,7 +65,7 @@ class _Flash(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or (kwargs["dropout_p"] and not torch.cuda.is_available()):
+        if func is not F.scaled_dot_product_attention or (kwargs["dropout_p"] and not on_cuda()):
             return func(*args, **kwargs)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, True, scale=kwargs["scale"])[0]
 
@@ -77,7 +78,7 @@ def step_memory(
     The fixed part is for weights, gradients, AdamW's two moments, the teacher and the logits of a chunk. The part for
     each block is what `saved_bytes` counts, plus the temporary tensors of one layer.
     """
-    fixed = 16 * count_parameters(student) + 4 * (2**29 if torch.cuda.is_available() else 2**26)
+    fixed = 16 * count_parameters(student) + 4 * (2**29 if on_cuda() else 2**26)
     if teacher is not None:
         fixed += sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
     shape = None if teacher is None else teacher.config

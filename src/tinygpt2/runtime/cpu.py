@@ -8,6 +8,8 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tinygpt2.utils.progress import detail
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -49,20 +51,24 @@ def fast_products() -> Iterator[None]:
     oneDNN only if it was not rounded.
 
     The earlier setting returns at the end of the block. Inside it, torch.get_float32_matmul_precision() raises an
-    error, because torch does not allow its two ways of setting a precision to be mixed. Does nothing if there is a
-    GPU.
+    error, because torch does not allow its two ways of setting a precision to be mixed. Does nothing for a
+    command that computes on a GPU.
     """
     import torch
 
-    if torch.cuda.is_available():
+    from tinygpt2.runtime.devices import current_device
+
+    if current_device().type != "cpu":
         yield
         return
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     fine = torch.full((256, 256), 1 + 2**-23)
-    if not torch.equal(fine @ torch.eye(256), fine):
+    exact = torch.equal(fine @ torch.eye(256), fine)
+    if not exact:
         setting.fp32_precision = before
+    detail(f"float32 products: {'by oneDNN, which is exact on this CPU' if exact else 'as torch chooses them'}")
     try:
         yield
     finally:

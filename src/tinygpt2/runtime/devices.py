@@ -1,20 +1,81 @@
-"""The device to use, the number types of each precision, and the peak rates of devices."""
+"""The device that a command computes on, the number types of each precision, and the peak rates of devices."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from tinygpt2.config.common import Precision
+from tinygpt2.config.common import Device, Precision
+from tinygpt2.config.models import DeviceOptions
+from tinygpt2.errors import ConfigError
+
+C = TypeVar("C", bound=DeviceOptions)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def default_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_chosen: Device = "auto"  # by the command that runs
+
+
+def current_device() -> torch.device:
+    """Return the device of the command that runs; by default a CUDA GPU if there is one, else the CPU."""
+    if _chosen == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(_chosen)
+
+
+def on_cuda() -> bool:
+    """Return whether the command that runs computes on a CUDA GPU."""
+    return current_device().type == "cuda"
+
+
+@contextmanager
+def device_chosen(device: Device) -> Iterator[None]:
+    """While the block runs, compute on this device. `auto` keeps the choice of the block around it.
+
+    Raises:
+        ConfigError: torch cannot use such a device here.
+    """
+    global _chosen
+    if device == "auto":
+        yield
+        return
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[device]:
+        kind = "no CUDA GPU" if device == "cuda" else "no Apple GPU (MPS)"
+        raise ConfigError(
+            f"--device {device}: torch {torch.__version__} finds {kind} on this machine",
+            "use --device cpu, or auto; for a GPU, install torch's build for it",
+        )
+    before, _chosen = _chosen, device
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def computes_on_device(command: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
+    """Decorate a function whose first argument is a configuration: it computes on `config.device`."""
+
+    @wraps(command)
+    def run(config: C, /, *arguments: P.args, **more: P.kwargs) -> R:
+        with device_chosen(config.device):
+            return command(config, *arguments, **more)
+
+    return run
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Return where float64 numbers of a device can be computed: there, or on the CPU for Apple's GPUs, without them."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 # Dense peak rates from the makers' data sheets, in 10^12 operations per second: (float32 with TF32 off, 16 bits)

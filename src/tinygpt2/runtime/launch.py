@@ -26,6 +26,7 @@ from tinygpt2.runtime.cpu import usable_cores
 from tinygpt2.runtime.processes import BEGAN, command_began, launched, rank
 from tinygpt2.runtime.signals import raise_interrupt
 
+_SIGKILL = getattr(signal, "SIGKILL", 9)  # Windows has none
 _PATIENCE = 20.0  # seconds in which the other processes must end after one has failed
 _set_up: Callable[[], None] | None = None  # what a started process calls first
 
@@ -38,8 +39,12 @@ def check_number(asked: int | None) -> None:
     """
     import torch
 
+    from tinygpt2.runtime.devices import on_cuda
+
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    devices = torch.cuda.device_count()
+    if sys.platform == "win32" and (asked or 1) > 1:
+        raise ConfigError("--num-processes needs Linux or macOS", "leave it out: one process uses all cores")
+    devices = torch.cuda.device_count() if on_cuda() else 0
     if not launched() and devices and (asked or 1) > devices:
         raise ConfigError(f"--num-processes {asked}, but there are {devices} GPUs: each process needs one")
     if launched() and asked not in (None, 1, world):
@@ -171,7 +176,7 @@ class _Watch:
             )
         elif code < 0 and number not in self._reports:
             # a process that was killed is the cause of what the others report, even if they report first
-            first = code == -signal.SIGKILL and not self._overdue
+            first = code == -_SIGKILL and not self._overdue
             failure = _killed(number, len(self._processes), -code)
             self._failures.insert(0 if first else len(self._failures), failure)
 
@@ -230,8 +235,8 @@ def _forwarded_signals(started: list[SpawnProcess]) -> Iterator[list[int]]:
     def pass_on(number: int, frame: Any) -> None:
         asked.append(number)
         for process in started:
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signal.SIGTERM if len(asked) == 1 else signal.SIGKILL)
+            if process.is_alive():
+                process.terminate() if len(asked) == 1 else process.kill()
 
     earlier = {}
     if threading.current_thread() is threading.main_thread():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 
 import psutil
 import torch
+
+from tinygpt2.runtime.devices import on_cuda
 
 
 def available_memory() -> int:
@@ -24,15 +25,19 @@ def available_memory() -> int:
 
 
 def memory_in_use() -> int:
-    """Return the bytes of memory that this process uses: on the GPU if there is one, else in main memory."""
-    if torch.cuda.is_available():
+    """Return the bytes of memory that this process uses: on a CUDA GPU if it computes there, else in main memory."""
+    if on_cuda():
         return int(torch.cuda.memory_reserved())
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has used so far: on the GPU if there is one, else in main memory."""
-    if torch.cuda.is_available():
+    """Return the most bytes that this process has used so far: of the CUDA GPU if it computes there, else in all."""
+    if on_cuda():
         return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return int(getattr(psutil.Process().memory_info(), "peak_wset"))  # noqa: B009  (other systems lack it)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

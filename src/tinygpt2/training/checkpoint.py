@@ -35,7 +35,7 @@ from tinygpt2.runtime.memory import available_memory
 from tinygpt2.training.metrics import METRICS
 from tinygpt2.training.state import CHECKPOINTS, RunState
 from tinygpt2.utils.files import flush_to_disk, read_json, sha256_of, write_json
-from tinygpt2.utils.progress import say
+from tinygpt2.utils.progress import say, warn
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
 
@@ -142,7 +142,7 @@ class Checkpoints:
             self.close()
             raise type(failure)(f"cannot save: {failure.message}", failure.hint)
         if failure:
-            say(f"warning: cannot save: {failure.message}; earlier checkpoints are intact, the training continues")
+            warn(f"cannot save: {failure.message}; earlier checkpoints are intact, the training continues")
 
     @contextmanager
     def may_fail(self, what: str) -> Iterator[None]:
@@ -185,7 +185,7 @@ class Checkpoints:
         if problem is None:
             self._restore(path, state)
         else:
-            say(f"warning: cannot restore the best weights from {path}: {problem}; using those of the last step")
+            warn(f"cannot restore the best weights from {path}: {problem}; using those of the last step")
         return problem is None
 
     def _any(self, failure: TinyGPT2Error | None) -> TinyGPT2Error | None:
@@ -202,7 +202,7 @@ class Checkpoints:
             problem = damage(path)
             if problem is None:
                 return str(path)
-            say(f"warning: ignoring the damaged checkpoint {path}: {problem}")
+            warn(f"ignoring the damaged checkpoint {path}: {problem}")
         return None
 
     def _parts(self) -> dict[str, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import DivergedError, MachineError, out_of_memory
 from tinygpt2.runtime.memory import available_memory, memory_in_use
 from tinygpt2.training.state import RunState
-from tinygpt2.utils.progress import say
+from tinygpt2.utils.progress import warn
 
 _SHOWN = 32  # block numbers in a message
 
@@ -48,7 +48,7 @@ def may_step(
     values = f"{parts}, gradient norm {norm:g}; training blocks {shown}"
     message = f"the loss or the gradient of step {state.step + 1} is NaN or infinite: {values}"
     if state.skipped <= config.skip_non_finite:
-        say(f"warning: {message}: skipped ({state.skipped} of --skip-non-finite {config.skip_non_finite})")
+        warn(f"{message}: skipped ({state.skipped} of --skip-non-finite {config.skip_non_finite})")
         return False
     raise DivergedError(
         message,

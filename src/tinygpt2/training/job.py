@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,13 +29,14 @@ from tinygpt2.models.loading import load_model, model_tokenizer, random_model
 from tinygpt2.models.parameters import count_parameters, freeze
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import DTYPES, device_peak
+from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.schedule import passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, Step, evaluate, joined
 from tinygpt2.training.throughput import step_operations
+from tinygpt2.utils.files import shared_name
 from tinygpt2.utils.hub import hub_revision
 
 
@@ -97,9 +98,14 @@ class Job:
         if all(getattr(self.config, name) is None for name in length_options()):
             values["num_epochs"] = float(passes_over_data(self.config, count_parameters(self.model), tokens))
         options = {"model" if role == "base" else role: revision for role, revision in self.revisions.items()}
-        names = {option: str(getattr(self.config, option)).partition("@")[0] for option in options}
+        names = self.hub_models()
         commits = {option: f"{names[option]}@{options[option]}" for option in options}
         return self.config.model_copy(update={**values, **commits})
+
+    def hub_models(self) -> dict[str, str]:
+        """Return the ids of the models that came from the Hub, by the options that named them."""
+        options = ["model" if role == "base" else role for role in self.revisions]
+        return {option: str(getattr(self.config, option)).partition("@")[0] for option in options}
 
     def evaluated_by_data(self) -> dict[str, Blocks]:
         """Return the blocks to evaluate on of each dataset by its name, if it is several: in proportion to all."""
@@ -162,8 +168,11 @@ def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Ite
     Raises:
         ConfigError, DataError, ModelError: an option, a dataset or a model is wrong, or they do not fit each other.
     """
-    check_number(config.num_processes)
-    with fast_products(), training_setup(config, loss_weights(config)) as setup:
+    with ExitStack() as stack:
+        stack.enter_context(device_chosen(config.device))
+        check_number(config.num_processes)
+        stack.enter_context(fast_products())
+        setup = stack.enter_context(training_setup(config, loss_weights(config)))
         job = make_job(config, data, setup)
         freeze(job.model, config.freeze)
         if config.eval_task:  # report a task that does not fit the model now, not after the training
@@ -195,11 +204,12 @@ def pretraining_job(config: PretrainConfig, data: PackedDataset | None, setup: T
         model = random_model(shape, config.seed, hollow=config.validate_only)
         check_fits(data, model.config, None, f"the configuration {config.shape}")
         directory: Path | None = None
-        how = f"A GPT-2 with the configuration {config.shape}, trained from random weights on {_sources(data)}."
+        name = shared_name(config.shape)
+        how = f"A GPT-2 with the configuration {name}, trained from random weights on {_sources(data)}."
     else:
         model, directory = load_model(config.model or "", allow_pickle=config.allow_pickle, hollow=config.validate_only)
         check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
-        how = f"A GPT-2 that continued the training of {config.model} on {_sources(data)}."
+        how = f"A GPT-2 that continued the training of {shared_name(config.model or '')} on {_sources(data)}."
     evaluated, revisions = setup.evaluated(data, model.config, config), _revisions(base=directory)
     return Job("pretrain", config, how, model, data, evaluated, revisions=revisions, new=directory is None)
 
@@ -230,8 +240,9 @@ def distillation_job(
         check_same_vocabulary(teacher.config, student.config, (config.teacher, config.student))
     check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")
     how = (
-        f"A GPT-2 distilled from {config.teacher} with the recipe {config.recipe} on {_sources(data)}. "
-        f"The training started from {config.student}."
+        f"A GPT-2 distilled from {shared_name(config.teacher or 'no teacher')} with the recipe {config.recipe} on "
+        f"{_sources(data)}. "
+        f"The training started from {shared_name(start)}."
     )
     evaluated = setup.evaluated(data, student.config, config)
     revisions = _revisions(teacher=source, student=directory)
@@ -254,7 +265,7 @@ def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: Tr
             )
         data = load_packed_dataset(setup.packed("data", names[0], str(directory), length, config, config))
     check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
-    how = f"{config.model}, fine-tuned on {_sources(data)}."
+    how = f"{shared_name(config.model)}, fine-tuned on {_sources(data)}."
     evaluated, revisions = setup.evaluated(data, model.config, config), _revisions(base=directory)
     return Job("finetune", config, how, model, data, evaluated, revisions=revisions)
 
@@ -265,7 +276,7 @@ def _tokenizer_fingerprint(directory: Path | None) -> str | None:
 
 
 def _sources(data: PackedDataset) -> str:
-    return listed(data.manifest.get("sources", [data.name]), 5)
+    return listed(map(shared_name, data.manifest.get("sources", [data.name])), 5)
 
 
 def _revisions(**directories: Path | None) -> dict[str, str]:

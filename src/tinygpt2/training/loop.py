@@ -18,9 +18,13 @@ from tinygpt2.config.training import SAVE_EVERY
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.mixture import training_order
 from tinygpt2.errors import InterruptedRunError
+from tinygpt2.models.activations import attention_kernel
+from tinygpt2.models.lm_head import default_chunk
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_description
+from tinygpt2.runtime.devices import DTYPES
 from tinygpt2.runtime.signals import stop_on_signals
+from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, memory_explained
 from tinygpt2.training.job import Job, figures_before_training, metrics_of
@@ -32,7 +36,7 @@ from tinygpt2.training.schedule import Plan, learning_rate, warmup_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, Step, evaluate, evaluation_seconds, gradients, seed_step, step_seconds
 from tinygpt2.training.throughput import ThroughputMeter, TimeLimit
-from tinygpt2.utils.progress import ProgressStage, say, track
+from tinygpt2.utils.progress import ProgressStage, detail, say, track
 
 _SAVE_AFTER = 600.0  # seconds without a checkpoint, if --save-every is not given
 
@@ -53,8 +57,8 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     """
     config, run = job.config, _Run(job, accelerator, module)
     memory = memory_explained(config, job.data.sequence_length)
-    named, done = run.out.name, run.state.step
-    with closing(run.checkpoints), memory, stop_on_signals() as stop, track(named, unit="steps", done=done) as progress:
+    bar = track(run.out.name, done=run.state.step, lines=False)  # the lines are those of `_Run.log`
+    with closing(run.checkpoints), memory, stop_on_signals() as stop, bar as progress:
         run.begin(progress)
         while not run.finished:
             outcome = run.step(stop=bool(stop))
@@ -112,6 +116,7 @@ class _Run:
         self._sequences = job.sequences(accelerator.num_processes)
         self.plan = Plan.of(1 if config.max_minutes else job.total_steps(accelerator.num_processes))
         self._peak_rate = job.peak_rate()
+        _tell_choices(job, accelerator)
         tell_deepspeed(accelerator, config)
         self.module, optimizer = accelerator.prepare(module, make_optimizer(module, config))
         self._optimizer = unwrapped(accelerator, optimizer)
@@ -304,6 +309,20 @@ class _Run:
             say(f"Using the weights from step {best.step}, which had the lowest evaluation loss.")
             self.state.eval = {"loss": best.loss, "perplexity": best.perplexity, "stderr": best.stderr}
             self.state.eval_by_data = self.state.eval_by_data if best.step == self.state.step else None
+
+
+def _tell_choices(job: Job, accelerator: Accelerator) -> None:
+    """Say with --verbose on what and how the run computes."""
+    config, device, vocabulary = job.config, accelerator.device, int(job.model.config.vocab_size)
+    tell_machine(device, config.precision)
+    kernel = attention_kernel(device.type, DTYPES[config.precision], gradients=True)
+    if config.dropout and device.type == "cpu":
+        kernel += ", which holds the whole matrix because of --dropout"
+    detail(f"attention: {kernel}")
+    named = "--logit-chunk" if config.logit_chunk else "from the vocabulary"
+    detail(f"logits of {config.logit_chunk or default_chunk(vocabulary, device.type):,} tokens at a time ({named})")
+    turns = f"{config.micro_batch_size} x {config.gradient_accumulation_steps} x {accelerator.num_processes}"
+    detail(f"{job.data.sequence_length} tokens in a block; blocks in a step: {turns} (micro-batch, turns, processes)")
 
 
 def _agree(

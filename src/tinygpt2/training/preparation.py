@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
@@ -30,6 +29,7 @@ from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.tasks import load_tasks
 from tinygpt2.models.compatibility import check_fits
 from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.runtime.devices import current_device, on_cuda
 from tinygpt2.training.resuming import check_same_run
 from tinygpt2.training.state import RUN_FILE
 from tinygpt2.utils.files import read_json, require_free
@@ -165,8 +165,8 @@ def training_setup(config: TrainOptions, weights: LossWeights) -> Iterator[Train
 
 
 def _check_start(config: TrainOptions) -> None:
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("--precision fp16 needs a GPU", "use --precision bf16 or fp32 on a CPU")
+    if config.precision == "fp16" and not on_cuda():
+        raise ConfigError("--precision fp16 needs a CUDA GPU", "use --precision bf16 or fp32 elsewhere")
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if (config.compile or config.compile_only) and shutil.which(compiler) is None:
         raise ConfigError(
@@ -196,7 +196,7 @@ def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
     whole = bool(weights.ce or weights.prediction)
     accelerator = Accelerator(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
-        cpu=not torch.cuda.is_available(),
+        cpu=current_device().type == "cpu",
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=list(config.report_to) or None,
         project_dir=config.out,

@@ -21,7 +21,9 @@ from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
 from tinygpt2.models.lm_head import head_operand, target_losses
 from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
+from tinygpt2.runtime.devices import current_device, float64_device
 from tinygpt2.training.teacher_cache import TeacherCache
+from tinygpt2.utils.progress import follow
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,8 @@ def seed_step(seed: int, step: int, process: int) -> None:
     number = int.from_bytes(hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=7).digest())
     # torch.manual_seed takes a millisecond, because it looks for every kind of device
     torch.default_generator.manual_seed(number)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(number)
+    if (kind := current_device().type) != "cpu":
+        (torch.cuda if kind == "cuda" else torch.mps).manual_seed(number)
 
 
 def gradients(
@@ -218,27 +220,20 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
     was_training = module.training
     module.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
-    sums = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(6, dtype=torch.float64, device=float64_device(accelerator.device))
     # processes that share a sharded model must make equally many forward passes: some repeat the last block,
     # which then does not count
-    for start in range(0, math.ceil(len(blocks) / world), size):
+    for start in follow(range(0, math.ceil(len(blocks) / world), size), "evaluate", "batches", announce=False):
         numbers = range(start * world + rank, min(start + size, math.ceil(len(blocks) / world)) * world, world)
         batch = blocks.batch([min(index, len(blocks) - 1) for index in numbers]).to(accelerator.device)
         losses, _ = module(batch.input_ids)  # (B, T - 1)
         counted = torch.tensor([[index < len(blocks)] for index in numbers], device=losses.device).expand_as(losses)
         if batch.lengths is not None:
             counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None])
-        each, n = torch.where(counted, losses.double(), 0.0).sum(1), counted.sum(1).double()  # of a block
-        sums += torch.stack(
-            [
-                losses[counted].double().sum(),
-                n.sum(),
-                (each * each).sum(),
-                (each * n).sum(),
-                (n * n).sum(),
-                (n > 0).sum(),
-            ]
-        )
+        kept, shown = losses.to(sums.device).double(), counted.to(sums.device)
+        each, n = torch.where(shown, kept, 0.0).sum(1), shown.sum(1).double()  # of a block
+        spread = [(each * each).sum(), (each * n).sum(), (n * n).sum(), (n > 0).sum()]
+        sums += torch.stack([kept[shown].sum(), n.sum(), *spread])
     total, targets, squares, products, sizes, used = accelerator.reduce(sums, "sum").tolist()
     module.train(was_training)
     loss = total / max(targets, 1)

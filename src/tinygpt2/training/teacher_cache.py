@@ -24,6 +24,7 @@ from tinygpt2.config.common import Precision
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import os_failure
 from tinygpt2.utils.files import write_json
+from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
 
 _FIGURES = (  # settings that change the states, in addition to the weights
@@ -120,7 +121,7 @@ def _reserve(path: Path, size: int) -> None:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
-                for start in range(0, size, 1 << 20):
+                for start in follow(range(0, size, 1 << 20), f"reserve {path}", "MiB", announce=False):
                     file.write(bytes(min(1 << 20, size - start)))
     except OSError:
         path.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_MARGIN = 0.04  # of an axis, on each side, without points
+_MARGIN, _WIDE_MARGIN = 0.04, 0.1  # of an axis, on each side, without points; if they are not joined, they are large
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,28 @@ class Chart:
 
     def x_range(self) -> tuple[float, float]:
         """Return the ends of the x axis."""
-        return _widened([x for one in self.series for x, _ in one.points], log=self.log)
+        return self._ends([x for one in self.series for x, _ in one.points])
 
     def y_range(self) -> tuple[float, float]:
         """Return the ends of the y axis."""
-        return _widened([y for one in self.series for _, y in one.points] + [*self.levels.values()], log=self.log)
+        values = [y for one in self.series for _, y in one.points] + [*self.levels.values()]
+        if not self.log:
+            values += [y + way * e for s in self.series for (_, y), e in zip(s.points, s.errors, strict=False) if e
+                       for way in (-1, 1)]  # fmt: skip
+        return self._ends(values)
+
+    def _ends(self, values: list[float]) -> tuple[float, float]:
+        return _widened(values, _MARGIN if self.joined else _WIDE_MARGIN, log=self.log)
 
 
-def _widened(values: list[float], *, log: bool) -> tuple[float, float]:
+def _widened(values: list[float], margin: float, *, log: bool) -> tuple[float, float]:
     if not values:
         return (1.0, 10.0) if log else (0.0, 1.0)
     low, high = min(values), max(values)
     if log:
-        edge = (high / low) ** _MARGIN if high > low else 1.2
+        edge = (high / low) ** margin if high > low else 1.2
         return low / edge, high * edge
-    edge = (high - low) * _MARGIN if high > low else abs(high) * 0.1 or 1.0
+    edge = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
     return low - edge, high + edge
 
 
@@ -102,8 +109,10 @@ def short_number(value: float) -> str:
             return f"{value / (1e3 if unit == 'k' else scale):.4g}{unit}"
     if size >= 1000:
         return f"{value:,.0f}"
-    mantissa, _, exponent = f"{value:.4g}".partition("e")
-    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+    if 0 < size < 1e-3:
+        mantissa, _, exponent = f"{value:.3e}".partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -68,7 +69,9 @@ def sha256_of(path: Path) -> str:
 
 def flush_to_disk(path: Path) -> None:
     """Wait until a file's content, or a directory's list of files, is physically on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows cannot open directories
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -88,6 +91,26 @@ def staged_files(directory: Path) -> Iterator[Path]:
 def absolute(name: str) -> str:
     """Return the absolute path if a file or directory of that name exists, otherwise the name unchanged."""
     return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+_FOLDERS = re.compile(r"(?<![\w/.:~<\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;|<>()]+[/\\])+(?=[^\s/\\'\"`,;|<>()])")
+
+
+def shared_name(name: str) -> str:
+    """Return a path as other people may see it: only the last name of one that names folders of this machine."""
+    path = Path(name).expanduser()
+    return path.name or name if path.is_absolute() or ".." in path.parts else name
+
+
+def shared_text(text: str) -> str:
+    """Return a text whose absolute paths are shortened to their last names."""
+    return _FOLDERS.sub("", text)
+
+
+def folders_named(text: str) -> list[str]:
+    """Return the folders of this machine that a text names by an absolute path."""
+    found = (match[0] for match in _FOLDERS.finditer(text))
+    return [name for name in dict.fromkeys(found) if Path(*Path(name).expanduser().parts[:2]).is_dir()]
 
 
 def require_free(out: Path, hint: str) -> None:

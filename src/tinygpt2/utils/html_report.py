@@ -80,8 +80,8 @@ def table_section(heading: str, headings: Sequence[str], rows: Sequence[Sequence
 def text_section(heading: str, prompt: str, texts: Mapping[str, str]) -> str:
     """Return texts that continue a prompt, side by side, each under the name of its model."""
     cards = "\n".join(
-        f'<article><h3>{escape(name)}</h3><p class="text"><b>{escape(prompt)}</b>{escape(_closed_up(text))}</p></article>'
-        for name, text in texts.items()
+        f'<article><h3>{escape(name)}</h3><p class="text"><b>{escape(prompt)}</b>{escape(text)}</p></article>'
+        for name, text in ((name, _closed_up(text)) for name, text in texts.items())
     )
     return _section(heading, f'<div class="texts">{cards}</div>')
 

@@ -1,19 +1,24 @@
-"""Find models, tokenizers and datasets by name, in local directories or on the Hub."""
+"""Find models, tokenizers and datasets by name, in local directories or on the Hub; upload models to the Hub."""
 
 from __future__ import annotations
 
 import errno
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from tinygpt2.errors import ModelError, UnreadableError, one_line
+from tinygpt2.utils.progress import ProgressStage, detail, track
 
 _NETWORK = (
     "check the network, HF_ENDPOINT (a mirror) and SSL_CERT_FILE (a proxy's certificate), "
     "or give a local directory or file"
 )
-_DESCRIPTION = ["config.json", "generation_config.json"]
-_TOKENIZER = [
+_LOG_IN = "run `hf auth login` with a token that may write, or set HF_TOKEN to one"
+DESCRIPTION_FILES = ["config.json", "generation_config.json"]
+TOKENIZER_FILES = [
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt", "*.model",
     "special_tokens_map.json", "added_tokens.json",
 ]  # fmt: skip
@@ -36,6 +41,7 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        detail(f"{role} {name}: a local directory")
         return path
     if path.exists():
         raise ModelError(f"{role} {name} is a file", "give the directory that holds config.json and model.safetensors")
@@ -45,19 +51,58 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
     from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str]) -> Path:
-        return Path(
-            # a pattern's * also matches /
-            snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
-        )
+        with _download_reports(f"download {role} {name}") as reports:
+            found = snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],  # a pattern's * also matches /
+                tqdm_class=reports,
+            )
+        return Path(found)
 
     try:
-        directory = fetch(_DESCRIPTION + _TOKENIZER + _SAFETENSORS * weights)
+        directory = fetch(DESCRIPTION_FILES + TOKENIZER_FILES + _SAFETENSORS * weights)
         if weights and allow_pickle and not any(directory.glob("model*.safetensors")):
-            directory = fetch(_DESCRIPTION + _TOKENIZER + _PICKLES)
+            directory = fetch(DESCRIPTION_FILES + TOKENIZER_FILES + _PICKLES)
     except Exception as error:  # network failures raise many kinds of exceptions
         problem, hint = _explanation(error, name, "model")
         raise ModelError(f"{role} {name!r} is not a local directory, and {problem}", hint) from error
+    detail(f"{role} {name}: from the Hub's cache, {directory} (commit {hub_revision(directory)})")
     return directory
+
+
+@contextmanager
+def _download_reports(description: str) -> Iterator[type]:
+    """Yield a class that `snapshot_download` uses for its bars; it reports the bytes of all files as one stage.
+
+    The library makes several bars: for files, for bytes that are received, and for bytes that are stored. The last one
+    is the first to be refreshed, when the size of a file is known.
+    """
+    from tqdm.std import tqdm  # type: ignore[import-untyped]
+
+    lock = threading.Lock()
+    with ExitStack() as stack:
+
+        class Reports(tqdm):  # type: ignore[misc]
+            stored: Reports | None = None
+
+            def __init__(self, *items: Any, **options: Any) -> None:
+                self._in_bytes, self._stage = options.get("unit") == "B", ProgressStage()
+                options.pop("name", None)
+                super().__init__(*items, **{**options, "disable": True})
+
+            def refresh(self, *_: Any, **__: Any) -> None:
+                with lock:
+                    if self._in_bytes and self.total and Reports.stored is None:
+                        Reports.stored, self._stage = self, stack.enter_context(track(description, None, "bytes"))
+                    if self.total:
+                        self._stage.expect(int(self.total))
+
+            def update(self, n: float | None = 1) -> None:
+                self._stage.advance(int(n or 0))
+
+        yield Reports
 
 
 def is_hub_id(name: str) -> bool:
@@ -91,22 +136,35 @@ def other_weights(name: str) -> list[str]:
     return sorted(file for file in files if "/" not in file and file.endswith(OTHER_WEIGHTS))
 
 
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return an error, its cause, the cause of that, and so on."""
+    found: BaseException | None = error
+    causes: list[BaseException] = []
+    while found is not None and found not in causes:
+        causes.append(found)
+        found = found.__cause__ or found.__context__
+    return causes
+
+
+def _status(causes: list[BaseException]) -> int | None:
+    """Return the status of the Hub's answer, if it answered."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next((cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+
+
 def _explanation(error: BaseException, name: str, kind: Literal["model", "dataset"]) -> tuple[str, str]:
     """Return why something could not be had from the Hub, as the rest of a sentence, and what helps."""
     from huggingface_hub import errors
 
     repository, revision = _repository(name)
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
-    found: BaseException | None = error
-    causes = []
-    while found is not None and found not in causes:
-        causes.append(found)
-        found = found.__cause__ or found.__context__
+    causes = _causes(error)
 
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
-    status = next((cause.response.status_code for cause in causes if isinstance(cause, errors.HfHubHTTPError)), None)
+    status = _status(causes)
     why = one_line(causes[-1], 200) or type(causes[-1]).__name__
     if caused_by(errors.GatedRepoError):
         return (
@@ -190,3 +248,61 @@ def dataset_rows(name: str, configuration: str | None, split: str, *, parquet: b
         raise UnreadableError(f"the dataset {name} is not in the cache, and {problem}", hint) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
+
+
+def hub_page(repository: str) -> str:
+    """Return the address of a model's page on the Hub, or on the mirror that HF_ENDPOINT names."""
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repository}"
+
+
+def upload(
+    directory: Path, files: list[str], repository: str, *, private: bool, revision: str | None, message: str
+) -> str:
+    """Upload files of a directory to a model on the Hub in one commit, and return the model's page.
+
+    Args:
+        files: their names in the directory. Files on the Hub that have other names stay.
+        repository: USER/NAME; it is made if it does not exist.
+        private: whether a new repository is private.
+        revision: a branch, which is made if it does not exist; None is the main branch.
+        message: of the commit.
+
+    Raises:
+        ModelError: there is no token, the Hub refuses it or the card, or the Hub cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    if get_token() is None:
+        raise ModelError("there is no token for the Hub", _LOG_IN)
+    api = HfApi()
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        operations = [CommitOperationAdd(name, str(directory / name)) for name in files]
+        api.create_commit(repository, operations, commit_message=message, revision=revision)
+    except Exception as error:  # network failures raise many kinds of exceptions
+        problem, hint = _refusal(error, repository)
+        raise ModelError(f"{repository} could not be uploaded: {problem}", hint) from error
+    return str(url)
+
+
+def _refusal(error: BaseException, repository: str) -> tuple[str, str]:
+    """Return why the Hub did not take an upload, and what helps."""
+    from huggingface_hub import errors
+
+    causes = _causes(error)
+    status, why = _status(causes), one_line(causes[-1], 200) or type(causes[-1]).__name__
+    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
+        return "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
+    if status == 401:
+        return "the Hub does not know the token", _LOG_IN
+    if status in (403, 404):
+        return f"the token may not write to {repository}", f"{_LOG_IN}; {repository.split('/')[0]} has to be its owner"
+    if isinstance(error, ValueError) or (status == 400 and "metadata" in str(error)):  # its check of a model card
+        return f"the Hub refuses README.md: {one_line(error, 300)}", "correct the lines between --- in README.md"
+    if status is not None:
+        return f"the Hub answered {status}: {one_line(error, 200)}", "try again later"
+    return why, "check the network, HF_ENDPOINT (a mirror) and SSL_CERT_FILE (a proxy's certificate)"

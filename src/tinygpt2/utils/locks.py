@@ -12,7 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import FileLock, Timeout, UnixFileLock
 
 from tinygpt2.errors import ConfigError, os_failure
 from tinygpt2.utils.files import LOCK_INSIDE
@@ -56,11 +56,11 @@ def only_writer(out: Path) -> Iterator[None]:
     except OSError as error:
         raise os_failure(error, f"cannot write next to {out}", "give another --out") from error
     try:
-        if not isinstance(lock, SoftFileLock):  # it is one on a file system without locks, and names its holder itself
+        if isinstance(lock, UnixFileLock):  # a SoftFileLock names its holder itself
             file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
-        if not isinstance(lock, SoftFileLock):
+        if isinstance(lock, UnixFileLock):
             file.unlink(missing_ok=True)  # whoever waits for the deleted file sees that it is deleted
         lock.release()
 

@@ -77,7 +77,7 @@ def _draw(axis: Any, chart: Chart, names: list[str]) -> dict[str, Any]:
     """Draw one chart; return what the legend shows for each series."""
     handles = {}
     for one in chart.series:
-        number = names.index(one.name)
+        number = [another.name for another in chart.series].index(one.name) if chart.joined else names.index(one.name)
         xs, ys = [x for x, _ in one.points], [y for _, y in one.points]
         errors = [error or 0.0 for error in one.errors] if any(one.errors) else None
         few = len(xs) <= 40
@@ -90,7 +90,10 @@ def _draw(axis: Any, chart: Chart, names: list[str]) -> dict[str, Any]:
             linestyle="-" if chart.joined else "none",
             linewidth=1.4,
             markersize=6 if chart.joined else 9,
+            markerfacecolor=None if chart.joined else "none",  # points at the same place can all be seen
+            markeredgewidth=1 if chart.joined else 2,
             capsize=2,
+            zorder=3 - number / 100,  # the first series lies above the others
         )
     for number, (name, value) in enumerate(chart.levels.items()):
         style = ("--", ":", "-.")[number % 3]

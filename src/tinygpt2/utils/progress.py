@@ -115,7 +115,8 @@ class ProgressStage:
             return
         with self._lock:
             self._waiting = 0
-            self._bars.reset(self._id, total=None, description=description, unit="")
+            self._bars.remove_task(self._id)
+            self._id = self._bars.add_task(description, total=None, unit="", note="")
         self.line(description)
 
     def line(self, message: str) -> None:
@@ -177,7 +178,7 @@ def track(
             rate is shown.
         done: units that an earlier run has done.
         announce: whether a stage that ends within 30 seconds leaves a trace.
-        lines: whether to print lines where there is no terminal; if not, the block prints its own.
+        lines: whether to print a line every 30 seconds where there is no terminal; if not, the block prints its own.
     """
     if not shown():
         yield ProgressStage()
@@ -187,7 +188,7 @@ def track(
     outer = _bars is not None
     with _shared_bars(transient=not announce) as bars:
         stage = ProgressStage(bars, description, total, unit, done)
-        if announce and lines:
+        if announce:
             stage.line(f"{description}: {amount(total, unit)}" if total and unit else description)
         try:
             with _repeated(stage.report, lines and _mode == "plain"):

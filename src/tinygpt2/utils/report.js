@@ -26,8 +26,9 @@ for (const figure of document.querySelectorAll(".chart")) {
   };
   const show = (index) => {
     const { point: [x, y, label] } = points[index];
-    // with lines, the points of all series above the same place; else one point
-    const together = chart.joined ? points.filter(({ point }) => Math.abs(point[0] - x) < 0.6) : [points[index]];
+    // with lines, the points of all series above the same place; else those that lie on each other
+    const near = ({ point }) => Math.abs(point[0] - x) < (chart.joined ? 0.6 : 6) && (chart.joined || Math.abs(point[1] - y) < 6);
+    const together = points.filter(near);
     chosen = index;
     marks.replaceChildren();
     tip.replaceChildren();
@@ -37,9 +38,11 @@ for (const figure of document.querySelectorAll(".chart")) {
       for (const { series, point } of together) line(`${series.name}: ${point[3]}`);
       for (const [name, value] of chart.levels) line(`${name}: ${value}`);
     } else {
-      line(points[index].series.name, true);
-      line(`${chart.x}: ${label}`);
-      line(`${chart.y}: ${points[index].point[3]}`);
+      for (const { series, point } of together) {
+        line(series.name, true);
+        line(`${chart.x}: ${point[2]}`);
+        line(`${chart.y}: ${point[3]}`);
+      }
     }
     for (const { point } of together) draw("circle", { class: "ring", cx: point[0], cy: point[1], r: chart.joined ? 5 : 9 });
     tip.hidden = false;

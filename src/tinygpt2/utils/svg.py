@@ -9,7 +9,7 @@ from html import escape
 from tinygpt2.utils.charts import Chart, Series, position, short_number, thinned, ticks
 
 WIDTH, HEIGHT = 560, 330  # units of the drawing, which is scaled to the page
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 16, 14, 58
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 16, 14, 58
 _MOST = 400  # points of a series; more could not be told apart
 COLOURS = 8  # as many as report.css has
 _SHAPES = {
@@ -35,7 +35,7 @@ def svg_chart(chart: Chart, identity: str) -> str:
             round(HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM), 1),
         )
 
-    drawn, shown = [], []
+    drawn, lines, shown = [], [], []
     for number, value in enumerate(chart.levels.values()):
         height = place(x_ends[0], value)[1]
         drawn.append(f'<path class="level dash{number % 3}" d="M{_LEFT} {height}H{WIDTH - _RIGHT}"/>')
@@ -43,8 +43,8 @@ def svg_chart(chart: Chart, identity: str) -> str:
         kept = thinned(one.points, _MOST)
         places = [place(*one.points[index]) for index in kept]
         errors = [one.errors[index] if one.errors else None for index in kept]
-        drawn.append(_series(places, number, joined=chart.joined))
-        drawn += [
+        lines.append(_series(places, number, joined=chart.joined))
+        lines += [
             f'<path class="line c{number % COLOURS}" d="M{x} {place(x_ends[0], one.points[index][1] - error)[1]}'
             f'V{place(x_ends[0], one.points[index][1] + error)[1]}"/>'
             for (x, _), index, error in zip(places, kept, errors, strict=True)
@@ -54,6 +54,7 @@ def svg_chart(chart: Chart, identity: str) -> str:
             [*spot, _exact(one.points[index][0]), _exact(one.points[index][1]) + (f" ± {error:.2g}" if error else "")]
             for spot, index, error in zip(places, kept, errors, strict=True)
         ]})  # fmt: skip
+    drawn += reversed(lines)  # the first series lies above the others
     values = {"x": chart.x, "y": chart.y, "joined": chart.joined, "series": shown,
               "levels": [[name, _exact(value)] for name, value in chart.levels.items()],
               "area": [_LEFT, _TOP, WIDTH - _RIGHT, HEIGHT - _BOTTOM]}  # fmt: skip
@@ -72,7 +73,7 @@ def _series(places: list[tuple[float, float]], number: int, *, joined: bool) -> 
     colour = number % COLOURS
     if not joined:
         shape = list(_SHAPES.values())[number % len(_SHAPES)]
-        return "".join(f'<path class="dot c{colour}" transform="translate({x} {y})" d="{shape}"/>' for x, y in places)
+        return "".join(f'<path class="mark c{colour}" transform="translate({x} {y})" d="{shape}"/>' for x, y in places)
     line = "M" + "L".join(f"{x} {y}" for x, y in places) if places else ""
     dots = places if len(places) <= 40 else []
     return f'<path class="line c{colour}" d="{line}"/>' + "".join(
@@ -107,7 +108,9 @@ def _legend(chart: Chart) -> str:
     items = []
     for number, one in enumerate(chart.series):
         shape = "M-9 0H9" if chart.joined else list(_SHAPES.values())[number % len(_SHAPES)]
-        items.append((f'<path class="{"line" if chart.joined else "dot"} c{number % COLOURS}" d="{shape}"/>', one.name))
+        items.append(
+            (f'<path class="{"line" if chart.joined else "mark"} c{number % COLOURS}" d="{shape}"/>', one.name)
+        )
     for number, name in enumerate(chart.levels):
         items.append((f'<path class="level dash{number % 3}" d="M-9 0H9"/>', name))
     keys = [

@@ -20,6 +20,7 @@ from tinygpt2.models.loading import load_model
 from tinygpt2.models.parameters import count_parameters, freeze, set_dropout
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.runtime.processes import launched
 from tinygpt2.training.failures import memory_explained
 from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job
@@ -74,6 +75,7 @@ def cuts(teacher: GPT2Config) -> list[int]:
     return sorted((depth for depth in depths if depth < teacher.n_layer), reverse=True)
 
 
+@computes_on_device
 def plan_budget(config: TrainOptions, data: PackedDataset | None = None) -> BudgetPlan:
     """Find the number of steps that fit into `config.budget_minutes`, and for `distill` the student (`--plan`).
 

@@ -76,7 +76,7 @@ def _cross_entropy(rows: list[dict[str, float]]) -> Chart:
     held_out += [_series(rows, key, f"held out: {name}") for key, name in by_data]
     training = [_series(rows, "loss/ce", "training")]
     series = [one for one in held_out + training if one.points]
-    levels = {}
+    levels: dict[str, float] = {}
     for name, key, start in (("before training", EVALUATED, True), ("teacher", "eval/teacher_loss", False)):
         values = [row[key] for row in rows if row.get(key) is not None and (row["step"] == 0 or not start)]
         levels |= {name: values[-1]} if values else {}

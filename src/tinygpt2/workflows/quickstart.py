@@ -28,9 +28,10 @@ from tinygpt2.data.tokenizer_training import train_tokenizer
 from tinygpt2.decoding.generation import generate
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.evaluation.perplexity import ppl
+from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.utils.files import read_json, write_json, write_text
 from tinygpt2.utils.locks import writes_out
-from tinygpt2.utils.progress import say
+from tinygpt2.utils.progress import say, track
 from tinygpt2.workflows.quickstart_report import (
     CUT,
     MARKDOWN,
@@ -48,6 +49,7 @@ JOURNAL, MEASURED = "quickstart.json", "measurements"
 _SPEED_RUNS = 5  # of greedy decoding; the best one counts
 
 
+@computes_on_device
 @writes_out
 def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -> QuickstartResult:
     """Train a tokenizer, a teacher, a student and two baselines, measure the models, and write a report.
@@ -138,7 +140,7 @@ class _Stages:
     """Runs stages and keeps a journal of them. A stage in the journal does not run again if its directory exists."""
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        self._out, self._file = out, out / JOURNAL
+        self._out, self._file, self._number = out, out / JOURNAL, 0
         if self._file.is_file():
             self._journal = read_json(self._file)
             if self._journal["settings"] != settings:
@@ -164,7 +166,8 @@ class _Stages:
     def run(self, name: str, work: Callable[[], Any]) -> Any:
         """Run a stage unless it is already finished; return the result of `work` as JSON."""
         stages = self._journal["stages"]
-        if name in stages and ((self._out / name).is_dir() or name == MEASURED):
+        self._number += 1
+        if name in stages and ((self._out / name).is_dir() or name == "figures"):
             say(f"{name}: already finished")
             return stages[name]["result"]
         started = time.perf_counter()
@@ -172,7 +175,8 @@ class _Stages:
         if directory.is_dir() and not (directory / "checkpoints").is_dir():
             shutil.rmtree(directory)  # without a checkpoint to resume from, the stage starts again
         try:
-            result = work()
+            with track(f"stage {self._number}: {name}", lines=False):
+                result = work()
         except InterruptedRunError as error:
             raise InterruptedRunError(f"{name}: {error.message}", "run the same command again to continue") from None
         seconds = time.perf_counter() - started

@@ -28,7 +28,7 @@ PROMPT = "The following example shows how to"
 RUNS = ("teacher", "student", "baseline-truncated", "baseline-random")
 """The directories of the training runs; the cut itself is in `CUT`."""
 CUT = "truncated"
-_HEADINGS = ("model", "layers", "parameters", "on disk", "held-out perplexity", "greedy tokens/s")
+_HEADINGS = ("model", "held-out perplexity", "layers", "parameters", "on disk", "greedy tokens/s")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _charts(result: QuickstartResult, out: Path) -> list[Chart]:
 
 def _cells(row: ModelSummary) -> list[str]:
     size, speed = f"{row.bytes / 1e6:.1f} MB", f"{row.tokens_per_second:,.0f}"
-    return [str(row.layers), f"{row.parameters:,}", size, f"{row.perplexity:.2f}", speed]
+    return [f"{row.perplexity:.2f}", str(row.layers), f"{row.parameters:,}", size, speed]
 
 
 def _story(scale: QuickstartSizes) -> list[str]:
@@ -199,7 +199,7 @@ def _notes(result: QuickstartResult, card: tuple[float, int] | None) -> Iterator
         "perplexity are better. All models were measured on all held-out documents, which were not used for "
         f"training. All stages together took {result.seconds:.0f} seconds."
     )
-    if card is not None:
+    if card is not None and f"{card[0]:.2f}" != f"{result.cut.perplexity:.2f}":
         yield (
             f"{CUT}/README.md gives {card[0]:.2f} as the cut's perplexity, because it was measured on only {card[1]} "
             "of the held-out blocks."

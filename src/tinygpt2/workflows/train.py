@@ -24,6 +24,7 @@ from tinygpt2.models.card import held_out_table, model_card
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.models.saving import save_model
 from tinygpt2.planning.batch_size import fit_batch
+from tinygpt2.runtime.devices import device_chosen
 from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.memory import peak_memory
 from tinygpt2.runtime.processes import command_began, launched
@@ -36,6 +37,7 @@ from tinygpt2.training.teacher_cache import TeacherCache
 from tinygpt2.utils.files import write_text
 from tinygpt2.utils.progress import say
 from tinygpt2.workflows.curves import plot_curves
+from tinygpt2.workflows.metadata import run_metadata
 from tinygpt2.workflows.report import write_run_report
 
 _LITTLE = 0.05  # share of the time that evaluations may take unsaid
@@ -115,7 +117,8 @@ def _run(command: str, config: TrainOptions, data: PackedDataset | None) -> Trai
             "call tinygpt2.plan_run, tinygpt2.compile_step or tinygpt2.plan_budget instead",
         )
     began = command_began()
-    check_number(config.num_processes)
+    with device_chosen(config.device):
+        check_number(config.num_processes)
     if (config.num_processes or 1) > 1 and not launched():
         result: TrainResult = launch(command, config.num_processes or 1, config, data)
         return result
@@ -295,8 +298,11 @@ def _card(job: Job, result: TrainResult, state: RunState) -> str:
     figures |= {f"perplexity on {name} (per token)": f"{value:.2f}" for name, value in (result.tasks or {}).items()}
     figures["fingerprint of the data"] = f"`{job.data.content[:16]}`"
     figures["fingerprint of its tokenizer"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
-    command = f"{job.command} {job.config.flags()}"
-    return model_card(Path(job.config.out).name, job.how, figures, command, _held_out(job, state))
+    command = f"{job.command} {job.config.flags(shared=True)}"
+    measured = {} if result.eval is None else {"held-out text": result.eval.perplexity}
+    measured |= {f"held-out text of {name}": one.perplexity for name, one in (result.eval_by_data or {}).items()}
+    metadata = run_metadata(job, measured | (result.tasks or {}))
+    return model_card(Path(job.config.out).name, job.how, figures, command, metadata, _held_out(job, state))
 
 
 def _held_out(job: Job, state: RunState) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tinygpt2.utils.progress import track
+from tinygpt2.utils.progress import follow
 
 
 @cache
@@ -34,10 +34,7 @@ def python_docs() -> tuple[str, ...]:
         "pydoc_data",
     }
     files = [file for file in sorted(library.rglob("*.py")) if skipped.isdisjoint(file.relative_to(library).parts)]
-    with track("read python-docs", len(files)) as task:
-        for file in files:
-            texts.append("\n\n".join(_docstrings(file)))
-            task.advance()
+    texts += ["\n\n".join(_docstrings(file)) for file in follow(files, "read python-docs", "files")]
     return tuple(text for text in texts if text)
 
 

@@ -146,12 +146,14 @@ class SourceItem:
         size: the size of its text in bytes, or None if it is unknown.
         rows: a function that reads its documents.
         mark: a text that changes with the content, as far as this can be seen without reading the content.
+        dataset: the name of the dataset on the Hub that it is a part of; None for anything else.
     """
 
     name: str
     size: int | None
     rows: Rows
     mark: str = ""
+    dataset: str | None = None
 
 
 def whole(
@@ -301,7 +303,7 @@ def _streamed(source: str, name: re.Match[str], split: tuple[str, ...]) -> Itera
         return read
 
     for index in range(dataset.num_shards):
-        yield SourceItem(f"{source} ({index + 1} of {dataset.num_shards})", None, rows(index), revision)
+        yield SourceItem(f"{source} ({index + 1} of {dataset.num_shards})", None, rows(index), revision, name["name"])
 
 
 def _reading(rows: Iterable[Any], source: str) -> Iterator[Any]:
