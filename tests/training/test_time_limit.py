@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_the_schedule_ends_with_the_time(
     assert max(found) == PEAK
     top = max(number for number, rate in enumerate(found) if rate == PEAK)
     assert all(later <= earlier for earlier, later in zip(found[top:], found[top + 1 :], strict=False))
-    assert found[-1] < (0.12 if schedule == "wsd" else 0.03) * PEAK
+    assert found[-1] < (0.15 if schedule == "wsd" else 0.03) * PEAK
     assert state.warmup == warmup_steps(state.plan["length"], TrainOptions(out="o", warmup_ratio=0.1))
 
 
@@ -171,7 +172,7 @@ def test_a_changed_plan_neither_jumps_nor_goes_back_and_ends_with_the_last_step(
         assert plan.changed(step, steps).at(step) == pytest.approx(plan.at(step))
         plan = plan.changed(step, steps)
     places += [plan.at(number) for number in range(len(places), plan.steps)]
-    assert all(later > earlier for earlier, later in zip(places, places[1:], strict=False))
+    assert all(later > earlier for earlier, later in pairwise(places))
     assert places[-1] < 100
     assert plan.at(plan.steps) == pytest.approx(100)
     flat = TrainOptions(out="o", lr_schedule="constant", warmup_ratio=0.1)
