@@ -232,8 +232,8 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
             counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None])
         kept, shown = losses.to(sums.device).double(), counted.to(sums.device)
         each, n = torch.where(shown, kept, 0.0).sum(1), shown.sum(1).double()  # of a block
-        spread = [(each * each).sum(), (each * n).sum(), (n * n).sum(), (n > 0).sum()]
-        sums += torch.stack([kept[shown].sum(), n.sum(), *spread])
+        moments = [(each * each).sum(), (each * n).sum(), (n * n).sum(), (n > 0).sum()]
+        sums += torch.stack([kept[shown].sum(), n.sum(), *moments])
     total, targets, squares, products, sizes, used = accelerator.reduce(sums, "sum").tolist()
     module.train(was_training)
     loss = total / max(targets, 1)
@@ -271,4 +271,4 @@ def evaluation_seconds(
         module(blocks.batch(rows).to(accelerator.device).input_ids)[0].sum().item()
         marks.append(clock())
     module.train(was_training)
-    return (marks[1] - marks[0]) * len(blocks) / len(rows) / accelerator.num_processes
+    return (marks[1] - marks[0]) * len(blocks) / (len(rows) * int(accelerator.num_processes))

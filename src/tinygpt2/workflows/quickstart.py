@@ -167,7 +167,7 @@ class _Stages:
         """Run a stage unless it is already finished; return the result of `work` as JSON."""
         stages = self._journal["stages"]
         self._number += 1
-        if name in stages and ((self._out / name).is_dir() or name == "figures"):
+        if name in stages and ((self._out / name).is_dir() or name == "measurements"):
             say(f"{name}: already finished")
             return stages[name]["result"]
         started = time.perf_counter()
