@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +198,10 @@ def test_weights_have_the_mode_of_other_files_and_tokenizers_the_models_limit(
         modes = {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir() if file.is_file()}
         assert modes == {0o640}, folder
         assert AutoTokenizer.from_pretrained(str(folder)).model_max_length == 32
+
+
+def test_a_large_share_of_evaluation_is_said(teacher: Path, data: Path, tmp_path: Path, cli: Callable) -> None:
+    base = ["pretrain", "--model", teacher, "--data", data, "--max-steps", 2, "--eval-every", 1, "--out"]
+    outcome = cli(*base, tmp_path / "m")
+    assert re.search(r"evaluation took \d+% of \d+ seconds; --eval-blocks N or a larger --eval-every", outcome.err)
+    assert "evaluation took" not in outcome.out

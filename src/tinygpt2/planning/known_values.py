@@ -60,7 +60,7 @@ def _student(config: DistillConfig) -> dict[str, Any]:
 def _training_tokens(config: TrainOptions) -> int:
     blocks = [splits["train"]["sequences"] for splits in _manifest(config, "splits")]
     length: int = next(iter(_manifest(config, "sequence_length")), 0)
-    return sum(blocks) * length
+    return int(sum(blocks)) * length
 
 
 def _manifest(config: Any, key: str) -> list[Any]:
