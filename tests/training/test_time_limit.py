@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,9 +70,9 @@ def rates(out: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("step", "steps"),
     [
-        (lambda now: 1.0, range(98, 108)),
-        (lambda now: 1.0 if now < 60 else 2.0, range(70, 82)),
-        (lambda now: 1.0 if now < 60 else 0.5, range(150, 162)),
+        (lambda now: 1.0, range(95, 105)),
+        (lambda now: 1.0 if now < 60 else 2.0, range(68, 80)),
+        (lambda now: 1.0 if now < 60 else 0.5, range(143, 158)),
     ],
     ids=["steady", "slower", "faster"],
 )
@@ -90,7 +90,8 @@ def test_the_schedule_ends_with_the_time(
     assert max(found) == PEAK
     top = max(number for number, rate in enumerate(found) if rate == PEAK)
     assert all(later <= earlier for earlier, later in zip(found[top:], found[top + 1 :], strict=False))
-    assert found[-1] < (0.12 if schedule == "wsd" else 0.03) * PEAK
+    assert Plan(**state.plan).at(state.step - 1) > 0.95 * state.plan["length"]
+    assert found[-1] < (0.25 if schedule == "wsd" else 0.06) * PEAK
     assert state.warmup == warmup_steps(state.plan["length"], TrainOptions(out="o", warmup_ratio=0.1))
 
 
@@ -172,7 +173,7 @@ def test_a_changed_plan_neither_jumps_nor_goes_back_and_ends_with_the_last_step(
         assert plan.changed(step, steps).at(step) == pytest.approx(plan.at(step))
         plan = plan.changed(step, steps)
     places += [plan.at(number) for number in range(len(places), plan.steps)]
-    assert all(later > earlier for earlier, later in itertools.pairwise(places))
+    assert all(later > earlier for earlier, later in pairwise(places))
     assert places[-1] < 100
     assert plan.at(plan.steps) == pytest.approx(100)
     flat = TrainOptions(out="o", lr_schedule="constant", warmup_ratio=0.1)
@@ -181,10 +182,10 @@ def test_a_changed_plan_neither_jumps_nor_goes_back_and_ends_with_the_last_step(
 
 def test_what_fits_into_a_time() -> None:
     limit = TimeLimit(600, lambda: 100.0, None, 0)
-    assert limit.steps(1.0, 41.0) == 600 - 100 - 9 - 41
-    assert TimeLimit(600, lambda: 100.0, 10, 0).steps(0.5, 5.0) == 600 - 100 - 9 - 5
+    assert limit.steps(1.0, 41.0) == 600 - 100 - 12 - 41
+    assert TimeLimit(600, lambda: 100.0, 10, 0).steps(0.5, 5.0) == 600 - 100 - 12 - 5
     assert TimeLimit(600, lambda: 595.0, None, 0).steps(1.0, 1.0) == 0
-    assert TimeLimit(600, lambda: 100.0, None, 125_000_000).steps(1.0, 0.0) == 600 - 100 - 9 - 20
+    assert TimeLimit(600, lambda: 100.0, None, 125_000_000).steps(1.0, 0.0) == 600 - 100 - 12 - 20
 
 
 def test_the_first_step_says_nothing_of_the_speed() -> None:

@@ -1,8 +1,9 @@
-"""`distill --plan`: candidates timed, one chosen, commands that run."""
+"""`--plan`: candidates timed, one chosen, commands that run."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from transformers import GPT2Config
 from tests.conftest import Outcome, make_model
 from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, truncate_student
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.step import Step, step_seconds
+from tinygpt2.workflows import budget
 from tinygpt2.workflows.budget import cuts, plan_budget
 
 
@@ -123,3 +125,47 @@ def test_timed_steps_train_on_the_global_batches_in_order(
         assert taken == [row % len(blocks) for row in range(3 * sequences)]
         assert optimizing != all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
         assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_every_training_command_plans(command: str, teacher: Path, data: Path, tmp_path: Path, cli: Callable) -> None:
+    out = tmp_path / "o"
+    base = [command, "--model", teacher, "--data", data, "--out", out, "--eval-every", 5, "--eval-blocks", 2]
+    outcome = cli(*base, "--plan", "--budget-minutes", 0.01)
+    assert outcome.code == 0, outcome.err
+    assert "evaluation s" in outcome.out
+    assert not out.exists()
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("tinygpt2 ")]
+    words = shlex.split(line)
+    assert words[1] == command
+    assert "--plan" not in words
+    assert int(words[words.index("--max-steps") + 1]) > 0
+
+
+def test_evaluations_take_their_share_of_the_time(teacher: Path, data: Path, tmp_path: Path) -> None:
+    base = {"model": str(teacher), "data": str(data), "out": str(tmp_path / "o"), "plan": True}
+    (rare,) = plan_budget(PretrainConfig(**base, budget_minutes=0.05)).candidates
+    (often,) = plan_budget(PretrainConfig(**base, budget_minutes=0.05, eval_every=1)).candidates
+    assert often.evaluation_seconds > rare.evaluation_seconds > 0
+    assert often.steps < rare.steps
+
+
+def test_a_student_that_does_not_fit_is_a_line(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    timed, limit = budget._timed, [3]
+
+    def short_of_memory(name: str, layers: int, *rest: object) -> object:
+        if layers >= limit[0]:
+            raise MemoryError
+        return timed(name, layers, *rest)
+
+    monkeypatch.setattr(budget, "_timed", short_of_memory)
+    monkeypatch.setattr(budget, "say", said.append)
+    config = DistillConfig(teacher=str(teacher), data=str(data), out=str(tmp_path / "s"), plan=True)
+    assert [one.num_layers for one in plan_budget(config).candidates] == [2, 1]
+    assert said[0].startswith("3 of 4 layers is left out: out of memory")
+    limit[0] = 0
+    with pytest.raises(MachineError, match="out of memory"):
+        plan_budget(config)

@@ -124,8 +124,6 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     return result
 
 
-
-
 def _choose(
     config: TruncateStudentConfig, teacher: GPT2LMHeadModel, batches: Batches, positions: tuple[int, Position]
 ) -> tuple[KeptParts, DepthImportance | None]:

@@ -76,6 +76,20 @@ The following command made this model. In the folder where it ran, config.yaml h
 """
 
 
+def held_out_table(text: str, rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """Return the losses and perplexities of several models on a held-out text as a table for the model card.
+
+    Args:
+        text: what was held out.
+        rows: `loss` (nats per token), `stderr` of the loss and `perplexity` by the model's name.
+    """
+    lines = [f"| held out: {_cell(text)} | loss (nats/token) | perplexity |", "|---|---|---|"]
+    for name, one in rows.items():
+        error = f" ± {one['stderr']:.4f}" if one.get("stderr") is not None else ""
+        lines.append(f"| {_cell(name)} | {one['loss']:.4f}{error} | {one['perplexity']:.2f} |")
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def _front_matter(title: str, metadata: HubMetadata) -> str:
     """Return the metadata in the form that the Hub checks."""
     results = [
@@ -101,20 +115,6 @@ def _front_matter(title: str, metadata: HubMetadata) -> str:
         model_name=one_line(title) or "model",
         eval_results=results or None,
     ).to_yaml()
-
-
-def held_out_table(text: str, rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Return the losses and perplexities of several models on a held-out text as a table for the model card.
-
-    Args:
-        text: what was held out.
-        rows: `loss` (nats per token), `stderr` of the loss and `perplexity` by the model's name.
-    """
-    lines = [f"| held out: {_cell(text)} | loss (nats/token) | perplexity |", "|---|---|---|"]
-    for name, one in rows.items():
-        error = f" ± {one['stderr']:.4f}" if one.get("stderr") is not None else ""
-        lines.append(f"| {_cell(name)} | {one['loss']:.4f}{error} | {one['perplexity']:.2f} |")
-    return "\n" + "\n".join(lines) + "\n"
 
 
 def _text(value: object) -> str:

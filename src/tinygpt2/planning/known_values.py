@@ -59,7 +59,8 @@ def _student(config: DistillConfig) -> dict[str, Any]:
 
 def _training_tokens(config: TrainOptions) -> int:
     blocks = [splits["train"]["sequences"] for splits in _manifest(config, "splits")]
-    return int(sum(blocks) * next(iter(_manifest(config, "sequence_length")), 0))
+    length: int = next(iter(_manifest(config, "sequence_length")), 0)
+    return int(sum(blocks)) * length
 
 
 def _manifest(config: Any, key: str) -> list[Any]:

@@ -59,12 +59,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     config, run = job.config, _Run(job, accelerator, module)
     memory = memory_explained(config, job.data.sequence_length)
     bar = track(run.out.name, unit="steps", done=run.state.step, lines=False)  # the lines are those of `_Run.log`
-    with (
-        closing(run.checkpoints),
-        memory,
-        stop_on_signals() as stop,
-        bar as progress,
-    ):
+    with closing(run.checkpoints), memory, stop_on_signals() as stop, bar as progress:
         run.begin(progress)
         while not run.finished:
             outcome = run.step(stop=bool(stop))

@@ -230,18 +230,10 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
         counted = torch.tensor([[index < len(blocks)] for index in numbers], device=losses.device).expand_as(losses)
         if batch.lengths is not None:
             counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None])
-        losses, counted = losses.to(sums.device), counted.to(sums.device)
-        each, n = torch.where(counted, losses.double(), 0.0).sum(1), counted.sum(1).double()  # of a block
-        sums += torch.stack(
-            [
-                losses[counted].double().sum(),
-                n.sum(),
-                (each * each).sum(),
-                (each * n).sum(),
-                (n * n).sum(),
-                (n > 0).sum(),
-            ]
-        )
+        kept, shown = losses.to(sums.device).double(), counted.to(sums.device)
+        each, n = torch.where(shown, kept, 0.0).sum(1), shown.sum(1).double()  # of a block
+        moments = [(each * each).sum(), (each * n).sum(), (n * n).sum(), (n > 0).sum()]
+        sums += torch.stack([kept[shown].sum(), n.sum(), *moments])
     total, targets, squares, products, sizes, used = accelerator.reduce(sums, "sum").tolist()
     module.train(was_training)
     loss = total / max(targets, 1)
@@ -279,4 +271,4 @@ def evaluation_seconds(
         module(blocks.batch(rows).to(accelerator.device).input_ids)[0].sum().item()
         marks.append(clock())
     module.train(was_training)
-    return float((marks[1] - marks[0]) * len(blocks) / len(rows) / accelerator.num_processes)
+    return (marks[1] - marks[0]) * len(blocks) / (len(rows) * int(accelerator.num_processes))

@@ -16,6 +16,7 @@ from tinygpt2.training.state import RunState
 
 _MEMORY = 30.0  # seconds after which the time of a step counts a third in the mean
 _SAVED_PER_SECOND = 1e8  # bytes: a slow disk, with checksums
+_ENDING = 6.0  # seconds to draw the curves, write the report and end the process, on a busy machine
 
 
 class ThroughputMeter:
@@ -126,7 +127,7 @@ class TimeLimit:
             evaluation: seconds of an evaluation. The last one is always kept free.
         """
         saving = 16 * self.parameters / _SAVED_PER_SECOND  # a checkpoint with AdamW's moments, and the model
-        ending = evaluation + saving + min(3.0 + 0.01 * self.seconds, 0.2 * self.seconds)
+        ending = evaluation + saving + min(_ENDING + 0.01 * self.seconds, 0.2 * self.seconds)
         between = evaluation / self.eval_every if self.eval_every else 0.0
         return max(0, int((self.seconds - self.used() - ending) / (each + between)))
 

@@ -291,6 +291,9 @@ def _card(job: Job, result: TrainResult, state: RunState) -> str:
     }
     if result.loss is not None:
         figures[f"last training loss ({_training_loss(job)})"] = f"{result.loss:.4f}"
+    if result.eval is not None:
+        figures["held-out loss (nats/token)"] = f"{result.eval.loss:.4f}"
+        figures["held-out perplexity"] = f"{result.eval.perplexity:.2f}"
     for name, one in (result.eval_by_data or {}).items():
         figures[f"held-out perplexity on {name}"] = f"{one.perplexity:.2f}"
     for name, tokens in (result.tokens_by_data or {}).items():
