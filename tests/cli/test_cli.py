@@ -235,7 +235,7 @@ def test_settings_change_from_the_prompt(teacher: Path) -> None:
     """After /seed the third answer equals the first, // starts a prompt, and wrong settings change nothing."""
     command = [sys.executable, "-m", "tinygpt2", "generate", "--model", str(teacher), "--interactive", "--json"]
     lines = ["/max-new-tokens 6", "/temperature 1.5", "the cat", "the cat", "/top-k x", "/temprature 3", "/seed 42", "the cat",
-             "/temperature", "/max-new-tokens 2", "//the", "/"]  # fmt: skip
+             "/temperature", "/max-new-tokens 2", "//the", "/", "/help", "/quit", "never"]  # fmt: skip
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr
     first, second, again, plain = json.loads(done.stdout)["results"]
@@ -246,6 +246,7 @@ def test_settings_change_from_the_prompt(teacher: Path) -> None:
     assert any(line.startswith("error: --top-k x: ") for line in told)
     assert "error: unknown setting /temprature, did you mean /temperature?" in told
     assert "max-new-tokens 2, num-beams 1, num-samples 1, seed 42" in told
+    assert "/seed            42. Seed for sampling." in told
 
 
 @pytest.fixture(scope="module")

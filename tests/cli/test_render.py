@@ -58,7 +58,7 @@ def test_nested_results_are_lines_below_a_heading(tmp_path: Path, monkeypatch: p
         "tokens/s            5,333",
         "peak memory         1.2 GB",
         "on held-out blocks, by dataset",
-        "                    a",
+        "  a",
         "    loss            4.902",
         "    perplexity      134.6",
         "perplexity on tasks",
