@@ -13,8 +13,8 @@ from rich.console import Console
 
 from tinygpt2 import PplConfig, ppl
 from tinygpt2.cli import render
-from tinygpt2.cli.facts import plan_group, print_facts
 from tinygpt2.cli.render import RENDER
+from tinygpt2.cli.tables import plan_group, print_facts
 from tinygpt2.compression.importance import DepthImportance, RemovalRound
 from tinygpt2.compression.truncate import CutPerplexity, TruncateStudentResult
 from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error

@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt2.cli.comparison import render_ppl
 from tinygpt2.cli.curves import render_runs, render_show
-from tinygpt2.cli.facts import fields_of, plan_group, print_facts
 from tinygpt2.cli.live_text import render_generate
-from tinygpt2.cli.tables import PIPED_WIDTH, Column, print_note, print_table, short_path
+from tinygpt2.cli.tables import (
+    PIPED_WIDTH,
+    Column,
+    fields_of,
+    plan_group,
+    print_facts,
+    print_note,
+    print_table,
+    short_path,
+)
 from tinygpt2.errors import InterruptedRunError, TinyGPT2Error
 from tinygpt2.utils.terminal import json_line, open_console, printable
 from tinygpt2.utils.units import duration, number, short_count
