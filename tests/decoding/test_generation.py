@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.conftest import make_model
 from tinygpt2 import GenerateConfig, generate
-from tinygpt2.cli import interactive
+from tinygpt2.cli import interactive, live_text
 from tinygpt2.decoding.generation import continue_prompt, load_with_tokenizer
 from tinygpt2.decoding.prompts import prompt_tokens
 from tinygpt2.errors import ConfigError, DataError, ModelError
@@ -232,7 +232,7 @@ def test_special_tokens_are_never_shown(tmp_path: Path, cli: Callable, monkeypat
     assert found.text in cli(*asked).out
     monkeypatch.setattr(interactive.sys.stdout, "isatty", lambda: True, raising=False)
     shown: list[str] = []
-    monkeypatch.setattr(interactive, "_announce", lambda loaded, prompt: shown.append)
+    monkeypatch.setattr(live_text.OneByOne, "begin", lambda view, model, prompt: shown.append)
     assert interactive.generate_on_terminal(
         GenerateConfig(model=str(path), prompt="hi", max_new_tokens=20, temperature=1), as_json=False
     ) is None  # fmt: skip

@@ -95,7 +95,8 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
 def _greet(models: list[LoadedModel]) -> None:
     names = short_names([loaded.name for loaded in models])
     known = [f"{names[one.name]} ({short_count(count_parameters(one.model))} parameters)" for one in models]
-    say(f"{' and '.join(known)}: type the beginning of a text. /help lists the settings, /quit or Ctrl-D ends.")
+    say(" and ".join(known))
+    say("Type the beginning of a text. /help explains the settings, /quit or Ctrl-D ends.")
 
 
 def _answer(models: list[LoadedModel], prompt: str, config: GenerateConfig, *, as_json: bool) -> list[Generation]:

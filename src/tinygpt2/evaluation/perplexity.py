@@ -97,9 +97,9 @@ def _say_default_model(name: str) -> None:
     if Path(name).is_dir():
         say(f"no --model was given: measuring the directory {name}")
         return
-    missing = download_size(name, _GPT2_BYTES)
-    download = f"; downloading {size(missing)} from the Hub" if missing else ""
-    say(f"no --model was given: measuring {name}, OpenAI's smallest GPT-2 (124M parameters){download}")
+    say(f"no --model was given: measuring {name} (OpenAI's smallest, 124M parameters)")
+    if missing := download_size(name, _GPT2_BYTES):
+        say(f"its weights are not in the Hub's cache: about {size(missing)} to download")
 
 
 def tokenize_fitting_tasks(

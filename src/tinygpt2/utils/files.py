@@ -89,8 +89,14 @@ def staged_files(directory: Path) -> Iterator[Path]:
 
 
 def absolute(name: str) -> str:
-    """Return the absolute path if a file or directory of that name exists, otherwise the name unchanged."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    """Return the absolute path if a file or directory of that name exists, otherwise the name unchanged.
+
+    A link keeps its own name, unless the path leads up again.
+    """
+    path = Path(name).absolute()
+    if not path.exists():
+        return name
+    return str(path.resolve() if ".." in path.parts else path)
 
 
 _FOLDERS = re.compile(r"(?<![\w/.:~<\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"`,;|<>()]+[/\\])+(?=[^\s/\\'\"`,;|<>()])")

@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 _LABELS = {
     "layers": "blocks kept", "peak_memory_bytes": "peak memory", "memory_bytes": "needed",
     "memory_available_bytes": "available", "disk_bytes": "needed", "disk_free_bytes": "free", "bytes": "text",
-    "test_bytes": "held-out text", "seconds": "time", "tokens_per_second": "tokens/s", "eval": "held-out",
-    "eval_by_data": "held-out, by dataset", "tokens_by_data": "tokens, by dataset", "tasks": "perplexity on tasks",
+    "test_bytes": "held-out text", "seconds": "time", "tokens_per_second": "tokens/s", "eval": "on held-out blocks",
+    "eval_by_data": "on held-out blocks, by dataset", "tokens_by_data": "tokens, by dataset",
+    "tasks": "perplexity on tasks",
     "sequences": "blocks", "train_sequences": "training blocks", "eval_sequences": "blocks per evaluation",
     "sequence_length": "tokens in a block", "vocab_size": "vocabulary", "encoding_errors": "documents not UTF-8",
     "stderr": "standard error", "loss": "last training loss",
 }  # fmt: skip
 _IN_A_GROUP = {"loss": "loss", "sequences": "blocks measured", "seconds": "time"}
-_UNTOLD = {"encoding_errors": 0, "empty_documents": 0, "teacher_parameters": 0, "processes": 1}
+_UNTOLD = {
+    "encoding_errors": 0, "empty_documents": 0, "teacher_parameters": 0, "processes": 1, "test_bytes": 0,
+    "bytes_per_token": None,
+}  # fmt: skip
 """Values that tell nobody anything."""
 
 Group = Callable[[str], str]

@@ -149,7 +149,6 @@ class SideBySide:
         self._change(self._model, self._parts[self._model][0], _figures(text))
         if all(figures for _, figures in self._parts.values()):
             self.close()
-            self._console.print()
 
     def close(self) -> None:
         """Leave what is shown on the terminal as it is."""
@@ -183,7 +182,6 @@ def render_generate(result: Any, console: Console) -> None:
                 for model, several in texts.items()
             ]
             console.print(_side_by_side(columns))
-            console.print()
             continue
         for model, several in texts.items():
             for number, text in enumerate(several, 1):

@@ -121,7 +121,7 @@ def _render_presets(result: Any, console: Console) -> None:
     found = result.presets
     columns = [
         Column("name", [one.name for one in found], left=True),
-        Column("parameters", [short_count(one.parameters) for one in found]),
+        Column("parameters", [number(one.parameters) for one in found]),
         *(
             Column(heading, [number(getattr(one, key)) for one in found])
             for heading, key in (("layers", "n_layer"), ("heads", "n_head"), ("width", "n_embd"))

@@ -1,4 +1,4 @@
-"""Tables and notes that fit the window: columns that matter least are left out first, and words are never broken."""
+"""Tables and notes that fit the window: the least important columns go first, and words are never broken."""
 
 from __future__ import annotations
 
@@ -72,8 +72,9 @@ def print_table(columns: Sequence[Column], console: Console) -> list[Column]:
         )  # fmt: skip
     for row in zip(*(column.cells for column in kept), strict=True):
         table.add_row(*(Text(printable(cell, sys.stdout)) for cell in row))
-    # a table that is never cut: lines of files may be as long as their names
-    console.print(table, width=None if console.is_terminal else max(console.width, total_width(kept)))
+    if not console.is_terminal:  # in files and pipes, a table is never cut
+        console.width = max(console.width, total_width(kept))
+    console.print(table)
     return [column for column in columns if column not in kept]
 
 
