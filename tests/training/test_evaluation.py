@@ -86,8 +86,9 @@ def test_a_part_of_the_blocks_is_said_and_written(
     result = pretrain(config)
     whole = len(load_packed_dataset(str(data)).test)
     assert said == [f"evaluating on 3 of {whole} held-out blocks; --eval-blocks all uses all"]
-    rows = read_metrics(tmp_path / "m", from_step=0)
-    assert [row["step"] for row in rows if "eval/stderr" in row] == [0, 2, 4]
+    rows = read_metrics(tmp_path / "m")
+    assert [row["step"] for row in rows if "eval/stderr" in row] == [2, 4]
+    assert rows[0]["before/stderr"] > 0
     assert rows[-1]["eval/stderr"] == result.eval.stderr > 0
     assert f"3 of {whole} blocks" in (tmp_path / "m" / "README.md").read_text()
     said.clear()
@@ -141,11 +142,11 @@ def test_cut_and_teacher_are_measured_once_and_change_nothing(
     out = tmp_path / "m"
     distill(DistillConfig(**base, out=str(out)))
     every = list(range(len(load_packed_dataset(str(data)).test)))
-    first = read_metrics(out, from_step=0)[0]
-    assert (first["step"], first["tokens"], "loss" in first) == (0, 0, False)
-    assert first["eval/loss"] == pytest.approx(np.mean(block_losses(tmp_path / "cut", data, every)), rel=1e-5)
+    first = read_metrics(out)[0]
+    assert (first["step"], "loss" in first) == (1, True)
+    assert first["before/loss"] == pytest.approx(np.mean(block_losses(tmp_path / "cut", data, every)), rel=1e-5)
     near = 1e-5 if teacher_dtype == "fp32" else 2e-2
-    assert first["eval/teacher_loss"] == pytest.approx(np.mean(block_losses(teacher, data, every)), rel=near)
+    assert first["teacher/loss"] == pytest.approx(np.mean(block_losses(teacher, data, every)), rel=near)
     monkeypatch.setattr(loop, "figures_before_training", lambda *_: {})
     distill(DistillConfig(**base, out=str(tmp_path / "n")))
     with_them, without = (load_file(path / "model.safetensors") for path in (out, tmp_path / "n"))
@@ -156,7 +157,7 @@ def test_cut_and_teacher_are_measured_once_and_change_nothing(
     assert "last training loss (KL to the teacher)" in card
     shutil.rmtree(out / "model.safetensors", ignore_errors=True)
     distill(DistillConfig(**base, out=str(out), resume=True))
-    assert [row["step"] for row in read_metrics(out, from_step=0)] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in read_metrics(out)] == [1, 2, 3, 4]
     assert (out / "README.md").read_text().count("| teacher | ") == 1
 
 
@@ -164,7 +165,7 @@ def test_random_weights_are_not_measured(data: Path, tmp_path: Path) -> None:
     shape = tmp_path / "shape.yaml"
     shape.write_text(yaml.safe_dump({"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}))
     pretrain(PretrainConfig(model_config=str(shape), data=str(data), out=str(tmp_path / "m"), max_steps=1))
-    assert [row["step"] for row in read_metrics(tmp_path / "m", from_step=0)] == [1]
+    assert not {"before/loss", "teacher/loss"} & set(read_metrics(tmp_path / "m")[0])
 
 
 def test_the_rate_and_length_of_a_rule_are_written_and_run_again(teacher: Path, data: Path, tmp_path: Path) -> None:

@@ -28,16 +28,16 @@ TERMS = {"attention": 20.0, "hidden": 6.0, "prediction": 2.0, "ce": 5.0}
 def make_run(
     out: Path, steps: int = 50, total: int | None = 100, terms: tuple[str, ...] = ("prediction",), **record: object
 ) -> Path:
-    """Write the files of a run: metrics of the model before training and of each tenth step, options, record."""
+    """Write the files of a run: metrics of each tenth step, the first with figures before training, options, record."""
     out.mkdir(parents=True)
-    rows: list[dict] = [{"step": 0, "tokens": 0, "eval/loss": 5.0, "eval/teacher_loss": 4.0, "eval/stderr": 0.02}]
+    rows: list[dict] = []
     for step in range(10, steps + 1, 10):
         parts = {f"loss/{name}": TERMS[name] * math.exp(-step / 50) for name in terms}
         row = {"step": step, "tokens": step * 1000, "loss": sum(parts.values()), **parts, "learning_rate": 0.001}
         row |= {"tokens_per_second": 500.0, **({"total_steps": total} if total else {})}
         if step % 50 == 0:
             row |= {"eval/loss": 4.5, "eval/perplexity": 90.0, "eval/stderr": 0.02}
-        rows.append(row)
+        rows.append(row | ({} if rows else {"before/loss": 5.0, "before/stderr": 0.02, "teacher/loss": 4.0}))
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = {"teacher": "/home/me/gpt2", "data": "/home/me/d", "prediction_loss": "forward_kl", "temperature": 1.0}
     (out / "config.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
@@ -160,12 +160,13 @@ def test_the_chart_says_which_divergence_at_which_temperature(tmp_path: Path) ->
 
 def test_curves_without_the_rows_that_are_optional(tmp_path: Path) -> None:
     out = make_run(tmp_path / "a", 100)
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [
         {key: None if key == "loss/prediction" else value for key, value in json.loads(line).items()} for line in lines
     ]
     for row in rows:
-        row.pop("eval/stderr", None)
+        for key in ("eval/stderr", "before/loss", "teacher/loss"):
+            row.pop(key, None)
     (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     charts = run_charts(out)
     assert charts[0].levels == {}

@@ -250,8 +250,8 @@ def _expanded(value: Any) -> Any:
 
 def whole_number(value: Any) -> Any:
     """Return a number such as 1e3 or "1e3" as a whole number, if it is one, and any other value unchanged."""
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
-        return value  # of any length: pydantic reads it
+    if not isinstance(value, float | str) or re.fullmatch(r"\s*[+-]?\d+\s*", str(value)):
+        return value
     try:
         number = float(value)
     except ValueError:

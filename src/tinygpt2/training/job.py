@@ -128,10 +128,9 @@ class Job:
         return joined(by_data, blocks), by_data
 
 
-def metrics_of(whole: Evaluation, by_data: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Return an evaluation as metrics.jsonl has it."""
-    every = {"eval": whole, **{f"eval/{name}": one for name, one in by_data.items()}}
-    row = {f"{name}/{key}": value for name, one in every.items() for key, value in asdict(one).items()}
+def metrics_of(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Return evaluations as metrics.jsonl has them: NAME/loss, NAME/perplexity and NAME/stderr."""
+    row = {f"{name}/{key}": value for name, one in evaluations.items() for key, value in asdict(one).items()}
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -143,18 +142,18 @@ def figures_before_training(job: Job, accelerator: Accelerator, module: nn.Modul
         state: keeps the figures.
 
     Returns:
-        The metrics for metrics.jsonl.
+        The metrics for metrics.jsonl: `before/loss`, `teacher/loss` and so on.
     """
     size, row = job.config.micro_batch_size, {}
     if not len(job.evaluated):
         return {}
     if not job.new:
-        whole, by_data = job.measured(lambda blocks: evaluate(accelerator, module, blocks, size))
-        state.before, row = asdict(whole), metrics_of(whole, by_data)
+        whole, _ = job.measured(lambda blocks: evaluate(accelerator, module, blocks, size))
+        state.before, row = asdict(whole), metrics_of({"before": whole})
     if job.teacher is not None:
         teacher = Step(job.teacher, None, LossWeights(), job.config).eval()
         whole, _ = job.measured(lambda blocks: evaluate(accelerator, teacher, blocks, size))
-        state.teacher, row["eval/teacher_loss"] = asdict(whole), whole.loss
+        state.teacher, row = asdict(whole), row | metrics_of({"teacher": whole})
     return row
 
 

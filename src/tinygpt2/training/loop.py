@@ -143,6 +143,7 @@ class _Run:
         self._fixed = FixedPositions(positions, job.data.sequence_length) if decays else None
         self._metrics = MetricsLog(self.out, self.state.step) if accelerator.is_main_process else None
         self._step_tokens = self._sequences * job.data.sequence_length
+        self._before: dict[str, float] = {}
         self._limit = self._time_limit()
         self._meter = ThroughputMeter(
             self.state,
@@ -179,15 +180,13 @@ class _Run:
 
     def begin(self, progress: ProgressStage) -> None:
         """Before the first step: measure student and teacher, and with --max-minutes the time of a step."""
-        row: dict[str, float] = {}
         if self.state.step == 0:
             with self._meter.paused(evaluating=True):
-                row = figures_before_training(self._job, self._accelerator, self.module, self.state)
+                self._before = figures_before_training(self._job, self._accelerator, self.module, self.state)
         if self._limit is not None and not self.finished:
             with self._meter.paused():
                 self._plan_by_time(self._limit)
         progress.expect(self.total)
-        self.record(row)
 
     def _plan_by_time(self, limit: TimeLimit) -> None:
         """Find the number of steps by timing a few, which change no weights; a resumed run has its plan already."""
@@ -273,6 +272,7 @@ class _Run:
         progress.line(f"step {step}/{self.total}  {self._meter.note(outcome.terms, speed, self.total - step)}")
         progress.advance(0, self._meter.note(outcome.terms, speed))
         row = {**outcome.terms, "learning_rate": outcome.learning_rate, "grad_norm": outcome.grad_norm, **speed}
+        row |= self._before if step == 1 else {}
         return row | ({"skipped": self.state.skipped} if self.state.skipped else {})
 
     def evaluate(self) -> tuple[dict[str, float], bool]:
@@ -280,7 +280,8 @@ class _Run:
         with self._meter.paused(evaluating=True):
             whole, by_data = self._job.measured(self._evaluate)
         self.state.eval_by_data = {name: asdict(one) for name, one in by_data.items()} or None
-        return metrics_of(whole, by_data), self.state.evaluated(**asdict(whole))
+        every = {"eval": whole, **{f"eval/{name}": one for name, one in by_data.items()}}
+        return metrics_of(every), self.state.evaluated(**asdict(whole))
 
     def _evaluate(self, blocks: Blocks) -> Evaluation:
         return evaluate(self._accelerator, self.module, blocks, self._job.config.micro_batch_size)

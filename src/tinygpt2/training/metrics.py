@@ -24,7 +24,7 @@ class MetricsLog:
 
     def __init__(self, out: Path, step: int) -> None:
         self._path = out / METRICS
-        kept = [row for row in read_metrics(out, from_step=0) if row["step"] <= step] if step else []
+        kept = [row for row in read_metrics(out) if row["step"] <= step] if step else []
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._waiting = b""
 
@@ -44,11 +44,10 @@ class MetricsLog:
         self._waiting = b""
 
 
-def read_metrics(out: Path, from_step: int = 1) -> list[dict[str, float]]:
+def read_metrics(out: Path) -> list[dict[str, float]]:
     """Read a run's metrics; ignore a last line that was cut short by a crash.
 
-    Args:
-        from_step: 0 also reads the figures before training, which some runs have: of the model and of the teacher.
+    The first row may also have figures before training: of the model (`before/loss`) and the teacher (`teacher/loss`).
     """
     rows = []
     path = out / METRICS
@@ -57,4 +56,4 @@ def read_metrics(out: Path, from_step: int = 1) -> list[dict[str, float]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return [row for row in rows if row["step"] >= from_step]
+    return rows

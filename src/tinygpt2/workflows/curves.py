@@ -41,7 +41,7 @@ def run_options(out: Path) -> dict[str, Any]:
 
 def run_charts(out: Path) -> list[Chart]:
     """Return the charts of a run: losses, each objective in a chart of its own, the learning rate and the speed."""
-    rows, options = read_metrics(out, from_step=0), run_options(out)
+    rows, options = read_metrics(out), run_options(out)
     charts = [_cross_entropy(rows)]
     terms = {key: name for key, name in _keys(rows, "loss/") if name != "ce"}
     charts += [_one(rows, key, *_objective(name, options)) for key, name in terms.items()]
@@ -60,7 +60,7 @@ def compared_runs(runs: Mapping[str, Path], levels: Mapping[str, float], title: 
         runs: the directory of each run, by its name.
         levels: losses to compare them to.
     """
-    series = [_series(read_metrics(out, from_step=0), EVALUATED, name) for name, out in runs.items()]
+    series = [_held_out(read_metrics(out), name) for name, out in runs.items()]
     return Chart(title, TOKENS, f"held-out cross-entropy ({CROSS_ENTROPY})", series, dict(levels))
 
 
@@ -71,15 +71,14 @@ def plot_curves(out: Path) -> bool:
 
 def _cross_entropy(rows: list[dict[str, float]]) -> Chart:
     """Return the chart of what the model predicts of text: while it trains, held out, and before training."""
-    held_out = [_series(rows, EVALUATED, "held out")]
+    held_out = [_held_out(rows, "held out")]
     by_data = [(key, name.removesuffix("/loss")) for key, name in _keys(rows, "eval/") if name.endswith("/loss")]
     held_out += [_series(rows, key, f"held out: {name}") for key, name in by_data]
     training = [_series(rows, "loss/ce", "training")]
     series = [one for one in held_out + training if one.points]
     levels: dict[str, float] = {}
-    for name, key, start in (("before training", EVALUATED, True), ("teacher", "eval/teacher_loss", False)):
-        values = [row[key] for row in rows if row.get(key) is not None and (row["step"] == 0 or not start)]
-        levels |= {name: values[-1]} if values else {}
+    for name, key in (("before training", "before/loss"), ("teacher", "teacher/loss")):
+        levels |= {name: rows[0][key]} if rows and rows[0].get(key) is not None else {}
     title = "cross-entropy" if training[0].points else "held-out cross-entropy"
     return Chart(title, TOKENS, CROSS_ENTROPY, series, levels if series else {})
 
@@ -101,6 +100,13 @@ def _keys(rows: list[dict[str, float]], start: str) -> list[tuple[str, str]]:
 
 def _one(rows: list[dict[str, float]], key: str, title: str, y: str) -> Chart:
     return Chart(title, TOKENS, y, [_series(rows, key, title)])
+
+
+def _held_out(rows: list[dict[str, float]], name: str) -> Series:
+    """Return the held-out loss by training tokens, from before training if it was measured then."""
+    known = rows[0] if rows else {}
+    start = {f"eval/{key}": known[f"before/{key}"] for key in ("loss", "stderr") if f"before/{key}" in known}
+    return _series([start, *rows], EVALUATED, name)
 
 
 def _series(rows: list[dict[str, float]], key: str, name: str) -> Series:
