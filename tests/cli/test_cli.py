@@ -462,7 +462,7 @@ def test_standard_input_leaves_nothing_that_cannot_go_on(tokenizer_dir: Path, tm
         signal.SIGINT, "pregenerate", "-", "--tokenizer", tokenizer_dir, "--out", tmp_path / "d", text="the cat " * 50
     )
     assert code == 130
-    assert "stopped: nothing was saved" in errors
+    assert "interrupted; nothing was saved" in errors
     assert list(tmp_path.iterdir()) == []
 
 
@@ -477,7 +477,7 @@ def test_standard_input_leaves_nothing_that_cannot_go_on(tokenizer_dir: Path, tm
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 6, "out of memory: CUDA out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 6, "out of memory"),
         (RuntimeError("something else"), 1, "internal error"),
-        (KeyboardInterrupt(), 130, "stopped: nothing was saved"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was saved"),
     ],
 )
 def test_the_machines_faults_have_their_own_code(

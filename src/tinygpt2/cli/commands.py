@@ -213,7 +213,7 @@ COMMANDS = [
             "ppl --list-tasks",
         ],
         _ppl,
-        ("model", "task_data", "list_tasks", "convention", "stride", "batch_size", "plot", "csv", "markdown"),
+        ("model", "task_data", "list_tasks", "convention", "stride", "batch_size", "plot", "output_format"),
     ),
     Command(
         "presets",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -29,6 +28,7 @@ from tinygpt2.evaluation.results import short_names
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.utils.progress import say
+from tinygpt2.utils.suggestions import closest
 from tinygpt2.utils.terminal import open_console
 from tinygpt2.utils.units import short_count
 
@@ -136,13 +136,13 @@ def _obeyed(config: GenerateConfig, command: str) -> GenerateConfig:
         asked = {names[name]: value.strip() or fields[names[name]].default}
         config = GenerateConfig(**config.model_dump(by_alias=True) | asked)
     elif name not in ("", _SETTINGS):
-        near = difflib.get_close_matches(name, [*names, _HELP, _SETTINGS, *_QUIT], n=1)
+        near = closest(name, [*names, _HELP, _SETTINGS, *_QUIT])
         guess = f", did you mean /{near[0]}?" if near else ""
         raise ConfigError(
             f"unknown setting /{name}{guess}", f"the settings are /{', /'.join(names)}; /help explains them"
         )
     values = [f"{name} {getattr(config, key)}" for name, key in names.items() if getattr(config, key) is not None]
-    say(", ".join(values))
+    print_note(", ".join(values), open_console(stderr=True))
     return config
 
 

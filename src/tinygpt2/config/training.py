@@ -156,6 +156,7 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
         default=None,
         panel=RUN,
         shown="as many as hold 262,144 tokens",
+        metavar="N|all",
     )
     save_every: int | None = option(
         "Save a checkpoint every N steps. One is always saved at the end.",

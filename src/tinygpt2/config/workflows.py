@@ -53,10 +53,10 @@ class PushConfig(Config):
     """Options of `push`."""
 
     out: str = option("Model directory.", positional=True, path=True)
-    repo: str = option("Where on the Hub: USER/NAME. It is made if it does not exist.")
+    repo: str = option("Where on the Hub. It is made if it does not exist.", metavar="USER/NAME")
     private: bool = option("Make a new repository private.", default=False)
     revision: str | None = option(
-        "Branch to upload to. It is made if it does not exist.", default=None, shown="the main branch"
+        "Branch to upload to. It is made if it does not exist.", default=None, shown="the main branch", metavar="NAME"
     )
     message: str | None = option("Message of the commit.", default=None, shown="Upload a GPT-2 with tinygpt2")
     dry_run: bool = option("Check the model, list what would be uploaded, and exit. Uses no network.", default=False)

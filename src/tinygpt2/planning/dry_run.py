@@ -25,6 +25,7 @@ from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.step import Step, step_seconds
 from tinygpt2.training.teacher_cache import cache_bytes
 from tinygpt2.training.throughput import step_operations
+from tinygpt2.utils.units import size
 
 _REACHED = 0.4  # share of a device's rate that a whole step reaches: small models reach less, large ones more
 
@@ -112,7 +113,7 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
     )
     if disk > free:
         raise ConfigError(
-            f"--out {config.out}: the run needs about {disk / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free",
+            f"--out {config.out}: the run needs about {size(disk)}, but {size(free)} are free",
             "free some space, or lower --keep",
         )
     return RunPlan(
@@ -188,8 +189,8 @@ def compile_step(config: TrainOptions, data: PackedDataset | None = None) -> Com
             job.teacher.to(accelerator.device)
         module = accelerator.prepare(Step(job.model, job.teacher, job.weights, job.config))
         module.train()
-        size = config.micro_batch_size
+        blocks = config.micro_batch_size
         first, second = step_seconds(
-            accelerator, module, None, job.data.train, size * accelerator.num_processes, size, steps=2
+            accelerator, module, None, job.data.train, blocks * accelerator.num_processes, blocks, steps=2
         )
         return CompiledStep(first, second, cache_dir())

@@ -14,6 +14,7 @@ from tinygpt2.errors import DivergedError, MachineError, out_of_memory
 from tinygpt2.runtime.memory import available_memory, memory_in_use
 from tinygpt2.training.state import RunState
 from tinygpt2.utils.progress import warn
+from tinygpt2.utils.units import size
 
 _SHOWN = 32  # block numbers in a message
 
@@ -72,10 +73,10 @@ def memory_explained(config: TrainOptions, length: int) -> Iterator[None]:
         on_gpu = isinstance(error, torch.OutOfMemoryError)
         if on_gpu:
             free, total = torch.cuda.mem_get_info()
-            usage = f"{(total - free) / 1e9:.1f} of the GPU's {total / 1e9:.1f} GB were in use"
+            usage = f"{size(total - free)} of the GPU's {size(total)} were in use"
         else:
             free, own = available_memory(), memory_in_use()
-            usage = f"the process held {own / 1e9:.1f} GB, {free / 1e9:.1f} GB were free"
+            usage = f"the process held {size(own)}, {size(free)} were free"
         lower = [f"--micro-batch-size (with more --gradient-accumulation-steps; now {config.micro_batch_size})"]
         lower += [] if config.gradient_checkpointing else ["or add --gradient-checkpointing"]
         lower += [] if config.precision != "fp32" else ["or use --precision bf16"]

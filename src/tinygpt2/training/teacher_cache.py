@@ -26,6 +26,7 @@ from tinygpt2.errors import os_failure
 from tinygpt2.utils.files import write_json
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
+from tinygpt2.utils.units import size
 
 _FIGURES = (  # settings that change the states, in addition to the weights
     "n_head", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
@@ -52,17 +53,17 @@ class TeacherCache:
     def __init__(self, root: Path, teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precision) -> None:
         self._shape = (len(data.train), data.sequence_length, teacher.config.n_embd)
         self.path = root / cache_name(teacher, data, precision)
-        size = cache_bytes(teacher.config, data)
+        needed = cache_bytes(teacher.config, data)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _reserve(self.path / "states.bin", size)
+            _reserve(self.path / "states.bin", needed)
             _reserve(self.path / "checksums.bin", 4 * len(data.train))
             about = {"sequences": self._shape[0], "length": self._shape[1], "width": self._shape[2]}
             write_json(self.path / "about.json", {**about, "dtype": "bfloat16", "data": data.content})
         except OSError as error:
             raise os_failure(
                 error,
-                f"--teacher-cache {root}: {size / 1e9:.1f} GB cannot be reserved there",
+                f"--teacher-cache {root}: {size(needed)} cannot be reserved there",
                 "or give another directory, or leave out --teacher-cache",
             ) from error
         self._states: Array = np.memmap(self.path / "states.bin", np.int16, "r+", shape=self._shape)
@@ -112,17 +113,17 @@ def _checksum(block: Array) -> int:
     return zlib.crc32(np.ascontiguousarray(block).data) or 1  # 0 means that the block is not computed yet
 
 
-def _reserve(path: Path, size: int) -> None:
+def _reserve(path: Path, length: int) -> None:
     """Make a file and reserve its space: writing to a memory map on a full disk would kill the process."""
-    if path.is_file() and path.stat().st_size == size:
+    if path.is_file() and path.stat().st_size == length:
         return
     try:
         with path.open("ab") as file:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
+                os.posix_fallocate(file.fileno(), 0, length)
             else:
-                for start in follow(range(0, size, 1 << 20), f"reserve {path}", "MiB", announce=False):
-                    file.write(bytes(min(1 << 20, size - start)))
+                for start in follow(range(0, length, 1 << 20), f"reserve {path}", "MiB", announce=False):
+                    file.write(bytes(min(1 << 20, length - start)))
     except OSError:
         path.unlink(missing_ok=True)
         raise

@@ -13,6 +13,7 @@ from transformers import GPT2Config
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.memory import memory_in_use
 from tinygpt2.training.state import RunState
+from tinygpt2.utils.units import duration, size
 
 _MEMORY = 30.0  # seconds after which the time of a step counts a third in the mean
 _SAVED_PER_SECOND = 1e8  # bytes: a slow disk, with checksums
@@ -97,9 +98,9 @@ class ThroughputMeter:
         shown = parts[:1] + ([f"({', '.join(parts[1:])})"] if parts[2:] else [])
         each = self.step_seconds
         rate = speed["tokens_per_second"] if each is None else self._step_tokens / each
-        shown += [f" {rate:,.0f} tokens/s", f" {memory_in_use() / 1e9:.2f} GB"]
+        shown += [f" {rate:,.0f} tokens/s", f" {size(memory_in_use())}"]
         shown += [f" mfu {speed['mfu']:.0%}"] if "mfu" in speed else []
-        shown += [f" eta {left * each:.0f} s"] if left and each is not None else []
+        shown += [f" eta {duration(left * each)}"] if left and each is not None else []
         return " ".join(shown)
 
 

@@ -23,7 +23,7 @@ _OBJECTIVES = {
     "relation": ("relations of the last layer: KL to the teacher", "nats"),
     "cosine": ("last hidden states: distance to the teacher", "1 - cosine"),
 }
-_PREDICTIONS = {
+PREDICTIONS = {
     "forward_kl": "KL to the teacher",
     "reverse_kl": "reverse KL to the teacher",
     "soft_ce": "soft cross-entropy to the teacher",
@@ -87,7 +87,7 @@ def _objective(name: str, options: Mapping[str, Any]) -> tuple[str, str]:
     """Return the title of an objective's chart and what its y axis shows."""
     if name != "prediction":
         return _OBJECTIVES.get(name, (name, "value"))
-    title = _PREDICTIONS.get(options.get("prediction_loss", ""), "predictions: distance to the teacher")
+    title = PREDICTIONS.get(options.get("prediction_loss", ""), "predictions: distance to the teacher")
     heat = options.get("temperature") or 1
     return title, CROSS_ENTROPY if heat == 1 else f"{CROSS_ENTROPY} at temperature {heat:g}, times {heat * heat:g}"
 

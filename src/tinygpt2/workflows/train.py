@@ -36,7 +36,7 @@ from tinygpt2.training.step import Evaluation, Step
 from tinygpt2.training.teacher_cache import TeacherCache
 from tinygpt2.utils.files import write_text
 from tinygpt2.utils.progress import say
-from tinygpt2.workflows.curves import plot_curves
+from tinygpt2.workflows.curves import PREDICTIONS, plot_curves
 from tinygpt2.workflows.metadata import run_metadata
 from tinygpt2.workflows.report import write_run_report
 
@@ -328,9 +328,4 @@ def _training_loss(job: Job) -> str:
         return "cross-entropy"
     if used != ["prediction"]:
         return "weighted sum of the objectives"
-    return {
-        "forward_kl": "KL to the teacher",
-        "reverse_kl": "reverse KL to the teacher",
-        "soft_ce": "soft cross-entropy to the teacher",
-        "jsd": "Jensen-Shannon divergence to the teacher",
-    }[config.prediction_loss]
+    return PREDICTIONS[config.prediction_loss]
