@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import tinygpt2
 from tinygpt2 import PplConfig, ppl
 from tinygpt2.cli.output import render
 from tinygpt2.cli.output.facts import plan_group, print_facts
@@ -32,7 +33,7 @@ def lines_of(result: object, width: int = 80) -> list[str]:
 
 
 def test_every_result_that_has_a_table_of_its_own_exists() -> None:
-    source = Path(render.__file__).parent.parent
+    source = Path(tinygpt2.__file__).parent
     classes = {name for file in source.rglob("*.py") for name in re.findall(r"^class (\w+)", file.read_text(), re.M)}
     assert set(RENDER) <= classes
 

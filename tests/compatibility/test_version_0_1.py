@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tinygpt2.config.base import read_yaml
+from tinygpt2.config.yaml_files import read_yaml
 
 FILES = Path(__file__).parent / "version-0.1.tar.xz"
 

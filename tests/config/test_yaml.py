@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tinygpt2.config.base import load_yaml, read_yaml
 from tinygpt2.config.cerebras import options_of
+from tinygpt2.config.yaml_files import load_yaml, read_yaml
 from tinygpt2.errors import ConfigError
 
 

@@ -15,7 +15,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.conftest import make_model
 from tinygpt2 import GenerateConfig, generate
-from tinygpt2.cli import interactive, live_text
+from tinygpt2.cli import interactive
+from tinygpt2.cli.output import live_text
 from tinygpt2.decoding.generation import continue_prompt, load_with_tokenizer
 from tinygpt2.decoding.prompts import prompt_tokens
 from tinygpt2.errors import ConfigError, DataError, ModelError

@@ -30,13 +30,14 @@ from tinygpt2.cli.help import (
 )
 from tinygpt2.cli.output.render import print_result
 from tinygpt2.cli.session import choose_level
-from tinygpt2.config.base import OPTIONS, Config, extra, flag_name, plain_type, read_yaml
+from tinygpt2.config.base import OPTIONS, Config, extra, flag_name, plain_type
 from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.config.distillation import read_recipe
 from tinygpt2.config.training import length_options
 from tinygpt2.config.workflows import QuickstartConfig
+from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.data.staging import staging_path
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.runtime.processes import rank

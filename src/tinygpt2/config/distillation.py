@@ -8,9 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from tinygpt2.config.base import extra, flag_name, option, read_yaml, summary
+from tinygpt2.config.base import extra, flag_name, option, summary
 from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, RUN
 from tinygpt2.config.training import TrainOptions
+from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.errors import ConfigError
 from tinygpt2.utils.suggestions import did_you_mean
 

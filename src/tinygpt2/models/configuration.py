@@ -9,9 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt2.config.base import load_yaml, whole_number
+from tinygpt2.config.base import whole_number
 from tinygpt2.config.cerebras import is_cerebras, shape_of
 from tinygpt2.config.models import PresetsConfig
+from tinygpt2.config.yaml_files import load_yaml
 from tinygpt2.data.tokenizer import vocabulary_size
 from tinygpt2.errors import ConfigError, TinyGPT2Error, listed, one_line
 from tinygpt2.utils.progress import say

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinygpt2.config.base import Config, load_yaml
+from tinygpt2.config.base import Config
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import TrainOptions, dataset_shares, length_options
+from tinygpt2.config.yaml_files import load_yaml
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.errors import TinyGPT2Error
 from tinygpt2.models.configuration import is_model_config, model_config_file, parameters_of

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinygpt2.config.base import extra, flag_name, read_yaml
+from tinygpt2.config.base import extra, flag_name
 from tinygpt2.config.common import RUN
 from tinygpt2.config.training import TrainOptions, dataset_shares, length_options
+from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.mixture import content_of_datasets
 from tinygpt2.errors import ConfigError

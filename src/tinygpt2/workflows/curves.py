@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tinygpt2.config.base import read_yaml
+from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.errors import ConfigError
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.state import RUN_FILE

@@ -11,10 +11,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from tinygpt2.config.base import load_yaml
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
+from tinygpt2.config.yaml_files import load_yaml
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.mixture import MixedOrder, training_order
 from tinygpt2.errors import ConfigError, InterruptedRunError, listed, reason_of

@@ -181,13 +181,13 @@ def _render_budget(result: Any, console: Console) -> None:
     columns = [
         Column("model", [short_path(one.student) for one in found], left=True),
         Column("parameters", [short_count(one.parameters) for one in found]),
-        Column("tokens/s", [number(one.tokens_per_second) for one in found], 2),
+        Column("tokens/s", [number(one.tokens_per_second) for one in found], 3),
         Column("steps", [number(one.steps) for one in found]),
-        Column("tokens", [short_count(one.tokens) for one in found], 1),
-        Column("passes", [number(one.passes) for one in found], 3),
-        Column("tokens/parameter", [number(one.tokens / one.parameters) for one in found], 4),
-        Column("learning rate", [f"{one.learning_rate:.3g}" for one in found], 5),
-        Column("evaluation", [duration(one.evaluation_seconds) for one in found], 3),
+        Column("tokens", [short_count(one.tokens) for one in found], 2),
+        Column("passes", [number(one.passes) for one in found], 4),
+        Column("tokens/parameter", [number(one.tokens / one.parameters) for one in found], 5),
+        Column("learning rate", [f"{one.learning_rate:.3g}" for one in found], 6),
+        Column("evaluation", [duration(one.evaluation_seconds) for one in found], 1),
     ]
     print_table(columns, console)
     console.print(f"\nchosen for {duration(60 * result.minutes)}: {short_path(result.chosen)}", markup=False)

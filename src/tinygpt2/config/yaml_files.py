@@ -1,0 +1,75 @@
+"""YAML as people write it: 1e-5 is a number, and no key stands twice."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinygpt2.errors import ConfigError, one_line
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads YAML. Numbers such as 1e-5 are floats, as in YAML 1.2, and no key may stand twice in a mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str, where: object) -> Any:
+    """Read a YAML document.
+
+    Args:
+        text: the document.
+        where: where it comes from, for error messages.
+
+    Raises:
+        ConfigError: it is not YAML, or a key stands twice in a mapping.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ConfigError(f"{where}{line} is not valid YAML: {one_line(error.problem or error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {one_line(error, 300)}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read options from a YAML file. Their names may have dashes or underscores.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, does not contain a mapping, or has an option twice.
+    """
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must contain lines of 'option: value', but contains a {type(values).__name__}")
+    options: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in options:
+            raise ConfigError(f"{path}: the option {name} stands twice, with a dash and with an underscore")
+        options[name] = value
+    return options
