@@ -3,10 +3,10 @@
     python benchmarks/threads.py --json
 
 Models of several sizes generate greedily, and quickstart's teacher takes training steps: with one thread and with one
-for each core, in turns, with torch's default OMP_WAIT_POLICY and with PASSIVE, on the machine as it is and beside one
-other busy process. `shared` is the smallest number of operations in a forward pass from which every core is faster
-than one thread with PASSIVE, by the geometric mean over both states of the machine; `SHARED` in runtime/threads.py is
-this number, rounded.
+for each core, in turns, with torch's default OMP_WAIT_POLICY, with PASSIVE, and as the command line sets it (PASSIVE
+after a short spin), on the machine as it is and beside one other busy process. `shared` is the smallest number of
+operations in a forward pass from which every core is no slower than one thread (by 5 %) with our setting, by the
+geometric mean over both states of the machine; `SHARED` in runtime/threads.py is about this number.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ SIZES = {  # layers, width, vocabulary
     "6x512": (6, 512, 50257),
     "distilgpt2": (6, 768, 50257),
     "gpt2": (12, 768, 50257),
+}
+POLICIES: dict[str, dict[str, str]] = {
+    "default": {},
+    "PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "ours": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"},  # runtime/cpu.wait_passively
 }
 BUSY = "while True: pass"
 
@@ -119,14 +124,14 @@ def summary(turns: dict[tuple[str, bool], list[dict[str, Any]]]) -> list[dict[st
 
 
 def threshold(rows: list[dict[str, Any]]) -> float | None:
-    """Return the operations from which every core wins with PASSIVE; None if it does not even win with the most."""
+    """Return the operations from which every core loses at most 5 % with our setting; None if it always loses more."""
     ratios: dict[float, list[float]] = {}
     for row in rows:
-        if row["policy"] == "PASSIVE" and row["job"].startswith("generate"):
+        if row["policy"] == "ours" and row["job"].startswith("generate"):
             ratios.setdefault(row["operations"], []).append(row["ratio"])
     found = None
     for size in sorted(ratios, reverse=True):
-        if statistics.geometric_mean(ratios[size]) <= 1:
+        if statistics.geometric_mean(ratios[size]) < 0.95:
             break
         found = size
     return found
@@ -145,10 +150,10 @@ def main() -> None:
     threads = 0
     os.environ.pop("OMP_NUM_THREADS", None)
     for _ in range(options.rounds):
-        for policy in ("default", "PASSIVE"):
-            os.environ.pop("OMP_WAIT_POLICY", None)
-            if policy != "default":
-                os.environ["OMP_WAIT_POLICY"] = policy
+        for policy, settings in POLICIES.items():
+            for name in POLICIES["ours"]:
+                os.environ.pop(name, None)
+            os.environ.update(settings)
             worker = Worker(__file__, ["--worker", "--seconds", str(options.seconds)])
             threads = worker.ready["threads"]
             for busy in (False, True):
@@ -169,7 +174,7 @@ def main() -> None:
         print(
             f"{row['job']:32} {where} {row['one_thread']:10,.1f} {row['every_core']:10,.1f} tokens/s {row['ratio']:.2f}"
         )
-    print(f"every core is faster from {result['shared']} operations on")
+    print(f"every core is no slower from {result['shared']} operations on")
     return None
 
 

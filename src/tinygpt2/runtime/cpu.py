@@ -21,12 +21,15 @@ def usable_cores() -> int:
 
 
 def wait_passively() -> None:
-    """Let idle threads sleep. Call it before torch is imported; it does nothing if OMP_WAIT_POLICY is set.
+    """Let waiting threads sleep soon. Call it before torch is imported; it does nothing if OMP_WAIT_POLICY is set.
 
     By default, the threads of OpenMP spin while they wait for each other. If another process needs a core, each spins
-    for the whole time slice of the other.
+    for the whole time slice of the other. To wake a thread from sleep takes time, too: with GNU's OpenMP, a thread spins
+    for some microseconds first, which is enough between most products of a training step (benchmarks/threads.py).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def keep_memory() -> None:

@@ -11,7 +11,7 @@ import torch
 from tinygpt2.runtime.devices import current_device
 from tinygpt2.utils.progress import detail
 
-SHARED = 1e8  # operations of a forward pass from which two threads are faster than one: benchmarks/threads.py
+SHARED = 1e8  # operations of a forward pass below which one thread is faster than two: benchmarks/threads.py
 
 
 @contextmanager
