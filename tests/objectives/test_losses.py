@@ -68,16 +68,30 @@ def test_gradcheck_of_every_loss() -> None:
     assert torch.autograd.gradcheck(lambda x: hidden_loss(x, theirs, "none"), (mine,))
     assert torch.autograd.gradcheck(lambda x: hidden_loss(x, theirs, "variance"), (mine,))
     assert torch.autograd.gradcheck(lambda x: cosine_loss(x, theirs), (mine,))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_gradients_of_predictions_equal_finite_differences(name: str) -> None:
     hidden, head, teacher_hidden, teacher_head = doubles(4, (6, 3), (7, 3), (6, 4), (7, 4))
-    hidden.requires_grad_(), head.requires_grad_()
     targets = torch.tensor([0, 6, -100, 3, 3, -100])
-    for name in LOSSES:
-        objective = PredictionObjective(0.6, 0.4, name, 1.5, 4)
+    objective = PredictionObjective(0.6, 0.4, name, 1.5, 4)
 
-        def total(hidden: torch.Tensor, head: torch.Tensor, objective: PredictionObjective = objective) -> torch.Tensor:
-            return prediction_loss(hidden, head, targets, (teacher_hidden, teacher_head), objective)[0]
+    def total(*both: torch.Tensor) -> torch.Tensor:
+        return prediction_loss(*both, targets, (teacher_hidden, teacher_head), objective)[0]
 
-        assert torch.autograd.gradcheck(total, (hidden, head))
+    both = hidden.requires_grad_(), head.requires_grad_()
+    gradients = torch.autograd.grad(total(*both), both)
+    for which, gradient in enumerate(gradients):
+        for place in range(gradient.numel()):
+            step = torch.zeros(gradient.numel(), dtype=torch.float64)
+            step[place] = 1e-6
+            ends = []
+            for sign in (1, -1):
+                moved = [x.detach().clone() for x in both]
+                moved[which] += sign * step.view_as(gradient)
+                ends.append(float(total(*moved)))
+            slope = (ends[0] - ends[1]) / 2e-6
+            assert float(gradient.flatten()[place]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
@@ -169,6 +183,40 @@ def test_a_large_offset_of_all_logits_costs_bfloat16_nothing() -> None:
         total, gradient = in_bfloat16(hidden, student_head, labels, targets)
         assert total.item() == pytest.approx(exact.item(), rel=0.01)
         assert float((gradient - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_the_output_matrix_gradient_of_many_tokens_does_not_overflow(precision: torch.dtype) -> None:
+    """One dimension of the states is large in every token, as in GPT-2: its sum over a chunk is beyond float16."""
+    count, width, large = 2048, 8, 1000.0
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, width, generator=generator)
+    hidden[:, 0] = large
+    head = torch.randn(V, width, generator=generator) * 0.02
+    head[:, 0] = 0
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (count,), generator=generator)
+    targets[::5] = 7  # a token that is a fifth of the text
+    with torch.autocast("cpu", precision):
+        total, _ = prediction_loss(hidden, head, targets, None, PredictionObjective(0.0, 1.0))
+    gradients = torch.autograd.grad(total, (hidden, head))
+    exact_hidden, exact_head = (x.detach().double().requires_grad_() for x in (hidden, head))
+    exact = torch.nn.functional.cross_entropy(exact_hidden @ exact_head.T, targets)
+    expected = torch.autograd.grad(exact, (exact_hidden, exact_head))
+    assert float(expected[1].abs().max()) * count > 65504  # the sum, which float16 cannot hold
+    near = 0.002 if precision == torch.float16 else 0.01
+    for ours, reference in zip(gradients, expected, strict=True):
+        assert float((ours - reference).norm() / reference.norm()) < near
+
+
+def test_backward_multiplies_the_gradients_in_place() -> None:
+    hidden, head = torch.randn(64, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
+    total, _ = prediction_loss(hidden, head, torch.zeros(64, dtype=torch.long), None, PredictionObjective(0.0, 1.0))
+    kept = [x.data_ptr() for x in total.grad_fn.saved_tensors]
+    given = torch.autograd.grad(3 * total, (hidden, head), retain_graph=True)
+    assert [x.data_ptr() for x in given] == kept
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_no_logit_matrix_outlives_its_chunk() -> None:

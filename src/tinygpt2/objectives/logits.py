@@ -186,14 +186,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 values += _differentiate(logits, soft, targets[part], objective, means[1] * count)
                 if hidden_grad is not None:
                     hidden_grad[part] = logits @ matrix
-                if head_grad is not None and head_grad.dtype == logits.dtype:
-                    head_grad.addmm_(logits.mT, states[part])
-                elif head_grad is not None:
-                    head_grad += logits.mT @ states[part]
+                if head_grad is not None:
+                    _add_product(head_grad, logits, states[part])
         prediction, ce = values * means
         # Apply the mean's 1/N only in backward: there, a loss scale has made the incoming gradient large.
         ctx.factor = 1 / max(1, count)
-        ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(head.dtype))
+        ctx.dtype = head.dtype
+        ctx.save_for_backward(hidden_grad, head_grad)
         ctx.mark_non_differentiable(prediction, ce)
         return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce
 
@@ -201,8 +200,29 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
-        scaled = [None if grad is None else grad * (ctx.factor * grads[0]) for grad in (hidden_grad, head_grad)]
-        return scaled[0], scaled[1], None, None, None, None
+        factor = ctx.factor * grads[0]
+        # In place: nobody else holds them, so torch refuses a second backward pass through the same graph.
+        scaled = [None if grad is None else grad.mul_(factor) for grad in (hidden_grad, head_grad)]
+        return scaled[0], None if scaled[1] is None else scaled[1].to(ctx.dtype), None, None, None, None
+
+
+def _add_product(total: Float[Tensor, "V D"], gradient: Float[Tensor, "n V"], states: Float[Tensor, "n D"]) -> None:
+    """Add gradient.T @ states to `total` in place, whose type is at least float32.
+
+    The product is a sum over the chunk, not a mean, so float16 could not hold it: above 65504 it would be infinite
+    whatever the loss scale.
+    """
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.mT, states)
+    elif gradient.device.type == "cuda" and torch.version.hip is None:
+        if torch.__version__ >= (2, 13):
+            torch.addmm(total, gradient.mT, states, out_dtype=total.dtype, out=total)
+        else:  # older versions want a 16-bit `total`, or cannot trace this call
+            total += torch.mm(gradient.mT, states, out_dtype=total.dtype)
+    elif gradient.dtype == torch.bfloat16:  # has float32's range, and a product of float32 takes longer
+        total += gradient.mT @ states
+    else:
+        total.addmm_(gradient.mT.to(total.dtype), states.to(total.dtype))
 
 
 def _differentiate(
