@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +14,10 @@ from hypothesis import strategies as st
 
 from tests.references import naive_divergence, naive_prediction, naive_relation, naive_scores
 from tinygpt2.errors import ConfigError
-from tinygpt2.models.lm_head import head_operand
+from tinygpt2.models import lm_head
+from tinygpt2.models.lm_head import head_operand, operand_rows
 from tinygpt2.objectives import attention as attention_module
+from tinygpt2.objectives import compilation
 from tinygpt2.objectives import logits as prediction_module
 from tinygpt2.objectives.attention import attention_loss, relation_loss
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
@@ -18,6 +25,11 @@ from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import LOSSES, PredictionObjective, cross_entropy, prediction_loss
 
 V = 50
+
+
+def padded_rows(vocabulary: int, device: str) -> int:
+    """What `operand_rows` returns on a GPU, on any device."""
+    return operand_rows(vocabulary, "cuda")
 
 
 def doubles(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -98,32 +110,42 @@ def test_gradients_of_predictions_equal_finite_differences(name: str) -> None:
 @pytest.mark.parametrize("tau", [1.0, 2.5])
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.6, 0.4)])
 @pytest.mark.parametrize("chunk", [1, 5, 37, None])
+@pytest.mark.parametrize("path", ["as on a CPU", "padded", "as on a GPU"])
 def test_predictions_equal_whole_logits(
-    name: str, tau: float, weights: tuple[float, float], chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    name: str, tau: float, weights: tuple[float, float], chunk: int | None, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prediction_module, "rows_at_once", lambda vocabulary, device: 4)
+    if path != "as on a CPU":
+        monkeypatch.setattr(lm_head, "operand_rows", padded_rows)
+    if path == "as on a GPU":  # the same function as on a GPU, without its compiler
+        monkeypatch.setattr(prediction_module, "compiles_losses", lambda device: True)
+        monkeypatch.setattr(prediction_module, "compiled_or_eager", lambda function, *arguments: function(*arguments))
     hidden, head, *teacher = doubles(0, (37, 8), (V, 8), (37, 12), (V, 12))
     hidden.requires_grad_(), head.requires_grad_()
     targets = torch.randint(0, V, (37,), generator=torch.Generator().manual_seed(1))
     targets[::7] = -100
     objective = PredictionObjective(*weights, name, tau, chunk)
-    total, terms = prediction_loss(hidden, head, targets, (teacher[0], teacher[1]), objective)
+    total, terms = prediction_loss(hidden, head, targets, (teacher[0], head_operand(teacher[1])), objective)
     naive = naive_prediction(name, tau, weights, hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())
     assert_same(total, naive, hidden, head)
     assert set(terms) == {name for name, weight in zip(("prediction", "ce"), weights, strict=True) if weight}
+
+
+def loss_of_logits(name: str, student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return LOSSES[name](student.log_softmax(-1), teacher.log_softmax(-1))
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(sorted(LOSSES)), st.floats(-50, 50), st.integers(0, 10**6))
 def test_divergences_vanish_at_equality_and_ignore_shifts(name: str, shift: float, seed: int) -> None:
     a, b = doubles(seed, (4, 9), (4, 9))
-    value, gradient = LOSSES[name](a, b)
-    shifted, same = LOSSES[name](a + shift, b - shift)
+    value, gradient = loss_of_logits(name, a, b)
+    shifted, same = loss_of_logits(name, a + shift, b - shift)
     assert float(shifted) == pytest.approx(float(value), rel=1e-9, abs=1e-12)
     torch.testing.assert_close(same, gradient)
     assert float(value) == pytest.approx(float(naive_divergence(name, a, b)), rel=1e-9)
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(4, dtype=torch.float64))
-    at_equality, flat = LOSSES[name](a, a.clone())
+    at_equality, flat = loss_of_logits(name, a, a.clone())
     torch.testing.assert_close(flat, torch.zeros_like(flat))
     if name != "soft_ce":
         assert float(at_equality) == pytest.approx(0, abs=1e-12)
@@ -137,6 +159,57 @@ def test_losses_leave_their_inputs_alone() -> None:
         loss(a, b)
     cross_entropy(a, torch.tensor([0, 1, -100, 3]))
     torch.testing.assert_close((a, b), before, rtol=0, atol=0)
+
+
+def plain_copy(module: ModuleType) -> ModuleType:
+    """Load a module again without the tests' checks of shapes, which cannot be compiled."""
+    name = f"{module.__name__}_to_compile"
+    spec = importlib.util.spec_from_file_location(name, module.__file__)
+    again = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    return again
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports its own old modules
+@pytest.mark.parametrize(("loss", "tau"), [("forward_kl", 1.0), ("jsd", 2.0)])
+def test_compiled_losses_equal_eager_ones(loss: str, tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph serves chunks of any size, for operands with padding."""
+    plain = plain_copy(prediction_module)
+    monkeypatch.setattr(lm_head, "operand_rows", padded_rows)
+    monkeypatch.setattr(plain, "compiles_losses", lambda device: True)
+    monkeypatch.setattr(compilation, "warn", pytest.fail)  # it would have run eagerly
+    hidden, head, *teacher = (x.float() for x in doubles(0, (37, 8), (V, 8), (37, 12), (V, 12)))
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (37,), generator=torch.Generator().manual_seed(1))
+    targets[::7] = -100
+    naive = naive_prediction(loss, tau, (0.6, 0.4), hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for chunk in (37, 10):  # 10: three chunks of 10 and one of 7
+        objective = plain.PredictionObjective(0.6, 0.4, loss, tau, chunk)
+        total, _ = plain.prediction_loss(hidden, head, targets, (teacher[0], head_operand(teacher[1])), objective)
+        assert_same(total, naive, hidden, head)
+        naive = naive_prediction(loss, tau, (0.6, 0.4), hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_losses_that_cannot_be_compiled_run_eagerly_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(compilation, "warn", warnings.append)
+    monkeypatch.setattr(compilation, "_compiled", lambda function: no_compiler)
+    monkeypatch.setattr(prediction_module, "compiles_losses", lambda device: True)
+
+    def no_compiler(*_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("Failed to find C compiler")
+
+    hidden, head = doubles(0, (37, 8), (V, 8))
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (37,), generator=torch.Generator().manual_seed(1))
+    total, _ = prediction_loss(hidden, head, targets, None, PredictionObjective(0.0, 1.0, chunk=10))
+    assert_same(total, torch.nn.functional.cross_entropy(hidden @ head.T, targets), hidden, head)
+    assert len(warnings) == 1
+    assert "Failed to find C compiler" in warnings[0]
+    compilation._failed.clear()
 
 
 def in_bfloat16(

@@ -7,6 +7,7 @@ import math
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.models.activations import collect_activations
@@ -20,9 +21,19 @@ def wide(x: Tensor) -> torch.dtype:
 def default_chunk(vocabulary: int, device: str) -> int:
     """Return for how many tokens to hold logits at a time.
 
-    These are at most 2**25 logits on a CPU and 2**28 on a GPU, but always at least 64 tokens.
+    These are at most 2**25 logits on a CPU and 2**26 on a GPU, but always at least 64 tokens. A matrix of 2**26 logits
+    takes 256 MiB in float32 and 128 MiB in 16 bits. The student's logits, the teacher's and the gradient are one each.
     """
-    return max(64, (2**25 if device == "cpu" else 2**28) // vocabulary)
+    return max(64, (2**25 if device == "cpu" else 2**26) // vocabulary)
+
+
+def operand_rows(vocabulary: int, device: str) -> int:
+    """Return how many rows an output matrix has as an operand of products.
+
+    On a GPU, this is the next multiple of 64. A row of logits then starts at a multiple of 16 bytes in every number
+    format, as the fast products need (GPT-2's vocabulary of 50257 is odd). A CPU's products gain nothing from it.
+    """
+    return vocabulary if device == "cpu" else 64 * math.ceil(vocabulary / 64)
 
 
 def scoring_chunk(vocabulary: int, device: str) -> int:
@@ -38,23 +49,25 @@ def rows_at_once(vocabulary: int, device: str) -> int:
     return max(1, (2**19 if device == "cpu" else 2**26) // vocabulary)
 
 
-def head_operand(head: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
+def head_operand(head: Float[Tensor, "V D"]) -> Float[Tensor, "W D"]:
     """Return the output matrix for matrix products: in autocast's type, and centred if that has fewer than 32 bits.
 
     GPT-2's logits share a large offset of about -100. A softmax ignores the offset, but at that size bfloat16 rounds
     to multiples of 0.5. Subtracting the matrix's mean row removes the offset; losses and gradients stay the same.
+
+    On a GPU, rows of zeros follow the V real ones: see `operand_rows`. Only the first V columns of the logits count.
     """
     device = head.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-    if dtype.itemsize >= 4:
-        return head.to(dtype)
-    return (head - head.mean(0, dtype=torch.float32)).to(dtype)
+    operand = head.to(dtype) if dtype.itemsize >= 4 else (head - head.mean(0, dtype=torch.float32)).to(dtype)
+    padding = operand_rows(len(head), device) - len(head)
+    return F.pad(operand, (0, 0, 0, padding)) if padding else operand
 
 
 @torch.no_grad()
 def target_losses(
     model: GPT2LMHeadModel,
-    head: Float[Tensor, "V D"],
+    head: Float[Tensor, "W D"],
     input_ids: Int[Tensor, "B T"],
     wanted: Bool[Tensor, "B P"],
     ruled_out: Bool[Tensor, " V"] | None = None,
@@ -74,7 +87,7 @@ def target_losses(
     last = len(model.transformer.h)
     states = collect_activations(model, input_ids[:, :-1], states=[last]).states[last][wanted]
     targets = input_ids[:, 1:][wanted]
-    vocabulary, device = len(head), head.device.type
+    vocabulary, device = model.config.vocab_size, head.device.type
     chunk, rows = scoring_chunk(vocabulary, device), rows_at_once(vocabulary, device)
     losses = torch.empty(len(targets), dtype=wide(head), device=head.device)
     hits = None if ruled_out is None else torch.empty(len(targets), 2, dtype=torch.bool, device=head.device)
@@ -82,7 +95,7 @@ def target_losses(
         logits = states[start : start + chunk] @ head.mT
         for inner in range(0, len(logits), rows):
             part = slice(start + inner, min(start + inner + rows, start + len(logits)))
-            scores = logits[inner : inner + rows].to(losses.dtype)
+            scores = logits[inner : inner + rows, :vocabulary].to(losses.dtype)
             right = targets[part]
             losses[part] = scores.logsumexp(-1) - scores.gather(-1, right[:, None])[:, 0]
             if hits is not None and ruled_out is not None:

@@ -16,9 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from tinygpt2.models.activations import ROWS
 from tinygpt2.models.lm_head import wide
-from tinygpt2.objectives.logits import forward_kl
-
-MASKED = -1e30  # acts as minus infinity in a softmax, but differences of masked scores stay finite
+from tinygpt2.objectives.logits import MASKED, forward_kl
 
 
 def attention_loss(
@@ -135,7 +133,7 @@ class _RelationLoss(torch.autograd.Function):
                 .masked_fill_(future, MASKED)
                 for x in (vectors, teacher_vectors)
             )
-            value, difference = forward_kl(*(relation.flatten(0, 1) for relation in relations))
+            value, difference = forward_kl(*(relation.flatten(0, 1).log_softmax(-1) for relation in relations))
             total += value
             difference = difference.view(len(vectors), stop - start, stop).to(vectors.dtype)
             gradient[:, start:stop] += difference @ vectors[:, :stop]

@@ -137,7 +137,7 @@ class Objectives(nn.Module):
         student: Activations,
         student_head: Float[Tensor, "V D"],
         teacher: Activations | None = None,
-        teacher_head: Float[Tensor, "V Dt"] | None = None,
+        teacher_head: Float[Tensor, "W Dt"] | None = None,
         *,
         lengths: Int[Tensor, " B"] | None = None,
         share: Counts | None = None,

@@ -16,27 +16,30 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from tinygpt2.config.distillation import PredictionLoss
 from tinygpt2.models.lm_head import default_chunk, head_operand, rows_at_once, wide
+from tinygpt2.objectives.compilation import compiled_or_eager, compiles_losses
 
 IGNORED = -100  # stands for "no target", such as at the last position of every block
+MASKED = -1e30  # acts as minus infinity in a softmax, but differences of masked logits stay finite
 
 
 def soft_ce(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
     """Return the cross-entropy of the student under the teacher's distribution, summed over tokens, in nats.
 
     Args:
-        student, teacher: logits.
+        student, teacher: log-probabilities.
 
     Returns:
         The sum, and its gradient for the student's logits. The other losses return the same two values.
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2. TinyBERT's code also takes the mean over the
     vocabulary, which makes the loss V times smaller.
     """
-    p_t = teacher.softmax(-1)
-    return -_dot(p_t, student.log_softmax(-1)), student.softmax(-1).sub_(p_t)
+    p_t = teacher.exp()
+    return -(p_t * student).sum(), student.exp().sub_(p_t)
 
 
 def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
@@ -44,9 +47,8 @@ def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> 
 
     Source: as `soft_ce`, minus the teacher's entropy.
     """
-    p_t = teacher.softmax(-1)
-    value = _dot(p_t, teacher.log_softmax(-1).sub_(student.log_softmax(-1)))
-    return value, student.softmax(-1).sub_(p_t)
+    p_t = teacher.exp()
+    return _dot(p_t, teacher - student), student.exp().sub_(p_t)
 
 
 def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
@@ -54,9 +56,7 @@ def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> 
 
     Source: MiniLLM, arXiv:2306.08543, section 2.
     """
-    log_s = student.log_softmax(-1)
-    p_s = log_s.exp()
-    ratio = log_s.sub_(teacher.log_softmax(-1))
+    p_s, ratio = student.exp(), student - teacher
     rows = (p_s * ratio).sum(-1, keepdim=True)
     return rows.sum(), ratio.sub_(rows).mul_(p_s)
 
@@ -66,11 +66,10 @@ def jsd(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[F
 
     Source: Agarwal et al. 2023, arXiv:2306.13649, eq. 1 with beta 1/2.
     """
-    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    log_m = torch.logaddexp(log_s, log_t).sub_(math.log(2))
-    p_s, ratio = log_s.exp(), log_s.sub_(log_m)
+    log_m = torch.logaddexp(student, teacher).sub_(math.log(2))
+    p_s, ratio = student.exp(), student - log_m
     rows = (p_s * ratio).sum(-1, keepdim=True)
-    value = (rows.sum() + _dot(log_t.exp(), log_t - log_m)) / 2
+    value = (rows.sum() + _dot(teacher.exp(), teacher - log_m)) / 2
     return value, ratio.sub_(rows).mul_(p_s).div_(2)
 
 
@@ -85,11 +84,20 @@ LOSSES: dict[PredictionLoss, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] 
 def cross_entropy(
     student: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
-    """Return -log p(target), summed over targets, in nats, and its gradient. `IGNORED` targets add nothing."""
+    """Return -log p(target), summed over targets, in nats, and its gradient for the student's logits.
+
+    Args:
+        student: log-probabilities.
+        targets: next tokens; `IGNORED` adds nothing.
+    """
     real = (targets != IGNORED).unsqueeze(-1)
     index = targets.unsqueeze(-1).where(real, 0)
-    value = -(student.log_softmax(-1).gather(-1, index) * real).sum()
-    gradient = student.softmax(-1).scatter_add_(-1, index, torch.full_like(index, -1, dtype=student.dtype))
+    value = -(student.gather(-1, index) * real).sum()
+    gradient = student.exp()
+    if torch.compiler.is_compiling():  # a scatter would be a pass of its own, and a comparison is one in eager mode
+        gradient = gradient - (torch.arange(student.shape[-1], device=student.device) == index).to(gradient.dtype)
+    else:
+        gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=student.dtype))
     return value, gradient.mul_(real)
 
 
@@ -120,7 +128,7 @@ def prediction_loss(
     hidden: Float[Tensor, "N D"],
     head: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
-    teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "V Dt"]] | None,
+    teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "W Dt"]] | None,
     objective: PredictionObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return the weighted sum of the prediction loss and the next-token cross-entropy, and both terms unweighted.
@@ -166,32 +174,38 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_head: Tensor | None,
         objective: PredictionObjective,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        device, count = hidden.device.type, len(hidden)
+        device, count, vocabulary = hidden.device.type, len(hidden), len(head)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        head_grad = torch.zeros_like(head, dtype=wide(head)) if needs_head else None
         matrix = head_operand(head)
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        head_grad = torch.zeros_like(matrix, dtype=wide(head)) if needs_head else None
         states, teacher = hidden.to(matrix.dtype), None
         if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
             teacher = (teacher_hidden.to(teacher_head.dtype), teacher_head)
-        means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum()]).clamp(min=1).to(wide(hidden))
+        # Numbers of the host become tensors by filling, because a copy would wait for a GPU.
+        counts = torch.stack([torch.full((), count, device=hidden.device), (targets != IGNORED).sum()])
+        means = 1 / counts.clamp(min=1).to(wide(hidden))
         values = torch.zeros_like(means)
-        turns = max(1, math.ceil(count / (objective.chunk or default_chunk(len(head), device))))
+        factor = objective.prediction_weight * objective.temperature
+        factors = None if factor == 1 else torch.full_like(means[0], factor), objective.ce_weight * means[1] * count
+        turns = max(1, math.ceil(count / (objective.chunk or default_chunk(vocabulary, device))))
         chunk = max(1, math.ceil(count / turns))  # chunks of equal size, because a small last one would be slow
         with torch.autocast(device, enabled=False):
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)
                 logits = states[part] @ matrix.mT
                 soft = None if teacher is None else teacher[0][part] @ teacher[1].mT
-                values += _differentiate(logits, soft, targets[part], objective, means[1] * count)
+                wanted = targets[part] if objective.ce_weight else None
+                found, gradient = _differentiate(logits, soft, wanted, objective, factors, vocabulary)
+                values += found
                 if hidden_grad is not None:
-                    hidden_grad[part] = logits @ matrix
+                    hidden_grad[part] = gradient @ matrix
                 if head_grad is not None:
-                    _add_product(head_grad, logits, states[part])
+                    _add_product(head_grad, gradient, states[part])
         prediction, ce = values * means
         # Apply the mean's 1/N only in backward: there, a loss scale has made the incoming gradient large.
         ctx.factor = 1 / max(1, count)
-        ctx.dtype = head.dtype
+        ctx.rows, ctx.dtype = vocabulary, head.dtype
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.mark_non_differentiable(prediction, ce)
         return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce
@@ -203,7 +217,7 @@ class _ChunkedLoss(torch.autograd.Function):
         factor = ctx.factor * grads[0]
         # In place: nobody else holds them, so torch refuses a second backward pass through the same graph.
         scaled = [None if grad is None else grad.mul_(factor) for grad in (hidden_grad, head_grad)]
-        return scaled[0], None if scaled[1] is None else scaled[1].to(ctx.dtype), None, None, None, None
+        return scaled[0], None if scaled[1] is None else scaled[1][: ctx.rows].to(ctx.dtype), None, None, None, None
 
 
 def _add_product(total: Float[Tensor, "V D"], gradient: Float[Tensor, "n V"], states: Float[Tensor, "n D"]) -> None:
@@ -226,31 +240,72 @@ def _add_product(total: Float[Tensor, "V D"], gradient: Float[Tensor, "n V"], st
 
 
 def _differentiate(
-    logits: Tensor,
-    soft: Tensor | None,
-    targets: Tensor,
+    logits: Float[Tensor, "n W"],
+    soft: Float[Tensor, "n W"] | None,
+    targets: Int[Tensor, " n"] | None,
     objective: PredictionObjective,
-    ce_scale: Tensor,
-) -> Tensor:
-    """Overwrite the student's logits with the gradient of the weighted total, and return the sums of the two losses.
+    factors: tuple[Tensor | None, Tensor],
+    vocabulary: int,
+) -> tuple[Float[Tensor, 2], Float[Tensor, "n W"]]:
+    """Return the sums of the two losses, and the gradient of the weighted total for the student's logits.
 
-    Softmax and sums use at least float32, whatever type the logits have.
+    Softmax and sums use at least float32, whatever type the logits have. The gradient may overwrite the logits.
+
+    Args:
+        logits, soft: of student and teacher; W is V, or more if the output matrices are padded.
+        targets: next tokens, if the cross-entropy counts.
+        factors: of the two losses' gradients; None stands for 1.
+        vocabulary: V.
     """
-    tau, rows = objective.temperature, rows_at_once(logits.shape[-1], logits.device.type)
+    settings = factors, objective.loss, objective.temperature
+    if compiles_losses(logits.device.type) and not isinstance(logits, FakeTensor):
+        return compiled_or_eager(_whole_chunk, logits, soft, targets, settings, vocabulary)
+    rows = rows_at_once(vocabulary, logits.device.type)
     values = logits.new_zeros(2, dtype=wide(logits))
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
-        student, parts = logits[part].to(values.dtype), []
-        if soft is not None:
-            teacher = soft[part].to(values.dtype)
-            softened = (student, teacher) if tau == 1 else (student / tau, teacher / tau)
-            value, gradient = LOSSES[objective.loss](*softened)
-            values[0] += value * tau**2
-            factor = objective.prediction_weight * tau
-            parts.append(gradient if factor == 1 else gradient.mul_(factor))
-        if objective.ce_weight:
-            value, gradient = cross_entropy(student, targets[part])
-            values[1] += value
-            parts.append(gradient.mul_(objective.ce_weight * ce_scale))
-        logits[part] = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
-    return values
+        student = logits[part, :vocabulary].to(values.dtype)
+        teacher = None if soft is None else soft[part, :vocabulary].to(values.dtype)
+        found, gradient = _weighted(student, teacher, None if targets is None else targets[part], *settings)
+        values += found
+        logits[part, :vocabulary] = gradient
+    return values, logits
+
+
+def _whole_chunk(
+    logits: Tensor, soft: Tensor | None, targets: Tensor | None, settings: tuple[Any, ...], vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Do the same for all rows at once: compiled, this reads each logit matrix twice and writes the gradient once.
+
+    The columns of the padding are masked and not cut off: rows of V numbers would not be aligned.
+    """
+    wider = [None if x is None else x.to(wide(x)) for x in (logits, soft)]
+    if logits.shape[-1] > vocabulary:
+        real = torch.arange(logits.shape[-1], device=logits.device) < vocabulary
+        wider = [None if x is None else x.where(real, MASKED) for x in wider]
+    student, teacher = wider
+    assert student is not None
+    values, gradient = _weighted(student, teacher, targets, *settings)
+    return values, gradient.to(logits.dtype)
+
+
+def _weighted(
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    factors: tuple[Tensor | None, Tensor],
+    loss: PredictionLoss,
+    tau: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of the two losses, unweighted, and the gradient of their weighted sum."""
+    log_p = student.log_softmax(-1) if tau == 1 or targets is not None else student
+    values, gradients = [student.new_zeros(()), student.new_zeros(())], []
+    if teacher is not None:
+        softened = log_p if tau == 1 else (student / tau).log_softmax(-1)
+        value, gradient = LOSSES[loss](softened, (teacher if tau == 1 else teacher / tau).log_softmax(-1))
+        values[0] = value * tau**2
+        gradients.append(gradient if factors[0] is None else gradient.mul_(factors[0]))
+    if targets is not None:
+        values[1], gradient = cross_entropy(log_p, targets)
+        gradients.append(gradient.mul_(factors[1]))
+    return torch.stack(values), gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])
