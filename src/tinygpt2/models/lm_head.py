@@ -69,7 +69,7 @@ def target_losses(
     model: GPT2LMHeadModel,
     head: Float[Tensor, "W D"],
     input_ids: Int[Tensor, "B T"],
-    wanted: Bool[Tensor, "B P"],
+    wanted: Int[Tensor, " N"] | None = None,
     ruled_out: Bool[Tensor, " V"] | None = None,
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
     """Return the loss of each wanted next token, in nats and at least float32, row by row.
@@ -77,7 +77,8 @@ def target_losses(
     Args:
         head: the output matrix, as `head_operand` returns it.
         input_ids: token ids; the last one of each row is only a target.
-        wanted: marks the N positions, of P = T - 1 in each row, that predict a target.
+        wanted: numbers of the N positions that predict a target, if the T - 1 of each row are counted through; None if
+            all do. They are numbers and no mask, because to count a mask a GPU is waited for.
         ruled_out: tokens that do not count as predictions in the second column of the hits.
 
     Returns:
@@ -85,8 +86,10 @@ def target_losses(
         token: of all tokens (first column), and of those that are not ruled out (second column).
     """
     last = len(model.transformer.h)
-    states = collect_activations(model, input_ids[:, :-1], states=[last]).states[last][wanted]
-    targets = input_ids[:, 1:][wanted]
+    states = collect_activations(model, input_ids[:, :-1], states=[last]).states[last].flatten(0, 1)
+    targets = input_ids[:, 1:].flatten()
+    if wanted is not None:
+        states, targets = states.index_select(0, wanted), targets.index_select(0, wanted)
     vocabulary, device = model.config.vocab_size, head.device.type
     chunk, rows = scoring_chunk(vocabulary, device), rows_at_once(vocabulary, device)
     losses = torch.empty(len(targets), dtype=wide(head), device=head.device)

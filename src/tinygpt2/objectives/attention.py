@@ -133,7 +133,7 @@ class _RelationLoss(torch.autograd.Function):
                 .masked_fill_(future, MASKED)
                 for x in (vectors, teacher_vectors)
             )
-            value, difference = forward_kl(*(relation.flatten(0, 1).log_softmax(-1) for relation in relations))
+            value, difference = forward_kl(*(relation.flatten(0, 1) for relation in relations))
             total += value
             difference = difference.view(len(vectors), stop - start, stop).to(vectors.dtype)
             gradient[:, start:stop] += difference @ vectors[:, :stop]

@@ -26,17 +26,16 @@ def compiles_losses(device: str) -> bool:
     return device == "cuda"
 
 
-def compiled_or_eager(function: Pass, logits: Tensor, soft: Tensor | None, targets: Tensor | None, *rest: Any) -> Any:
+def compiled_or_eager(function: Pass, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Call a pure function compiled; where torch cannot compile it, warn once and call it as it is.
 
-    One graph serves every number of rows.
+    One graph serves every number of rows of the tensors among the arguments.
     """
-    arguments = (logits, soft, targets, *rest)
     if function in _failed:
         return function(*arguments)
-    for tensor in (logits, soft, targets):
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            torch._dynamo.maybe_mark_dynamic(argument, 0)
     try:
         return _compiled(function)(*arguments)
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -50,4 +49,5 @@ def compiled_or_eager(function: Pass, logits: Tensor, soft: Tensor | None, targe
 
 @cache
 def _compiled(function: Pass) -> Pass:
-    return torch.compile(function)
+    # Intermediate results are computed again where they are needed, and never stored: the passes wait for memory.
+    return torch.compile(function, options={"realize_reads_threshold": 1000, "realize_opcount_threshold": 1000})

@@ -2,8 +2,8 @@
 
 For each chunk, the logits of student and teacher are computed from their final hidden states and output matrices. The
 same pass computes the loss and its gradients for the hidden states and the output matrix. A chunk is large enough for
-fast matrix products. Within a chunk, element-wise work handles a few rows at a time, so that these rows stay in a CPU's
-cache until all of that work is done.
+fast matrix products. On a CPU, element-wise work handles a few rows of a chunk at a time, so that these rows stay in
+its cache until all of that work is done. On a GPU, it is one compiled pass over the chunk: see `compilation`.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def soft_ce(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tup
     """Return the cross-entropy of the student under the teacher's distribution, summed over tokens, in nats.
 
     Args:
-        student, teacher: log-probabilities.
+        student, teacher: logits.
 
     Returns:
         The sum, and its gradient for the student's logits. The other losses return the same two values.
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2. TinyBERT's code also takes the mean over the
     vocabulary, which makes the loss V times smaller.
     """
-    p_t = teacher.exp()
-    return -(p_t * student).sum(), student.exp().sub_(p_t)
+    p_t = _softmax(teacher)
+    return -_dot(p_t, student.log_softmax(-1)), _softmax(student).sub_(p_t)
 
 
 def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
@@ -47,8 +47,9 @@ def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> 
 
     Source: as `soft_ce`, minus the teacher's entropy.
     """
-    p_t = teacher.exp()
-    return _dot(p_t, teacher - student), student.exp().sub_(p_t)
+    p_t = _softmax(teacher)
+    value = _dot(p_t, teacher.log_softmax(-1).sub_(student.log_softmax(-1)))
+    return value, _softmax(student).sub_(p_t)
 
 
 def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
@@ -56,7 +57,9 @@ def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> 
 
     Source: MiniLLM, arXiv:2306.08543, section 2.
     """
-    p_s, ratio = student.exp(), student - teacher
+    log_s = student.log_softmax(-1)
+    p_s = log_s.exp()
+    ratio = log_s.sub_(teacher.log_softmax(-1))
     rows = (p_s * ratio).sum(-1, keepdim=True)
     return rows.sum(), ratio.sub_(rows).mul_(p_s)
 
@@ -66,10 +69,11 @@ def jsd(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[F
 
     Source: Agarwal et al. 2023, arXiv:2306.13649, eq. 1 with beta 1/2.
     """
-    log_m = torch.logaddexp(student, teacher).sub_(math.log(2))
-    p_s, ratio = student.exp(), student - log_m
+    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    log_m = torch.logaddexp(log_s, log_t).sub_(math.log(2))
+    p_s, ratio = log_s.exp(), log_s.sub_(log_m)
     rows = (p_s * ratio).sum(-1, keepdim=True)
-    value = (rows.sum() + _dot(teacher.exp(), teacher - log_m)) / 2
+    value = (rows.sum() + _dot(log_t.exp(), log_t - log_m)) / 2
     return value, ratio.sub_(rows).mul_(p_s).div_(2)
 
 
@@ -84,21 +88,21 @@ LOSSES: dict[PredictionLoss, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] 
 def cross_entropy(
     student: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
-    """Return -log p(target), summed over targets, in nats, and its gradient for the student's logits.
-
-    Args:
-        student: log-probabilities.
-        targets: next tokens; `IGNORED` adds nothing.
-    """
+    """Return -log p(target), summed over targets, in nats, and its gradient. `IGNORED` targets add nothing."""
     real = (targets != IGNORED).unsqueeze(-1)
     index = targets.unsqueeze(-1).where(real, 0)
-    value = -(student.gather(-1, index) * real).sum()
-    gradient = student.exp()
-    if torch.compiler.is_compiling():  # a scatter would be a pass of its own, and a comparison is one in eager mode
-        gradient = gradient - (torch.arange(student.shape[-1], device=student.device) == index).to(gradient.dtype)
+    value = -(student.log_softmax(-1).gather(-1, index) * real).sum()
+    gradient = _softmax(student)
+    if torch.compiler.is_compiling():  # a scatter would be a pass of its own; in eager mode, a comparison would be
+        gradient -= torch.arange(student.shape[-1], device=student.device) == index
     else:
         gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=student.dtype))
     return value, gradient.mul_(real)
+
+
+def _softmax(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """Return probabilities, in the way that is faster: compiled, the sums of a log-softmax serve this one, too."""
+    return logits.log_softmax(-1).exp() if torch.compiler.is_compiling() else logits.softmax(-1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -257,55 +261,71 @@ def _differentiate(
         factors: of the two losses' gradients; None stands for 1.
         vocabulary: V.
     """
-    settings = factors, objective.loss, objective.temperature
     if compiles_losses(logits.device.type) and not isinstance(logits, FakeTensor):
-        return compiled_or_eager(_whole_chunk, logits, soft, targets, settings, vocabulary)
-    rows = rows_at_once(vocabulary, logits.device.type)
+        settings = objective.loss, objective.temperature
+        return compiled_or_eager(_whole_chunk, logits, soft, targets, factors, *settings, vocabulary)
+    tau, rows = objective.temperature, rows_at_once(vocabulary, logits.device.type)
     values = logits.new_zeros(2, dtype=wide(logits))
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
         student = logits[part, :vocabulary].to(values.dtype)
-        teacher = None if soft is None else soft[part, :vocabulary].to(values.dtype)
-        found, gradient = _weighted(student, teacher, None if targets is None else targets[part], *settings)
+        softened = None
+        if soft is not None:
+            teacher = soft[part, :vocabulary].to(values.dtype)
+            softened = (student, teacher) if tau == 1 else (student / tau, teacher / tau)
+        right = None if targets is None else targets[part]
+        found, gradient = _weighted(student, softened, right, objective.loss, tau, factors)
         values += found
         logits[part, :vocabulary] = gradient
     return values, logits
 
 
 def _whole_chunk(
-    logits: Tensor, soft: Tensor | None, targets: Tensor | None, settings: tuple[Any, ...], vocabulary: int
+    logits: Tensor,
+    soft: Tensor | None,
+    targets: Tensor | None,
+    factors: tuple[Tensor | None, Tensor],
+    loss: PredictionLoss,
+    tau: float,
+    vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    """Do the same for all rows at once: compiled, this reads each logit matrix twice and writes the gradient once.
+    """Do the same for all rows at once.
 
-    The columns of the padding are masked and not cut off: rows of V numbers would not be aligned.
+    Compiled, this is one kernel that stores nothing as large as the logits but the gradient.
+    The columns of the padding are masked and not cut off, because rows of V numbers would not be aligned. Dividing by
+    the temperature first keeps torch's compiler from its own treatment of a softmax of a quotient, which takes more
+    passes.
     """
-    wider = [None if x is None else x.to(wide(x)) for x in (logits, soft)]
-    if logits.shape[-1] > vocabulary:
-        real = torch.arange(logits.shape[-1], device=logits.device) < vocabulary
-        wider = [None if x is None else x.where(real, MASKED) for x in wider]
-    student, teacher = wider
-    assert student is not None
-    values, gradient = _weighted(student, teacher, targets, *settings)
+    real = torch.arange(logits.shape[-1], device=logits.device) < vocabulary
+
+    def softened(x: Tensor, tau: float) -> Tensor:
+        return (x.to(wide(x)) / tau).where(real, MASKED)
+
+    pair = None if soft is None else (softened(logits, tau), softened(soft, tau))
+    values, gradient = _weighted(softened(logits, 1.0), pair, targets, loss, tau, factors)
     return values, gradient.to(logits.dtype)
 
 
 def _weighted(
     student: Tensor,
-    teacher: Tensor | None,
+    softened: tuple[Tensor, Tensor] | None,
     targets: Tensor | None,
-    factors: tuple[Tensor | None, Tensor],
     loss: PredictionLoss,
     tau: float,
+    factors: tuple[Tensor | None, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums of the two losses, unweighted, and the gradient of their weighted sum."""
-    log_p = student.log_softmax(-1) if tau == 1 or targets is not None else student
+    """Return the sums of the two losses, unweighted, and the gradient of their weighted sum.
+
+    Args:
+        student: its logits.
+        softened: the logits of student and teacher, divided by the temperature `tau`.
+    """
     values, gradients = [student.new_zeros(()), student.new_zeros(())], []
-    if teacher is not None:
-        softened = log_p if tau == 1 else (student / tau).log_softmax(-1)
-        value, gradient = LOSSES[loss](softened, (teacher if tau == 1 else teacher / tau).log_softmax(-1))
+    if softened is not None:
+        value, gradient = LOSSES[loss](*softened)
         values[0] = value * tau**2
         gradients.append(gradient if factors[0] is None else gradient.mul_(factors[0]))
     if targets is not None:
-        values[1], gradient = cross_entropy(log_p, targets)
+        values[1], gradient = cross_entropy(student, targets)
         gradients.append(gradient.mul_(factors[1]))
     return torch.stack(values), gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])
