@@ -18,7 +18,7 @@ from tinygpt2.config.training import PretrainConfig
 from tinygpt2.models import activations
 from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.loading import load_model, random_model
-from tinygpt2.models.parameters import set_dropout
+from tinygpt2.models.parameters import cast_linear_layers, set_dropout
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.step import Step
@@ -125,6 +125,24 @@ def test_heads_that_are_padded_for_a_kernel_attend_alike(monkeypatch: pytest.Mon
     assert set(widths) == {26, 32}
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-12)
+
+
+def test_linear_layers_cast_once_give_the_same_bits_as_autocast() -> None:
+    teacher = small(3, 1, initializer_range=0.2)
+    wanted = {"states": range(4), "attention": [1, 2, 3]}
+    found = []
+    for cast in (False, True):
+        if cast:
+            cast_linear_layers(teacher, torch.bfloat16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            one = collect_activations(teacher, ids(), **wanted)
+        found.append([*one.states.values(), *one.attention.values()])
+    for ours, reference in zip(found[1], found[0], strict=True):
+        assert ours.dtype == reference.dtype
+        torch.testing.assert_close(ours, reference, rtol=0, atol=0)
+    types = {name.split(".")[-2]: parameter.dtype for name, parameter in teacher.named_parameters()}
+    half = {name for name, dtype in types.items() if dtype == torch.bfloat16}
+    assert half == {"c_attn", "c_proj", "c_fc"}
 
 
 ALL = LossWeights(attention=1.0, hidden=1.0, prediction=1.0, ce=1.0, cosine=1.0, relation=1.0)

@@ -233,7 +233,7 @@ def _add_product(total: Float[Tensor, "V D"], gradient: Float[Tensor, "n V"], st
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.mT, states)
     elif gradient.device.type == "cuda" and torch.version.hip is None:
-        if torch.__version__ >= (2, 13):
+        if torch.__version__ >= "2.13":
             torch.addmm(total, gradient.mT, states, out_dtype=total.dtype, out=total)
         else:  # older versions want a 16-bit `total`, or cannot trace this call
             total += torch.mm(gradient.mT, states, out_dtype=total.dtype)
