@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -239,12 +240,11 @@ class RealTokens:
     """
 
     def __init__(self, lengths: Sequence[int], length: int, device: torch.device) -> None:
+        count, before = sum(lengths), [0, *accumulate(length - own for own in lengths)]  # padding in the rows before
         # The only copy from the host: so small that no GPU is waited for.
-        known = torch.tensor(lengths).to(device, non_blocking=True)
+        known, shift = torch.tensor([list(lengths), before[:-1]]).to(device, non_blocking=True)
         self.mask = torch.arange(length, device=device) < known[:, None]
-        padding = (length - known).cumsum(0) - (length - known)  # in the rows before
-        count = sum(lengths)
-        self.index = torch.arange(count, device=device) + padding.repeat_interleave(known, output_size=count)
+        self.index = torch.arange(count, device=device) + shift.repeat_interleave(known, output_size=count)
 
     def of(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "N ..."]:
         """Return the positions with real tokens, one after another."""
