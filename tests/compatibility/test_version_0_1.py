@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from tinygpt2.config.yaml_files import read_yaml
@@ -68,6 +70,8 @@ def test_a_configuration_runs_again_and_uses_the_cache(old: Path, cli: Callable)
     assert outcome.code == 0, outcome.err
     assert "32%" in outcome.err  # of the states are in the cache: 24 of 74 blocks
     assert {file: file.read_bytes() for file in (old / "cache").rglob("*") if file.is_file()} == cached
+    if Version(transformers.__version__) < Version("5.20"):
+        return  # the student begins with random weights, and older versions draw other ones
     now, then = (load_file(old / name / "model.safetensors") for name in ("again", "finished"))
     for key, weight in then.items():
         torch.testing.assert_close(now[key], weight, atol=1e-5, rtol=1e-4)

@@ -24,7 +24,7 @@ def wait_passively() -> None:
     """Let waiting threads sleep soon. Call it before torch is imported; it does nothing if OMP_WAIT_POLICY is set.
 
     By default, the threads of OpenMP spin while they wait for each other. If another process needs a core, each spins
-    for the whole time slice of the other. To wake a thread from sleep takes time, too: with GNU's OpenMP, a thread spins
+    for the whole time slice of the other. Waking a thread takes time, too. With GNU's OpenMP, a thread therefore spins
     for some microseconds first, which is enough between most products of a training step (benchmarks/threads.py).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
