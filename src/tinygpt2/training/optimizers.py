@@ -95,23 +95,28 @@ class Muon(torch.optim.AdamW):
         super().__init__(whole, lr=rate, betas=BETAS, fused=True)
         self._parts = [parts for _, parts in matrices]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as every optimizer does."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:  # the groups of a state may have fewer settings than AdamW reads
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state over. AdamW's own method would look for its moments in the matrices' states, too."""
+        torch.optim.Optimizer.__setstate__(self, state)
+        for group in self.param_groups:  # the groups of an older state have fewer settings than AdamW reads
             group.update({key: value for key, value in self.defaults.items() if key not in group})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take Muon's step for the matrices, and AdamW's for the other parameters."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for group, parts in zip(self.param_groups, self._parts, strict=False):
-            self._step_matrices(group, parts)
-        super().step()  # it passes over the matrices, which have no gradient any more
+        found_inf = getattr(self, "found_inf", None)  # set by the loss scaler; AdamW's kernel skips such a step itself
+        if found_inf is None or not found_inf:
+            for group, parts in zip(self.param_groups, self._parts, strict=False):
+                self._step_matrices(group, parts)
+        for group, _ in zip(self.param_groups, self._parts, strict=False):
+            for parameter in group["params"]:
+                parameter.grad = None  # so AdamW passes over them
+        super().step()
         return loss
 
     def _step_matrices(self, group: dict[str, Any], parts: int) -> None:
-        """Update one group's matrices, and take their gradients away."""
+        """Update one group's matrices."""
         found = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not found:
             return
@@ -131,8 +136,6 @@ class Muon(torch.optim.AdamW):
             size = 0.2 * math.sqrt(max(same[0].shape[0], width))
             updates = orthogonalized(torch.stack([p.grad for p in same]), parts)
             torch._foreach_add_(same, list(updates.unbind()), alpha=-group["lr"] * size)
-        for parameter in found:
-            parameter.grad = None
 
 
 def _by_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
