@@ -21,7 +21,7 @@ from tinygpt2 import PretrainConfig, pretrain
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.loading import load_model
-from tinygpt2.training.optimizers import BETAS, CombinedOptimizer, clip_gradients, make_optimizer
+from tinygpt2.training.optimizers import BETAS, Muon, clip_gradients, make_optimizer
 from tinygpt2.training.preparation import _check_sharding
 
 RATE, DECAY = 1e-2, 0.1
@@ -101,7 +101,7 @@ def test_what_is_frozen_is_left_alone(teacher: Path, frozen: str) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in name)
     optimizer = make_optimizer(model, options())
-    assert isinstance(optimizer, CombinedOptimizer) == (frozen != ".h.")
+    assert isinstance(optimizer, Muon) == (frozen != ".h.")
     descend(model, 0)
     optimizer.step()
     for name, parameter in model.named_parameters():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -19,9 +21,11 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.training.schedule import DEFAULT_RATE
 
 BETAS = (0.9, 0.95)  # GPT-3's, arXiv:2005.14165, appendix B: steadier than 0.999 in short runs
+MOMENTUM = 0.95
+STACKED = 2**26  # largest number of weights that Muon stacks: 256 MiB, all layers of GPT-2 small
 
 
-def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     """Make AdamW for all trainable parameters, or Muon for the matrices of the layers and AdamW for the rest.
 
     Weight decay applies to matrices and embeddings, and never to biases and layer norms.
@@ -34,15 +38,12 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Opti
     ]
     groups = [group for group in groups if group["params"]]
     rate = options.learning_rate or DEFAULT_RATE  # the loop sets the rate of each step
-    adamw = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True) if groups else None
     matrices = [parameter for parameter in trainable if parameter in layers]
     if not matrices:
-        assert adamw is not None  # at least one parameter is trainable
-        return adamw
+        return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
     attention = {m.c_attn.weight for m in module.modules() if isinstance(m, GPT2Attention)}
-    split = ([p for p in matrices if p not in attention], 1), ([p for p in matrices if p in attention], 3)
-    muon = [LayerMuon(some, rate, options.weight_decay, parts) for some, parts in split if some]
-    return CombinedOptimizer([*muon, *([adamw] if adamw else [])])
+    split = [([p for p in matrices if p not in attention], 1), ([p for p in matrices if p in attention], 3)]
+    return Muon([one for one in split if one[0]], groups, rate, options.weight_decay)
 
 
 class FixedPositions:
@@ -70,64 +71,103 @@ class FixedPositions:
         self._rows.copy_(self._values)
 
 
-class LayerMuon(torch.optim.Muon):
-    """Muon for GPT-2's matrices, which are stored as (in, out); c_attn.weight holds three of them side by side.
+class Muon(torch.optim.AdamW):
+    """Muon for the matrices of GPT-2's layers, AdamW for all other parameters.
 
-    Muon transposes each part to (out, in) and orthogonalizes it separately. An update is as large as AdamW's would
-    be, so both can use the same learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    GPT-2 stores its matrices as (in, out), and c_attn.weight holds those of queries, keys and values side by side;
+    each is orthogonalized by itself. All matrices of one shape are stacked, so that a step takes a few batched
+    products whatever the number of layers. An update is as large as AdamW's would be, so both can use the same learning
+    rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). The gradients of the matrices are overwritten.
 
     Args:
-        parts: the number of matrices side by side in one tensor: 3 for queries, keys and values, else 1.
+        matrices: groups of matrices, each with the number of parts that lie side by side in one of its tensors.
+        groups: AdamW's parameter groups.
+        rate, decay: learning rate of all parameters, and weight decay of the matrices.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the iteration, its coefficients and the Nesterov
+    momentum are those of torch.optim.Muon.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], rate: float, decay: float, parts: int) -> None:
-        super().__init__(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        self._parts = parts
-        self.grad_scale: Tensor | None = None  # gradients are divided by it, as in fused AdamW
+    def __init__(
+        self, matrices: list[tuple[list[nn.Parameter], int]], groups: list[dict[str, Any]], rate: float, decay: float
+    ) -> None:
+        whole = [{"params": parameters, "weight_decay": decay} for parameters, _ in matrices] + groups
+        super().__init__(whole, lr=rate, betas=BETAS, fused=True)
+        self._parts = [parts for _, parts in matrices]
 
-    def _init_group(self, group: Any, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> bool:
-        """Pass views of the parts to Muon's update, for parameters, gradients and momentum."""
-        whole: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-        super()._init_group(group, *whole)
-        if self.grad_scale is not None:
-            for gradient in whole[1]:
-                gradient.div_(self.grad_scale)
-        for matrices, views in zip(whole, (params, grads, buffers), strict=True):
-            views += [part.T for matrix in matrices for part in matrix.chunk(self._parts, dim=1)]
-        return False
-
-
-class CombinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers with different parameters that act as one, with one list of groups and one state."""
-
-    def __init__(self, members: list[torch.optim.Optimizer]) -> None:
-        self._members = members
-        self.grad_scale: Tensor | None = None  # the next step divides the gradients by it
-        super().__init__([group for member in members for group in member.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Let the members use the groups and the state of the whole."""
-        start = 0
-        for member in self._members:
-            count = len(member.param_groups)
-            member.param_groups = self.param_groups[start : start + count]
-            member.state = self.state
-            start += count
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as every optimizer does."""
-        super().load_state_dict(state_dict)
-        self._share()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state over. AdamW's own method would look for its moments in the matrices' states, too."""
+        torch.optim.Optimizer.__setstate__(self, state)
+        for group in self.param_groups:  # the groups of an older state have fewer settings than AdamW reads
+            group.update({key: value for key, value in self.defaults.items() if key not in group})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Let each member take its step."""
+        """Take Muon's step for the matrices, and AdamW's for the other parameters."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for member in self._members:
-            member.grad_scale = self.grad_scale  # type: ignore[attr-defined]
-            member.step()
+        found_inf = getattr(self, "found_inf", None)  # set by the loss scaler; AdamW's kernel skips such a step itself
+        if found_inf is None or not found_inf:
+            for group, parts in zip(self.param_groups, self._parts, strict=False):
+                self._step_matrices(group, parts)
+        for group, _ in zip(self.param_groups, self._parts, strict=False):
+            for parameter in group["params"]:
+                parameter.grad = None  # so AdamW passes over them
+        super().step()
         return loss
+
+    def _step_matrices(self, group: dict[str, Any], parts: int) -> None:
+        """Update one group's matrices."""
+        found = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if not found:
+            return
+        gradients = [parameter.grad for parameter in found]
+        scale = getattr(self, "grad_scale", None)  # as in fused AdamW, gradients are divided by it
+        if scale is not None:
+            torch._foreach_div_(gradients, scale)
+        for parameter in found:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum_buffer"] for parameter in found]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        torch._foreach_lerp_(gradients, momenta, MOMENTUM)
+        torch._foreach_mul_(found, 1 - group["lr"] * group["weight_decay"])
+        for same in _by_shape(found):
+            width = same[0].shape[1] // parts
+            size = 0.2 * math.sqrt(max(same[0].shape[0], width))
+            updates = orthogonalized(torch.stack([p.grad for p in same]), parts)
+            torch._foreach_add_(same, list(updates.unbind()), alpha=-group["lr"] * size)
+
+
+def _by_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the matrices of each shape, not more at a time than a stack of them may hold."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for matrix in matrices:
+        shapes.setdefault(matrix.shape, []).append(matrix)
+    for shape, same in shapes.items():
+        count = max(1, STACKED // shape.numel())
+        yield from (same[start : start + count] for start in range(0, len(same), count))
+
+
+def orthogonalized(stack: Float[Tensor, "N I O"], parts: int = 1) -> Float[Tensor, "N I O"]:
+    """Return the nearest semi-orthogonal matrices, about: all singular values are near 1.
+
+    Five Newton-Schulz iterations in bfloat16, as in torch.optim.Muon, which takes each matrix as (out, in).
+
+    Args:
+        stack: matrices, (in, out).
+        parts: the number of matrices that lie side by side in each of them, along O.
+    """
+    count, rows, columns = stack.shape
+    x = stack.bfloat16().view(count, rows, parts, columns // parts).transpose(1, 2).flatten(0, 1)  # (N * parts, I, O)
+    turned = x.shape[2] <= x.shape[1]  # the products of the shorter side with itself are the smaller ones
+    x = x.mT if turned else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.mT if turned else x
+    return x.view(count, parts, rows, -1).transpose(1, 2).reshape(stack.shape).to(stack.dtype)
 
 
 def unwrapped(accelerator: Accelerator, optimizer: Any) -> Any:
