@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import BFloat16, Float
+from torch import Tensor, distributed as dist, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
@@ -22,7 +23,7 @@ from tinygpt2.training.schedule import DEFAULT_RATE
 
 BETAS = (0.9, 0.95)  # GPT-3's, arXiv:2005.14165, appendix B: steadier than 0.999 in short runs
 MOMENTUM = 0.95
-STACKED = 2**26  # largest number of weights that Muon stacks: 256 MiB, all layers of GPT-2 small
+STACKED = 2**26  # largest number of weights that Muon stacks: all of a shape in GPT-2 small
 
 
 def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
@@ -42,8 +43,10 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Adam
     if not matrices:
         return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
     attention = {m.c_attn.weight for m in module.modules() if isinstance(m, GPT2Attention)}
-    split = [([p for p in matrices if p not in attention], 1), ([p for p in matrices if p in attention], 3)]
-    return Muon([one for one in split if one[0]], groups, rate, options.weight_decay)
+    # in this order, because checkpoints number the parameters
+    ordered = [p for p in matrices if p not in attention] + [p for p in matrices if p in attention]
+    parts = {parameter: 3 if parameter in attention else 1 for parameter in ordered}
+    return Muon(parts, groups, rate, options.weight_decay)
 
 
 class FixedPositions:
@@ -76,11 +79,13 @@ class Muon(torch.optim.AdamW):
 
     GPT-2 stores its matrices as (in, out), and c_attn.weight holds those of queries, keys and values side by side;
     each is orthogonalized by itself. All matrices of one shape are stacked, so that a step takes a few batched
-    products whatever the number of layers. An update is as large as AdamW's would be, so both can use the same learning
-    rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). The gradients of the matrices are overwritten.
+    products whatever the number of layers; several processes share the matrices of a stack. An update is as large as
+    AdamW's would be, so both can use the same learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). The
+    gradients of the matrices are overwritten. For each weight of the largest stack, a step takes up to 8 bytes, which
+    is half a GiB at most.
 
     Args:
-        matrices: groups of matrices, each with the number of parts that lie side by side in one of its tensors.
+        matrices: each with the number of parts that lie side by side in it.
         groups: AdamW's parameter groups.
         rate, decay: learning rate of all parameters, and weight decay of the matrices.
 
@@ -89,34 +94,30 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(
-        self, matrices: list[tuple[list[nn.Parameter], int]], groups: list[dict[str, Any]], rate: float, decay: float
+        self, matrices: dict[nn.Parameter, int], groups: list[dict[str, Any]], rate: float, decay: float
     ) -> None:
-        whole = [{"params": parameters, "weight_decay": decay} for parameters, _ in matrices] + groups
+        whole = [{"params": list(matrices), "weight_decay": decay}, *groups]
         super().__init__(whole, lr=rate, betas=BETAS, fused=True)
-        self._parts = [parts for _, parts in matrices]
+        self._parts = matrices
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state over. AdamW's own method would look for its moments in the matrices' states, too."""
         torch.optim.Optimizer.__setstate__(self, state)
-        for group in self.param_groups:  # the groups of an older state have fewer settings than AdamW reads
-            group.update({key: value for key, value in self.defaults.items() if key not in group})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take Muon's step for the matrices, and AdamW's for the other parameters."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        found_inf = getattr(self, "found_inf", None)  # set by the loss scaler; AdamW's kernel skips such a step itself
+        found_inf = getattr(self, "found_inf", None)  # a loss scaler sets it; AdamW's kernel skips such a step itself
         if found_inf is None or not found_inf:
-            for group, parts in zip(self.param_groups, self._parts, strict=False):
-                self._step_matrices(group, parts)
-        for group, _ in zip(self.param_groups, self._parts, strict=False):
-            for parameter in group["params"]:
-                parameter.grad = None  # so AdamW passes over them
+            self._step_matrices()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None  # so AdamW passes over them
         super().step()
         return loss
 
-    def _step_matrices(self, group: dict[str, Any], parts: int) -> None:
-        """Update one group's matrices."""
+    def _step_matrices(self) -> None:
+        group = self.param_groups[0]
         found = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not found:
             return
@@ -131,43 +132,93 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         torch._foreach_lerp_(gradients, momenta, MOMENTUM)
         torch._foreach_mul_(found, 1 - group["lr"] * group["weight_decay"])
-        for same in _by_shape(found):
-            width = same[0].shape[1] // parts
-            size = 0.2 * math.sqrt(max(same[0].shape[0], width))
-            updates = orthogonalized(torch.stack([p.grad for p in same]), parts)
-            torch._foreach_add_(same, list(updates.unbind()), alpha=-group["lr"] * size)
+        for stack in _stacks(found, self._parts):
+            updates = _orthogonalized_by_all([one for p in stack for one in _wide(p.grad, self._parts[p])])
+            for _, alike in groupby(stack, lambda matrix: matrix.shape):
+                same = list(alike)
+                parts = self._parts[same[0]]
+                own, updates = updates[: parts * len(same)], updates[parts * len(same) :]
+                size = 0.2 * math.sqrt(max(own.shape[1:]))
+                torch._foreach_add_(same, _as_stored(own, same[0], parts), alpha=-group["lr"] * size)
 
 
-def _by_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the matrices of each shape, not more at a time than a stack of them may hold."""
-    shapes: dict[torch.Size, list[Tensor]] = {}
+def _stacks(matrices: list[Tensor], parts: Mapping[Any, int]) -> Iterator[list[Tensor]]:
+    """Yield the matrices whose parts have the same shape, up to transposition; those stored alike lie together."""
+    shapes: dict[tuple[int, ...], list[Tensor]] = {}
     for matrix in matrices:
-        shapes.setdefault(matrix.shape, []).append(matrix)
-    for shape, same in shapes.items():
-        count = max(1, STACKED // shape.numel())
-        yield from (same[start : start + count] for start in range(0, len(same), count))
+        sides = matrix.shape[0], matrix.shape[1] // parts[matrix]
+        shapes.setdefault((min(sides), max(sides)), []).append(matrix)
+    for same in shapes.values():
+        stack: list[Tensor] = []
+        for matrix in sorted(same, key=lambda matrix: tuple(matrix.shape)):
+            if stack and sum(one.numel() for one in stack) + matrix.numel() > STACKED:
+                yield stack
+                stack = []
+            stack.append(matrix)
+        yield stack
 
 
-def orthogonalized(stack: Float[Tensor, "N I O"], parts: int = 1) -> Float[Tensor, "N I O"]:
+def _turned(rows: int, columns: int) -> bool:
+    """Return whether `_wide` transposes matrices of this shape. Square ones, too: torch.optim.Muon has (out, in)."""
+    return rows >= columns
+
+
+def _wide(matrix: Float[Tensor, "I O"], parts: int) -> list[Tensor]:
+    """Return the parts of a matrix, transposed if necessary to have no more rows than columns."""
+    pieces = list(matrix.chunk(parts, dim=1))
+    return [piece.mT for piece in pieces] if _turned(*pieces[0].shape) else pieces
+
+
+def _as_stored(wide: Float[Tensor, "M R C"], like: Tensor, parts: int) -> list[Tensor]:
+    """Undo `_wide` for M / parts matrices that are stored like one: as contiguous tensors of its type."""
+    rows, columns = like.shape
+    whole = (wide.mT if _turned(rows, columns // parts) else wide).unflatten(0, (-1, parts)).transpose(1, 2)
+    return list(whole.to(like.dtype, memory_format=torch.contiguous_format).flatten(2).unbind())
+
+
+def _orthogonalized_by_all(matrices: list[Tensor]) -> Float[Tensor, "N R C"]:
+    """Orthogonalize matrices of one shape. Each process does its share and receives the others' results."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return orthogonalized(torch.stack(matrices))
+    processes, rank = dist.get_world_size(), dist.get_rank()
+    count = math.ceil(len(matrices) / processes)
+    share = matrices[rank * count : (rank + 1) * count]
+    own = matrices[0].new_zeros((count, *matrices[0].shape), dtype=torch.bfloat16)
+    if share:
+        own[: len(share)] = orthogonalized(torch.stack(share))
+    every = own.new_empty((processes * count, *own.shape[1:]))
+    dist.all_gather_into_tensor(every, own)
+    return every[: len(matrices)]
+
+
+def orthogonalized(matrices: Float[Tensor, "N R C"]) -> BFloat16[Tensor, "N R C"]:
     """Return the nearest semi-orthogonal matrices, about: all singular values are near 1.
 
-    Five Newton-Schulz iterations in bfloat16, as in torch.optim.Muon, which takes each matrix as (out, in).
+    Five Newton-Schulz iterations in bfloat16, as in torch.optim.Muon.
 
     Args:
-        stack: matrices, (in, out).
-        parts: the number of matrices that lie side by side in each of them, along O.
+        matrices: they have no more rows than columns: then the products with themselves are the smaller ones.
     """
-    count, rows, columns = stack.shape
-    x = stack.bfloat16().view(count, rows, parts, columns // parts).transpose(1, 2).flatten(0, 1)  # (N * parts, I, O)
-    turned = x.shape[2] <= x.shape[1]  # the products of the shorter side with itself are the smaller ones
-    x = x.mT if turned else x
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = matrices.bfloat16()
+    x = x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7))
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.mT if turned else x
-    return x.view(count, parts, rows, -1).transpose(1, 2).reshape(stack.shape).to(stack.dtype)
+    return x
+
+
+def check_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Check that each row of a state fits its parameter: the optimizer itself would fail in its next step only.
+
+    Raises:
+        ValueError: another optimizer, or one with other parameters, wrote them.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, row in state.items():
+        shapes = {tensor.shape for tensor in row.values() if tensor.ndim}
+        if index >= len(parameters) or not shapes <= {parameters[index].shape}:
+            raise ValueError("its optimizer state belongs to other parameters")
 
 
 def unwrapped(accelerator: Accelerator, optimizer: Any) -> Any:
