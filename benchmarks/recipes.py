@@ -328,7 +328,7 @@ def block_losses(model: str, blocks: Blocks, count: int) -> list[float]:
     rows, found = list(range(0, len(blocks), max(1, len(blocks) // count))), []
     for start in range(0, len(rows), 8):
         ids = blocks.batch(rows[start : start + 8]).input_ids
-        losses, _ = target_losses(student, student.lm_head.weight, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+        losses, _ = target_losses(student, student.lm_head.weight, ids)
         found += losses.view(len(ids), -1).mean(1).tolist()
     return found
 

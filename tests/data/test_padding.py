@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.objectives.test_objectives import RUN, T, V, gpt2
 from tinygpt2 import PregenerateConfig, distill, pregenerate
@@ -74,6 +75,32 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
     assert first.item() == pytest.approx(second.item(), rel=1e-12)
     full, _ = step(ids, torch.tensor([T] * 4))
     assert full.item() == pytest.approx(step(ids)[0].item(), rel=1e-12)
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masks = func is torch.ops.aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if masks or func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_no_loss_waits_for_a_gpu(lengths: list[int] | None) -> None:
+    step = double(Step(gpt2(2, 24, 4, seed=2), gpt2(4, 24, 4, seed=1), LossWeights(*[1.0] * 6, "variance"), RUN))
+    ids = torch.randint(0, V, (len(LENGTHS), T), generator=torch.Generator().manual_seed(3))
+    with Waits() as waits:
+        step(ids, lengths, Counts.of(LENGTHS).over(2))[0].backward()
+    assert waits.found == []
+    with waits:
+        ids[ids > 3].sum().item()  # what it would find
+    assert len(waits.found) == 2
 
 
 def test_micro_batches_give_the_global_batch() -> None:

@@ -15,9 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import PretrainConfig
+from tinygpt2.models import activations
 from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.loading import load_model, random_model
-from tinygpt2.models.parameters import set_dropout
+from tinygpt2.models.parameters import cast_linear_layers, set_dropout
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.step import Step
@@ -101,6 +102,47 @@ def test_bfloat16_teacher_attends_like_torch() -> None:
     )  # with gradients: torch's own kernel
     assert float((ours - exact).norm() / exact.norm()) < 0.02
     assert float((ours - exact).norm()) < 1.2 * float((torchs - exact).norm())
+
+
+def test_heads_that_are_padded_for_a_kernel_attend_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 26, as in the preset tinygpt2-4l-312: values and gradients in float64, and with checkpoints."""
+    config = GPT2Config(
+        n_layer=2, n_embd=52, n_head=2, n_positions=T, vocab_size=V, scale_attn_by_inverse_layer_idx=True
+    )
+    model, widths = random_model(config, 1).eval().double(), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(activations.F, "scaled_dot_product_attention", lambda query, *rest, **more: (
+        widths.append(query.shape[-1]), attention(query, *rest, **more))[1])  # fmt: skip
+    assert [activations.kernel_width(width, "cuda") for width in (26, 64, 80)] == [32, 64, 80]
+    found = []
+    for padded in (False, True):
+        if padded:
+            monkeypatch.setattr(activations, "kernel_width", lambda width, device: 32)
+        for checkpointing in (False, True):
+            one = collect_activations(model, ids(), states=[2], attention=[2], checkpointing=checkpointing)
+            gradients = torch.autograd.grad(one.states[2].square().sum(), list(model.transformer.parameters()))
+            found.append([one.states[2], one.attention[2], *gradients])
+    assert set(widths) == {26, 32}
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-10, atol=1e-12)
+
+
+def test_linear_layers_cast_once_give_the_same_bits_as_autocast() -> None:
+    teacher = small(3, 1, initializer_range=0.2)
+    wanted = {"states": range(4), "attention": [1, 2, 3]}
+    found = []
+    for cast in (False, True):
+        if cast:
+            cast_linear_layers(teacher, torch.bfloat16)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            one = collect_activations(teacher, ids(), **wanted)
+        found.append([*one.states.values(), *one.attention.values()])
+    for ours, reference in zip(found[1], found[0], strict=True):
+        assert ours.dtype == reference.dtype
+        torch.testing.assert_close(ours, reference, rtol=0, atol=0)
+    types = {name.split(".")[-2]: parameter.dtype for name, parameter in teacher.named_parameters()}
+    half = {name for name, dtype in types.items() if dtype == torch.bfloat16}
+    assert half == {"c_attn", "c_proj", "c_fc"}
 
 
 ALL = LossWeights(attention=1.0, hidden=1.0, prediction=1.0, ce=1.0, cosine=1.0, relation=1.0)

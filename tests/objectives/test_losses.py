@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +14,10 @@ from hypothesis import strategies as st
 
 from tests.references import naive_divergence, naive_prediction, naive_relation, naive_scores
 from tinygpt2.errors import ConfigError
-from tinygpt2.models.lm_head import head_operand
+from tinygpt2.models import lm_head
+from tinygpt2.models.lm_head import head_operand, operand_rows
 from tinygpt2.objectives import attention as attention_module
+from tinygpt2.objectives import compilation
 from tinygpt2.objectives import logits as prediction_module
 from tinygpt2.objectives.attention import attention_loss, relation_loss
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
@@ -18,6 +25,11 @@ from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import LOSSES, PredictionObjective, cross_entropy, prediction_loss
 
 V = 50
+
+
+def padded_rows(vocabulary: int, device: str) -> int:
+    """What `operand_rows` returns on a GPU, on any device."""
+    return operand_rows(vocabulary, "cuda")
 
 
 def doubles(seed: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -68,32 +80,52 @@ def test_gradcheck_of_every_loss() -> None:
     assert torch.autograd.gradcheck(lambda x: hidden_loss(x, theirs, "none"), (mine,))
     assert torch.autograd.gradcheck(lambda x: hidden_loss(x, theirs, "variance"), (mine,))
     assert torch.autograd.gradcheck(lambda x: cosine_loss(x, theirs), (mine,))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_gradients_of_predictions_equal_finite_differences(name: str) -> None:
     hidden, head, teacher_hidden, teacher_head = doubles(4, (6, 3), (7, 3), (6, 4), (7, 4))
-    hidden.requires_grad_(), head.requires_grad_()
     targets = torch.tensor([0, 6, -100, 3, 3, -100])
-    for name in LOSSES:
-        objective = PredictionObjective(0.6, 0.4, name, 1.5, 4)
+    objective = PredictionObjective(0.6, 0.4, name, 1.5, 4)
 
-        def total(hidden: torch.Tensor, head: torch.Tensor, objective: PredictionObjective = objective) -> torch.Tensor:
-            return prediction_loss(hidden, head, targets, (teacher_hidden, teacher_head), objective)[0]
+    def total(*both: torch.Tensor) -> torch.Tensor:
+        return prediction_loss(*both, targets, (teacher_hidden, teacher_head), objective)[0]
 
-        assert torch.autograd.gradcheck(total, (hidden, head))
+    both = hidden.requires_grad_(), head.requires_grad_()
+    gradients = torch.autograd.grad(total(*both), both)
+    for which, gradient in enumerate(gradients):
+        for place in range(gradient.numel()):
+            step = torch.zeros(gradient.numel(), dtype=torch.float64)
+            step[place] = 1e-6
+            ends = []
+            for sign in (1, -1):
+                moved = [x.detach().clone() for x in both]
+                moved[which] += sign * step.view_as(gradient)
+                ends.append(float(total(*moved)))
+            slope = (ends[0] - ends[1]) / 2e-6
+            assert float(gradient.flatten()[place]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("tau", [1.0, 2.5])
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.6, 0.4)])
 @pytest.mark.parametrize("chunk", [1, 5, 37, None])
+@pytest.mark.parametrize("path", ["as on a CPU", "padded", "as on a GPU"])
 def test_predictions_equal_whole_logits(
-    name: str, tau: float, weights: tuple[float, float], chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    name: str, tau: float, weights: tuple[float, float], chunk: int | None, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prediction_module, "rows_at_once", lambda vocabulary, device: 4)
+    if path != "as on a CPU":
+        monkeypatch.setattr(lm_head, "operand_rows", padded_rows)
+    if path == "as on a GPU":  # the same function as on a GPU, without its compiler
+        monkeypatch.setattr(prediction_module, "compiles_losses", lambda device: True)
+        monkeypatch.setattr(prediction_module, "compiled_or_eager", lambda function, *arguments: function(*arguments))
     hidden, head, *teacher = doubles(0, (37, 8), (V, 8), (37, 12), (V, 12))
     hidden.requires_grad_(), head.requires_grad_()
     targets = torch.randint(0, V, (37,), generator=torch.Generator().manual_seed(1))
     targets[::7] = -100
     objective = PredictionObjective(*weights, name, tau, chunk)
-    total, terms = prediction_loss(hidden, head, targets, (teacher[0], teacher[1]), objective)
+    total, terms = prediction_loss(hidden, head, targets, (teacher[0], head_operand(teacher[1])), objective)
     naive = naive_prediction(name, tau, weights, hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())
     assert_same(total, naive, hidden, head)
     assert set(terms) == {name for name, weight in zip(("prediction", "ce"), weights, strict=True) if weight}
@@ -123,6 +155,57 @@ def test_losses_leave_their_inputs_alone() -> None:
         loss(a, b)
     cross_entropy(a, torch.tensor([0, 1, -100, 3]))
     torch.testing.assert_close((a, b), before, rtol=0, atol=0)
+
+
+def plain_copy(module: ModuleType) -> ModuleType:
+    """Load a module again without the tests' checks of shapes, which cannot be compiled."""
+    name = f"{module.__name__}_to_compile"
+    spec = importlib.util.spec_from_file_location(name, module.__file__)
+    again = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    return again
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports its own old modules
+@pytest.mark.parametrize(("loss", "tau"), [("forward_kl", 1.0), ("jsd", 2.0)])
+def test_compiled_losses_equal_eager_ones(loss: str, tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph serves chunks of any size, for operands with padding."""
+    plain = plain_copy(prediction_module)
+    monkeypatch.setattr(lm_head, "operand_rows", padded_rows)
+    monkeypatch.setattr(plain, "compiles_losses", lambda device: True)
+    monkeypatch.setattr(compilation, "warn", pytest.fail)  # it would have run eagerly
+    hidden, head, *teacher = (x.float() for x in doubles(0, (37, 8), (V, 8), (37, 12), (V, 12)))
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (37,), generator=torch.Generator().manual_seed(1))
+    targets[::7] = -100
+    naive = naive_prediction(loss, tau, (0.6, 0.4), hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for chunk in (37, 10):  # 10: three chunks of 10 and one of 7
+        objective = plain.PredictionObjective(0.6, 0.4, loss, tau, chunk)
+        total, _ = plain.prediction_loss(hidden, head, targets, (teacher[0], head_operand(teacher[1])), objective)
+        assert_same(total, naive, hidden, head)
+        naive = naive_prediction(loss, tau, (0.6, 0.4), hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_losses_that_cannot_be_compiled_run_eagerly_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(compilation, "warn", warnings.append)
+    monkeypatch.setattr(compilation, "_compiled", lambda function: no_compiler)
+    monkeypatch.setattr(prediction_module, "compiles_losses", lambda device: True)
+
+    def no_compiler(*_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("Failed to find C compiler")
+
+    hidden, head = doubles(0, (37, 8), (V, 8))
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (37,), generator=torch.Generator().manual_seed(1))
+    total, _ = prediction_loss(hidden, head, targets, None, PredictionObjective(0.0, 1.0, chunk=10))
+    assert_same(total, torch.nn.functional.cross_entropy(hidden @ head.T, targets), hidden, head)
+    assert len(warnings) == 1
+    assert "Failed to find C compiler" in warnings[0]
+    compilation._failed.clear()
 
 
 def in_bfloat16(
@@ -169,6 +252,40 @@ def test_a_large_offset_of_all_logits_costs_bfloat16_nothing() -> None:
         total, gradient = in_bfloat16(hidden, student_head, labels, targets)
         assert total.item() == pytest.approx(exact.item(), rel=0.01)
         assert float((gradient - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16])
+def test_the_output_matrix_gradient_of_many_tokens_does_not_overflow(precision: torch.dtype) -> None:
+    """One dimension of the states is large in every token, as in GPT-2: its sum over a chunk is beyond float16."""
+    count, width, large = 2048, 8, 1000.0
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(count, width, generator=generator)
+    hidden[:, 0] = large
+    head = torch.randn(V, width, generator=generator) * 0.02
+    head[:, 0] = 0
+    hidden.requires_grad_(), head.requires_grad_()
+    targets = torch.randint(0, V, (count,), generator=generator)
+    targets[::5] = 7  # a token that is a fifth of the text
+    with torch.autocast("cpu", precision):
+        total, _ = prediction_loss(hidden, head, targets, None, PredictionObjective(0.0, 1.0))
+    gradients = torch.autograd.grad(total, (hidden, head))
+    exact_hidden, exact_head = (x.detach().double().requires_grad_() for x in (hidden, head))
+    exact = torch.nn.functional.cross_entropy(exact_hidden @ exact_head.T, targets)
+    expected = torch.autograd.grad(exact, (exact_hidden, exact_head))
+    assert float(expected[1].abs().max()) * count > 65504  # the sum, which float16 cannot hold
+    near = 0.002 if precision == torch.float16 else 0.01
+    for ours, reference in zip(gradients, expected, strict=True):
+        assert float((ours - reference).norm() / reference.norm()) < near
+
+
+def test_backward_multiplies_the_gradients_in_place() -> None:
+    hidden, head = torch.randn(64, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
+    total, _ = prediction_loss(hidden, head, torch.zeros(64, dtype=torch.long), None, PredictionObjective(0.0, 1.0))
+    kept = [x.data_ptr() for x in total.grad_fn.saved_tensors]
+    given = torch.autograd.grad(3 * total, (hidden, head), retain_graph=True)
+    assert [x.data_ptr() for x in given] == kept
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 def test_no_logit_matrix_outlives_its_chunk() -> None:

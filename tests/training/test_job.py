@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from tests.conftest import make_model
 from tinygpt2 import DistillConfig, PretrainConfig, VerifyConfig, distill, pretrain, verify
 from tinygpt2.models.loading import load_model
+from tinygpt2.training import job as job_module
+from tinygpt2.training.metrics import read_metrics
 
 
 def test_a_student_with_random_weights_has_the_teachers_vocabulary(
@@ -59,3 +61,22 @@ def test_the_card_has_the_commit_of_a_model_from_the_hub(
     pretrain(PretrainConfig(model="someone/tiny", data=str(data), out=str(out), max_steps=1, micro_batch_size=2))
     assert f"| revision of the base | {'c' * 40} |" in (out / "README.md").read_text()
     assert f"model: someone/tiny@{'c' * 40}\n" in (out / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_teacher_is_cast_once_for_the_runs_products(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Losses and the teacher's figures stay the same to the last bit."""
+    rows, types = [], []
+    for name in ("cast", "not cast"):
+        config = DistillConfig(
+            teacher=str(teacher), student=str(teacher), data=str(data), out=str(tmp_path / name), recipe="tinygpt2",
+            max_steps=3, micro_batch_size=2, log_every=1, precision=precision,
+        )  # fmt: skip
+        if name == "not cast":
+            monkeypatch.setattr(job_module, "cast_linear_layers", lambda model, dtype: types.append(dtype))
+        made = distill(config)
+        rows.append([(row["loss"], row.get("teacher/loss")) for row in read_metrics(Path(made.model))])
+    assert rows[0] == rows[1]
+    assert types == ([torch.bfloat16] if precision == "bf16" else [])

@@ -48,7 +48,7 @@ def mean_loss(model: GPT2LMHeadModel, batches: Batches, stage: ProgressStage | N
     """
     total, count = 0.0, 0
     for ids in batches:
-        losses, _ = target_losses(model, model.lm_head.weight, ids, torch.ones_like(ids[:, 1:], dtype=torch.bool))
+        losses, _ = target_losses(model, model.lm_head.weight, ids)
         total, count = total + float(losses.to(float64_device(losses.device)).double().sum()), count + losses.numel()
         if stage is not None:
             stage.advance(ids.numel())

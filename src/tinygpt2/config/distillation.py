@@ -49,7 +49,11 @@ class DistillConfig(TrainOptions):
         repeated=True,
         path=True,
     )
-    teacher_dtype: TeacherDtype = option("Number format of the teacher's weights.", default="fp32", panel=OPTIMISATION)
+    teacher_dtype: TeacherDtype = option(
+        "Number format of the teacher's weights. With a 16-bit --precision, its linear layers have that one anyway.",
+        default="fp32",
+        panel=OPTIMISATION,
+    )
     teacher_cache: str | None = option(
         "Cache the teacher's final hidden states here, so that later epochs and other students can reuse them.",
         default=None,

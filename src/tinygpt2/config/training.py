@@ -143,7 +143,7 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
         default=None,
         panel=RUN,
         ge=1,
-        shown="2**25 logits; 2**28 on a GPU",
+        shown="2**25 logits; 2**26 on a GPU, which is 256 MiB in float32 and 128 MiB in 16 bits",
     )
     seed: int = option(
         "Seed for initial weights, order of the data and dropout.", default=42, panel=OPTIMISATION, ge=0, le=MAX_SEED

@@ -39,8 +39,8 @@ class Batch(NamedTuple):
     lengths: Int[Tensor, " B"] | None
 
     def to(self, device: Any) -> Batch:
-        """Return the batch on another device."""
-        return Batch(self.input_ids.to(device), None if self.lengths is None else self.lengths.to(device))
+        """Return the batch with its tokens on another device. The lengths stay on the host, which needs them."""
+        return Batch(self.input_ids.to(device), self.lengths)
 
 
 class Blocks:

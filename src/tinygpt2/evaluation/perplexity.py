@@ -214,7 +214,9 @@ def _measure(
     window = max(span.stop - span.start for span in tokenized.spans)
     budget = config.batch_size * window if config.batch_size else _budget(scorer.head.device.type)
     last_words = bool(task.passages) and config.convention != "tinygpt2"
-    ruled_out = _stop_words(model.tokenizer, len(scorer.head)).to(scorer.head.device) if last_words else None
+    ruled_out = (
+        _stop_words(model.tokenizer, scorer.model.config.vocab_size).to(scorer.head.device) if last_words else None
+    )
     chunk = scoring_chunk(len(scorer.head), scorer.head.device.type)
     detail(f"{task.name}: up to {budget:,} tokens in a forward pass, logits of {chunk:,} tokens at a time")
     started = time.perf_counter()

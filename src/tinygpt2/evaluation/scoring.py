@@ -147,7 +147,7 @@ class Scorer:
             found[0, batch] = sums.index_add_(0, owner.to(exact.device), exact).cpu().numpy()
             if hits is not None:
                 found[1:, batch] = _all_hit(hits.cpu(), [span.targets for span in part])
-            total, targets = total + float(losses.sum()), targets + len(losses)
+            total, targets = total + float(found[0, batch].sum()), targets + len(losses)
             just = min(len(losses) * state.num_processes, everything - done)  # the other processes do about as many
             done += just
             advance(just, f"perplexity {perplexity_of(total / targets):,.4g}")
@@ -174,8 +174,8 @@ def _batches(spans: Sequence[Window], budget: int) -> Iterator[list[int]]:
 
 def _padded(
     tokens: Integer[np.ndarray, " N"], spans: Sequence[Window], device: torch.device
-) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B P"]]:
-    """Return a batch of windows, and a mask of the positions that predict their targets.
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, " M"]]:
+    """Return a batch of windows, and the numbers of the positions that predict their targets: see `target_losses`.
 
     The padding is at the end, so causal attention keeps it from changing the losses.
     """
@@ -186,7 +186,7 @@ def _padded(
         length = span.stop - span.start
         ids[row, :length] = tokens[span.start : span.stop]
         wanted[row, span.first - 1 : length - 1] = True
-    return torch.from_numpy(ids).to(device), torch.from_numpy(wanted).to(device)
+    return torch.from_numpy(ids).to(device), torch.from_numpy(np.flatnonzero(wanted)).to(device)
 
 
 def _all_hit(hits: Bool[Tensor, "N 2"], counts: Iterable[int]) -> Bool[np.ndarray, "2 B"]:

@@ -96,6 +96,10 @@ def mixed_heads(
     if _attends_by_rows(query.device.type, query.dtype, gradients=torch.is_grad_enabled()):
         mixed = _attend_by_rows(query, key, value, attention.scaling)
     else:
+        width = query.shape[-1]
+        padding = kernel_width(width, query.device.type) - width
+        if padding:  # zeros change no product, and the scale is given
+            query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
         mixed = F.scaled_dot_product_attention(
             query,
             key,
@@ -103,8 +107,17 @@ def mixed_heads(
             dropout_p=attention.attn_dropout.p if attention.training else 0.0,
             is_causal=True,
             scale=attention.scaling,
-        )
+        )[..., :width]
     return mixed.transpose(1, 2).flatten(2), fused
+
+
+def kernel_width(width: int, device: str) -> int:
+    """Return to which width heads are padded for the attention kernel.
+
+    CUDA's kernels without T x T matrices need a multiple of 4 in float32 and of 8 in 16 bits; for another width, torch
+    would choose one that makes such matrices. GPT-2's own heads have a width of 64.
+    """
+    return 8 * math.ceil(width / 8) if device == "cuda" else width
 
 
 def _attends_by_rows(device: str, dtype: torch.dtype, *, gradients: bool) -> bool:

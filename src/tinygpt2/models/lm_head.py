@@ -7,6 +7,7 @@ import math
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.models.activations import collect_activations
@@ -20,9 +21,19 @@ def wide(x: Tensor) -> torch.dtype:
 def default_chunk(vocabulary: int, device: str) -> int:
     """Return for how many tokens to hold logits at a time.
 
-    These are at most 2**25 logits on a CPU and 2**28 on a GPU, but always at least 64 tokens.
+    These are at most 2**25 logits on a CPU and 2**26 on a GPU, but always at least 64 tokens. A matrix of 2**26 logits
+    takes 256 MiB in float32 and 128 MiB in 16 bits. The student's logits, the teacher's and the gradient are one each.
     """
-    return max(64, (2**25 if device == "cpu" else 2**28) // vocabulary)
+    return max(64, (2**25 if device == "cpu" else 2**26) // vocabulary)
+
+
+def operand_rows(vocabulary: int, device: str) -> int:
+    """Return how many rows an output matrix has as an operand of products.
+
+    On a GPU, this is the next multiple of 64. A row of logits then starts at a multiple of 16 bytes in every number
+    format, as the fast products need (GPT-2's vocabulary of 50257 is odd). A CPU's products gain nothing from it.
+    """
+    return vocabulary if device == "cpu" else 64 * math.ceil(vocabulary / 64)
 
 
 def scoring_chunk(vocabulary: int, device: str) -> int:
@@ -38,25 +49,27 @@ def rows_at_once(vocabulary: int, device: str) -> int:
     return max(1, (2**19 if device == "cpu" else 2**26) // vocabulary)
 
 
-def head_operand(head: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
+def head_operand(head: Float[Tensor, "V D"]) -> Float[Tensor, "W D"]:
     """Return the output matrix for matrix products: in autocast's type, and centred if that has fewer than 32 bits.
 
     GPT-2's logits share a large offset of about -100. A softmax ignores the offset, but at that size bfloat16 rounds
     to multiples of 0.5. Subtracting the matrix's mean row removes the offset; losses and gradients stay the same.
+
+    On a GPU, rows of zeros follow the V real ones: see `operand_rows`. Only the first V columns of the logits count.
     """
     device = head.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-    if dtype.itemsize >= 4:
-        return head.to(dtype)
-    return (head - head.mean(0, dtype=torch.float32)).to(dtype)
+    operand = head.to(dtype) if dtype.itemsize >= 4 else (head - head.mean(0, dtype=torch.float32)).to(dtype)
+    padding = operand_rows(len(head), device) - len(head)
+    return F.pad(operand, (0, 0, 0, padding)) if padding else operand
 
 
 @torch.no_grad()
 def target_losses(
     model: GPT2LMHeadModel,
-    head: Float[Tensor, "V D"],
+    head: Float[Tensor, "W D"],
     input_ids: Int[Tensor, "B T"],
-    wanted: Bool[Tensor, "B P"],
+    wanted: Int[Tensor, " N"] | None = None,
     ruled_out: Bool[Tensor, " V"] | None = None,
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
     """Return the loss of each wanted next token, in nats and at least float32, row by row.
@@ -64,7 +77,8 @@ def target_losses(
     Args:
         head: the output matrix, as `head_operand` returns it.
         input_ids: token ids; the last one of each row is only a target.
-        wanted: marks the N positions, of P = T - 1 in each row, that predict a target.
+        wanted: numbers of the N positions that predict a target, if the T - 1 of each row are counted through; None if
+            all do. They are numbers and no mask, because to count a mask a GPU is waited for.
         ruled_out: tokens that do not count as predictions in the second column of the hits.
 
     Returns:
@@ -72,9 +86,11 @@ def target_losses(
         token: of all tokens (first column), and of those that are not ruled out (second column).
     """
     last = len(model.transformer.h)
-    states = collect_activations(model, input_ids[:, :-1], states=[last]).states[last][wanted]
-    targets = input_ids[:, 1:][wanted]
-    vocabulary, device = len(head), head.device.type
+    states = collect_activations(model, input_ids[:, :-1], states=[last]).states[last].flatten(0, 1)
+    targets = input_ids[:, 1:].flatten()
+    if wanted is not None:
+        states, targets = states.index_select(0, wanted), targets.index_select(0, wanted)
+    vocabulary, device = model.config.vocab_size, head.device.type
     chunk, rows = scoring_chunk(vocabulary, device), rows_at_once(vocabulary, device)
     losses = torch.empty(len(targets), dtype=wide(head), device=head.device)
     hits = None if ruled_out is None else torch.empty(len(targets), 2, dtype=torch.bool, device=head.device)
@@ -82,7 +98,7 @@ def target_losses(
         logits = states[start : start + chunk] @ head.mT
         for inner in range(0, len(logits), rows):
             part = slice(start + inner, min(start + inner + rows, start + len(logits)))
-            scores = logits[inner : inner + rows].to(losses.dtype)
+            scores = logits[inner : inner + rows, :vocabulary].to(losses.dtype)
             right = targets[part]
             losses[part] = scores.logsumexp(-1) - scores.gather(-1, right[:, None])[:, 0]
             if hits is not None and ruled_out is not None:

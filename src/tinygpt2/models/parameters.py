@@ -1,11 +1,13 @@
-"""Count and freeze a model's parameters, and set its dropout."""
+"""Count, freeze and cast a model's parameters, and set its dropout."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from tinygpt2.errors import ConfigError
 
@@ -34,6 +36,18 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"--freeze {', '.join(patterns)} leaves nothing to train")
+
+
+def cast_linear_layers(model: GPT2LMHeadModel, dtype: torch.dtype) -> None:
+    """Cast the linear layers of attention and MLPs to autocast's type, in place.
+
+    For a frozen model, autocast would do so again in every forward pass, with the same numbers as result. Embeddings,
+    layer norms and the output matrix keep their type, because autocast computes with them as they are, or rounds later.
+    The model can then be used only under autocast.
+    """
+    for module in model.transformer.h.modules():
+        if isinstance(module, Conv1D):
+            module.to(dtype)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -16,9 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from tinygpt2.models.activations import ROWS
 from tinygpt2.models.lm_head import wide
-from tinygpt2.objectives.logits import forward_kl
-
-MASKED = -1e30  # acts as minus infinity in a softmax, but differences of masked scores stay finite
+from tinygpt2.objectives.logits import MASKED, forward_kl
 
 
 def attention_loss(

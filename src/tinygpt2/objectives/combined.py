@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
@@ -137,9 +138,9 @@ class Objectives(nn.Module):
         student: Activations,
         student_head: Float[Tensor, "V D"],
         teacher: Activations | None = None,
-        teacher_head: Float[Tensor, "V Dt"] | None = None,
+        teacher_head: Float[Tensor, "W Dt"] | None = None,
         *,
-        lengths: Int[Tensor, " B"] | None = None,
+        lengths: Sequence[int] | None = None,
         share: Counts | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Return the weighted sum, and each active term by its name, unweighted and detached.
@@ -147,17 +148,17 @@ class Objectives(nn.Module):
         Args:
             student_head: the student's output matrix.
             teacher_head: the teacher's output matrix, as `head_operand` returns it.
-            lengths: number of real tokens in each row; the rest is padding, which no term counts. None if there is no
-                padding.
+            lengths: number of real tokens in each row, known to the host; the rest is padding, which no term counts.
+                None if there is no padding.
             share: the counts that means divide by; None uses the counts of this batch. With the counts of a global
                 batch divided by its number of micro-batches, the mean of the micro-batches' terms is the global
                 batch's term.
         """
         weights = self.weights
         size, length = input_ids.shape
-        own = Counts.of([length] * size if lengths is None else lengths.tolist())
+        own = Counts.of([length] * size if lengths is None else lengths)
         share = own.over(1) if share is None else share
-        real = None if lengths is None else torch.arange(length, device=input_ids.device) < lengths[:, None]  # (B, T)
+        real = None if lengths is None else RealTokens(lengths, length, input_ids.device)
         terms: dict[str, Tensor] = {}
         if teacher is not None:
             terms = self._compare(student, teacher, real, own, share)
@@ -165,7 +166,7 @@ class Objectives(nn.Module):
         if weights.prediction or weights.ce:
             targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
             if real is not None:
-                targets = targets.masked_fill(~F.pad(real[:, 1:], (0, 1)), IGNORED)
+                targets = targets.masked_fill(~F.pad(real.mask[:, 1:], (0, 1)), IGNORED)
             labels = None
             if teacher is not None and teacher_head is not None and weights.prediction:
                 labels = (_kept(teacher.states[self._last[1]], real), teacher_head)
@@ -184,7 +185,7 @@ class Objectives(nn.Module):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _compare(
-        self, student: Activations, teacher: Activations, real: Tensor | None, own: Counts, share: Counts
+        self, student: Activations, teacher: Activations, real: RealTokens | None, own: Counts, share: Counts
     ) -> dict[str, Tensor]:
         """Return the active terms that compare the activations of the two models, unweighted.
 
@@ -215,20 +216,44 @@ class Objectives(nn.Module):
         }
         return {name: torch.stack(parts).sum() * factors[name] for name, parts in terms.items()}
 
-    def _by_head(self, fused: Float[Tensor, "B T D"], real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _by_head(self, fused: Float[Tensor, "B T D"], real: RealTokens | None) -> tuple[Tensor, Tensor, Tensor]:
         """Split queries, keys and values into the student's number of heads.
 
         If the teacher has more heads, each of the resulting long heads contains a group of teacher heads. The product
         of two long heads is then the sum of the group's scores.
         """
-        fused = fused if real is None else fused * real.unsqueeze(-1)
+        fused = fused if real is None else fused * real.mask.unsqueeze(-1)
         query, key, value = (by_head(part, self.heads) for part in fused.chunk(3, dim=-1))
         return query, key, value
 
 
-def _kept(x: Shaped[Tensor, "B T ..."], real: Bool[Tensor, "B T"] | None) -> Shaped[Tensor, "N ..."]:
+class RealTokens:
+    """Where the real tokens of padded blocks are, without waiting for a GPU: the host knows how many there are.
+
+    Args:
+        lengths: number of real tokens in each of the B rows.
+        length: T, the number of positions in a row.
+
+    Attributes:
+        mask: whether a position holds a real token (B, T).
+        index: the numbers of these positions, if all rows are counted through (N).
+    """
+
+    def __init__(self, lengths: Sequence[int], length: int, device: torch.device) -> None:
+        count, before = sum(lengths), [0, *accumulate(length - own for own in lengths)]  # padding in the rows before
+        # The only copy from the host: so small that no GPU is waited for.
+        known, shift = torch.tensor([list(lengths), before[:-1]]).to(device, non_blocking=True)
+        self.mask = torch.arange(length, device=device) < known[:, None]
+        self.index = torch.arange(count, device=device) + shift.repeat_interleave(known, output_size=count)
+
+    def of(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "N ..."]:
+        """Return the positions with real tokens, one after another."""
+        return x.flatten(0, 1).index_select(0, self.index)
+
+
+def _kept(x: Shaped[Tensor, "B T ..."], real: RealTokens | None) -> Shaped[Tensor, "N ..."]:
     """Return the positions that are not padding, one after another."""
-    return x.flatten(0, 1) if real is None else x[real]
+    return x.flatten(0, 1) if real is None else real.of(x)
 
 
 def _check_shapes(weights: LossWeights, student: GPT2Config, teacher: GPT2Config) -> None:

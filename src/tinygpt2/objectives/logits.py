@@ -2,8 +2,8 @@
 
 For each chunk, the logits of student and teacher are computed from their final hidden states and output matrices. The
 same pass computes the loss and its gradients for the hidden states and the output matrix. A chunk is large enough for
-fast matrix products. Within a chunk, element-wise work handles a few rows at a time, so that these rows stay in a CPU's
-cache until all of that work is done.
+fast matrix products. On a CPU, element-wise work handles a few rows of a chunk at a time, so that these rows stay in
+its cache until all of that work is done. On a GPU, it is one compiled pass over the chunk: see `compilation`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from tinygpt2.config.distillation import PredictionLoss
 from tinygpt2.models.lm_head import default_chunk, head_operand, rows_at_once, wide
+from tinygpt2.objectives.compilation import compiled_or_eager, compiles_losses
 
 IGNORED = -100  # stands for "no target", such as at the last position of every block
+MASKED = -1e30  # acts as minus infinity in a softmax, but differences of masked logits stay finite
 
 
 def soft_ce(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
@@ -35,8 +38,8 @@ def soft_ce(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tup
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2. TinyBERT's code also takes the mean over the
     vocabulary, which makes the loss V times smaller.
     """
-    p_t = teacher.softmax(-1)
-    return -_dot(p_t, student.log_softmax(-1)), student.softmax(-1).sub_(p_t)
+    p_t = _softmax(teacher)
+    return -_dot(p_t, student.log_softmax(-1)), _softmax(student).sub_(p_t)
 
 
 def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
@@ -44,9 +47,9 @@ def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> 
 
     Source: as `soft_ce`, minus the teacher's entropy.
     """
-    p_t = teacher.softmax(-1)
+    p_t = _softmax(teacher)
     value = _dot(p_t, teacher.log_softmax(-1).sub_(student.log_softmax(-1)))
-    return value, student.softmax(-1).sub_(p_t)
+    return value, _softmax(student).sub_(p_t)
 
 
 def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
@@ -89,8 +92,17 @@ def cross_entropy(
     real = (targets != IGNORED).unsqueeze(-1)
     index = targets.unsqueeze(-1).where(real, 0)
     value = -(student.log_softmax(-1).gather(-1, index) * real).sum()
-    gradient = student.softmax(-1).scatter_add_(-1, index, torch.full_like(index, -1, dtype=student.dtype))
+    gradient = _softmax(student)
+    if torch.compiler.is_compiling():  # a scatter would be a pass of its own; in eager mode, a comparison would be
+        gradient -= torch.arange(student.shape[-1], device=student.device) == index
+    else:
+        gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=student.dtype))
     return value, gradient.mul_(real)
+
+
+def _softmax(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """Return probabilities, in the way that is faster: compiled, the sums of a log-softmax serve this one, too."""
+    return logits.log_softmax(-1).exp() if torch.compiler.is_compiling() else logits.softmax(-1)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -120,7 +132,7 @@ def prediction_loss(
     hidden: Float[Tensor, "N D"],
     head: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
-    teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "V Dt"]] | None,
+    teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "W Dt"]] | None,
     objective: PredictionObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return the weighted sum of the prediction loss and the next-token cross-entropy, and both terms unweighted.
@@ -166,34 +178,39 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_head: Tensor | None,
         objective: PredictionObjective,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        device, count = hidden.device.type, len(hidden)
+        device, count, vocabulary = hidden.device.type, len(hidden), len(head)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        head_grad = torch.zeros_like(head, dtype=wide(head)) if needs_head else None
         matrix = head_operand(head)
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        head_grad = torch.zeros_like(matrix, dtype=wide(head)) if needs_head else None
         states, teacher = hidden.to(matrix.dtype), None
         if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
             teacher = (teacher_hidden.to(teacher_head.dtype), teacher_head)
-        means = 1 / torch.stack([targets.new_tensor(count), (targets != IGNORED).sum()]).clamp(min=1).to(wide(hidden))
+        # Numbers of the host become tensors by filling, because a copy would wait for a GPU.
+        counts = torch.stack([torch.full((), count, device=hidden.device), (targets != IGNORED).sum()])
+        means = 1 / counts.clamp(min=1).to(wide(hidden))
         values = torch.zeros_like(means)
-        turns = max(1, math.ceil(count / (objective.chunk or default_chunk(len(head), device))))
+        factor = objective.prediction_weight * objective.temperature
+        factors = None if factor == 1 else torch.full_like(means[0], factor), objective.ce_weight * means[1] * count
+        turns = max(1, math.ceil(count / (objective.chunk or default_chunk(vocabulary, device))))
         chunk = max(1, math.ceil(count / turns))  # chunks of equal size, because a small last one would be slow
         with torch.autocast(device, enabled=False):
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)
                 logits = states[part] @ matrix.mT
                 soft = None if teacher is None else teacher[0][part] @ teacher[1].mT
-                values += _differentiate(logits, soft, targets[part], objective, means[1] * count)
+                wanted = targets[part] if objective.ce_weight else None
+                found, gradient = _differentiate(logits, soft, wanted, objective, factors, vocabulary)
+                values += found
                 if hidden_grad is not None:
-                    hidden_grad[part] = logits @ matrix
-                if head_grad is not None and head_grad.dtype == logits.dtype:
-                    head_grad.addmm_(logits.mT, states[part])
-                elif head_grad is not None:
-                    head_grad += logits.mT @ states[part]
+                    hidden_grad[part] = gradient @ matrix
+                if head_grad is not None:
+                    _add_product(head_grad, gradient, states[part])
         prediction, ce = values * means
         # Apply the mean's 1/N only in backward: there, a loss scale has made the incoming gradient large.
         ctx.factor = 1 / max(1, count)
-        ctx.save_for_backward(hidden_grad, None if head_grad is None else head_grad.to(head.dtype))
+        ctx.rows, ctx.dtype = vocabulary, head.dtype
+        ctx.save_for_backward(hidden_grad, head_grad)
         ctx.mark_non_differentiable(prediction, ce)
         return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce
 
@@ -201,36 +218,114 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, head_grad = ctx.saved_tensors
-        scaled = [None if grad is None else grad * (ctx.factor * grads[0]) for grad in (hidden_grad, head_grad)]
-        return scaled[0], scaled[1], None, None, None, None
+        factor = ctx.factor * grads[0]
+        # In place: nobody else holds them, so torch refuses a second backward pass through the same graph.
+        scaled = [None if grad is None else grad.mul_(factor) for grad in (hidden_grad, head_grad)]
+        return scaled[0], None if scaled[1] is None else scaled[1][: ctx.rows].to(ctx.dtype), None, None, None, None
+
+
+def _add_product(total: Float[Tensor, "V D"], gradient: Float[Tensor, "n V"], states: Float[Tensor, "n D"]) -> None:
+    """Add gradient.T @ states to `total` in place, whose type is at least float32.
+
+    The product is a sum over the chunk, not a mean, so float16 could not hold it: above 65504 it would be infinite
+    whatever the loss scale.
+    """
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.mT, states)
+    elif gradient.device.type == "cuda" and torch.version.hip is None:
+        if torch.__version__ >= "2.13":
+            torch.addmm(total, gradient.mT, states, out_dtype=total.dtype, out=total)
+        else:  # older versions want a 16-bit `total`, or cannot trace this call
+            total += torch.mm(gradient.mT, states, out_dtype=total.dtype)
+    elif gradient.dtype == torch.bfloat16:  # has float32's range, and a product of float32 takes longer
+        total += gradient.mT @ states
+    else:
+        total.addmm_(gradient.mT.to(total.dtype), states.to(total.dtype))
 
 
 def _differentiate(
-    logits: Tensor,
-    soft: Tensor | None,
-    targets: Tensor,
+    logits: Float[Tensor, "n W"],
+    soft: Float[Tensor, "n W"] | None,
+    targets: Int[Tensor, " n"] | None,
     objective: PredictionObjective,
-    ce_scale: Tensor,
-) -> Tensor:
-    """Overwrite the student's logits with the gradient of the weighted total, and return the sums of the two losses.
+    factors: tuple[Tensor | None, Tensor],
+    vocabulary: int,
+) -> tuple[Float[Tensor, 2], Float[Tensor, "n W"]]:
+    """Return the sums of the two losses, and the gradient of the weighted total for the student's logits.
 
-    Softmax and sums use at least float32, whatever type the logits have.
+    Softmax and sums use at least float32, whatever type the logits have. The gradient may overwrite the logits.
+
+    Args:
+        logits, soft: of student and teacher; W is V, or more if the output matrices are padded.
+        targets: next tokens, if the cross-entropy counts.
+        factors: of the two losses' gradients; None stands for 1.
+        vocabulary: V.
     """
-    tau, rows = objective.temperature, rows_at_once(logits.shape[-1], logits.device.type)
+    if compiles_losses(logits.device.type) and not isinstance(logits, FakeTensor):
+        settings = objective.loss, objective.temperature
+        return compiled_or_eager(_whole_chunk, logits, soft, targets, factors, *settings, vocabulary)
+    tau, rows = objective.temperature, rows_at_once(vocabulary, logits.device.type)
     values = logits.new_zeros(2, dtype=wide(logits))
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
-        student, parts = logits[part].to(values.dtype), []
+        student = logits[part, :vocabulary].to(values.dtype)
+        softened = None
         if soft is not None:
-            teacher = soft[part].to(values.dtype)
+            teacher = soft[part, :vocabulary].to(values.dtype)
             softened = (student, teacher) if tau == 1 else (student / tau, teacher / tau)
-            value, gradient = LOSSES[objective.loss](*softened)
-            values[0] += value * tau**2
-            factor = objective.prediction_weight * tau
-            parts.append(gradient if factor == 1 else gradient.mul_(factor))
-        if objective.ce_weight:
-            value, gradient = cross_entropy(student, targets[part])
-            values[1] += value
-            parts.append(gradient.mul_(objective.ce_weight * ce_scale))
-        logits[part] = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
-    return values
+        right = None if targets is None else targets[part]
+        found, gradient = _weighted(student, softened, right, objective.loss, tau, factors)
+        values += found
+        logits[part, :vocabulary] = gradient
+    return values, logits
+
+
+def _whole_chunk(
+    logits: Tensor,
+    soft: Tensor | None,
+    targets: Tensor | None,
+    factors: tuple[Tensor | None, Tensor],
+    loss: PredictionLoss,
+    tau: float,
+    vocabulary: int,
+) -> tuple[Tensor, Tensor]:
+    """Do the same for all rows at once.
+
+    Compiled, this is one kernel that stores nothing as large as the logits but the gradient.
+    The columns of the padding are masked and not cut off, because rows of V numbers would not be aligned. Dividing by
+    the temperature first keeps torch's compiler from its own treatment of a softmax of a quotient, which takes more
+    passes.
+    """
+    real = torch.arange(logits.shape[-1], device=logits.device) < vocabulary
+
+    def softened(x: Tensor, tau: float) -> Tensor:
+        return (x.to(wide(x)) / tau).where(real, MASKED)
+
+    pair = None if soft is None else (softened(logits, tau), softened(soft, tau))
+    values, gradient = _weighted(softened(logits, 1.0), pair, targets, loss, tau, factors)
+    return values, gradient.to(logits.dtype)
+
+
+def _weighted(
+    student: Tensor,
+    softened: tuple[Tensor, Tensor] | None,
+    targets: Tensor | None,
+    loss: PredictionLoss,
+    tau: float,
+    factors: tuple[Tensor | None, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the sums of the two losses, unweighted, and the gradient of their weighted sum.
+
+    Args:
+        student: its logits.
+        softened: the logits of student and teacher, divided by the temperature `tau`.
+    """
+    values, gradients = [student.new_zeros(()), student.new_zeros(())], []
+    if softened is not None:
+        value, gradient = LOSSES[loss](*softened)
+        values[0] = value * tau**2
+        gradients.append(gradient if factors[0] is None else gradient.mul_(factors[0]))
+    if targets is not None:
+        values[1], gradient = cross_entropy(student, targets)
+        gradients.append(gradient.mul_(factors[1]))
+    return torch.stack(values), gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -27,7 +28,7 @@ from tinygpt2.evaluation.tasks import load_tasks
 from tinygpt2.models.compatibility import check_fits, check_same_vocabulary
 from tinygpt2.models.configuration import is_model_config, read_model_config
 from tinygpt2.models.loading import load_model, model_tokenizer, random_model
-from tinygpt2.models.parameters import count_parameters, freeze
+from tinygpt2.models.parameters import cast_linear_layers, count_parameters, freeze
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak
@@ -155,6 +156,17 @@ def figures_before_training(job: Job, accelerator: Accelerator, module: nn.Modul
         whole, _ = job.measured(lambda blocks: evaluate(accelerator, teacher, blocks, size))
         state.teacher, row = asdict(whole), row | metrics_of({"teacher": whole})
     return row
+
+
+def cast_teacher(job: Job, accelerator: Accelerator) -> None:
+    """Cast the teacher's linear layers to the type of the run's products, once.
+
+    Call it when the teacher has been evaluated, which is done in float32.
+    """
+    with accelerator.autocast():
+        kind = accelerator.device.type
+        if job.teacher is not None and torch.is_autocast_enabled(kind):
+            cast_linear_layers(job.teacher, torch.get_autocast_dtype(kind))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from tinygpt2.runtime.signals import stop_on_signals
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, memory_explained
-from tinygpt2.training.job import Job, figures_before_training, metrics_of
+from tinygpt2.training.job import Job, cast_teacher, figures_before_training, metrics_of
 from tinygpt2.training.metrics import MetricsLog
 from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
 from tinygpt2.training.preparation import tell_deepspeed
@@ -183,6 +183,7 @@ class _Run:
         if self.state.step == 0:
             with self._meter.paused(evaluating=True):
                 self._before = figures_before_training(self._job, self._accelerator, self.module, self.state)
+        cast_teacher(self._job, self._accelerator)
         if self._limit is not None and not self.finished:
             with self._meter.paused():
                 self._plan_by_time(self._limit)

@@ -79,7 +79,7 @@ class Step(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
-        lengths: Int[Tensor, " B"] | None = None,
+        lengths: Sequence[int] | Int[Tensor, " B"] | None = None,
         share: Counts | None = None,
         rows: Sequence[int] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,15 +88,16 @@ class Step(nn.Module):
         In evaluation mode, return the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms.
 
         Args:
+            lengths: as numbers or as a tensor on the CPU: reading one on a GPU would wait for it.
             rows: the numbers of the blocks in the dataset, for the cache.
         """
         if not self.training:
             with torch.autocast(input_ids.device.type, enabled=False):
-                every = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
                 head = head_operand(self.student.lm_head.weight)  # the weight is in 16 bits under DeepSpeed
-                losses, _ = target_losses(self.student, head, input_ids, every)
-                return losses.view(every.shape), {}
+                losses, _ = target_losses(self.student, head, input_ids)
+                return losses.view(len(input_ids), -1), {}
         wanted = self.objectives
+        lengths = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         student = self._collect(
             self.student,
             input_ids,
@@ -168,7 +169,8 @@ def gradients(
         # divides the loss by the number of micro-batches, and averages over processes only after the last one
         with accelerator.accumulate(module):
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
-                loss, terms = module(*batch, share, rows)
+                lengths = None if batch.lengths is None else batch.lengths.tolist()  # DDP would move a tensor
+                loss, terms = module(batch.input_ids, lengths, share, rows)
             accelerator.backward(loss)
         names = ["loss", *(f"loss/{name}" for name in terms)]
         means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(turns)
@@ -229,7 +231,8 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
         losses, _ = module(batch.input_ids)  # (B, T - 1)
         counted = torch.tensor([[index < len(blocks)] for index in numbers], device=losses.device).expand_as(losses)
         if batch.lengths is not None:
-            counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < batch.lengths[:, None])
+            lengths = batch.lengths.to(losses.device)
+            counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < lengths[:, None])
         kept, shown = losses.to(sums.device).double(), counted.to(sums.device)
         each, n = torch.where(shown, kept, 0.0).sum(1), shown.sum(1).double()  # of a block
         moments = [(each * each).sum(), (each * n).sum(), (n * n).sum(), (n > 0).sum()]
