@@ -144,7 +144,7 @@ def test_gradients_above_the_limit_are_scaled_down_to_it(teacher: Path, kind: st
         gradients = [p.grad for p in models[1].parameters() if p.grad is not None]
         expected = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
         norm = clip_gradients(Accelerator(cpu=True), ours, list(models[0].parameters()), limit)
-        assert norm == pytest.approx(expected, rel=1e-5)
+        assert norm.item() == pytest.approx(expected, rel=1e-5)
         assert (ours.grad_scale is not None) == (0 < limit < expected)  # type: ignore[attr-defined]
         for gradient in gradients:
             gradient.mul_(min(1.0, limit / expected) if limit else 1.0)
@@ -282,7 +282,7 @@ def scaled_in_shards(rank: int, store: str) -> None:
         for module in (sharded, whole):
             module(torch.full((3, 6), size)).square().sum().backward()
         norm = clip_gradients(Accelerator(cpu=True), ours, list(sharded.parameters()), 0.5)
-        assert norm == pytest.approx(nn.utils.clip_grad_norm_(whole.parameters(), 0.5).item(), rel=1e-5)
+        assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_(whole.parameters(), 0.5).item(), rel=1e-5)
         for optimizer in (ours, reference):
             optimizer.step()
             optimizer.zero_grad()
@@ -299,7 +299,9 @@ def test_sharded_gradients_are_scaled_like_whole_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("said", "norm"), [(2.5, 2.5), (None, 0.0), (-1.0, float("inf"))])
 def test_the_norm_is_deepspeeds_where_it_clips(said: float | None, norm: float) -> None:
     accelerator = SimpleNamespace(
-        distributed_type=DistributedType.DEEPSPEED, clip_grad_norm_=lambda parameters, limit: said
+        distributed_type=DistributedType.DEEPSPEED,
+        clip_grad_norm_=lambda parameters, limit: said,
+        device=torch.device("cpu"),
     )
     assert clip_gradients(accelerator, None, [], 1.0) == norm
 

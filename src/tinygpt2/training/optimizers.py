@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -46,7 +46,7 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Adam
     attention = {m.c_attn.weight for m in module.modules() if isinstance(m, GPT2Attention)}
     # in this order, because checkpoints number the parameters
     ordered = [p for p in matrices if p not in attention] + [p for p in matrices if p in attention]
-    parts = {parameter: 3 if parameter in attention else 1 for parameter in ordered}
+    parts: dict[Tensor, int] = {parameter: 3 if parameter in attention else 1 for parameter in ordered}
     return Muon(parts, groups, rate, options.weight_decay)
 
 
@@ -94,9 +94,7 @@ class Muon(torch.optim.AdamW):
     momentum are those of torch.optim.Muon.
     """
 
-    def __init__(
-        self, matrices: dict[nn.Parameter, int], groups: list[dict[str, Any]], rate: float, decay: float
-    ) -> None:
+    def __init__(self, matrices: dict[Tensor, int], groups: list[dict[str, Any]], rate: float, decay: float) -> None:
         whole = [{"params": list(matrices), "weight_decay": decay}, *groups]
         super().__init__(whole, lr=rate, betas=BETAS, fused=True)
         self._parts = matrices
@@ -119,22 +117,24 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(self) -> None:
         group = self.param_groups[0]
-        found = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not found:
+        by_matrix = {matrix: matrix.grad for matrix in group["params"] if matrix.grad is not None}
+        if not by_matrix:
             return
-        gradients = [parameter.grad for parameter in found]
+        found, gradients = list(by_matrix), list(by_matrix.values())
         scale = getattr(self, "grad_scale", None)  # as in fused AdamW, gradients are divided by it
         if scale is not None:
             torch._foreach_div_(gradients, scale)
-        for parameter in found:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        momenta = [self.state[parameter]["momentum_buffer"] for parameter in found]
+        for matrix in found:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        momenta = [self.state[matrix]["momentum_buffer"] for matrix in found]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         torch._foreach_lerp_(gradients, momenta, MOMENTUM)
         torch._foreach_mul_(found, 1 - group["lr"] * group["weight_decay"])
         for stack in _stacks(found, self._parts):
-            updates = _orthogonalized_by_all([one for p in stack for one in _wide(p.grad, self._parts[p])])
+            updates = _orthogonalized_by_all(
+                [part for matrix in stack for part in _wide(by_matrix[matrix], self._parts[matrix])]
+            )
             for _, alike in groupby(stack, lambda matrix: matrix.shape):
                 same = list(alike)
                 parts = self._parts[same[0]]
@@ -143,7 +143,7 @@ class Muon(torch.optim.AdamW):
                 torch._foreach_add_(same, _as_stored(own, same[0], parts), alpha=-group["lr"] * size)
 
 
-def _stacks(matrices: list[Tensor], parts: Mapping[Any, int]) -> Iterator[list[Tensor]]:
+def _stacks(matrices: list[Tensor], parts: dict[Tensor, int]) -> Iterator[list[Tensor]]:
     """Yield the matrices whose parts have the same shape, up to transposition; those stored alike lie together."""
     shapes: dict[tuple[int, ...], list[Tensor]] = {}
     for matrix in matrices:
@@ -173,7 +173,9 @@ def _wide(matrix: Float[Tensor, "I O"], parts: int) -> list[Tensor]:
 def _as_stored(wide: Float[Tensor, "M R C"], like: Tensor, parts: int) -> list[Tensor]:
     """Undo `_wide` for M / parts matrices that are stored like one: as contiguous tensors of its type."""
     rows, columns = like.shape
-    whole = (wide.mT if _turned(rows, columns // parts) else wide).unflatten(0, (-1, parts)).transpose(1, 2)
+    whole = (
+        (wide.mT if _turned(rows, columns // parts) else wide).view(-1, parts, rows, columns // parts).transpose(1, 2)
+    )
     return list(whole.to(like.dtype, memory_format=torch.contiguous_format).flatten(2).unbind())
 
 
@@ -222,29 +224,33 @@ def check_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Ten
             raise ValueError("its optimizer state belongs to other parameters")
 
 
-def unwrapped(accelerator: Accelerator, optimizer: Any) -> Any:
-    """Return the optimizer without Accelerate's wrapper if the wrapper is not needed: it only costs time then.
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer without Accelerate's wrapper, except for DeepSpeed's, which is a different one.
 
-    The wrapper is needed for loss scaling, and DeepSpeed has a different one. In each step the wrapper looks for
-    optional packages on the disk.
+    In each step the wrapper looks for optional packages on the disk. What it does for a loss scaler, `clip_gradients`
+    and the loop do: they know from the norm whether the scaled gradients have overflowed.
     """
-    return optimizer.optimizer if type(optimizer) is AcceleratedOptimizer and accelerator.scaler is None else optimizer
+    return optimizer.optimizer if type(optimizer) is AcceleratedOptimizer else optimizer
 
 
-def clip_gradients(accelerator: Accelerator, optimizer: Any, parameters: list[nn.Parameter], limit: float) -> float:
+def clip_gradients(accelerator: Accelerator, optimizer: Any, parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Return the norm of the gradients. If it is above `limit`, the optimizer's next step scales them down to it.
 
     The scaling is part of the fused optimizer step and does not need a separate pass over the gradients: it uses the
-    attribute `grad_scale`, as torch's loss scaler does.
+    attribute `grad_scale`, as torch's loss scaler does. A GPU is not waited for.
 
     Args:
         limit: the largest norm; 0 turns clipping off.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it clips, and returns -1 for NaN and infinity
         norm = float(accelerator.clip_grad_norm_(parameters, limit) or 0)
-        return norm if norm >= 0 else math.inf
+        return torch.full((), norm if norm >= 0 else math.inf, device=accelerator.device)
     accelerator.unscale_gradients()
-    norm = float(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
-    scale = torch.full((), norm / limit, device=accelerator.device) if limit and norm > limit else None
-    getattr(optimizer, "optimizer", optimizer).grad_scale = scale  # with loss scaling it is still wrapped
-    return norm
+    total = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if isinstance(total, DTensor):  # FSDP
+        total = total.full_tensor()
+    if not limit or (total.device.type != "cuda" and not total > limit):
+        optimizer.grad_scale = None
+    else:
+        optimizer.grad_scale = (total / limit).clamp(min=1)
+    return total
