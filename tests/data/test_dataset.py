@@ -94,11 +94,34 @@ def test_all_formats_hold_the_same_blocks(stored: dict[str, Path]) -> None:
         counts = packed["arrow"].manifest["splits"][name]
         assert len(hdf5) == len(arrow) + 1
         last = hdf5.batch([len(hdf5) - 1])
-        assert last.lengths.tolist() == [counts["dropped_tokens"]] == hdf5.lengths([len(hdf5) - 1])
+        assert last.lengths == [counts["dropped_tokens"]] == hdf5.lengths([len(hdf5) - 1])
         assert not last.input_ids[0, counts["dropped_tokens"] :].any()
         assert len(hdf5.row(len(hdf5) - 1)) == counts["dropped_tokens"]
     manifests = [packed[kind].manifest["splits"]["train"] for kind in ("arrow", "jsonl")]
     assert manifests[0]["files"][0]["sha256"] == manifests[1]["files"][0]["sha256"]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "hdf5", "jsonl"])
+def test_lengths_are_read_once(stored: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(stored[kind], tmp_path / kind)
+    if kind == "jsonl":  # some padding, and a line that is written in another way
+        lines = (folder / "train_dataset.json").read_text().splitlines()
+        rows = [json.loads(line) for line in lines[:3]]
+        for row, length in zip(rows, (3, 32, 30), strict=True):
+            row["attention_mask"] = [1] * length + [0] * (32 - length)
+        lines[:2] = map(json.dumps, rows[:2])
+        lines[2] = json.dumps({"attention_mask": rows[2]["attention_mask"], "input_ids": rows[2]["input_ids"]})
+        (folder / "train_dataset.json").write_text("".join(f"{line}\n" for line in lines))
+        manifest = json.loads((folder / "pregenerate.json").read_text())
+        manifest["splits"]["train"]["padding_tokens"] = 31
+        (folder / "pregenerate.json").write_text(json.dumps(manifest))
+    blocks = load_packed_dataset(str(folder)).train
+    every = blocks.lengths(range(len(blocks)))
+    assert every == [len(blocks.row(index)) for index in range(len(blocks))]
+    assert blocks.padded == (min(every) < 32)
+    for part in blocks.parts:
+        part.lengths = None  # type: ignore[assignment]  # nobody asks again
+    assert blocks.lengths([1, 0]) == [every[1], every[0]]
 
 
 def test_json_lines_are_what_tinygpt2_reads(stored: dict[str, Path]) -> None:
@@ -194,8 +217,12 @@ class Items:
 
 def test_any_map_style_dataset_trains(tokenizer_dir: Path, tmp_path: Path) -> None:
     packed = from_map_style(Items(20), Items(3), load_tokenizer(str(tokenizer_dir)), "rows")
-    assert packed.train.batch([0, 2]).lengths.tolist() == [12, 5]
+    assert packed.train.batch([0, 2]).lengths == [12, 5]
     assert packed.train.batch([0, 1]).lengths is None
+    whole = packed.train.batch([0, 1, 2])
+    assert whole.lengths == packed.train.lengths([0, 1, 2]) == [12, 12, 5]
+    assert (whole.part(0, 2).lengths, whole.part(1, 3).lengths) == (None, [12, 5])
+    assert whole.part(1, 3).input_ids.tolist() == whole.input_ids[1:].tolist()
     shape = tmp_path / "shape.yaml"
     shape.write_text("{n_layer: 1, n_embd: 16, n_head: 2, n_positions: 12}")
     config = PretrainConfig(
@@ -223,7 +250,7 @@ def test_both_masks_and_labels_mean_what_they_mean_elsewhere(tokenizer_dir: Path
     contents = set()
     for row in rows:
         packed = from_map_style([row], [row], tokenizer)
-        assert packed.train.batch([0]).lengths.tolist() == [3]
+        assert packed.train.batch([0]).lengths == [3]
         assert packed.test.row(0).tolist() == [5, 6, 7]
         contents.add(packed.content)
     assert len(contents) == 1

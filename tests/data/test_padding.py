@@ -34,7 +34,7 @@ def one_batch() -> tuple[Step, torch.Tensor, torch.Tensor, dict[str, torch.Tenso
     """Every objective on one padded batch: step, tokens, loss, terms and gradients, in float64."""
     step = double(Step(gpt2(2, 24, 4, seed=2), gpt2(4, 24, 4, seed=1), EVERY, RUN))
     ids = torch.randint(0, V, (len(LENGTHS), T), generator=torch.Generator().manual_seed(3))
-    loss, terms = step(ids, torch.tensor(LENGTHS))
+    loss, terms = step(ids, LENGTHS)
     loss.backward()
     found = gradients(step)
     step.zero_grad()
@@ -70,10 +70,10 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
     )
     ids = torch.randint(0, V, (len(LENGTHS), T), generator=torch.Generator().manual_seed(3))
     padding = torch.arange(T) >= torch.tensor(LENGTHS)[:, None]
-    first, _ = step(ids, torch.tensor(LENGTHS))
-    second, _ = step(ids.masked_fill(padding, 0), torch.tensor(LENGTHS))
+    first, _ = step(ids, LENGTHS)
+    second, _ = step(ids.masked_fill(padding, 0), LENGTHS)
     assert first.item() == pytest.approx(second.item(), rel=1e-12)
-    full, _ = step(ids, torch.tensor([T] * 4))
+    full, _ = step(ids, [T] * 4)
     assert full.item() == pytest.approx(step(ids)[0].item(), rel=1e-12)
 
 
@@ -107,7 +107,7 @@ def test_micro_batches_give_the_global_batch() -> None:
     step, ids, _, terms, together = one_batch()
     share, sums = Counts.of(LENGTHS).over(len(LENGTHS)), dict.fromkeys(terms, 0.0)
     for row, length in enumerate(LENGTHS):
-        lengths = None if length == T else torch.tensor([length])
+        lengths = None if length == T else [length]
         part, found = step(ids[row : row + 1], lengths, share)
         (part / len(LENGTHS)).backward()
         for name, term in found.items():

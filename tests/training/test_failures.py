@@ -8,11 +8,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file
 from transformers import GPT2Config
 
 from tests.conftest import sentences
@@ -81,6 +85,38 @@ def test_the_count_of_skipped_steps_outlives_a_resume(teacher: Path, data: Path,
         pretrain(options(teacher, data, tmp_path / "m", skip_non_finite=1, save_every=3))
     pretrain(options(teacher, data, tmp_path / "m", skip_non_finite=1, save_every=3, resume=True))
     assert read_metrics(tmp_path / "m")[-1]["skipped"] == 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_steps_that_overflow_in_fp16_lower_the_scale(
+    teacher: Path, data: Path, tmp_path: Path, spoil: Spoil, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A loss scaler for the CPU: two steps overflow and change nothing, and only the third stops the run."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    prepare, scales, unchanged = Accelerator.prepare, [], []
+
+    def scaled(self: Accelerator, *parts: object) -> object:
+        self.scaler, self.native_amp = scaler, True
+        self.state._mixed_precision = "fp16"
+        monkeypatch.setattr(self, "autocast", nullcontext)
+        return prepare(self, *parts)
+
+    def counted(*args: object) -> bool:
+        scales.append(scaler.get_scale())
+        return real(*args)
+
+    monkeypatch.setattr(Accelerator, "prepare", scaled)
+    real = loop.may_step
+    monkeypatch.setattr(loop, "may_step", counted)
+    spoil(2, 3, 5)
+    with pytest.raises(DivergedError, match="step 5 is"):
+        pretrain(options(teacher, data, tmp_path / "m", optimizer=kind, save_every=1))
+    assert scales == [4.0, 4.0, 2.0, 1.0, 1.0]
+    saved = [load_file(tmp_path / "m" / "checkpoints" / f"step-{step}" / "model.safetensors") for step in range(1, 5)]
+    for before, after in pairwise(saved):
+        unchanged.append(all(torch.equal(before[name], after[name]) for name in before))
+    assert unchanged == [True, True, False]
+    assert [row.get("skipped", 0) for row in read_metrics(tmp_path / "m")] == [0] * 4
 
 
 def test_out_of_memory_says_what_to_lower(teacher: Path, data: Path, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import GPT2LMHeadModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import make_model
 from tinygpt2 import PretrainConfig, pretrain
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.loading import load_model
-from tinygpt2.training.optimizers import BETAS, CombinedOptimizer, clip_gradients, make_optimizer
+from tinygpt2.training import optimizers
+from tinygpt2.training.optimizers import BETAS, Muon, check_state, clip_gradients, make_optimizer
 from tinygpt2.training.preparation import _check_sharding
 
 RATE, DECAY = 1e-2, 0.1
@@ -101,7 +106,7 @@ def test_what_is_frozen_is_left_alone(teacher: Path, frozen: str) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in name)
     optimizer = make_optimizer(model, options())
-    assert isinstance(optimizer, CombinedOptimizer) == (frozen != ".h.")
+    assert isinstance(optimizer, Muon) == (frozen != ".h.")
     descend(model, 0)
     optimizer.step()
     for name, parameter in model.named_parameters():
@@ -139,7 +144,7 @@ def test_gradients_above_the_limit_are_scaled_down_to_it(teacher: Path, kind: st
         gradients = [p.grad for p in models[1].parameters() if p.grad is not None]
         expected = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
         norm = clip_gradients(Accelerator(cpu=True), ours, list(models[0].parameters()), limit)
-        assert norm == pytest.approx(expected, rel=1e-5)
+        assert norm.item() == pytest.approx(expected, rel=1e-5)
         assert (ours.grad_scale is not None) == (0 < limit < expected)  # type: ignore[attr-defined]
         for gradient in gradients:
             gradient.mul_(min(1.0, limit / expected) if limit else 1.0)
@@ -148,6 +153,122 @@ def test_gradients_above_the_limit_are_scaled_down_to_it(teacher: Path, kind: st
             optimizer.zero_grad()
     # the moments: Muon's updates are made in bfloat16
     torch.testing.assert_close(ours.state_dict()["state"], reference.state_dict()["state"], rtol=1e-5, atol=1e-9)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something: on a GPU, each is at least one kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.namespace == "aten" and not str(func).startswith("aten.empty"):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_muon_takes_as_many_kernels_for_any_number_of_layers(layers: int) -> None:
+    model = GPT2LMHeadModel(
+        GPT2Config(n_layer=layers, n_embd=24, n_head=2, n_positions=16, vocab_size=64, bos_token_id=0, eos_token_id=0)
+    )
+    ours = make_optimizer(model, options())
+    for _ in range(2):  # the first step makes the state
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        ours.grad_scale = torch.tensor(2.0)
+        with Kernels() as kernels:
+            ours.step()
+    assert 20 < sum(kernels.counts.values()) <= 60, kernels.counts
+    assert kernels.counts["aten.bmm.default"] == 5 * 2  # five iterations of two shapes
+
+
+def test_large_models_are_stacked_in_parts(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [load_model(str(teacher))[0] for _ in range(2)]
+    for model, limit in zip(models, (2**26, 5000), strict=True):
+        monkeypatch.setattr(optimizers, "STACKED", limit)
+        ours = make_optimizer(model, options())
+        descend(model, 0)
+        with Kernels() as kernels:
+            ours.step()
+        assert (kernels.counts["aten.stack.default"] == 2) == (limit > 5000)
+    for left, right in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_a_step_that_overflows_changes_nothing(teacher: Path) -> None:
+    model, _ = load_model(str(teacher))
+    ours = make_optimizer(model, options())
+    for overflow in (False, True):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        descend(model, 0)
+        if overflow:
+            next(iter(model.parameters())).grad.fill_(math.inf)
+        moments = copy.deepcopy(ours.state_dict()["state"])
+        ours.grad_scale, ours.found_inf = torch.tensor(1.0), torch.tensor(float(overflow))
+        ours.step()
+        ours.zero_grad()
+        assert all(torch.equal(p, before[name]) == overflow for name, p in model.named_parameters())
+    for index, row in ours.state_dict()["state"].items():
+        assert torch.equal(*(one.get("momentum_buffer", torch.zeros(1)) for one in (row, moments[index])))
+
+
+def test_the_state_of_separate_optimizers_goes_on(teacher: Path) -> None:
+    """The numbers of the parameters in a checkpoint: matrices, then c_attn, then what AdamW trains."""
+    model, _ = load_model(str(teacher))
+    ours = make_optimizer(model, options())
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[parameter] for group in ours.param_groups for parameter in group["params"]]
+    matrices = [name for name in ordered if ".h." in name and name.endswith(".weight") and "ln_" not in name]
+    assert ordered[: len(matrices)] == sorted(matrices, key=lambda name: "c_attn" in name)
+    assert ordered[len(matrices)] == "transformer.wte.weight"
+    descend(model, 0)
+    ours.step()
+    state = ours.state_dict()["state"]
+    assert {tuple(sorted(state[index])) for index in range(len(matrices))} == {("momentum_buffer",)}
+    assert {tuple(sorted(state[index])) for index in range(len(matrices), len(state))} == {
+        ("exp_avg", "exp_avg_sq", "step")
+    }
+
+
+def test_a_state_of_other_parameters_is_refused(teacher: Path) -> None:
+    model, _ = load_model(str(teacher))
+    ours, adamw = make_optimizer(model, options()), make_optimizer(model, options("adamw"))
+    for optimizer in (ours, adamw):
+        descend(model, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+    check_state(ours, ours.state_dict()["state"])
+    for state in (adamw.state_dict()["state"], {99: {}}):
+        with pytest.raises(ValueError, match="its optimizer state belongs to other parameters"):
+            check_state(ours, state)
+
+
+def share_steps(rank: int, store: str, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, _ = load_model(folder)
+    ours = make_optimizer(model, options())
+    for seed in range(3):
+        descend(model, seed)
+        ours.step()
+        ours.zero_grad()
+    save_file({name: p.detach() for name, p in model.named_parameters()}, f"{store}-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_matrices(teacher: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(share_steps, (str(tmp_path / "store"), str(teacher)), nprocs=2)
+    model, _ = load_model(str(teacher))
+    ours = make_optimizer(model, options())
+    for seed in range(3):
+        descend(model, seed)
+        ours.step()
+        ours.zero_grad()
+    shared = [load_file(tmp_path / f"store-{rank}") for rank in range(2)]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(shared[0][name], shared[1][name])
+        torch.testing.assert_close(parameter.detach(), shared[0][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def scaled_in_shards(rank: int, store: str) -> None:
@@ -161,7 +282,7 @@ def scaled_in_shards(rank: int, store: str) -> None:
         for module in (sharded, whole):
             module(torch.full((3, 6), size)).square().sum().backward()
         norm = clip_gradients(Accelerator(cpu=True), ours, list(sharded.parameters()), 0.5)
-        assert norm == pytest.approx(nn.utils.clip_grad_norm_(whole.parameters(), 0.5).item(), rel=1e-5)
+        assert norm.item() == pytest.approx(nn.utils.clip_grad_norm_(whole.parameters(), 0.5).item(), rel=1e-5)
         for optimizer in (ours, reference):
             optimizer.step()
             optimizer.zero_grad()
@@ -178,7 +299,9 @@ def test_sharded_gradients_are_scaled_like_whole_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("said", "norm"), [(2.5, 2.5), (None, 0.0), (-1.0, float("inf"))])
 def test_the_norm_is_deepspeeds_where_it_clips(said: float | None, norm: float) -> None:
     accelerator = SimpleNamespace(
-        distributed_type=DistributedType.DEEPSPEED, clip_grad_norm_=lambda parameters, limit: said
+        distributed_type=DistributedType.DEEPSPEED,
+        clip_grad_norm_=lambda parameters, limit: said,
+        device=torch.device("cpu"),
     )
     assert clip_gradients(accelerator, None, [], 1.0) == norm
 

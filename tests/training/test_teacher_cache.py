@@ -9,14 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.conftest import make_model
 from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, plan_run, truncate_student
+from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.loading import load_model
+from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.metrics import read_metrics
+from tinygpt2.training.step import Step, gradients, read_step
 from tinygpt2.training.teacher_cache import TeacherCache, cache_name
 
 
@@ -49,8 +53,14 @@ def test_states_are_computed_once_and_damaged_ones_again(teacher: Path, data: Pa
     assert asked == [3, 3]
     states = np.memmap(cache.path / "states.bin", np.int16, "r+", shape=(len(packed.train), *expected.shape[1:]))
     states[3, 1, 1] += 1
-    assert torch.equal(again.states([3, 0, 5], ids, compute), expected)
+    damaged = TeacherCache(tmp_path, model, packed, "fp32")
+    cpu = torch.device("cpu")
+    assert torch.equal(damaged.read([0, 5], cpu).states, expected[[1, 2]])
+    assert damaged.read([0, 3], cpu).states is None
+    assert damaged.read([1], cpu).states is None
+    assert torch.equal(damaged.states([3, 0, 5], ids, compute), expected)
     assert asked == [3, 3, 1]
+    assert torch.equal(damaged.read([3, 0, 5], cpu).states, expected)
     assert torch.equal(again.states([3, 0, 5], ids, compute), expected)
     assert asked == [3, 3, 1]
 
@@ -68,6 +78,24 @@ def test_the_name_depends_on_weights_their_type_and_the_blocks(
     half = load_model(str(teacher))[0].to(torch.bfloat16)
     others = [(other, packed, "fp32"), (model, elsewhere, "fp32"), (half, packed, "fp32"), (model, packed, "bf16")]
     assert len({name, *(cache_name(*of) for of in others)}) == 5
+
+
+def test_only_the_output_matrix_is_needed_with_a_full_cache(teacher: Path, data: Path, tmp_path: Path) -> None:
+    student, model = (load_model(str(teacher))[0] for _ in range(2))
+    packed = load_packed_dataset(str(data))
+    cache = TeacherCache(tmp_path, model, packed, "fp32")
+    weights = LossWeights(prediction=1.0, ce=0.0)
+    step = Step(student, model, weights, TrainOptions(out="o"), cache)
+    step.place_teacher(torch.device("meta"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    size, accelerator = 4, Accelerator(cpu=True)
+    for start in range(0, len(packed.train), size):
+        rows = [index % len(packed.train) for index in range(start, start + size)]
+        gradients(accelerator, step, packed.train, rows, size, read_step(accelerator, packed.train, rows, size, cache))
+    assert cache.filled == 1
+    step.place_teacher(torch.device("meta"))
+    assert model.lm_head.weight.device.type == "meta"
+    assert {parameter.device.type for parameter in model.transformer.h.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

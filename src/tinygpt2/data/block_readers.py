@@ -13,6 +13,8 @@ from tinygpt2.config.data import H5PY_HINT
 from tinygpt2.errors import ConfigError, DataError, one_line
 from tinygpt2.utils.types import Array
 
+_AT_ONCE = 1024  # blocks whose masks are in memory at a time
+
 
 class BlockPart(Protocol):
     """A sequence of stored blocks that all have the same length."""
@@ -23,6 +25,9 @@ class BlockPart(Protocol):
 
     def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
         """Return the tokens (rows, T) as stored, and their mask, if there is one: 1 on padding, 0 elsewhere."""
+
+    def lengths(self) -> Array:
+        """Return the number of real tokens in every block, as int32; `read` checks the blocks themselves."""
 
 
 class ArrowPart:
@@ -39,6 +44,10 @@ class ArrowPart:
     def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
         """See `BlockPart`."""
         return self._rows[start:stop], None
+
+    def lengths(self) -> Array:
+        """See `BlockPart`."""
+        return np.full(len(self._rows), self._rows.shape[1], np.int32)
 
 
 class Hdf5Part:
@@ -67,6 +76,11 @@ class Hdf5Part:
         """See `BlockPart`."""
         return self._ids[start:stop], self._mask[start:stop]
 
+    def lengths(self) -> Array:
+        """See `BlockPart`."""
+        parts = [self._mask[start : start + _AT_ONCE] for start in range(0, len(self), _AT_ONCE)]
+        return np.concatenate([(part == 0).sum(1, dtype=np.int32) for part in parts])
+
 
 class JsonPart:
     """A file of JSON lines. Opening it builds an index of the line ends."""
@@ -92,10 +106,23 @@ class JsonPart:
         ids = np.array([ids for ids, _ in rows], np.int64).reshape(shape)
         return ids, np.array([mask for _, mask in rows], np.int64).reshape(shape)
 
+    def lengths(self) -> Array:
+        """See `BlockPart`. In a line as `pregenerate` writes it, the ones at the end are counted without parsing it."""
+        found = np.zeros(len(self), np.int32)
+        for index in range(len(self)):
+            _, _, mask = self._line(index).rpartition(b'"attention_mask":')
+            ones = mask.count(b"1")
+            simple = ones + mask.count(b"0") == self._length
+            found[index] = ones if simple else self._row(index)[1].count(0)
+        return found
+
+    def _line(self, index: int) -> bytes:
+        return bytes(self._text[self._ends[index] + 1 : self._ends[index + 1]])
+
     def _row(self, index: int) -> tuple[list[int], list[int]]:
         where = f"{self._file}:{index + 1}"
         try:
-            row = json.loads(self._text[self._ends[index] + 1 : self._ends[index + 1]])
+            row = json.loads(self._line(index))
             ids, mask = row["input_ids"], [1 - real for real in row["attention_mask"]]
             if not len(ids) == len(mask) == self._length or not all(type(token) is int for token in ids):
                 raise DataError(f"{where}: expected {self._length} tokens and as many entries in attention_mask")
@@ -118,6 +145,7 @@ class MapPart:
 
     def __init__(self, items: Any, length: int, vocabulary: int, split: str) -> None:
         self._items, self._length, self._vocabulary, self._split = items, length, vocabulary, split
+        self._lengths = np.zeros(len(items), np.int32)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -133,13 +161,20 @@ class MapPart:
         ids = np.array([ids for ids, _ in rows], np.int64).reshape(shape)
         return ids, np.array([mask for _, mask in rows], np.int64).reshape(shape)
 
+    def lengths(self) -> Array:
+        """See `BlockPart`. Items that were read before are not read again."""
+        for index in np.flatnonzero(self._lengths == 0):
+            self._row(int(index))
+        return self._lengths
+
     def _row(self, index: int) -> tuple[Array, Array]:
         row, where = self._items[index], f"{self._split}: item {index}"
         if "input_ids" not in row:
             raise DataError(f"{where} has no input_ids", "items are dictionaries with input_ids")
         ids = self._numbers(row, "input_ids", where)
         mask = self._padding(row, where)
-        real = ids[: real_tokens(mask[None], index, where)[0]]
+        self._lengths[index] = real_tokens(mask[None], index, where)[0]
+        real = ids[: self._lengths[index]]
         if real.min() < 0 or real.max() >= self._vocabulary:
             wrong = real[(real < 0) | (real >= self._vocabulary)][0]
             raise DataError(

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,15 +33,29 @@ class Batch(NamedTuple):
 
     Attributes:
         input_ids: the tokens (B, T).
-        lengths: the number of real tokens in each block (B), which padding follows. None if there is no padding.
+        lengths: the number of real tokens in each block, which padding follows. None if there is no padding. They stay
+            on the host, because reading them from a GPU would wait for it.
     """
 
     input_ids: Int[Tensor, "B T"]
-    lengths: Int[Tensor, " B"] | None
+    lengths: list[int] | None
 
     def to(self, device: Any) -> Batch:
-        """Return the batch with its tokens on another device. The lengths stay on the host, which needs them."""
-        return Batch(self.input_ids.to(device), self.lengths)
+        """Return the batch with its tokens on another device."""
+        return Batch(to_device(self.input_ids, device), self.lengths)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Return some of the blocks; if none of them is padded, without lengths."""
+        ids, lengths = self.input_ids[start:stop], self.lengths and self.lengths[start:stop]
+        return Batch(ids, lengths if lengths and min(lengths) < ids.shape[1] else None)
+
+
+def to_device(host: Tensor, device: Any) -> Tensor:
+    """Return a tensor on a device. A GPU is not waited for: it copies the tensor from memory that cannot be paged."""
+    import torch
+
+    pinned = torch.device(device).type == "cuda"
+    return (host.pin_memory() if pinned and not host.is_pinned() else host).to(device, non_blocking=pinned)
 
 
 class Blocks:
@@ -106,7 +121,14 @@ class Blocks:
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
         """Return the number of real tokens in each block."""
-        return [self._read(index)[1] for index in indices] if self.padded else [self.sequence_length] * len(indices)
+        if not self.padded:
+            return [self.sequence_length] * len(indices)
+        return [int(self._lengths[self._number(index)]) for index in indices]
+
+    @cached_property
+    def _lengths(self) -> Array:
+        """The number of real tokens in each block of the parts. They are read once: every step asks for some."""
+        return np.concatenate([part.lengths() for part in self._parts])
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return blocks as int64 tokens, one row per index."""
@@ -119,7 +141,7 @@ class Blocks:
             return Batch(ids, None)
         for row, length in zip(ids, lengths, strict=True):
             row[length:] = 0  # the model looks up an embedding for padding too, so it must be a valid token
-        return Batch(ids, torch.tensor(lengths))
+        return Batch(ids, lengths)
 
 
 class Shuffle:

@@ -33,6 +33,7 @@ from tinygpt2.errors import ConfigError, ModelError, TinyGPT2Error, os_failure, 
 from tinygpt2.models.saving import share_files
 from tinygpt2.runtime.memory import available_memory
 from tinygpt2.training.metrics import METRICS
+from tinygpt2.training.optimizers import check_state
 from tinygpt2.training.state import CHECKPOINTS, RunState
 from tinygpt2.utils.files import flush_to_disk, read_json, sha256_of, write_json
 from tinygpt2.utils.progress import say, warn
@@ -266,6 +267,7 @@ class Checkpoints:
             for name, tensor in load_file(path / OPTIMIZER).items():
                 index, key = name.split(".", 1)
                 moments.setdefault(int(index), {})[key] = tensor
+            check_state(self._optimizer, moments)
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
             if self._accelerator.scaler is not None and state.scaler is not None:

@@ -29,6 +29,8 @@ def may_step(
 ) -> bool:
     """Return whether the optimizer may take this step; if not, count it in `state.skipped`.
 
+    A step whose scaled gradients overflow is not taken either, but it does not count: the loss scaler lowers its scale.
+
     Args:
         terms: loss and parts, the means over the global batch.
         norm: of the gradient.
@@ -37,12 +39,11 @@ def may_step(
     Raises:
         DivergedError: loss or gradient is NaN or infinite, and --skip-non-finite does not allow another skipped step.
     """
-    # infinite gradients are normal while fp16's loss scaler lowers its scale; at a scale of 1 they are an error
-    scaling = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
-    if math.isfinite(terms["loss"]) and (scaling or math.isfinite(norm)):
+    if math.isfinite(terms["loss"]) and math.isfinite(norm):
         return True
-    if accelerator.scaler is not None:  # the norm has unscaled the gradients: without a step, only this resets it
-        accelerator.scaler.update()
+    # infinite gradients are normal while fp16's loss scaler lowers its scale; at a scale of 1 they are an error
+    if math.isfinite(terms["loss"]) and accelerator.scaler is not None and accelerator.scaler.get_scale() > 1:
+        return False
     state.skipped += 1
     parts = ", ".join(f"{name} {term:g}" for name, term in terms.items())
     shown = ", ".join(map(str, indices[:_SHOWN])) + (f" and {len(indices) - _SHOWN} more" if indices[_SHOWN:] else "")

@@ -25,14 +25,17 @@ from tinygpt2.evaluation.conventions import ModelTokenizer
 from tinygpt2.evaluation.perplexity import tokenize_fitting_tasks
 from tinygpt2.evaluation.results import short_names
 from tinygpt2.evaluation.tasks import load_tasks
+from tinygpt2.models.activations import attention_kernel
 from tinygpt2.models.compatibility import check_fits, check_same_vocabulary
 from tinygpt2.models.configuration import is_model_config, read_model_config
+from tinygpt2.models.lm_head import default_chunk
 from tinygpt2.models.loading import load_model, model_tokenizer, random_model
 from tinygpt2.models.parameters import cast_linear_layers, count_parameters, freeze
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak
 from tinygpt2.runtime.launch import check_number
+from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.schedule import passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
@@ -40,6 +43,7 @@ from tinygpt2.training.step import Evaluation, Step, evaluate, joined
 from tinygpt2.training.throughput import step_operations
 from tinygpt2.utils.files import shared_name
 from tinygpt2.utils.hub import at_commit, hub_revision
+from tinygpt2.utils.progress import detail
 
 
 @dataclass
@@ -167,6 +171,20 @@ def cast_teacher(job: Job, accelerator: Accelerator) -> None:
         kind = accelerator.device.type
         if job.teacher is not None and torch.is_autocast_enabled(kind):
             cast_linear_layers(job.teacher, torch.get_autocast_dtype(kind))
+
+
+def tell_choices(job: Job, accelerator: Accelerator) -> None:
+    """Say with --verbose on what and how the run computes."""
+    config, device, vocabulary = job.config, accelerator.device, int(job.model.config.vocab_size)
+    tell_machine(device, config.precision)
+    kernel = attention_kernel(device.type, DTYPES[config.precision], gradients=True)
+    if config.dropout and device.type == "cpu":
+        kernel += ", which holds the whole matrix because of --dropout"
+    detail(f"attention: {kernel}")
+    named = "--logit-chunk" if config.logit_chunk else "from the vocabulary"
+    detail(f"logits of {config.logit_chunk or default_chunk(vocabulary, device.type):,} tokens at a time ({named})")
+    turns = f"{config.micro_batch_size} x {config.gradient_accumulation_steps} x {accelerator.num_processes}"
+    detail(f"{job.data.sequence_length} tokens in a block; blocks in a step: {turns} (micro-batch, turns, processes)")
 
 
 @contextmanager

@@ -13,31 +13,38 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from tinygpt2.config.training import SAVE_EVERY
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.mixture import training_order
 from tinygpt2.errors import InterruptedRunError
-from tinygpt2.models.activations import attention_kernel
-from tinygpt2.models.lm_head import default_chunk
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_description
-from tinygpt2.runtime.devices import DTYPES
+from tinygpt2.runtime.read_ahead import ReadAhead
 from tinygpt2.runtime.signals import stop_on_signals
-from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, memory_explained
-from tinygpt2.training.job import Job, cast_teacher, figures_before_training, metrics_of
+from tinygpt2.training.job import Job, cast_teacher, figures_before_training, metrics_of, tell_choices
 from tinygpt2.training.metrics import MetricsLog
 from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
 from tinygpt2.training.preparation import tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
 from tinygpt2.training.schedule import Plan, learning_rate, warmup_steps
 from tinygpt2.training.state import RunState
-from tinygpt2.training.step import Evaluation, Step, evaluate, evaluation_seconds, gradients, seed_step, step_seconds
+from tinygpt2.training.step import (
+    Evaluation,
+    Step,
+    StepData,
+    evaluate,
+    evaluation_seconds,
+    gradients,
+    read_step,
+    seed_step,
+    step_seconds,
+)
 from tinygpt2.training.throughput import ThroughputMeter, TimeLimit
-from tinygpt2.utils.progress import ProgressStage, detail, say, track
+from tinygpt2.utils.progress import ProgressStage, say, track
 
 _SAVE_AFTER = 600.0  # seconds without a checkpoint, if --save-every is not given
 
@@ -59,7 +66,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     config, run = job.config, _Run(job, accelerator, module)
     memory = memory_explained(config, job.data.sequence_length)
     bar = track(run.out.name, unit="steps", done=run.state.step, lines=False)  # the lines are those of `_Run.log`
-    with closing(run.checkpoints), memory, stop_on_signals() as stop, bar as progress:
+    with closing(run.checkpoints), closing(run.data), memory, stop_on_signals() as stop, bar as progress:
         run.begin(progress)
         while not run.finished:
             outcome = run.step(stop=bool(stop))
@@ -107,6 +114,7 @@ class _Run:
 
     Attributes:
         module: as Accelerate wrapped it.
+        data: of each step, which a thread reads during the step before.
         plan: the optimizer steps of the whole run, and their places in the schedule.
         state: the progress so far.
     """
@@ -117,12 +125,13 @@ class _Run:
         self._sequences = job.sequences(accelerator.num_processes)
         self.plan = Plan.of(1 if config.max_minutes else job.total_steps(accelerator.num_processes))
         self._peak_rate = job.peak_rate()
-        _tell_choices(job, accelerator)
+        tell_choices(job, accelerator)
         tell_deepspeed(accelerator, config)
         self.module, optimizer = accelerator.prepare(module, make_optimizer(module, config))
-        self._optimizer = unwrapped(accelerator, optimizer)
+        self._optimizer = unwrapped(optimizer)
         self._parameters = list(self.module.parameters())
         self._order = training_order(job.data, config.seed)
+        self.data, self._cache = ReadAhead(self._read), module.cache
         beside = None
         if accelerator.is_main_process:  # a checkpoint is a model, too
             beside = partial(save_description, job.model, tokenizer=job.data.tokenizer())
@@ -155,6 +164,12 @@ class _Run:
         self._saved = job.clock()
         self.module.train()
 
+    def _read(self, step: int) -> tuple[list[int], StepData]:
+        """Read the blocks of a step; return the numbers of all, and what this process needs."""
+        indices = self._order[step * self._sequences : (step + 1) * self._sequences]
+        size = self._job.config.micro_batch_size
+        return indices, read_step(self._accelerator, self._blocks, indices, size, self._cache)
+
     def _check_schedule(self) -> None:
         """Check that a resumed run may have the length and the peak rate that it now has."""
         job, processes = self._job, self._accelerator.num_processes
@@ -184,6 +199,7 @@ class _Run:
             with self._meter.paused(evaluating=True):
                 self._before = figures_before_training(self._job, self._accelerator, self.module, self.state)
         cast_teacher(self._job, self._accelerator)
+        self._accelerator.unwrap_model(self.module).place_teacher(self._accelerator.device)
         if self._limit is not None and not self.finished:
             with self._meter.paused():
                 self._plan_by_time(self._limit)
@@ -246,10 +262,10 @@ class _Run:
         config, state, accelerator = self._job.config, self.state, self._accelerator
         steps, overdue = self._fitting(), self._job.clock() - self._saved > _SAVE_AFTER and config.save_every is None
         seed_step(config.seed, state.step, accelerator.process_index)
-        indices = self._order[state.step * self._sequences : (state.step + 1) * self._sequences]
-        parts = gradients(accelerator, self.module, self._blocks, indices, config.micro_batch_size)
-        norm = clip_gradients(accelerator, self._optimizer, self._parameters, config.grad_clip)
-        terms, stop, overdue, steps = _agree(accelerator, parts, stop, overdue, steps)
+        indices, data = self.data(state.step)
+        parts = gradients(accelerator, self.module, self._blocks, indices, config.micro_batch_size, data)
+        total = clip_gradients(accelerator, self._optimizer, self._parameters, config.grad_clip)
+        terms, norm, stop, overdue, steps = _agree(accelerator, parts, total, stop, overdue, steps)
         self._replan(steps)
         rate = learning_rate(self.plan.at(state.step), self.plan.length, config, self._peak_rate, state.warmup)
         for group in self._optimizer.param_groups:
@@ -258,6 +274,8 @@ class _Run:
             self._optimizer.step()
             if self._fixed is not None:
                 self._fixed.restore()
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()
         for parameter in self._parameters:
             parameter.grad = None
         state.step += 1
@@ -279,6 +297,7 @@ class _Run:
     def evaluate(self) -> tuple[dict[str, float], bool]:
         """Evaluate; return the metrics for metrics.jsonl, and whether the loss is the lowest so far."""
         with self._meter.paused(evaluating=True):
+            self.data.wait()
             whole, by_data = self._job.measured(self._evaluate)
         self.state.eval_by_data = {name: asdict(one) for name, one in by_data.items()} or None
         every = {"eval": whole, **{f"eval/{name}": one for name, one in by_data.items()}}
@@ -310,25 +329,17 @@ class _Run:
             self.state.eval_by_data = self.state.eval_by_data if best.step == self.state.step else None
 
 
-def _tell_choices(job: Job, accelerator: Accelerator) -> None:
-    """Say with --verbose on what and how the run computes."""
-    config, device, vocabulary = job.config, accelerator.device, int(job.model.config.vocab_size)
-    tell_machine(device, config.precision)
-    kernel = attention_kernel(device.type, DTYPES[config.precision], gradients=True)
-    if config.dropout and device.type == "cpu":
-        kernel += ", which holds the whole matrix because of --dropout"
-    detail(f"attention: {kernel}")
-    named = "--logit-chunk" if config.logit_chunk else "from the vocabulary"
-    detail(f"logits of {config.logit_chunk or default_chunk(vocabulary, device.type):,} tokens at a time ({named})")
-    turns = f"{config.micro_batch_size} x {config.gradient_accumulation_steps} x {accelerator.num_processes}"
-    detail(f"{job.data.sequence_length} tokens in a block; blocks in a step: {turns} (micro-batch, turns, processes)")
-
-
 def _agree(
-    accelerator: Accelerator, parts: dict[str, torch.Tensor], stop: bool, overdue: bool, steps: int
-) -> tuple[dict[str, float], bool, bool, int]:
-    """Agree with all processes: mean loss and parts, whether any is to stop or to save, the main process's steps."""
+    accelerator: Accelerator, parts: dict[str, Tensor], norm: Tensor, stop: bool, overdue: bool, steps: int
+) -> tuple[dict[str, float], float, bool, bool, int]:
+    """Agree with all processes, and read from the device what decides about the step: the only wait for a GPU.
+
+    Returns:
+        Mean loss and parts, the norm, whether any process is to stop or to save, and the main process's steps.
+    """
     own = [float(stop), float(overdue), float(steps if accelerator.is_main_process else 0)]
-    both = torch.cat([torch.stack([*parts.values()]), parts["loss"].new_tensor(own)])
-    *means, asked, late, whole = accelerator.reduce(both, "mean").tolist()
-    return dict(zip(parts, means, strict=True)), asked > 0, late > 0, round(whole * accelerator.num_processes)
+    said = [torch.full((), value, device=accelerator.device) for value in own]  # a tensor of the numbers would wait
+    means = accelerator.reduce(torch.stack([*parts.values(), *said]), "mean")
+    *terms, asked, late, whole, size = torch.cat([means, norm.to(means.dtype)[None]]).cpu().tolist()
+    shared = round(whole * accelerator.num_processes)
+    return dict(zip(parts, terms, strict=True)), size, asked > 0, late > 0, shared

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
+from jaxtyping import BFloat16, Float
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
@@ -19,9 +23,11 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.training.schedule import DEFAULT_RATE
 
 BETAS = (0.9, 0.95)  # GPT-3's, arXiv:2005.14165, appendix B: steadier than 0.999 in short runs
+MOMENTUM = 0.95
+STACKED = 2**26  # largest number of weights that Muon stacks: all of a shape in GPT-2 small
 
 
-def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     """Make AdamW for all trainable parameters, or Muon for the matrices of the layers and AdamW for the rest.
 
     Weight decay applies to matrices and embeddings, and never to biases and layer norms.
@@ -34,15 +40,14 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Opti
     ]
     groups = [group for group in groups if group["params"]]
     rate = options.learning_rate or DEFAULT_RATE  # the loop sets the rate of each step
-    adamw = torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True) if groups else None
     matrices = [parameter for parameter in trainable if parameter in layers]
     if not matrices:
-        assert adamw is not None  # at least one parameter is trainable
-        return adamw
+        return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
     attention = {m.c_attn.weight for m in module.modules() if isinstance(m, GPT2Attention)}
-    split = ([p for p in matrices if p not in attention], 1), ([p for p in matrices if p in attention], 3)
-    muon = [LayerMuon(some, rate, options.weight_decay, parts) for some, parts in split if some]
-    return CombinedOptimizer([*muon, *([adamw] if adamw else [])])
+    # in this order, because checkpoints number the parameters
+    ordered = [p for p in matrices if p not in attention] + [p for p in matrices if p in attention]
+    parts: dict[Tensor, int] = {parameter: 3 if parameter in attention else 1 for parameter in ordered}
+    return Muon(parts, groups, rate, options.weight_decay)
 
 
 class FixedPositions:
@@ -70,89 +75,182 @@ class FixedPositions:
         self._rows.copy_(self._values)
 
 
-class LayerMuon(torch.optim.Muon):
-    """Muon for GPT-2's matrices, which are stored as (in, out); c_attn.weight holds three of them side by side.
+class Muon(torch.optim.AdamW):
+    """Muon for the matrices of GPT-2's layers, AdamW for all other parameters.
 
-    Muon transposes each part to (out, in) and orthogonalizes it separately. An update is as large as AdamW's would
-    be, so both can use the same learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+    GPT-2 stores its matrices as (in, out), and c_attn.weight holds those of queries, keys and values side by side;
+    each is orthogonalized by itself. All matrices of one shape are stacked, so that a step takes a few batched
+    products whatever the number of layers; several processes share the matrices of a stack. An update is as large as
+    AdamW's would be, so both can use the same learning rate (Liu et al. 2025, arXiv:2502.16982, section 2.2). The
+    gradients of the matrices are overwritten. For each weight of the largest stack, a step takes up to 8 bytes, which
+    is half a GiB at most.
 
     Args:
-        parts: the number of matrices side by side in one tensor: 3 for queries, keys and values, else 1.
+        matrices: each with the number of parts that lie side by side in it.
+        groups: AdamW's parameter groups.
+        rate, decay: learning rate of all parameters, and weight decay of the matrices.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the iteration, its coefficients and the Nesterov
+    momentum are those of torch.optim.Muon.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], rate: float, decay: float, parts: int) -> None:
-        super().__init__(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        self._parts = parts
-        self.grad_scale: Tensor | None = None  # gradients are divided by it, as in fused AdamW
+    def __init__(self, matrices: dict[Tensor, int], groups: list[dict[str, Any]], rate: float, decay: float) -> None:
+        whole = [{"params": list(matrices), "weight_decay": decay}, *groups]
+        super().__init__(whole, lr=rate, betas=BETAS, fused=True)
+        self._parts = matrices
 
-    def _init_group(self, group: Any, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> bool:
-        """Pass views of the parts to Muon's update, for parameters, gradients and momentum."""
-        whole: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-        super()._init_group(group, *whole)
-        if self.grad_scale is not None:
-            for gradient in whole[1]:
-                gradient.div_(self.grad_scale)
-        for matrices, views in zip(whole, (params, grads, buffers), strict=True):
-            views += [part.T for matrix in matrices for part in matrix.chunk(self._parts, dim=1)]
-        return False
-
-
-class CombinedOptimizer(torch.optim.Optimizer):
-    """Several optimizers with different parameters that act as one, with one list of groups and one state."""
-
-    def __init__(self, members: list[torch.optim.Optimizer]) -> None:
-        self._members = members
-        self.grad_scale: Tensor | None = None  # the next step divides the gradients by it
-        super().__init__([group for member in members for group in member.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Let the members use the groups and the state of the whole."""
-        start = 0
-        for member in self._members:
-            count = len(member.param_groups)
-            member.param_groups = self.param_groups[start : start + count]
-            member.state = self.state
-            start += count
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as every optimizer does."""
-        super().load_state_dict(state_dict)
-        self._share()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a state over. AdamW's own method would look for its moments in the matrices' states, too."""
+        torch.optim.Optimizer.__setstate__(self, state)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Let each member take its step."""
+        """Take Muon's step for the matrices, and AdamW's for the other parameters."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for member in self._members:
-            member.grad_scale = self.grad_scale  # type: ignore[attr-defined]
-            member.step()
+        found_inf = getattr(self, "found_inf", None)  # a loss scaler sets it; AdamW's kernel skips such a step itself
+        if found_inf is None or not found_inf:
+            self._step_matrices()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = None  # so AdamW passes over them
+        super().step()
         return loss
 
+    def _step_matrices(self) -> None:
+        group = self.param_groups[0]
+        by_matrix = {matrix: matrix.grad for matrix in group["params"] if matrix.grad is not None}
+        if not by_matrix:
+            return
+        found, gradients = list(by_matrix), list(by_matrix.values())
+        scale = getattr(self, "grad_scale", None)  # as in fused AdamW, gradients are divided by it
+        if scale is not None:
+            torch._foreach_div_(gradients, scale)
+        for matrix in found:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        momenta = [self.state[matrix]["momentum_buffer"] for matrix in found]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        torch._foreach_lerp_(gradients, momenta, MOMENTUM)
+        torch._foreach_mul_(found, 1 - group["lr"] * group["weight_decay"])
+        for stack in _stacks(found, self._parts):
+            updates = _orthogonalized_by_all(
+                [part for matrix in stack for part in _wide(by_matrix[matrix], self._parts[matrix])]
+            )
+            for _, alike in groupby(stack, lambda matrix: matrix.shape):
+                same = list(alike)
+                parts = self._parts[same[0]]
+                own, updates = updates[: parts * len(same)], updates[parts * len(same) :]
+                size = 0.2 * math.sqrt(max(own.shape[1:]))
+                torch._foreach_add_(same, _as_stored(own, same[0], parts), alpha=-group["lr"] * size)
 
-def unwrapped(accelerator: Accelerator, optimizer: Any) -> Any:
-    """Return the optimizer without Accelerate's wrapper if the wrapper is not needed: it only costs time then.
 
-    The wrapper is needed for loss scaling, and DeepSpeed has a different one. In each step the wrapper looks for
-    optional packages on the disk.
+def _stacks(matrices: list[Tensor], parts: dict[Tensor, int]) -> Iterator[list[Tensor]]:
+    """Yield the matrices whose parts have the same shape, up to transposition; those stored alike lie together."""
+    shapes: dict[tuple[int, ...], list[Tensor]] = {}
+    for matrix in matrices:
+        sides = matrix.shape[0], matrix.shape[1] // parts[matrix]
+        shapes.setdefault((min(sides), max(sides)), []).append(matrix)
+    for same in shapes.values():
+        stack: list[Tensor] = []
+        for matrix in sorted(same, key=lambda matrix: tuple(matrix.shape)):
+            if stack and sum(one.numel() for one in stack) + matrix.numel() > STACKED:
+                yield stack
+                stack = []
+            stack.append(matrix)
+        yield stack
+
+
+def _turned(rows: int, columns: int) -> bool:
+    """Return whether `_wide` transposes matrices of this shape. Square ones, too: torch.optim.Muon has (out, in)."""
+    return rows >= columns
+
+
+def _wide(matrix: Float[Tensor, "I O"], parts: int) -> list[Tensor]:
+    """Return the parts of a matrix, transposed if necessary to have no more rows than columns."""
+    pieces = list(matrix.chunk(parts, dim=1))
+    return [piece.mT for piece in pieces] if _turned(*pieces[0].shape) else pieces
+
+
+def _as_stored(wide: Float[Tensor, "M R C"], like: Tensor, parts: int) -> list[Tensor]:
+    """Undo `_wide` for M / parts matrices that are stored like one: as contiguous tensors of its type."""
+    rows, columns = like.shape
+    whole = (
+        (wide.mT if _turned(rows, columns // parts) else wide).view(-1, parts, rows, columns // parts).transpose(1, 2)
+    )
+    return list(whole.to(like.dtype, memory_format=torch.contiguous_format).flatten(2).unbind())
+
+
+def _orthogonalized_by_all(matrices: list[Tensor]) -> Float[Tensor, "N R C"]:
+    """Orthogonalize matrices of one shape. Each process does its share and receives the others' results."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return orthogonalized(torch.stack(matrices))
+    processes, rank = dist.get_world_size(), dist.get_rank()
+    count = math.ceil(len(matrices) / processes)
+    share = matrices[rank * count : (rank + 1) * count]
+    own = matrices[0].new_zeros((count, *matrices[0].shape), dtype=torch.bfloat16)
+    if share:
+        own[: len(share)] = orthogonalized(torch.stack(share))
+    every = own.new_empty((processes * count, *own.shape[1:]))
+    dist.all_gather_into_tensor(every, own)
+    return every[: len(matrices)]
+
+
+def orthogonalized(matrices: Float[Tensor, "N R C"]) -> BFloat16[Tensor, "N R C"]:
+    """Return the nearest semi-orthogonal matrices, about: all singular values are near 1.
+
+    Five Newton-Schulz iterations in bfloat16, as in torch.optim.Muon.
+
+    Args:
+        matrices: they have no more rows than columns: then the products with themselves are the smaller ones.
     """
-    return optimizer.optimizer if type(optimizer) is AcceleratedOptimizer and accelerator.scaler is None else optimizer
+    x = matrices.bfloat16()
+    x = x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7))
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
-def clip_gradients(accelerator: Accelerator, optimizer: Any, parameters: list[nn.Parameter], limit: float) -> float:
+def check_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
+    """Check that each row of a state fits its parameter: the optimizer itself would fail in its next step only.
+
+    Raises:
+        ValueError: another optimizer, or one with other parameters, wrote them.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, row in state.items():
+        shapes = {tensor.shape for tensor in row.values() if tensor.ndim}
+        if index >= len(parameters) or not shapes <= {parameters[index].shape}:
+            raise ValueError("its optimizer state belongs to other parameters")
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer without Accelerate's wrapper, except for DeepSpeed's, which is a different one.
+
+    In each step the wrapper looks for optional packages on the disk. What it does for a loss scaler, `clip_gradients`
+    and the loop do: they know from the norm whether the scaled gradients have overflowed.
+    """
+    return optimizer.optimizer if type(optimizer) is AcceleratedOptimizer else optimizer
+
+
+def clip_gradients(accelerator: Accelerator, optimizer: Any, parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Return the norm of the gradients. If it is above `limit`, the optimizer's next step scales them down to it.
 
     The scaling is part of the fused optimizer step and does not need a separate pass over the gradients: it uses the
-    attribute `grad_scale`, as torch's loss scaler does.
+    attribute `grad_scale`, as torch's loss scaler does. A GPU is not waited for.
 
     Args:
         limit: the largest norm; 0 turns clipping off.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it clips, and returns -1 for NaN and infinity
         norm = float(accelerator.clip_grad_norm_(parameters, limit) or 0)
-        return norm if norm >= 0 else math.inf
+        return torch.full((), norm if norm >= 0 else math.inf, device=accelerator.device)
     accelerator.unscale_gradients()
-    norm = float(nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))
-    scale = torch.full((), norm / limit, device=accelerator.device) if limit and norm > limit else None
-    getattr(optimizer, "optimizer", optimizer).grad_scale = scale  # with loss scaling it is still wrapped
-    return norm
+    total = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if isinstance(total, DTensor):  # FSDP
+        total = total.full_tensor()
+    if not limit or (total.device.type != "cuda" and not total > limit):
+        optimizer.grad_scale = None
+    else:
+        optimizer.grad_scale = (total / limit).clamp(min=1)
+    return total

@@ -196,8 +196,13 @@ def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # a process may train again with another precision
     # objectives that never reach the logits may leave the top of the student without gradients
     whole = bool(weights.ce or weights.prediction)
+    ddp = DistributedDataParallelKwargs(
+        find_unused_parameters=not whole,
+        gradient_as_bucket_view=True,  # else every gradient would be in memory twice
+        broadcast_buffers=False,  # GPT-2 has none
+    )
     accelerator = Accelerator(
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not whole)],
+        kwargs_handlers=[ddp],
         cpu=current_device().type == "cpu",
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=list(config.report_to) or None,

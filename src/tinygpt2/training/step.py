@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.data.dataset import Blocks
+from tinygpt2.data.dataset import Batch, Blocks, to_device
 from tinygpt2.errors import ConfigError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
 from tinygpt2.models.lm_head import head_operand, target_losses
 from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
 from tinygpt2.runtime.devices import current_device, float64_device
-from tinygpt2.training.teacher_cache import TeacherCache
+from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
 from tinygpt2.utils.progress import follow
 
 
@@ -66,7 +67,7 @@ class Step(nn.Module):
         # in a tuple and a list, so that nn.Module does not register them: they are not trained, wrapped or saved
         self._teacher = (teacher,)
         self._teacher_head: list[Tensor] = []
-        self._cache = cache
+        self.cache = cache
         self._collect = (
             torch.compile(collect_activations) if config.compile or config.compile_only else collect_activations
         )
@@ -79,17 +80,16 @@ class Step(nn.Module):
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
-        lengths: Sequence[int] | Int[Tensor, " B"] | None = None,
+        lengths: Sequence[int] | None = None,
         share: Counts | None = None,
-        rows: Sequence[int] | None = None,
+        cached: CachedStates | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
 
         In evaluation mode, return the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms.
 
         Args:
-            lengths: as numbers or as a tensor on the CPU: reading one on a GPU would wait for it.
-            rows: the numbers of the blocks in the dataset, for the cache.
+            cached: what the teacher's cache holds of these blocks.
         """
         if not self.training:
             with torch.autocast(input_ids.device.type, enabled=False):
@@ -97,7 +97,6 @@ class Step(nn.Module):
                 losses, _ = target_losses(self.student, head, input_ids)
                 return losses.view(len(input_ids), -1), {}
         wanted = self.objectives
-        lengths = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         student = self._collect(
             self.student,
             input_ids,
@@ -111,7 +110,7 @@ class Step(nn.Module):
             loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
         else:
             with torch.no_grad():
-                activations = self._teacher_activations(teacher, input_ids, rows)
+                activations = self._teacher_activations(teacher, input_ids, cached)
                 if wanted.weights.prediction and not self._teacher_head:
                     self._teacher_head = [head_operand(teacher.lm_head.weight)]
             loss, terms = wanted(
@@ -122,15 +121,27 @@ class Step(nn.Module):
         return loss, terms
 
     def _teacher_activations(
-        self, teacher: GPT2LMHeadModel, input_ids: Tensor, rows: Sequence[int] | None
+        self, teacher: GPT2LMHeadModel, input_ids: Tensor, cached: CachedStates | None
     ) -> Activations:
-        """Run the teacher up to the last layer that an objective needs, or read its states from the cache."""
+        """Run the teacher up to the last layer that an objective needs, or take its states from the cache."""
         wanted = self.objectives
-        if self._cache is None or rows is None:
+        if self.cache is None or cached is None:
             return self._collect(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
         (last,) = wanted.teacher_states
-        states = self._cache.states(rows, input_ids, lambda ids: self._collect(teacher, ids, [last]).states[last])
-        return Activations({last: states.to(teacher.dtype)})
+        if cached.states is not None:
+            return Activations({last: cached.states})
+
+        def compute(ids: Tensor) -> Tensor:
+            teacher.to(ids.device)  # with a full cache it stays on the host, until a block turns out to be damaged
+            return self._collect(teacher, ids, [last]).states[last]
+
+        return Activations({last: self.cache.states(cached.rows, input_ids, compute)})
+
+    def place_teacher(self, device: torch.device) -> None:
+        """Leave on a GPU what the steps need of the teacher: with a full cache, only its output matrix."""
+        (teacher,) = self._teacher
+        if teacher is not None and self.cache is not None and self.cache.filled == 1:
+            teacher.to("cpu").lm_head.to(device)
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
@@ -142,8 +153,43 @@ def seed_step(seed: int, step: int, process: int) -> None:
         (torch.cuda if kind == "cuda" else torch.mps).manual_seed(number)
 
 
+class StepData(NamedTuple):
+    """What a process reads for one optimizer step.
+
+    Attributes:
+        batch: the blocks of its micro-batches, one after another, on the host.
+        rows: their numbers in the dataset.
+        share: the counts that means divide by, if blocks may be padded.
+        states: of each micro-batch, what the teacher's cache holds; empty without a cache.
+    """
+
+    batch: Batch
+    rows: list[int]
+    share: Counts | None
+    states: list[CachedStates]
+
+
+def read_step(
+    accelerator: Accelerator, blocks: Blocks, indices: list[int], size: int, cache: TeacherCache | None = None
+) -> StepData:
+    """Read this process's share of a global batch; the arguments are those of `gradients`."""
+    count = len(indices) // size  # micro-batches of all processes
+    turns = range(accelerator.process_index, count, accelerator.num_processes)
+    groups = [indices[turn * size : (turn + 1) * size] for turn in turns]
+    rows = [row for group in groups for row in group]
+    # micro-batches have different numbers of tokens, and the mean is over the global batch
+    share = Counts.of(blocks.lengths(indices)).over(count) if blocks.padded else None
+    states = [] if cache is None else [cache.read(group, accelerator.device) for group in groups]
+    return StepData(blocks.batch(rows), rows, share, states)
+
+
 def gradients(
-    accelerator: Accelerator, module: nn.Module, blocks: Blocks, indices: list[int], size: int
+    accelerator: Accelerator,
+    module: nn.Module,
+    blocks: Blocks,
+    indices: list[int],
+    size: int,
+    data: StepData | None = None,
 ) -> dict[str, Tensor]:
     """Accumulate the gradients of one global batch.
 
@@ -152,28 +198,26 @@ def gradients(
         indices: of the global batch's blocks, which do not depend on the number of processes; each process uses a
             share of them.
         size: blocks in a process's micro-batch.
+        data: what `read_step` has read; None reads it now, without the teacher's cache.
 
     Returns:
         Loss and parts over this process's micro-batches; their mean over processes is the mean over the batch.
     """
-    count = len(indices) // size  # micro-batches of all processes
-    turns = range(accelerator.process_index, count, accelerator.num_processes)
-    share = None
-    if blocks.padded:  # micro-batches have different numbers of tokens, and the mean is over the global batch
-        share = Counts.of(blocks.lengths(indices)).over(count)
+    data = read_step(accelerator, blocks, indices, size) if data is None else data
+    whole = data.batch.to(accelerator.device)
+    starts = range(0, len(data.rows), size)
     names: list[str] = []
     means = torch.zeros((), device=accelerator.device)
-    for turn in turns:
-        rows = indices[turn * size : (turn + 1) * size]
-        batch = blocks.batch(rows).to(accelerator.device)
+    for turn, start in enumerate(starts):
+        batch = whole.part(start, start + size)
+        states = data.states[turn].to(accelerator.device) if data.states else None
         # divides the loss by the number of micro-batches, and averages over processes only after the last one
         with accelerator.accumulate(module):
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
-                lengths = None if batch.lengths is None else batch.lengths.tolist()  # DDP would move a tensor
-                loss, terms = module(batch.input_ids, lengths, share, rows)
+                loss, terms = module(*batch, data.share, states)
             accelerator.backward(loss)
         names = ["loss", *(f"loss/{name}" for name in terms)]
-        means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(turns)
+        means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(starts)
     return dict(zip(names, means, strict=True))
 
 
@@ -229,15 +273,15 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
         numbers = range(start * world + rank, min(start + size, math.ceil(len(blocks) / world)) * world, world)
         batch = blocks.batch([min(index, len(blocks) - 1) for index in numbers]).to(accelerator.device)
         losses, _ = module(batch.input_ids)  # (B, T - 1)
-        counted = torch.tensor([[index < len(blocks)] for index in numbers], device=losses.device).expand_as(losses)
-        if batch.lengths is not None:
-            lengths = batch.lengths.to(losses.device)
-            counted = counted & (torch.arange(1, losses.shape[1] + 1, device=losses.device) < lengths[:, None])
-        kept, shown = losses.to(sums.device).double(), counted.to(sums.device)
-        each, n = torch.where(shown, kept, 0.0).sum(1), shown.sum(1).double()  # of a block
+        known = batch.lengths or [blocks.sequence_length] * len(numbers)
+        real = [length if index < len(blocks) else 0 for index, length in zip(numbers, known, strict=True)]
+        positions = torch.arange(1, losses.shape[1] + 1, device=losses.device)
+        counted = positions < to_device(torch.tensor(real), losses.device)[:, None]
+        kept = torch.where(counted, losses, 0.0).to(sums.device).double()
+        each, n = kept.sum(1), counted.to(sums.device).sum(1).double()  # of a block
         moments = [(each * each).sum(), (each * n).sum(), (n * n).sum(), (n > 0).sum()]
-        sums += torch.stack([kept[shown].sum(), n.sum(), *moments])
-    total, targets, squares, products, sizes, used = accelerator.reduce(sums, "sum").tolist()
+        sums += torch.stack([each.sum(), n.sum(), *moments])
+    total, targets, squares, products, sizes, used = accelerator.reduce(sums, "sum").cpu().tolist()
     module.train(was_training)
     loss = total / max(targets, 1)
     # the loss is a ratio of two sums over blocks: the error follows from each block's total minus loss times targets

@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.common import Precision
-from tinygpt2.data.dataset import PackedDataset
+from tinygpt2.data.dataset import PackedDataset, to_device
 from tinygpt2.errors import os_failure
 from tinygpt2.utils.files import write_json
 from tinygpt2.utils.progress import follow
@@ -68,11 +69,27 @@ class TeacherCache:
             ) from error
         self._states: Array = np.memmap(self.path / "states.bin", np.int16, "r+", shape=self._shape)
         self._checksums: Array = np.memmap(self.path / "checksums.bin", np.uint32, "r+", shape=self._shape[:1])
+        self._checked = np.zeros(len(data.train), np.bool_)
 
     @property
     def filled(self) -> float:
         """The share of the blocks whose states are in the cache."""
         return float((self._checksums != 0).mean())
+
+    def read(self, rows: Sequence[int], device: torch.device) -> CachedStates:
+        """Read the states of some blocks from the disk, if the cache has all of them.
+
+        Args:
+            device: where they will be needed; for a GPU they are read into memory that it can copy from by itself.
+        """
+        if not all(self._checksums[row] for row in rows):
+            return CachedStates(list(rows), None)
+        blocks = torch.empty((len(rows), *self._shape[1:]), dtype=torch.bfloat16, pin_memory=device.type == "cuda")
+        for row, block in zip(rows, blocks.view(torch.int16).numpy(), strict=True):
+            block[:] = self._states[row]
+            if not self._matches(row, block):
+                return CachedStates(list(rows), None)
+        return CachedStates(list(rows), blocks)
 
     def states(
         self, rows: Sequence[int], input_ids: Int[Tensor, "B T"], compute: Callable[[Tensor], Float[Tensor, "B T D"]]
@@ -85,13 +102,39 @@ class TeacherCache:
             compute: runs the teacher on tokens and returns its last hidden states.
         """
         kept = [self._states[row] for row in rows]
-        lost = [i for i, row in enumerate(rows) if _checksum(kept[i]) != self._checksums[row]]
-        if lost:
-            made = compute(input_ids[lost]).to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
-            for i, block in zip(lost, made, strict=True):
-                self._states[rows[i]] = kept[i] = block
-                self._checksums[rows[i]] = _checksum(block)
+        lost = [i for i, row in enumerate(rows) if not self._matches(row, kept[i])]
+        if not lost:
+            return torch.from_numpy(np.stack(kept)).view(torch.bfloat16).to(input_ids.device)
+        fresh = compute(input_ids if len(lost) == len(rows) else input_ids[lost]).to(torch.bfloat16)
+        for i, block in zip(lost, fresh.cpu().contiguous().view(torch.int16).numpy(), strict=True):
+            self._states[rows[i]] = kept[i] = block
+            self._checksums[rows[i]] = _checksum(block)
+            self._checked[rows[i]] = True
+        if len(lost) == len(rows):
+            return fresh
         return torch.from_numpy(np.stack(kept)).view(torch.bfloat16).to(input_ids.device)
+
+    def _matches(self, row: int, block: Array) -> bool:
+        """Return whether a block's states are in the cache and undamaged; they are checked once."""
+        if not self._checked[row]:
+            self._checked[row] = _checksum(block) == self._checksums[row]
+        return bool(self._checked[row])
+
+
+class CachedStates(NamedTuple):
+    """The teacher's states of some blocks, as the cache has them.
+
+    Attributes:
+        rows: the numbers of the blocks.
+        states: in bfloat16 (B, T, D); None if the cache lacks any of them.
+    """
+
+    rows: list[int]
+    states: Float[Tensor, "B T D"] | None
+
+    def to(self, device: torch.device) -> CachedStates:
+        """Return them with their states on another device, which is not waited for."""
+        return CachedStates(self.rows, None if self.states is None else to_device(self.states, device))
 
 
 def cache_bytes(teacher: GPT2Config, data: PackedDataset) -> int:
