@@ -338,8 +338,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {one_line(error)}") from error
-    if values is None:
-        return {}
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must contain lines of 'option: value', but contains a {type(values).__name__}")
     options: dict[str, Any] = {}

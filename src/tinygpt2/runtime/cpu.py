@@ -20,6 +20,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def has_bf16_units() -> bool:
+    """Return whether the CPU multiplies bfloat16 matrices in hardware, as far as torch knows it."""
+    import torch
+
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not have it
+    return any(known.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
+
+
 def wait_passively() -> None:
     """Let idle threads sleep. Call it before torch is imported; it does nothing if OMP_WAIT_POLICY is set.
 

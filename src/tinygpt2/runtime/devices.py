@@ -11,7 +11,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from tinygpt2.config.common import Device, Precision
+from tinygpt2.config.common import Device, Precision, TrainingPrecision
 from tinygpt2.config.models import DeviceOptions
 from tinygpt2.errors import ConfigError
 
@@ -19,7 +19,7 @@ C = TypeVar("C", bound=DeviceOptions)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 _chosen: Device = "auto"  # by the command that runs
@@ -73,6 +73,19 @@ def computes_on_device(command: Callable[Concatenate[C, P], R]) -> Callable[Conc
     return run
 
 
+def chosen_precision(asked: TrainingPrecision) -> Precision:
+    """Return the number format of training: the one that was asked for, or for `auto` the fastest safe one.
+
+    That is bf16 on a CUDA GPU that has it, fp16 on an older one, and fp32 elsewhere. The first GPU of the machine
+    decides, so all processes on one machine choose the same.
+    """
+    if asked != "auto":
+        return asked
+    if not on_cuda():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def float64_device(device: torch.device) -> torch.device:
     """Return where float64 numbers of a device can be computed: there, or on the CPU for Apple's GPUs, without them."""
     return torch.device("cpu") if device.type == "mps" else device
@@ -86,7 +99,7 @@ PEAKS = {
 }  # fmt: skip
 
 
-def device_peak(device: torch.device, precision: Precision) -> float | None:
+def device_peak(device: torch.device, precision: TrainingPrecision) -> float | None:
     """Return a device's peak rate in operations per second, or None if it is not known."""
     if device.type != "cuda":
         return None
@@ -95,7 +108,7 @@ def device_peak(device: torch.device, precision: Precision) -> float | None:
     return None if peaks is None else peaks[precision != "fp32"] * 1e12
 
 
-def measured_rate(device: torch.device, precision: Precision) -> float:
+def measured_rate(device: torch.device, precision: TrainingPrecision) -> float:
     """Return the operations per second of a matrix product on this device: the best of five measurements."""
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=DTYPES[precision])

@@ -33,6 +33,7 @@ from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.training.preparation import TrainingSetup, training_setup
+from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, Step, evaluate, joined
@@ -170,6 +171,7 @@ def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Ite
     with ExitStack() as stack:
         stack.enter_context(device_chosen(config.device))
         check_number(config.num_processes)
+        config = with_precision(config)
         stack.enter_context(fast_products())
         setup = stack.enter_context(training_setup(config, loss_weights(config)))
         job = make_job(config, data, setup)

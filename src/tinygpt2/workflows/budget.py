@@ -27,6 +27,7 @@ from tinygpt2.training.failures import memory_explained
 from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.preparation import TrainingSetup, training_setup
+from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import MAX_PASSES
 from tinygpt2.training.step import Step, evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import say
@@ -62,9 +63,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """The models that were timed, the chosen one, and the commands that train it within the time."""
+    """The models that were timed in a precision, the chosen one, and the commands that train it within the time."""
 
     minutes: float
+    precision: str
     candidates: list[Candidate]
     chosen: str
     commands: list[str]
@@ -97,7 +99,7 @@ def plan_budget(config: TrainOptions, data: PackedDataset | None = None) -> Budg
     """
     if launched():
         raise ConfigError("--plan uses one process", "run the command without a launcher")
-    config = config.model_copy(update={"plan": True})
+    config = with_precision(config.model_copy(update={"plan": True}))
     with fast_products(), training_setup(config, loss_weights(config)) as setup:
         return _choose(_jobs(config, data, setup), setup.accelerator, config)
 
@@ -147,7 +149,7 @@ def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerato
         )
     seeing = [candidate for candidate in able if candidate.tokens >= candidate.parameters]
     chosen = max(seeing, key=lambda one: one.parameters) if seeing else min(able, key=lambda one: one.parameters)
-    return BudgetPlan(minutes, candidates, chosen.student, _commands(command, config, chosen))
+    return BudgetPlan(minutes, config.precision, candidates, chosen.student, _commands(command, config, chosen))
 
 
 def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, minutes: float) -> Candidate:
