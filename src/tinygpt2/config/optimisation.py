@@ -77,9 +77,20 @@ class OptimisationOptions(Config):
         default="auto",
         panel=OPTIMISATION,
     )
+    deterministic: bool = option(
+        "On a GPU, use only algorithms that give the same bits in every run, and no TF32. Slower, above all in float32. "
+        "On a CPU it is always so.",
+        default=False,
+        panel=OPTIMISATION,
+    )
     seed: int = option(
         "Seed for initial weights, order of the data and dropout.", default=42, panel=OPTIMISATION, ge=0, le=MAX_SEED
     )
+
+    @property
+    def tf32(self) -> bool:
+        """Whether training may use TF32 on a GPU that has it."""
+        return self.precision == "fp32" and not self.deterministic
 
     def conflicts(self) -> Iterator[str]:
         """Require ratios of the schedule that fit together."""

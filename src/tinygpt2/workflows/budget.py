@@ -20,11 +20,10 @@ from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.parameters import count_parameters, freeze, set_dropout
 from tinygpt2.objectives.combined import LossWeights
-from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.runtime.processes import launched
 from tinygpt2.training.failures import memory_explained
-from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job
+from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job, training_arithmetic
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.resuming import with_precision
@@ -100,7 +99,7 @@ def plan_budget(config: TrainOptions, data: PackedDataset | None = None) -> Budg
     if launched():
         raise ConfigError("--plan uses one process", "run the command without a launcher")
     config = with_precision(config.model_copy(update={"plan": True}))
-    with fast_products(), training_setup(config, loss_weights(config)) as setup:
+    with training_arithmetic(config), training_setup(config, loss_weights(config)) as setup:
         return _choose(_jobs(config, data, setup), setup.accelerator, config)
 
 
