@@ -78,8 +78,8 @@ class OptimisationOptions(Config):
         panel=OPTIMISATION,
     )
     deterministic: bool = option(
-        "On a GPU, use only algorithms that give the same bits in every run, and no TF32. Slower, above all in float32. "
-        "On a CPU it is always so.",
+        "On a GPU, use only algorithms that give the same bits in every run, and no TF32. It is slower. "
+        "A CPU always gives the same bits.",
         default=False,
         panel=OPTIMISATION,
     )

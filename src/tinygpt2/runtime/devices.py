@@ -132,9 +132,9 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 # Dense peak rates in 10^12 operations per second: (float32, TF32, bf16 and fp16). From NVIDIA's data sheets, halved
-# where they count sparsity; those of the RTX 3090, 4090 and 5090 from the white papers on their architectures, with sums
-# in float32. A longer name, such as H200 NVL, comes before the name that it begins with. Laptops have no entry: their
-# rate depends on the power that the maker allows.
+# where they count sparsity; those of the RTX 3090, 4090 and 5090 are from the white papers on their architectures, with
+# sums in float32. A longer name, such as H200 NVL, comes before the name that it begins with. Laptops have no entry:
+# their rate depends on the power that the maker allows.
 PEAKS = {
     "GB300": (80, 1250, 2500), "GB200": (80, 1250, 2500), "B300": (75, 1125, 2250), "B200": (75, 1125, 2250),
     "H200 NVL": (60, 417, 835), "H200": (67, 494, 989), "GH200": (67, 494, 989), "H20": (44, 74, 148),

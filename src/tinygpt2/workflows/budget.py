@@ -22,7 +22,7 @@ from tinygpt2.models.parameters import count_parameters, freeze, set_dropout
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.runtime.processes import launched
-from tinygpt2.training.failures import memory_explained
+from tinygpt2.training.failures import step_explained
 from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job, training_arithmetic
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.preparation import TrainingSetup, training_setup
@@ -130,10 +130,10 @@ def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerato
     for name, layers, job in jobs:
         command = job.command
         try:
-            with memory_explained(config, job.data.sequence_length):
+            with step_explained(config, job.data.sequence_length):
                 candidates.append(_timed(name, layers, job, accelerator, minutes))
         except MachineError as error:
-            failure = error
+            failure = MachineError(error.message, error.hint)  # without the traceback, which holds the step's memory
             say(f"{name} is left out: {error.message}")
         del job  # free its memory before the next job is made
         accelerator.free_memory()
