@@ -17,7 +17,12 @@ _MACHINE = {  # errors of the system that are the machine's, and what helps
     errno.EFBIG: "raise the limit on the size of files", errno.EROFS: "make the disk writable",
     errno.EIO: "check the disk", errno.ENOMEM: "free some memory",
 }  # fmt: skip
-_NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|bad_alloc|DefaultCPUAllocator")
+_NO_HOST_MEMORY = re.compile(r"can't allocate memory|bad_alloc|DefaultCPUAllocator")
+# torch's allocator, the driver, cuBLAS (also when it starts), cuDNN, Triton, NCCL, and the same of ROCm
+_NO_GPU_MEMORY = re.compile(
+    r"out of memory|hipErrorOutOfMemory|_STATUS_ALLOC_FAILED|_STATUS_\w*ALLOCATION|cublasCreate"
+)
+_GPU_FAILED = re.compile(r"\b(CUDA|HIP)( driver)? error|\b(CUBLAS|HIPBLAS|CUDNN)_STATUS_|Triton Error \[|NCCL error")
 
 
 def one_line(error: object, limit: int | None = None) -> str:
@@ -147,19 +152,51 @@ def explained(what: str, hint: str, otherwise: type[TinyGPT2Error] = ConfigError
         raise os_failure(error, what, hint, otherwise) from error
 
 
+def out_of_gpu_memory(error: BaseException) -> bool:
+    """Return whether an error means that a GPU's memory ran out, whichever library or driver reports it.
+
+    Only torch's allocator raises an error of a class of its own; the others are known by their messages.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or _NO_HOST_MEMORY.search(text):
+        return False
+    # torch need not be imported to know its error
+    return type(error).__name__ == "OutOfMemoryError" or _NO_GPU_MEMORY.search(text) is not None
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out: in the machine, in this process or on the GPU."""
-    kind = type(error).__name__  # torch need not be imported to know its error
     return (
         isinstance(error, MemoryError)
-        or kind == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None)
+        or out_of_gpu_memory(error)
+        or (isinstance(error, RuntimeError) and _NO_HOST_MEMORY.search(str(error)) is not None)
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     )
 
 
-def machine_failure(error: BaseException) -> MachineError | None:
-    """Return the expected failure if the machine's memory or disk is the cause of an error, otherwise None."""
+def gpu_failure(error: BaseException, then: str) -> TinyGPT2Error | None:
+    """Return the expected failure if a GPU, its driver or one of its libraries reports an error, otherwise None.
+
+    Args:
+        then: a sentence that says what to do after the cause is removed.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not _GPU_FAILED.search(text):
+        return None
+    first = one_line(text.strip().partition("\n")[0], 300)
+    if "device-side assert" in text:
+        return DataError(
+            f"an operation on the GPU refused its input: {first}",
+            f"the usual cause is a token outside the model's vocabulary: check the data with tinygpt2 verify. {then}",
+        )
+    return MachineError(
+        f"the GPU, its driver or a library failed: {first}",
+        f"nvidia-smi and the system's log may say why; if it happens again at the same place, report it. {then}",
+    )
+
+
+def machine_failure(error: BaseException) -> TinyGPT2Error | None:
+    """Return the expected failure if the machine's memory, disk or GPU is the cause of an error, otherwise None."""
     if out_of_memory(error):
         return MachineError(
             f"out of memory: {one_line(error, 200) or type(error).__name__}",
@@ -169,4 +206,4 @@ def machine_failure(error: BaseException) -> MachineError | None:
         where = error.filename or "input or output"
         failure = os_failure(error, str(where), "then run the command again")
         return failure if isinstance(failure, MachineError) else None
-    return None
+    return gpu_failure(error, "Then run the command again")

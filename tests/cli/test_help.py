@@ -62,7 +62,7 @@ def test_a_command_shows_its_own_defaults_and_kinds_of_values(cli: Callable) -> 
     assert "Passes over the training blocks. [default 1]" in own["pretrain"]
     for name, parts in {
         "pretrain": ["--max-steps N ", "--learning-rate X ", "-o, --out PATH ", "-m, --model PATH|ID ",
-                     "--freeze PATTERN... ", "--model-config PRESET|PATH ", "--precision fp32|bf16|fp16 "],
+                     "--freeze PATTERN... ", "--model-config PRESET|PATH ", "--precision auto|fp32|bf16|fp16 "],
         "distill": ["--layer-map uniform|last|first|N,... ", "--recipe RECIPE|PATH ", "--student PATH|ID|PRESET "],
         "ppl": ["--task TASK|PATH... ", "-m, --model PATH|ID... "],
     }.items():  # fmt: skip

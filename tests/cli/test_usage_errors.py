@@ -35,7 +35,7 @@ WRONG = [
     ("pretrain --learning-rate fast", "--learning-rate: expected a number, got 'fast'"),
     ("pretrain --learning-rate inf", "--learning-rate: expected a finite number, got inf"),
     ("pretrain --dropout 1", "--dropout: expected less than 1, got 1"),
-    ("pretrain --precision fp8", "--precision: expected fp32, bf16 or fp16, got 'fp8'"),
+    ("pretrain --precision fp8", "--precision: expected auto, fp32, bf16 or fp16, got 'fp8'"),
     ("pretrain --report-to tensorbord", "--report-to: expected tensorboard or wandb, got 'tensorbord'"),
     ("distill --recipe defautl", "did you mean 'default'?"),
 ]

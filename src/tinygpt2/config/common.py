@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
+TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 LENGTH, OPTIMISATION, RUN = "Length of training", "Optimisation", "Running, logging and saving"

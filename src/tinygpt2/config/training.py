@@ -12,14 +12,13 @@ from typing import Literal
 from pydantic import field_validator
 
 from tinygpt2.config.base import extra, flag_name, option
-from tinygpt2.config.common import LENGTH, MAX_SEED, OPTIMISATION, RUN, TEXT, Precision
+from tinygpt2.config.common import LENGTH, RUN, TEXT
 from tinygpt2.config.data import PackOptions
 from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
+from tinygpt2.config.optimisation import OptimisationOptions
 
-Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
 OnSaveError = Literal["stop", "continue"]
 EvalBlocks = int | Literal["all"]
-Optimizer = Literal["adamw", "muon"]
 TRACKERS = ("tensorboard", "wandb")
 SAVE_EVERY = 1000  # steps, if the option is not given
 EVAL_TOKENS = 262_144  # tokens in the held-out blocks of an evaluation, if the option is not given
@@ -47,7 +46,7 @@ def dataset_shares(names: str | list[str]) -> dict[str, Fraction | None]:
     return found
 
 
-class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
+class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions):
     """Options that pretrain, distill and finetune share."""
 
     out: str = option("Directory for the trained model.", path=True)
@@ -73,65 +72,6 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
         panel=LENGTH,
         gt=0,
     )
-    micro_batch_size: int = option("Sequences per device at a time.", default=8, panel=OPTIMISATION, ge=1)
-    gradient_accumulation_steps: int = option("Forward passes per optimizer step.", default=1, panel=OPTIMISATION, ge=1)
-    optimizer: Optimizer = option(
-        "adamw for all weights, or muon for the matrices inside the layers and adamw for the others.",
-        default="adamw",
-        panel=OPTIMISATION,
-    )
-    learning_rate: float | None = option(
-        "Peak learning rate.",
-        default=None,
-        panel=OPTIMISATION,
-        gt=0,
-        shown="5e-4",
-    )
-    lr_schedule: Schedule = option(
-        "Learning rate after the warm-up; wsd is warmup-stable-decay.", default="cosine", panel=OPTIMISATION
-    )
-    warmup_ratio: float = option(
-        "Share of the steps in which the learning rate rises from 0 to its peak.",
-        default=0.01,
-        panel=OPTIMISATION,
-        ge=0,
-        le=1,
-    )
-    plateau_ratio: float = option(
-        "Share of the steps at the peak learning rate, for --lr-schedule plateau.",
-        default=0.04,
-        panel=OPTIMISATION,
-        ge=0,
-        le=1,
-    )
-    weight_decay: float = option(
-        "Weight decay of matrices and embeddings. Biases and layer norms have none.",
-        default=0.01,
-        panel=OPTIMISATION,
-        ge=0,
-    )
-    grad_clip: float = option(
-        "Scale the gradient down to this norm if it is larger. 0 turns clipping off.",
-        default=1.0,
-        panel=OPTIMISATION,
-        ge=0,
-    )
-    dropout: float = option(
-        "Dropout during training, in place of the three rates in the model's configuration.",
-        default=0.0,
-        panel=OPTIMISATION,
-        ge=0,
-        lt=1,
-    )
-    freeze: list[str] = option(
-        "Do not train the parameters whose names match a pattern such as 'transformer.wte.*'.",
-        default=[],
-        panel=OPTIMISATION,
-        metavar="PATTERN",
-    )
-    precision: Precision = option(
-        "Number format of the matrix products. Weights stay float32.", default="fp32", panel=OPTIMISATION
-    )
     compile: bool = option(
         "Compile the forward passes with torch.compile. Needs a C++ compiler.", default=False, panel=RUN
     )
@@ -144,9 +84,6 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
         panel=RUN,
         ge=1,
         shown="2**25 logits; 2**26 on a GPU, which is 256 MiB in float32 and 128 MiB in 16 bits",
-    )
-    seed: int = option(
-        "Seed for initial weights, order of the data and dropout.", default=42, panel=OPTIMISATION, ge=0, le=MAX_SEED
     )
     eval_every: int | None = option(
         "Evaluate every N steps.", default=None, panel=RUN, ge=1, shown="only after the last step"
@@ -266,8 +203,6 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions):
             yield "--early-stopping-patience needs --eval-every"
         if self.validate_only and self.compile_only:
             yield "--validate-only and --compile-only cannot be combined: give one of them"
-        if self.lr_schedule == "plateau" and self.warmup_ratio + self.plateau_ratio > 1:
-            yield "--warmup-ratio and --plateau-ratio add up to more than 1"
 
     def _plan_conflicts(self) -> Iterator[str]:
         if self.budget_minutes is not None and not self.plan:

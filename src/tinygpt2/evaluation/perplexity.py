@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 
 from tinygpt2.config.evaluation import Convention, PplConfig
 from tinygpt2.data.encoding import encode
-from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError, TinyGPT2Error
+from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError, TinyGPT2Error, out_of_memory
 from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, tokenize_task
 from tinygpt2.evaluation.plots import plot_comparison
 from tinygpt2.evaluation.results import Paired, PplResult, PplRow, make_row, short_names
@@ -222,7 +222,9 @@ def _measure(
     started = time.perf_counter()
     try:
         every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise MachineError(
             f"out of memory on {task.name}", "use a smaller --batch-size, or --precision bf16"
         ) from error

@@ -52,6 +52,7 @@ class RunPlan:
     tokens: int
     learning_rate: float
     device: str
+    precision: str
     memory_bytes: int
     memory_available_bytes: int
     disk_bytes: int
@@ -130,6 +131,7 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
         tokens=steps * step_tokens,
         learning_rate=job.peak_rate(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        precision=config.precision,
         memory_bytes=memory_in_use() + fixed + block * config.micro_batch_size,
         memory_available_bytes=available_memory(),
         disk_bytes=disk,

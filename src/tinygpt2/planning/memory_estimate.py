@@ -15,7 +15,7 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.models.loading import random_model
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.objectives.combined import LossWeights
-from tinygpt2.runtime.devices import on_cuda
+from tinygpt2.runtime.devices import chosen_precision, on_cuda
 from tinygpt2.training.step import Step
 
 
@@ -53,7 +53,7 @@ def saved_bytes(
         with (
             _Flash(),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=config.precision != "fp32"),
+            torch.autocast("cpu", torch.bfloat16, enabled=chosen_precision(config.precision) != "fp32"),
         ):
             step(ids)
         own = {parameter.untyped_storage()._cdata for parameter in step.parameters()}
@@ -83,5 +83,5 @@ def step_memory(
         fixed += sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
     shape = None if teacher is None else teacher.config
     width = max(student.config.n_embd, shape.n_embd if shape else 0)
-    passing = 12 * length * width * (2 if config.precision != "fp32" else 4)
+    passing = 12 * length * width * (2 if chosen_precision(config.precision) != "fp32" else 4)
     return fixed, saved_bytes(student.config, shape, weights, config, 1, length) + passing

@@ -20,6 +20,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def has_bf16_units() -> bool:
+    """Return whether the CPU multiplies bfloat16 matrices in hardware, as far as torch knows it."""
+    import torch
+
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not have it
+    return any(known.get(unit) for unit in ("avx512_bf16", "amx_bf16"))
+
+
 def wait_passively() -> None:
     """Let waiting threads sleep soon. Call it before torch is imported; it does nothing if OMP_WAIT_POLICY is set.
 
@@ -46,23 +54,27 @@ def keep_memory() -> None:
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
-    """Use oneDNN for float32 matrix products if they are exact: on some CPUs they take half as long as MKL's.
+def fast_products(*, tf32: bool = False) -> Iterator[None]:
+    """Compute float32 matrix products in the fastest way that is right for what the block does.
 
-    Torch uses oneDNN for them only if a lower internal precision is allowed. On a CPU without bfloat16 matrix units,
-    oneDNN still computes in float32 then. This function tries a product whose result shows any rounding, and uses
-    oneDNN only if it was not rounded.
+    On a CPU, oneDNN is used if it is exact: on some CPUs its products take half as long as MKL's. Torch uses oneDNN
+    only if a lower internal precision is allowed. On a CPU without bfloat16 matrix units, oneDNN still computes in
+    float32 then. This function tries a product whose result shows any rounding, and uses oneDNN only if it was not
+    rounded.
 
     The earlier setting returns at the end of the block. Inside it, torch.get_float32_matmul_precision() raises an
-    error, because torch does not allow its two ways of setting a precision to be mixed. Does nothing for a
-    command that computes on a GPU.
+    error, because torch does not allow its two ways of setting a precision to be mixed.
+
+    Args:
+        tf32: whether products on a CUDA GPU may round their operands to TF32's 10 bits of fraction, as training may.
     """
     import torch
 
-    from tinygpt2.runtime.devices import current_device
+    from tinygpt2.runtime.devices import current_device, float32_products
 
     if current_device().type != "cpu":
-        yield
+        with float32_products(tf32=tf32):
+            yield
         return
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision

@@ -1,4 +1,4 @@
-"""Errors of a training step and the numbers that help to find the cause: NaN, infinity, too little memory."""
+"""Errors of a training step and what helps to find the cause: NaN, infinity, too little memory, a GPU that fails."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ import torch
 from accelerate import Accelerator
 
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.errors import DivergedError, MachineError, out_of_memory
+from tinygpt2.errors import (
+    ConfigError,
+    DivergedError,
+    MachineError,
+    gpu_failure,
+    one_line,
+    out_of_gpu_memory,
+    out_of_memory,
+)
 from tinygpt2.runtime.memory import available_memory, memory_in_use
 from tinygpt2.training.state import RunState
 from tinygpt2.utils.progress import warn
 from tinygpt2.utils.units import size
 
 _SHOWN = 32  # block numbers in a message
+_CONTINUE = "The checkpoints saved so far are intact: add --resume to continue from the newest"
 
 
 def may_step(
@@ -60,29 +69,45 @@ def may_step(
 
 
 @contextmanager
-def memory_explained(config: TrainOptions, length: int) -> Iterator[None]:
-    """Turn an out-of-memory error into one that names the options which reduce memory.
+def step_explained(config: TrainOptions, length: int) -> Iterator[None]:
+    """Turn errors of memory, GPU and driver into ones that say what helps, such as the options which reduce memory.
 
     Raises:
-        MachineError: there was not enough memory for a step.
+        MachineError: there was not enough memory for a step, or the GPU failed.
+        DataError: an operation on the GPU refused its input.
+        ConfigError: --deterministic, and an operation has no algorithm that repeats its result.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        if on_gpu:
-            free, total = torch.cuda.mem_get_info()
-            usage = f"{size(total - free)} of the GPU's {size(total)} were in use"
-        else:
-            free, own = available_memory(), memory_in_use()
-            usage = f"the process held {size(own)}, {size(free)} were free"
-        lower = [f"--micro-batch-size (with more --gradient-accumulation-steps; now {config.micro_batch_size})"]
-        lower += [] if config.gradient_checkpointing else ["or add --gradient-checkpointing"]
-        lower += [] if config.precision != "fp32" else ["or use --precision bf16"]
-        raise MachineError(
-            f"out of memory in a step of {config.micro_batch_size} x {length} tokens: {usage}",
-            f"lower {', '.join(lower)}; --auto-batch-size finds a size that fits. The checkpoints saved so far are "
-            "intact: add --resume to continue from the newest",
-        ) from error
+        if out_of_memory(error):
+            raise _no_memory(config, length, on_gpu=out_of_gpu_memory(error)) from error
+        if failure := gpu_failure(error, _CONTINUE):
+            raise failure from error
+        if config.deterministic and "deterministic" in str(error):
+            raise ConfigError(
+                f"--deterministic: {one_line(error, 200)}", "run it without --deterministic, in another directory"
+            ) from error
+        raise
+
+
+def _no_memory(config: TrainOptions, length: int, *, on_gpu: bool) -> MachineError:
+    lower = [f"--micro-batch-size (with more --gradient-accumulation-steps; now {config.micro_batch_size})"]
+    lower.append("--logit-chunk" + (f" (now {config.logit_chunk})" if config.logit_chunk else ""))
+    lower += [] if config.gradient_checkpointing else ["or add --gradient-checkpointing"]
+    lower += [] if config.precision != "fp32" else ["or use --precision bf16"]
+    return MachineError(
+        f"out of memory in a step of {config.micro_batch_size} x {length} tokens: {_usage(on_gpu=on_gpu)}",
+        f"lower {', '.join(lower)}; --auto-batch-size finds a size that fits. {_CONTINUE}",
+    )
+
+
+def _usage(*, on_gpu: bool) -> str:
+    """Return how much memory was in use and free."""
+    if not on_gpu:
+        return f"the process held {size(memory_in_use())}, {size(available_memory())} were free"
+    try:
+        free, total = torch.cuda.mem_get_info()
+    except RuntimeError:  # after some errors, the driver answers nothing more
+        return "the GPU no longer says how much of its memory was in use"
+    return f"{size(total - free)} of the GPU's {size(total)} were in use"

@@ -33,17 +33,18 @@ from tinygpt2.models.loading import load_model, model_tokenizer, random_model
 from tinygpt2.models.parameters import cast_linear_layers, count_parameters, freeze
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak
+from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak, on_cuda, repeatable
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.preparation import TrainingSetup, training_setup
+from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, Step, evaluate, joined
 from tinygpt2.training.throughput import step_operations
 from tinygpt2.utils.files import shared_name
 from tinygpt2.utils.hub import at_commit, hub_revision
-from tinygpt2.utils.progress import detail
+from tinygpt2.utils.progress import detail, say
 
 
 @dataclass
@@ -188,6 +189,16 @@ def tell_choices(job: Job, accelerator: Accelerator) -> None:
 
 
 @contextmanager
+def training_arithmetic(config: TrainOptions) -> Iterator[None]:
+    """While the block runs, compute as training does: fast, and with --deterministic the same bits in every run."""
+    if config.deterministic and on_cuda():
+        cost = ", and float32 products without TF32, which take several times as long" * (config.precision == "fp32")
+        say(f"--deterministic: slower sums in the backward pass{cost}")
+    with repeatable(config.deterministic), fast_products(tf32=config.tf32):
+        yield
+
+
+@contextmanager
 def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Iterator[tuple[Job, Accelerator]]:
     """Check a run's options and files, and yield the job with the accelerator to run it on.
 
@@ -200,7 +211,8 @@ def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Ite
     with ExitStack() as stack:
         stack.enter_context(device_chosen(config.device))
         check_number(config.num_processes)
-        stack.enter_context(fast_products())
+        config = with_precision(config)
+        stack.enter_context(training_arithmetic(config))
         setup = stack.enter_context(training_setup(config, loss_weights(config)))
         job = make_job(config, data, setup)
         freeze(job.model, config.freeze)

@@ -24,7 +24,7 @@ from tinygpt2.models.saving import save_description
 from tinygpt2.runtime.read_ahead import ReadAhead
 from tinygpt2.runtime.signals import stop_on_signals
 from tinygpt2.training.checkpoint import Checkpoints
-from tinygpt2.training.failures import may_step, memory_explained
+from tinygpt2.training.failures import may_step, step_explained
 from tinygpt2.training.job import Job, cast_teacher, figures_before_training, metrics_of, tell_choices
 from tinygpt2.training.metrics import MetricsLog
 from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
@@ -64,7 +64,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
         ConfigError: the checkpoint belongs to another run.
     """
     config, run = job.config, _Run(job, accelerator, module)
-    memory = memory_explained(config, job.data.sequence_length)
+    memory = step_explained(config, job.data.sequence_length)
     bar = track(run.out.name, unit="steps", done=run.state.step, lines=False)  # the lines are those of `_Run.log`
     with closing(run.checkpoints), closing(run.data), memory, stop_on_signals() as stop, bar as progress:
         run.begin(progress)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from transformers import GPT2Config
 
 from tinygpt2.config.common import OTHER_OUT_OR_RESUME
@@ -209,6 +209,8 @@ def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
         project_dir=config.out,
     )
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # overrides a launcher's file
+    if len({*gather_object([config.precision])}) > 1:
+        raise ConfigError("the GPUs of the machines differ, and so would the precision", "give it as --precision")
     _check_sharding(accelerator, config)
     if (fsdp := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
         fsdp.mixed_precision_policy = None  # it would round losses and sums of gradients; `Step` runs under autocast

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tinygpt2.config.base import extra, flag_name
 from tinygpt2.config.common import RUN
@@ -16,13 +17,41 @@ from tinygpt2.data.mixture import content_of_datasets
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.configuration import is_model_config, preset_names
 from tinygpt2.models.directory import weight_files
+from tinygpt2.runtime.cpu import has_bf16_units
+from tinygpt2.runtime.devices import DTYPES, chosen_precision, current_device
 from tinygpt2.training.schedule import learning_rate, warmup_steps
 from tinygpt2.training.state import RECORD_FILE, RUN_FILE, RunState
 from tinygpt2.utils.files import read_json, sha256_of, write_json, write_text
 from tinygpt2.utils.hub import local_directory
 from tinygpt2.utils.progress import say
 
+T = TypeVar("T", bound=TrainOptions)
+
 _DATASETS, _MODELS = ("data", "eval_data"), ("model_config", "model", "student", "teacher")
+
+
+def with_precision(config: T) -> T:
+    """Return the options of a run with a precision in place of `auto`; call it once the device is chosen.
+
+    With --resume it is the precision that the run was begun with, so that a run can be continued after the default
+    has changed.
+    """
+    if config.precision != "auto":
+        return config
+    file = Path(config.out) / RUN_FILE
+    begun = read_yaml(file).get("precision") if config.resume and file.is_file() else None
+    if begun not in DTYPES:
+        begun = chosen_precision("auto")
+        _tell_precision(current_device().type, begun)
+    return config.model_copy(update={"precision": begun})
+
+
+@cache  # once in a process, which may train several times
+def _tell_precision(device: str, precision: str) -> None:
+    if device == "cuda":
+        say(f"training in {precision} on this GPU; --precision fp32 trains in float32")
+    elif device == "cpu" and has_bf16_units():
+        say("this CPU has units for bfloat16: --precision bf16 trains about 1.7 times as fast as float32")
 
 
 def record_run(config: TrainOptions) -> None:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.training import Optimizer, TrainOptions
+from tinygpt2.config.optimisation import Optimizer
+from tinygpt2.config.training import TrainOptions
 
 DEFAULT_RATE = 5e-4
 RATE_TIMES_WIDTH: dict[Optimizer, float] = {"adamw": 0.2, "muon": 0.3}

@@ -22,7 +22,7 @@ from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
 from tinygpt2.models.lm_head import head_operand, target_losses
 from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
-from tinygpt2.runtime.devices import current_device, float64_device
+from tinygpt2.runtime.devices import current_device, float32_products, float64_device
 from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
 from tinygpt2.utils.progress import follow
 
@@ -92,7 +92,7 @@ class Step(nn.Module):
             cached: what the teacher's cache holds of these blocks.
         """
         if not self.training:
-            with torch.autocast(input_ids.device.type, enabled=False):
+            with torch.autocast(input_ids.device.type, enabled=False), float32_products(tf32=False):
                 head = head_operand(self.student.lm_head.weight)  # the weight is in 16 bits under DeepSpeed
                 losses, _ = target_losses(self.student, head, input_ids)
                 return losses.view(len(input_ids), -1), {}

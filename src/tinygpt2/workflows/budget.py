@@ -20,13 +20,13 @@ from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.parameters import count_parameters, freeze, set_dropout
 from tinygpt2.objectives.combined import LossWeights
-from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.runtime.processes import launched
-from tinygpt2.training.failures import memory_explained
-from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job
+from tinygpt2.training.failures import step_explained
+from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job, training_arithmetic
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.preparation import TrainingSetup, training_setup
+from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import MAX_PASSES
 from tinygpt2.training.step import Step, evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import say
@@ -62,9 +62,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """The models that were timed, the chosen one, and the commands that train it within the time."""
+    """The models that were timed in a precision, the chosen one, and the commands that train it within the time."""
 
     minutes: float
+    precision: str
     candidates: list[Candidate]
     chosen: str
     commands: list[str]
@@ -97,8 +98,8 @@ def plan_budget(config: TrainOptions, data: PackedDataset | None = None) -> Budg
     """
     if launched():
         raise ConfigError("--plan uses one process", "run the command without a launcher")
-    config = config.model_copy(update={"plan": True})
-    with fast_products(), training_setup(config, loss_weights(config)) as setup:
+    config = with_precision(config.model_copy(update={"plan": True}))
+    with training_arithmetic(config), training_setup(config, loss_weights(config)) as setup:
         return _choose(_jobs(config, data, setup), setup.accelerator, config)
 
 
@@ -129,10 +130,10 @@ def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerato
     for name, layers, job in jobs:
         command = job.command
         try:
-            with memory_explained(config, job.data.sequence_length):
+            with step_explained(config, job.data.sequence_length):
                 candidates.append(_timed(name, layers, job, accelerator, minutes))
         except MachineError as error:
-            failure = error
+            failure = MachineError(error.message, error.hint)  # without the traceback, which holds the step's memory
             say(f"{name} is left out: {error.message}")
         del job  # free its memory before the next job is made
         accelerator.free_memory()
@@ -147,7 +148,7 @@ def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerato
         )
     seeing = [candidate for candidate in able if candidate.tokens >= candidate.parameters]
     chosen = max(seeing, key=lambda one: one.parameters) if seeing else min(able, key=lambda one: one.parameters)
-    return BudgetPlan(minutes, candidates, chosen.student, _commands(command, config, chosen))
+    return BudgetPlan(minutes, config.precision, candidates, chosen.student, _commands(command, config, chosen))
 
 
 def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, minutes: float) -> Candidate:

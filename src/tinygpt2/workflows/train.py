@@ -24,7 +24,7 @@ from tinygpt2.models.card import held_out_table, model_card
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.models.saving import save_model
 from tinygpt2.planning.batch_size import fit_batch
-from tinygpt2.runtime.devices import device_chosen
+from tinygpt2.runtime.devices import chosen_precision, device_chosen
 from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.memory import peak_memory
 from tinygpt2.runtime.processes import command_began, launched
@@ -191,7 +191,7 @@ def _cache(job: Job) -> TeacherCache | None:
     assert job.teacher is not None  # DistillConfig refuses a cache without a teacher
     if not isinstance(job.data.made_with, Path):
         raise ConfigError("--teacher-cache needs a pregenerated dataset, because only its content has a fingerprint")
-    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, config.precision)
+    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, chosen_precision(config.precision))
     say(f"{cache.path} holds {cache.filled:.0%} of the teacher's states")
     return cache
 

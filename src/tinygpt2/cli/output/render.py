@@ -190,7 +190,8 @@ def _render_budget(result: Any, console: Console) -> None:
         Column("evaluation", [duration(one.evaluation_seconds) for one in found], 1),
     ]
     print_table(columns, console)
-    console.print(f"\nchosen for {duration(60 * result.minutes)}: {short_path(result.chosen)}", markup=False)
+    time = duration(60 * result.minutes)
+    console.print(f"\nchosen for {time} in {result.precision}: {short_path(result.chosen)}", markup=False)
     for command in result.commands:
         console.print(command, markup=False, soft_wrap=True)
 

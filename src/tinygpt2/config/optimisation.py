@@ -1,0 +1,99 @@
+"""Options of the mathematics of training: the batch, the optimizer, the learning rate, the number format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from tinygpt2.config.base import Config, option
+from tinygpt2.config.common import MAX_SEED, OPTIMISATION, TrainingPrecision
+
+Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
+Optimizer = Literal["adamw", "muon"]
+
+
+class OptimisationOptions(Config):
+    """How the weights of a model are trained."""
+
+    micro_batch_size: int = option("Sequences per device at a time.", default=8, panel=OPTIMISATION, ge=1)
+    gradient_accumulation_steps: int = option("Forward passes per optimizer step.", default=1, panel=OPTIMISATION, ge=1)
+    optimizer: Optimizer = option(
+        "adamw for all weights, or muon for the matrices inside the layers and adamw for the others.",
+        default="adamw",
+        panel=OPTIMISATION,
+    )
+    learning_rate: float | None = option(
+        "Peak learning rate.",
+        default=None,
+        panel=OPTIMISATION,
+        gt=0,
+        shown="5e-4",
+    )
+    lr_schedule: Schedule = option(
+        "Learning rate after the warm-up; wsd is warmup-stable-decay.", default="cosine", panel=OPTIMISATION
+    )
+    warmup_ratio: float = option(
+        "Share of the steps in which the learning rate rises from 0 to its peak.",
+        default=0.01,
+        panel=OPTIMISATION,
+        ge=0,
+        le=1,
+    )
+    plateau_ratio: float = option(
+        "Share of the steps at the peak learning rate, for --lr-schedule plateau.",
+        default=0.04,
+        panel=OPTIMISATION,
+        ge=0,
+        le=1,
+    )
+    weight_decay: float = option(
+        "Weight decay of matrices and embeddings. Biases and layer norms have none.",
+        default=0.01,
+        panel=OPTIMISATION,
+        ge=0,
+    )
+    grad_clip: float = option(
+        "Scale the gradient down to this norm if it is larger. 0 turns clipping off.",
+        default=1.0,
+        panel=OPTIMISATION,
+        ge=0,
+    )
+    dropout: float = option(
+        "Dropout during training, in place of the three rates in the model's configuration.",
+        default=0.0,
+        panel=OPTIMISATION,
+        ge=0,
+        lt=1,
+    )
+    freeze: list[str] = option(
+        "Do not train the parameters whose names match a pattern such as 'transformer.wte.*'.",
+        default=[],
+        panel=OPTIMISATION,
+        metavar="PATTERN",
+    )
+    precision: TrainingPrecision = option(
+        "Number format of the matrix products. Weights stay float32. auto: bf16 on a GPU that has it, fp16 on an older "
+        "one, fp32 elsewhere.",
+        default="auto",
+        panel=OPTIMISATION,
+    )
+    deterministic: bool = option(
+        "On a GPU, use only algorithms that give the same bits in every run, and no TF32. It is slower. "
+        "A CPU always gives the same bits.",
+        default=False,
+        panel=OPTIMISATION,
+    )
+    seed: int = option(
+        "Seed for initial weights, order of the data and dropout.", default=42, panel=OPTIMISATION, ge=0, le=MAX_SEED
+    )
+
+    @property
+    def tf32(self) -> bool:
+        """Whether training may use TF32 on a GPU that has it."""
+        return self.precision == "fp32" and not self.deterministic
+
+    def conflicts(self) -> Iterator[str]:
+        """Require ratios of the schedule that fit together."""
+        yield from super().conflicts()
+        if self.lr_schedule == "plateau" and self.warmup_ratio + self.plateau_ratio > 1:
+            yield "--warmup-ratio and --plateau-ratio add up to more than 1"
