@@ -11,8 +11,8 @@ import torch
 from tests.training.test_checkpoint import options
 from tests.training.test_train import same
 from tinygpt2 import DistillConfig, PretrainConfig, plan_budget, plan_run, pretrain
-from tinygpt2.config.base import read_yaml
 from tinygpt2.config.training import TrainOptions
+from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.errors import ConfigError
 from tinygpt2.runtime import cpu
 from tinygpt2.runtime.devices import chosen_precision
