@@ -236,6 +236,8 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
         raise ConfigError(
             "Muon needs whole matrices, but FSDP and DeepSpeed split them", "add --optimizer adamw, or use DDP"
         )
+    if config.shard_optimizer:
+        raise ConfigError("--shard-optimizer does not fit FSDP and DeepSpeed, which shard the state themselves")
     if config.max_minutes:
         raise ConfigError("--max-minutes does not support FSDP or DeepSpeed", "give the length as --max-steps")
     if config.dry_run and not config.validate_only:
