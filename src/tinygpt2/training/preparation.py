@@ -199,7 +199,6 @@ def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=not whole,
         gradient_as_bucket_view=True,  # else every gradient would be in memory twice
-        broadcast_buffers=False,  # GPT-2 has none
     )
     accelerator = Accelerator(
         kwargs_handlers=[ddp],
