@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -177,7 +177,8 @@ def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indic
     rows = [row for group in groups for row in group]
     # micro-batches have different numbers of tokens, and the mean is over the global batch
     share = Counts.of(blocks.lengths(indices)).over(count) if blocks.padded else None
-    cache: TeacherCache | None = getattr(module, "module", module).cache  # DDP and DeepSpeed wrap it
+    step: Any = getattr(module, "module", module)  # DDP and DeepSpeed wrap it
+    cache: TeacherCache | None = step.cache
     states = [] if cache is None else [cache.read(group, accelerator.device) for group in groups]
     return StepData(blocks.batch(rows), rows, share, states)
 
