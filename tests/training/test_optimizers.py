@@ -245,30 +245,54 @@ def test_a_state_of_other_parameters_is_refused(teacher: Path) -> None:
             check_state(ours, state)
 
 
-def share_steps(rank: int, store: str, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model, _ = load_model(folder)
-    ours = make_optimizer(model, options())
-    for seed in range(3):
+def taken_steps(model: GPT2LMHeadModel, ours: torch.optim.Optimizer, seeds: range) -> dict[str, Tensor]:
+    for seed in seeds:
         descend(model, seed)
+        clip_gradients(Accelerator(cpu=True), ours, list(model.parameters()), 0.5)
         ours.step()
         ours.zero_grad()
-    save_file({name: p.detach() for name, p in model.named_parameters()}, f"{store}-{rank}")
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def share_steps(rank: int, store: str, folder: str) -> None:
+    """Muon with shared stacks, then both optimizers with sharded state; half-way each state is saved and restored."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model, _ = load_model(folder)
+    found = {f"shared.{name}": p for name, p in taken_steps(model, make_optimizer(model, options()), range(4)).items()}
+    for kind in ("muon", "adamw"):
+        model, _ = load_model(folder)
+        sharded = options(kind).model_copy(update={"shard_optimizer": True})
+        ours = make_optimizer(model, sharded)
+        taken_steps(model, ours, range(2))
+        state = ours.state_dict()
+        held = sum(p.numel() for p in ours.state)
+        assert 0.3 < held / sum(p.numel() for p in model.parameters()) < 0.7
+        if rank == 0:
+            torch.save(state["state"], f"{store}-{kind}")
+        torch.distributed.barrier()
+        ours = make_optimizer(model, sharded)
+        ours.load_state_dict({**state, "state": torch.load(f"{store}-{kind}")})
+        assert sum(p.numel() for p in ours.state) == held
+        found |= {f"{kind}.{name}": p for name, p in taken_steps(model, ours, range(2, 4)).items()}
+    save_file(found, f"{store}-{rank}")
     torch.distributed.destroy_process_group()
 
 
-def test_processes_share_the_matrices(teacher: Path, tmp_path: Path) -> None:
+def test_processes_share_the_work_and_the_state(teacher: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(share_steps, (str(tmp_path / "store"), str(teacher)), nprocs=2)
-    model, _ = load_model(str(teacher))
-    ours = make_optimizer(model, options())
-    for seed in range(3):
-        descend(model, seed)
-        ours.step()
-        ours.zero_grad()
-    shared = [load_file(tmp_path / f"store-{rank}") for rank in range(2)]
-    for name, parameter in model.named_parameters():
-        assert torch.equal(shared[0][name], shared[1][name])
-        torch.testing.assert_close(parameter.detach(), shared[0][name], rtol=1e-4, atol=1e-5, msg=name)
+    both = [load_file(tmp_path / f"store-{rank}") for rank in range(2)]
+    assert len(both[0])
+    assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
+    for kind in ("muon", "adamw"):
+        model, _ = load_model(str(teacher))
+        ours = make_optimizer(model, options(kind).model_copy(update={"shard_optimizer": True}))  # one process
+        taken_steps(model, ours, range(2))
+        saved = torch.load(tmp_path / f"store-{kind}")
+        torch.testing.assert_close(saved, ours.state_dict()["state"], rtol=1e-4, atol=1e-6)
+        check_state(ours, saved)
+        for name, value in taken_steps(model, ours, range(2, 4)).items():
+            for way in ("shared", "muon") if kind == "muon" else ("adamw",):
+                torch.testing.assert_close(value, both[0][f"{way}.{name}"], rtol=1e-4, atol=1e-5, msg=f"{way} {name}")
 
 
 def scaled_in_shards(rank: int, store: str) -> None:

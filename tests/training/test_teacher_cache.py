@@ -20,7 +20,7 @@ from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.metrics import read_metrics
-from tinygpt2.training.step import Step, gradients, read_step
+from tinygpt2.training.step import Step, gradients
 from tinygpt2.training.teacher_cache import TeacherCache, cache_name
 
 
@@ -91,7 +91,7 @@ def test_only_the_output_matrix_is_needed_with_a_full_cache(teacher: Path, data:
     size, accelerator = 4, Accelerator(cpu=True)
     for start in range(0, len(packed.train), size):
         rows = [index % len(packed.train) for index in range(start, start + size)]
-        gradients(accelerator, step, packed.train, rows, size, read_step(accelerator, packed.train, rows, size, cache))
+        gradients(accelerator, step, packed.train, rows, size)
     assert cache.filled == 1
     step.place_teacher(torch.device("meta"))
     assert model.lm_head.weight.device.type == "meta"

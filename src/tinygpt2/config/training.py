@@ -150,6 +150,11 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
         ge=1,
         shown="1, or what the launcher started",
     )
+    shard_optimizer: bool = option(
+        "Divide the optimizer's state among the processes. Takes less memory on each; the results are the same.",
+        default=False,
+        panel=RUN,
+    )
     validate_only: bool = option(
         "Check all options and files, estimate time, memory and disk space, and exit.", default=False, panel=RUN
     )

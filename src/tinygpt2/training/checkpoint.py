@@ -97,8 +97,9 @@ class Checkpoints:
             self._failure = _failed(temporary, error)
         if self._sharded:
             self._save_shards(temporary)
-        elif self._accelerator.is_main_process:
-            parts = self._parts()
+        else:
+            moments = self._optimizer.state_dict()["state"]  # every process may have a part of it
+            parts = self._parts(moments) if self._accelerator.is_main_process else None
         if self._accelerator.is_main_process and self._failure is None:
             copied, in_background = _copied(parts)
             arguments = (temporary, copied, asdict(state))
@@ -206,13 +207,12 @@ class Checkpoints:
             warn(f"ignoring the damaged checkpoint {path}: {problem}")
         return None
 
-    def _parts(self) -> dict[str, dict[str, Tensor]]:
+    def _parts(self, moments: dict[int, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of each file. They are not copies: the training changes them."""
         weights = self._accelerator.unwrap_model(self._module).state_dict()
         seen: dict[int, str] = {}
         for name, tensor in weights.items():
             seen.setdefault(tensor.data_ptr(), name)  # tied weights are saved once
-        moments = self._optimizer.state_dict()["state"]
         return {
             WEIGHTS: {name: weights[name] for name in seen.values()},
             OPTIMIZER: {f"{index}.{key}": value for index, row in moments.items() for key, value in row.items()},

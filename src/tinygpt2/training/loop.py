@@ -131,7 +131,7 @@ class _Run:
         self._optimizer = unwrapped(optimizer)
         self._parameters = list(self.module.parameters())
         self._order = training_order(job.data, config.seed)
-        self.data, self._cache = ReadAhead(self._read), module.cache
+        self.data = ReadAhead(self._read)
         beside = None
         if accelerator.is_main_process:  # a checkpoint is a model, too
             beside = partial(save_description, job.model, tokenizer=job.data.tokenizer())
@@ -168,7 +168,7 @@ class _Run:
         """Read the blocks of a step; return the numbers of all, and what this process needs."""
         indices = self._order[step * self._sequences : (step + 1) * self._sequences]
         size = self._job.config.micro_batch_size
-        return indices, read_step(self._accelerator, self._blocks, indices, size, self._cache)
+        return indices, read_step(self._accelerator, self.module, self._blocks, indices, size)
 
     def _check_schedule(self) -> None:
         """Check that a resumed run may have the length and the peak rate that it now has."""

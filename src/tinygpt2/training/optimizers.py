@@ -41,13 +41,14 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Adam
     groups = [group for group in groups if group["params"]]
     rate = options.learning_rate or DEFAULT_RATE  # the loop sets the rate of each step
     matrices = [parameter for parameter in trainable if parameter in layers]
+    shared = options.shard_optimizer and dist.is_initialized()
     if not matrices:
-        return torch.optim.AdamW(groups, lr=rate, betas=BETAS, fused=True)
+        return (ShardedAdamW if shared else torch.optim.AdamW)(groups, lr=rate, betas=BETAS, fused=True)
     attention = {m.c_attn.weight for m in module.modules() if isinstance(m, GPT2Attention)}
     # in this order, because checkpoints number the parameters
     ordered = [p for p in matrices if p not in attention] + [p for p in matrices if p in attention]
     parts: dict[Tensor, int] = {parameter: 3 if parameter in attention else 1 for parameter in ordered}
-    return Muon(parts, groups, rate, options.weight_decay)
+    return (ShardedMuon if shared else Muon)(parts, groups, rate, options.weight_decay)
 
 
 class FixedPositions:
@@ -94,6 +95,8 @@ class Muon(torch.optim.AdamW):
     momentum are those of torch.optim.Muon.
     """
 
+    shares_stacks = True  # every process has all gradients
+
     def __init__(self, matrices: dict[Tensor, int], groups: list[dict[str, Any]], rate: float, decay: float) -> None:
         whole = [{"params": list(matrices), "weight_decay": decay}, *groups]
         super().__init__(whole, lr=rate, betas=BETAS, fused=True)
@@ -131,8 +134,9 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         torch._foreach_lerp_(gradients, momenta, MOMENTUM)
         torch._foreach_mul_(found, 1 - group["lr"] * group["weight_decay"])
+        orthogonalize = _orthogonalized_by_all if self.shares_stacks else _orthogonalized_here
         for stack in _stacks(found, self._parts):
-            updates = _orthogonalized_by_all(
+            updates = orthogonalize(
                 [part for matrix in stack for part in _wide(by_matrix[matrix], self._parts[matrix])]
             )
             for _, alike in groupby(stack, lambda matrix: matrix.shape):
@@ -179,18 +183,22 @@ def _as_stored(wide: Float[Tensor, "M R C"], like: Tensor, parts: int) -> list[T
     return list(whole.to(like.dtype, memory_format=torch.contiguous_format).flatten(2).unbind())
 
 
+def _orthogonalized_here(matrices: list[Tensor]) -> Float[Tensor, "N R C"]:
+    return orthogonalized(torch.stack(matrices))
+
+
 def _orthogonalized_by_all(matrices: list[Tensor]) -> Float[Tensor, "N R C"]:
     """Orthogonalize matrices of one shape. Each process does its share and receives the others' results."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return orthogonalized(torch.stack(matrices))
+        return _orthogonalized_here(matrices)
     processes, rank = dist.get_world_size(), dist.get_rank()
     count = math.ceil(len(matrices) / processes)
     share = matrices[rank * count : (rank + 1) * count]
     own = matrices[0].new_zeros((count, *matrices[0].shape), dtype=torch.bfloat16)
     if share:
-        own[: len(share)] = orthogonalized(torch.stack(share))
+        own[: len(share)] = _orthogonalized_here(share)
     every = own.new_empty((processes * count, *own.shape[1:]))
-    dist.all_gather_into_tensor(every, own)
+    dist.all_gather(list(every.chunk(processes)), own)
     return every[: len(matrices)]
 
 
@@ -209,6 +217,72 @@ def orthogonalized(matrices: Float[Tensor, "N R C"]) -> BFloat16[Tensor, "N R C"
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+class _Sharded(torch.optim.Optimizer):
+    """ZeRO-1 (arXiv:1910.02054): the processes divide the optimizer's state among themselves by whole parameters.
+
+    Each process takes the step for its own parameters, with gradients that all have, and sends them to the others. Its
+    state then holds nothing of the other parameters. `state_dict` collects the whole state in the main process, and
+    `load_state_dict` takes from a whole state what is its own; so the number of processes may change in between. Every
+    process must call both.
+    """
+
+    def _owners(self) -> dict[Tensor, int]:
+        """Return the process of each parameter: from the largest on, the one that has the least so far."""
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        owners, held = dict.fromkeys(every, 0), [0] * dist.get_world_size()
+        for parameter in sorted(every, key=lambda parameter: -parameter.numel()):
+            owners[parameter] = held.index(min(held))
+            held[owners[parameter]] += parameter.numel()
+        return owners
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take the step for this process's parameters, and receive the others."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        owners = self._owners()
+        for parameter, owner in owners.items():
+            if owner != dist.get_rank():
+                parameter.grad = None  # the step passes over it, and makes no state for it
+        super().step()
+        sent = [dist.broadcast(parameter.detach(), owner, async_op=True) for parameter, owner in owners.items()]
+        for one in sent:
+            one.wait()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state in the main process, and in the others what they have."""
+        saved = super().state_dict()
+        own = {index: {key: (v.shape, v.dtype) for key, v in row.items()} for index, row in saved["state"].items()}
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, own)
+        parameters = list(self._owners())
+        for process, rows in enumerate(everywhere[1:], 1):
+            for index, key, (shape, dtype) in ((i, key, what) for i, row in rows.items() for key, what in row.items()):
+                if dist.get_rank() == process:
+                    dist.send(saved["state"][index][key].contiguous(), 0)
+                elif dist.get_rank() == 0:
+                    received = torch.empty(shape, dtype=dtype, device=parameters[index].device)
+                    dist.recv(received, process)
+                    saved["state"].setdefault(index, {})[key] = received.cpu()
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take from a whole state that of this process's parameters."""
+        owners = list(self._owners().values())
+        own = {index: row for index, row in state_dict["state"].items() if owners[index] == dist.get_rank()}
+        super().load_state_dict({**state_dict, "state": own})
+
+
+class ShardedAdamW(_Sharded, torch.optim.AdamW):
+    """AdamW whose state is divided among the processes."""
+
+
+class ShardedMuon(_Sharded, Muon):
+    """Muon whose state, and with it the work, is divided among the processes."""
+
+    shares_stacks = False
 
 
 def check_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:

@@ -199,7 +199,6 @@ def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=not whole,
         gradient_as_bucket_view=True,  # else every gradient would be in memory twice
-        broadcast_buffers=False,  # GPT-2 has none
     )
     accelerator = Accelerator(
         kwargs_handlers=[ddp],
@@ -238,6 +237,8 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
         raise ConfigError(
             "Muon needs whole matrices, but FSDP and DeepSpeed split them", "add --optimizer adamw, or use DDP"
         )
+    if config.shard_optimizer:
+        raise ConfigError("--shard-optimizer does not fit FSDP and DeepSpeed, which shard the state themselves")
     if config.max_minutes:
         raise ConfigError("--max-minutes does not support FSDP or DeepSpeed", "give the length as --max-steps")
     if config.dry_run and not config.validate_only:

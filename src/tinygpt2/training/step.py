@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -169,9 +169,7 @@ class StepData(NamedTuple):
     states: list[CachedStates]
 
 
-def read_step(
-    accelerator: Accelerator, blocks: Blocks, indices: list[int], size: int, cache: TeacherCache | None = None
-) -> StepData:
+def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indices: list[int], size: int) -> StepData:
     """Read this process's share of a global batch; the arguments are those of `gradients`."""
     count = len(indices) // size  # micro-batches of all processes
     turns = range(accelerator.process_index, count, accelerator.num_processes)
@@ -179,6 +177,8 @@ def read_step(
     rows = [row for group in groups for row in group]
     # micro-batches have different numbers of tokens, and the mean is over the global batch
     share = Counts.of(blocks.lengths(indices)).over(count) if blocks.padded else None
+    step: Any = getattr(module, "module", module)  # DDP and DeepSpeed wrap it
+    cache: TeacherCache | None = step.cache
     states = [] if cache is None else [cache.read(group, accelerator.device) for group in groups]
     return StepData(blocks.batch(rows), rows, share, states)
 
@@ -198,12 +198,12 @@ def gradients(
         indices: of the global batch's blocks, which do not depend on the number of processes; each process uses a
             share of them.
         size: blocks in a process's micro-batch.
-        data: what `read_step` has read; None reads it now, without the teacher's cache.
+        data: what `read_step` has read; None reads it now.
 
     Returns:
         Loss and parts over this process's micro-batches; their mean over processes is the mean over the batch.
     """
-    data = read_step(accelerator, blocks, indices, size) if data is None else data
+    data = read_step(accelerator, module, blocks, indices, size) if data is None else data
     whole = data.batch.to(accelerator.device)
     starts = range(0, len(data.rows), size)
     names: list[str] = []
