@@ -250,7 +250,7 @@ def _differentiate(
     objective: PredictionObjective,
     factors: tuple[Tensor | None, Tensor],
     vocabulary: int,
-) -> tuple[Float[Tensor, "2"], Float[Tensor, "n W"]]:
+) -> tuple[Float[Tensor, " 2"], Float[Tensor, "n W"]]:
     """Return the sums of the two losses, and the gradient of the weighted total for the student's logits.
 
     Softmax and sums use at least float32, whatever type the logits have. The gradient may overwrite the logits.
