@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, pregenerate, pretrain
+from tinygpt2.errors import ConfigError
 from tinygpt2.models.configuration import make_model_config
 from tinygpt2.models.loading import random_model
 from tinygpt2.models.saving import save_model
@@ -106,7 +107,7 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     spent: dict[str, float] = {}
     if "teacher" in size:
         teacher = make_model_config(
-            {**size["teacher"], "n_positions": size["length"], "vocab_size": size["vocabulary"]}, name
+            {**size["teacher"], "n_positions": size["length"], "vocab_size": size["vocabulary"]}, name, ConfigError
         )
         save_model(random_model(teacher, 0), folder / "teacher", tokenizer, "")
         config: Any = DistillConfig(teacher=str(folder / "teacher"), student=str(shape), recipe="tinygpt2", **common)

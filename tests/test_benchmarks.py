@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,8 @@ from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.step import Step
 
-spec = importlib.util.spec_from_file_location("naive", Path(__file__).parent.parent / "benchmarks" / "naive.py")
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+spec = importlib.util.spec_from_file_location("naive", BENCHMARKS / "naive.py")
 assert spec is not None
 assert spec.loader is not None
 naive = importlib.util.module_from_spec(spec)
@@ -47,3 +51,29 @@ def test_fifty_steps_of_the_naive_way_and_of_ours_give_one_loss_curve() -> None:
     for ours_row, naive_row in zip(curves["ours"], curves["naive"], strict=True):
         assert ours_row == pytest.approx(naive_row, rel=1e-3)
     assert sum(curves["ours"][-1]) < 0.9 * sum(curves["ours"][0])
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_a_gpu_works_on_a_cpu_and_ends_in_time() -> None:
+    cases = ["rates", "tinygpt2-4x312-fp32", "naive-fp32", "perplexity-fp32"]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", "--device", "cpu", "--tiny", "--minutes", "0.9"]
+    done = subprocess.run([*command, "--cases", ",".join(cases)], capture_output=True, text=True, check=True)
+    *each, whole = map(json.loads, done.stdout.splitlines())
+    assert [row["case"] for row in each] == cases == list(whole["results"])
+    assert each[0]["operations_per_second_fp32"] > 1e8
+    assert whole["seconds"] < 60
+    for row in each[1:]:  # on a slow machine, a share may be too short
+        assert (
+            row["tokens_per_second"] > 0
+            if "skipped" not in row
+            else "share" in row["skipped"] or "left" in row["skipped"]
+        )
+    assert any("rate_share" in row for row in each[1:])
+
+
+def test_the_benchmark_for_a_gpu_says_that_there_was_no_time() -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", "--device", "cpu", "--tiny", "--minutes", "0.1"]
+    done = subprocess.run([*command, "--cases", "rates,generate"], capture_output=True, text=True, check=True)
+    rates, generate, _ = map(json.loads, done.stdout.splitlines())
+    assert "were left" in rates["skipped"]
+    assert "were left" in generate["skipped"]
