@@ -71,6 +71,19 @@ def test_started_processes_get_the_level(monkeypatch: pytest.MonkeyPatch) -> Non
     session.start_session("normal")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has such segments only on Linux")
+def test_memory_of_a_gpu_grows_unless_the_user_has_set_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in (None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.delenv(name, raising=False)
+        if given:
+            monkeypatch.setenv(given, "max_split_size_mb:64")
+        session._let_gpu_memory_grow()
+        grows = os.environ.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+        assert grows == (given is None)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+
+
 @pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20), reason="its tokenizers import torch"
 )

@@ -199,7 +199,7 @@ def test_auto_batch_size_keeps_the_global_batch(
         model, _ = load_model(str(teacher))
         fixed, each = batch_size.step_memory(model, None, LossWeights(), config, 32)
         free = int((fixed + 3.5 * each) / batch_size._FILLED)
-    monkeypatch.setattr(batch_size, "available_memory", lambda: free)
+    monkeypatch.setattr(batch_size, "free_memory", lambda processes: free)
     said: list[str] = []
     monkeypatch.setattr(batch_size, "say", said.append)
     if expected is None:
@@ -221,6 +221,8 @@ def test_operations_are_those_of_the_matrix_products() -> None:
     assert step_operations(shape, None, LossWeights(), 8) == language
     taught = LossWeights(ce=0.0, prediction=1.0)
     assert step_operations(shape, shape, taught, 8) == language + 2 * layer_operations(shape, 8) + 2 * 16 * 100
+    assert step_operations(shape, shape, taught, 8, cached=0.5) == language + layer_operations(shape, 8) + 2 * 16 * 100
+    assert step_operations(shape, shape, taught, 8, cached=1.0) == language + 2 * 16 * 100
 
 
 def test_what_a_step_keeps_is_counted_as_torch_counts_it() -> None:

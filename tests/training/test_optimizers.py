@@ -125,6 +125,12 @@ def test_what_sharding_does_not_serve_is_refused(plugin: str) -> None:
         _check_sharding(SimpleNamespace(state=state), options())
     with pytest.raises(ConfigError, match="do not support FSDP or DeepSpeed"):
         _check_sharding(SimpleNamespace(state=state), options("adamw").model_copy(update={"compile_only": True}))
+    short = options("adamw").model_copy(update={"precision": "fp16"})
+    if plugin == "deepspeed_plugin":
+        with pytest.raises(ConfigError, match="--precision fp16 does not support DeepSpeed"):
+            _check_sharding(SimpleNamespace(state=state), short)
+    else:
+        _check_sharding(SimpleNamespace(state=state), short)
     plugins["fsdp_plugin"].fsdp_version = 1
     if plugin == "fsdp_plugin":
         with pytest.raises(ConfigError, match="fsdp_version: 2"):

@@ -44,8 +44,18 @@ def start_session(level: progress.Level | None = None) -> None:
     progress.show(level)
     keep_memory()
     wait_passively()
+    _let_gpu_memory_grow()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     _silence_libraries()
+
+
+def _let_gpu_memory_grow() -> None:
+    """Let torch's memory on a GPU grow in small segments, so that it is not wasted between blocks of other sizes.
+
+    torch reads the setting when it is imported, and a build for CPUs ignores it. Settings of the user stay.
+    """
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _silence_libraries() -> None:

@@ -17,6 +17,14 @@ class OptimisationOptions(Config):
 
     micro_batch_size: int = option("Sequences per device at a time.", default=8, panel=OPTIMISATION, ge=1)
     gradient_accumulation_steps: int = option("Forward passes per optimizer step.", default=1, panel=OPTIMISATION, ge=1)
+    batch_tokens: int | None = option(
+        "Tokens in an optimizer step, over all processes. --gradient-accumulation-steps follows from it, and so does "
+        "--micro-batch-size if it is not given.",
+        default=None,
+        panel=OPTIMISATION,
+        ge=1,
+        shown="from the two",
+    )
     optimizer: Optimizer = option(
         "adamw for all weights, or muon for the matrices inside the layers and adamw for the others.",
         default="adamw",

@@ -111,6 +111,13 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
         panel=RUN,
     )
     log_every: int = option("Write a line to metrics.jsonl every N steps.", default=10, panel=RUN, ge=1)
+    profile: int | None = option(
+        "Trace N steps after the third with torch's profiler, into OUT/profile, and report the kernels that take the "
+        "longest.",
+        default=None,
+        panel=RUN,
+        ge=1,
+    )
     report_to: list[str] = option(
         "Also log to this service. Repeat it for both.", default=[], panel=RUN, metavar="tensorboard|wandb"
     )

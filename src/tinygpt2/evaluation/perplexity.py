@@ -73,8 +73,8 @@ def ppl(config: PplConfig) -> PplResult:
         PartialState._reset_state()
     state = PartialState(cpu=current_device().type == "cpu")
     try:
-        with state.main_process_first():  # one process downloads, the others use its cache
-            tasks = load_tasks(config.task, config.task_data, config)
+        # no barrier, which would time out: while one process downloads, the others wait for the lock on the Hub's cache
+        tasks = load_tasks(config.task, config.task_data, config)
         names = [task.name for task in tasks]
         if any(other != names for other in gather_object([names])):
             raise DataError(

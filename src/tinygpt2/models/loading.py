@@ -33,8 +33,8 @@ def random_model(config: GPT2Config, seed: int, *, hollow: bool = False) -> GPT2
     if hollow:
         with torch.device("meta"):
             return _fast(GPT2LMHeadModel(config))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # it is made on the CPU, so the GPUs' generators stay as they are
+        torch.default_generator.manual_seed(seed)
         return _fast(GPT2LMHeadModel(config))
 
 

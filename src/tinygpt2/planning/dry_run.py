@@ -20,7 +20,7 @@ from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.planning.memory_estimate import step_memory
 from tinygpt2.runtime.devices import device_peak, measured_rate
-from tinygpt2.runtime.memory import available_memory, memory_in_use
+from tinygpt2.runtime.memory import free_memory, memory_in_use
 from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.step import Step, step_seconds
 from tinygpt2.training.teacher_cache import cache_bytes
@@ -133,7 +133,7 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=config.precision,
         memory_bytes=memory_in_use() + fixed + block * config.micro_batch_size,
-        memory_available_bytes=available_memory(),
+        memory_available_bytes=free_memory(),
         disk_bytes=disk,
         disk_free_bytes=free,
         seconds=training + evaluation,

@@ -12,10 +12,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.training import TrainOptions
+from tinygpt2.models.lm_head import default_chunk, operand_rows
 from tinygpt2.models.loading import random_model
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.objectives.combined import LossWeights
-from tinygpt2.runtime.devices import chosen_precision, on_cuda
+from tinygpt2.runtime.devices import DTYPES, chosen_precision, current_device, on_cuda
 from tinygpt2.training.step import Step
 
 
@@ -44,6 +45,7 @@ def saved_bytes(
         return tensor
 
     plain = config.model_copy(update={"compile": False, "compile_only": False})
+    precision = chosen_precision(config.precision)
     with FakeTensorMode():
         fake_teacher = None if teacher is None else random_model(teacher, 0).eval()
         fake_student = random_model(student, 0)
@@ -53,7 +55,7 @@ def saved_bytes(
         with (
             _Flash(),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=chosen_precision(config.precision) != "fp32"),
+            torch.autocast("cpu", DTYPES[precision], enabled=precision != "fp32"),
         ):
             step(ids)
         own = {parameter.untyped_storage()._cdata for parameter in step.parameters()}
@@ -61,7 +63,10 @@ def saved_bytes(
 
 
 class _Flash(TorchFunctionMode):
-    """Uses the attention kernel without T x T matrices, which PyTorch does not choose for fake tensors."""
+    """Uses the attention kernel without T x T matrices, which PyTorch does not choose for fake tensors.
+
+    Every device has one: on a GPU, `mixed_heads` pads the heads for which there would be none.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,10 +83,33 @@ def step_memory(
     The fixed part is for weights, gradients, AdamW's two moments, the teacher and the logits of a chunk. The part for
     each block is what `saved_bytes` counts, plus the temporary tensors of one layer.
     """
-    fixed = 16 * count_parameters(student) + 4 * (2**29 if on_cuda() else 2**26)
+    short = chosen_precision(config.precision) != "fp32"
+    shape = None if teacher is None else teacher.config
+    fixed = 16 * count_parameters(student) + _loss_bytes(student.config, shape, weights, config)
     if teacher is not None:
         fixed += sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
-    shape = None if teacher is None else teacher.config
+        # a run stores them in 16 bits: `cast_linear_layers`
+        fixed -= (
+            2 * count_parameters(teacher.transformer.h) if short and next(teacher.parameters()).itemsize == 4 else 0
+        )
     width = max(student.config.n_embd, shape.n_embd if shape else 0)
-    passing = 12 * length * width * (2 if chosen_precision(config.precision) != "fp32" else 4)
-    return fixed, saved_bytes(student.config, shape, weights, config, 1, length) + passing
+    each = saved_bytes(student.config, shape, weights, config, 1, length)
+    if on_cuda():  # a part is saved only once. On a CPU it stays in `each`: a step that does not fit ends the process
+        one, each = each, saved_bytes(student.config, shape, weights, config, 2, length) - each
+        fixed += one - each
+    return fixed, each + 12 * length * width * (2 if short else 4)
+
+
+def _loss_bytes(student: GPT2Config, teacher: GPT2Config | None, weights: LossWeights, config: TrainOptions) -> int:
+    """Return the bytes of the logits of a chunk, and on a GPU also of the output matrices as operands."""
+    device = current_device().type
+    rows: int = operand_rows(student.vocab_size, device)
+    logits = rows * (config.logit_chunk or default_chunk(student.vocab_size, device))
+    if device == "cpu":
+        return 2 * 4 * logits
+    if not (weights.ce or weights.prediction):
+        return 0
+    learns = teacher is not None and bool(weights.prediction)
+    matrices = 3 if learns else 2  # the student's logits, their gradient, the teacher's logits
+    widths: int = student.n_embd + (teacher.n_embd if learns and teacher is not None else 0)
+    return (matrices * logits + rows * widths) * (4 if chosen_precision(config.precision) == "fp32" else 2)

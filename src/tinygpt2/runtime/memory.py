@@ -24,17 +24,28 @@ def available_memory() -> int:
     return max(free, 0)
 
 
+def free_memory(processes: int = 1) -> int:
+    """Return the bytes that this process may still take: of its CUDA GPU, else its share of the machine's memory.
+
+    Args:
+        processes: on this machine. They share its memory, but each has a GPU.
+    """
+    if on_cuda():
+        return int(torch.cuda.mem_get_info()[0])
+    return available_memory() // processes
+
+
 def memory_in_use() -> int:
-    """Return the bytes of memory that this process uses: on a CUDA GPU if it computes there, else in main memory."""
+    """Return the bytes that this process uses: on a CUDA GPU those that torch has reserved, else in main memory."""
     if on_cuda():
         return int(torch.cuda.memory_reserved())
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has used so far: of the CUDA GPU if it computes there, else in all."""
+    """Return the most bytes that this process has used so far, counted as `memory_in_use` counts them."""
     if on_cuda():
-        return int(torch.cuda.max_memory_allocated())
+        return int(torch.cuda.max_memory_reserved())
     try:
         import resource
     except ImportError:  # on Windows

@@ -38,7 +38,7 @@ from tinygpt2.runtime.launch import check_number
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.resuming import with_precision
-from tinygpt2.training.schedule import passes_over_data, peak_learning_rate, total_steps
+from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, Step, evaluate, joined
 from tinygpt2.training.throughput import step_operations
@@ -58,6 +58,7 @@ class Job:
         weights: the objectives and their weights.
         revisions: for each model that came from the Hub, its commit by its role.
         new: whether the model begins with random weights.
+        cached: share of the teacher's states that a cache holds when the run starts.
         clock: returns the time in seconds.
         started: the time at which the command began.
     """
@@ -72,6 +73,7 @@ class Job:
     teacher: GPT2LMHeadModel | None = None
     revisions: dict[str, str] = field(default_factory=dict)
     new: bool = False
+    cached: float = 0.0
     clock: Callable[[], float] = time.perf_counter
     started: float = field(default_factory=time.perf_counter)
 
@@ -82,7 +84,7 @@ class Job:
     def operations(self) -> int:
         """Return the floating-point operations of a training step, per token."""
         teacher = None if self.teacher is None else self.teacher.config
-        return step_operations(self.model.config, teacher, self.weights, self.data.sequence_length)
+        return step_operations(self.model.config, teacher, self.weights, self.data.sequence_length, self.cached)
 
     def peak_tokens_per_second(self, accelerator: Accelerator) -> float | None:
         """Return the tokens per second at the peak rate of all devices, or None if it is not known."""
@@ -188,6 +190,15 @@ def tell_choices(job: Job, accelerator: Accelerator) -> None:
     detail(f"{job.data.sequence_length} tokens in a block; blocks in a step: {turns} (micro-batch, turns, processes)")
 
 
+def settle_batch(job: Job, accelerator: Accelerator) -> None:
+    """Set the job's micro-batch and accumulation from --batch-tokens, if it is given."""
+    processes = accelerator.num_processes
+    if processes == 1:  # --validate-only estimates a run of several processes in one
+        processes = job.config.num_processes or 1
+    job.config = batch_of(job.config, job.data.sequence_length, processes)
+    accelerator.gradient_accumulation_steps = job.config.gradient_accumulation_steps
+
+
 @contextmanager
 def training_arithmetic(config: TrainOptions) -> Iterator[None]:
     """While the block runs, compute as training does: fast, and with --deterministic the same bits in every run."""
@@ -215,6 +226,7 @@ def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Ite
         stack.enter_context(training_arithmetic(config))
         setup = stack.enter_context(training_setup(config, loss_weights(config)))
         job = make_job(config, data, setup)
+        settle_batch(job, setup.accelerator)
         freeze(job.model, config.freeze)
         if config.eval_task:  # report a task that does not fit the model now, not after the training
             tokenizer = ModelTokenizer(config.out, job.model.config, job.data.tokenizer())

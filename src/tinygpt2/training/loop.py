@@ -21,6 +21,7 @@ from tinygpt2.data.mixture import training_order
 from tinygpt2.errors import InterruptedRunError
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_description
+from tinygpt2.runtime.profiling import profiled
 from tinygpt2.runtime.read_ahead import ReadAhead
 from tinygpt2.runtime.signals import stop_on_signals
 from tinygpt2.training.checkpoint import Checkpoints
@@ -65,11 +66,13 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     """
     config, run = job.config, _Run(job, accelerator, module)
     memory = step_explained(config, job.data.sequence_length)
+    trace = profiled(config.profile, run.out / "profile")
     bar = track(run.out.name, unit="steps", done=run.state.step, lines=False)  # the lines are those of `_Run.log`
-    with closing(run.checkpoints), closing(run.data), memory, stop_on_signals() as stop, bar as progress:
+    with closing(run.checkpoints), closing(run.data), memory, stop_on_signals() as stop, bar as progress, trace as mark:
         run.begin(progress)
         while not run.finished:
             outcome = run.step(stop=bool(stop))
+            mark.step()
             row, improved = {}, False
             if run.state.step == 1 or run.due(config.log_every):
                 row = run.log(outcome, progress)

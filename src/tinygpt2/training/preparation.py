@@ -239,6 +239,12 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
         )
     if config.shard_optimizer:
         raise ConfigError("--shard-optimizer does not fit FSDP and DeepSpeed, which shard the state themselves")
+    if deepspeed is not None and config.precision == "fp16":
+        raise ConfigError(
+            "--precision fp16 does not support DeepSpeed: it scales the losses by itself, and tinygpt2 would take its "
+            "first overflow for a loss that diverged",
+            "add --precision bf16 or fp32, or use DDP",
+        )
     if config.max_minutes:
         raise ConfigError("--max-minutes does not support FSDP or DeepSpeed", "give the length as --max-steps")
     if config.dry_run and not config.validate_only:

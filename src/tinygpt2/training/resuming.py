@@ -156,7 +156,7 @@ def changed_mathematics(config: TrainOptions, earlier: dict[str, Any], content: 
     """
     now = config.model_dump(mode="json", by_alias=True)
     # Checkpoints.resume checks the global batch, `check_schedule` the length, and the rate if its rule is used
-    free = {"out", "micro_batch_size", "gradient_accumulation_steps", *length_options()}
+    free = {"out", "micro_batch_size", "gradient_accumulation_steps", "batch_tokens", *length_options()}
     free |= {*_DATASETS, *_MODELS} if content is not None else set()
     free |= {"learning_rate"} if None in (now["learning_rate"], earlier.get("learning_rate")) else set()
     keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key not in free]

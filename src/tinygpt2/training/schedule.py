@@ -1,13 +1,17 @@
-"""The learning rate of each step, its default peak, and the default length of a run."""
+"""The learning rate of each step and its default peak, the default length of a run, and the size of its batches."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.optimisation import Optimizer
 from tinygpt2.config.training import TrainOptions
+from tinygpt2.errors import ConfigError
+
+T = TypeVar("T", bound=TrainOptions)
 
 DEFAULT_RATE = 5e-4
 RATE_TIMES_WIDTH: dict[Optimizer, float] = {"adamw": 0.2, "muon": 0.3}
@@ -128,3 +132,62 @@ def learning_rate(step: float, total: int, options: TrainOptions, peak: float, w
     else:
         factor = min(1.0, (1 - t) / DECAY_SHARE)
     return peak * factor
+
+
+def batch_of(config: T, length: int, processes: int) -> T:
+    """Return the options with the micro-batch and the accumulation that make the tokens of `--batch-tokens`.
+
+    A micro-batch that is given stays. Otherwise it is the largest that fits, if --auto-batch-size looks for it, or else
+    the largest one up to its default.
+
+    Args:
+        length: tokens in a block.
+
+    Raises:
+        ConfigError: no whole number of micro-batches has so many tokens.
+    """
+    tokens, given = config.batch_tokens, config.model_fields_set
+    if tokens is None:
+        return config
+    blocks, rest = divmod(tokens, length * processes)
+    if rest or not blocks:
+        unit = length * processes
+        near = sorted({max(unit, tokens // unit * unit), (tokens // unit + 1) * unit})
+        raise ConfigError(
+            f"--batch-tokens {tokens}: a step has a multiple of {unit} tokens ({processes} x a block of {length})",
+            f"give {' or '.join(map(str, near))}",
+        )
+    usual = config.options()["micro_batch_size"].default
+    size = next(size for size in range(min(usual, blocks), 0, -1) if blocks % size == 0)
+    size = config.micro_batch_size if "micro_batch_size" in given else blocks if config.auto_batch_size else size
+    if blocks % size:
+        sizes = [one for one in range(1, blocks + 1) if blocks % one == 0]
+        near = sorted(sorted(sizes, key=lambda one: abs(one - size))[:2])
+        raise ConfigError(
+            f"--batch-tokens {tokens} are {blocks} blocks in each process, which micro-batches of {size} do not divide",
+            f"give --micro-batch-size {' or '.join(map(str, near))}, or leave it out",
+        )
+    turns = blocks // size
+    if "gradient_accumulation_steps" in given and config.gradient_accumulation_steps != turns:
+        raise ConfigError(
+            f"--batch-tokens {tokens} with micro-batches of {size} needs --gradient-accumulation-steps {turns}, not "
+            f"{config.gradient_accumulation_steps}",
+            "leave --gradient-accumulation-steps out: it follows",
+        )
+    return config.model_copy(update={"micro_batch_size": size, "gradient_accumulation_steps": turns})
+
+
+def proposed_batch_tokens(parameters: int, tokens: int) -> float:
+    """Return a tenth of the critical batch size, in tokens, at the loss that a run of so many tokens can reach.
+
+    At the critical batch size (McCandlish et al. 2018, arXiv:1812.06162), a run needs twice as many tokens as with the
+    smallest batches. With a tenth of it, it needs a tenth more. Critical size and loss are those that Kaplan et al.
+    fitted to language models of web texts (2020, arXiv:2001.08361, equations 1.4, 1.5 with table 2, and 5.1). So this
+    is a guess, above all where data, tokenizer or objective are others.
+
+    Args:
+        parameters: without embeddings.
+        tokens: of the whole run.
+    """
+    loss = ((6.4e13 / parameters) ** (0.076 / 0.103) + 1.8e13 / tokens) ** 0.103
+    return float(0.1 * 2e8 / loss ** (1 / 0.21))

@@ -140,18 +140,25 @@ def layer_operations(shape: GPT2Config, length: int) -> int:
     return 2 * (4 * width * width + 2 * width * inner) + 2 * length * width
 
 
-def step_operations(student: GPT2Config, teacher: GPT2Config | None, weights: LossWeights, length: int) -> int:
+def step_operations(
+    student: GPT2Config, teacher: GPT2Config | None, weights: LossWeights, length: int, cached: float = 0.0
+) -> int:
     """Return the operations per token of one training step.
 
     The student's forward pass counts three times, because the backward pass costs twice as much (Kaplan et al. 2020,
-    arXiv:2001.08361, section 2.1). The teacher's forward pass counts once, with all its layers. Element-wise
+    arXiv:2001.08361, section 2.1). The teacher's forward pass counts once, with all its layers. Causal attention counts
+    half of the T x T products; some other programs count all of them, and so report a slightly higher MFU. Element-wise
     operations are not counted.
+
+    Args:
+        length: of the blocks.
+        cached: share of the teacher's final states that a cache holds; for these, only its logits are computed.
     """
     logits = weights.ce or weights.prediction
     total: int = 3 * student.n_layer * layer_operations(student, length)
     total += 6 * student.n_embd * student.vocab_size if logits else 0
     if teacher is not None:
-        total += teacher.n_layer * layer_operations(teacher, length)
+        total += round((1 - cached) * teacher.n_layer * layer_operations(teacher, length))
         total += 2 * teacher.n_embd * teacher.vocab_size if weights.prediction else 0
     if teacher is not None and weights.attention:
         total += student.n_layer * length * (3 * student.n_embd + teacher.n_embd)

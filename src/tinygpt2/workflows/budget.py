@@ -23,11 +23,11 @@ from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.runtime.processes import launched
 from tinygpt2.training.failures import step_explained
-from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job, training_arithmetic
+from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job, settle_batch, training_arithmetic
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.resuming import with_precision
-from tinygpt2.training.schedule import MAX_PASSES
+from tinygpt2.training.schedule import MAX_PASSES, proposed_batch_tokens
 from tinygpt2.training.step import Step, evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import say
 
@@ -47,6 +47,8 @@ class Candidate:
         tokens_per_second: the speed of training steps.
         passes: over the data.
         evaluation_seconds: the part of the time that all evaluations take.
+        batch_tokens: a proposal for --batch-tokens, by the length of the run (see `schedule.proposed_batch_tokens`), in
+            whole micro-batches. It is only a proposal: the steps were timed with the batch that the options give.
     """
 
     student: str
@@ -58,6 +60,7 @@ class Candidate:
     passes: float
     learning_rate: float
     evaluation_seconds: float
+    batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerato
 
 def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, minutes: float) -> Candidate:
     """Time a few steps like those of the training loop, and compute how many fit into the time."""
+    settle_batch(job, accelerator)
     config, data, parameters = job.config, job.data, count_parameters(job.model)
     say(f"timing {name}")
     freeze(job.model, config.freeze)
@@ -173,7 +177,17 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
     steps = min(steps, math.ceil(MAX_PASSES * len(data.train) / sequences))
     tokens, passes = sequences * data.sequence_length, steps * sequences / len(data.train)
     spent = fixed + steps * between
-    return Candidate(name, layers, parameters, tokens / each, steps, steps * tokens, passes, job.peak_rate(), spent)
+    rate, proposal = tokens / each, _proposal(job, steps * tokens)
+    return Candidate(
+        name, layers, parameters, rate, steps, steps * tokens, passes, job.peak_rate(), spent, batch_tokens=proposal
+    )
+
+
+def _proposal(job: Job, tokens: int) -> int:
+    """Return a number of tokens for a step of this run, in whole micro-batches."""
+    unit = job.config.micro_batch_size * job.data.sequence_length
+    proposed = proposed_batch_tokens(count_parameters(job.model.transformer.h), tokens) if tokens else unit
+    return unit * max(1, round(proposed / unit))
 
 
 def _before_training(job: Job, accelerator: Accelerator, size: int, evaluation: float) -> float:

@@ -28,7 +28,7 @@ from tinygpt2.data.tokenizer_training import train_tokenizer
 from tinygpt2.decoding.generation import generate
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.evaluation.perplexity import ppl
-from tinygpt2.runtime.devices import computes_on_device
+from tinygpt2.runtime.devices import chosen_precision, computes_on_device
 from tinygpt2.utils.files import read_json, write_json, write_text
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import say, track
@@ -130,6 +130,7 @@ def _training(config: QuickstartConfig, scale: QuickstartSizes, out: Path, token
         "seed": config.seed,
         "micro_batch_size": scale.batch_size,
         "learning_rate": scale.learning_rate,
+        "precision": chosen_precision("auto"),  # here, so that no run says what quickstart has no option for
         "eval_every": max(1, steps // 4),
         "save_every": max(1, steps // 4),
         "resume": True,

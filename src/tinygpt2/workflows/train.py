@@ -192,7 +192,8 @@ def _cache(job: Job) -> TeacherCache | None:
     if not isinstance(job.data.made_with, Path):
         raise ConfigError("--teacher-cache needs a pregenerated dataset, because only its content has a fingerprint")
     cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, chosen_precision(config.precision))
-    say(f"{cache.path} holds {cache.filled:.0%} of the teacher's states")
+    job.cached = cache.filled
+    say(f"{cache.path} holds {job.cached:.0%} of the teacher's states")
     return cache
 
 

@@ -194,6 +194,9 @@ def _render_budget(result: Any, console: Console) -> None:
     console.print(f"\nchosen for {time} in {result.precision}: {short_path(result.chosen)}", markup=False)
     for command in result.commands:
         console.print(command, markup=False, soft_wrap=True)
+    proposal = next(one.batch_tokens for one in found if one.student == result.chosen)
+    source = "a tenth of the critical batch size by Kaplan et al. 2020, arXiv:2001.08361"
+    console.print(f"for a run of this length, try --batch-tokens {proposal} ({source})", markup=False, soft_wrap=True)
 
 
 def _render_quickstart(result: Any, console: Console) -> None:
