@@ -289,7 +289,7 @@ def test_a_shard_that_cannot_be_written_is_missing_for_all(
     accelerator = SimpleNamespace(
         is_main_process=True, num_processes=2, distributed_type=DistributedType.FSDP, scaler=None, save_state=save_state
     )
-    checkpoints = Checkpoints(tmp_path, accelerator, None, None, 1, "stop")
+    checkpoints = Checkpoints(tmp_path, accelerator, None, None, {}, 1, "stop")
     state = RunState(4, "data")
     for state.step in (1, 2):
         checkpoints.save(state)

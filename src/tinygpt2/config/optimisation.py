@@ -10,6 +10,7 @@ from tinygpt2.config.common import MAX_SEED, OPTIMISATION, TrainingPrecision
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
 Optimizer = Literal["adamw", "muon"]
+BlockType = Literal["q8_0", "q4_0"]
 
 
 class OptimisationOptions(Config):
@@ -91,6 +92,20 @@ class OptimisationOptions(Config):
         default=False,
         panel=OPTIMISATION,
     )
+    quantize: BlockType | None = option(
+        "Round the model's matrices as export --type q8_0 or q4_0 does, so that the file has the weights that were "
+        "trained and evaluated. They are learned by the straight-through estimator.",
+        default=None,
+        panel=OPTIMISATION,
+        shown="no rounding",
+    )
+    quantize_from: float = option(
+        "Share of the steps after which --quantize begins to round: 0 for the whole run, 1 only after its last step.",
+        default=0.5,
+        panel=OPTIMISATION,
+        ge=0,
+        le=1,
+    )
     seed: int = option(
         "Seed for initial weights, order of the data and dropout.", default=42, panel=OPTIMISATION, ge=0, le=MAX_SEED
     )
@@ -105,3 +120,5 @@ class OptimisationOptions(Config):
         yield from super().conflicts()
         if self.lr_schedule == "plateau" and self.warmup_ratio + self.plateau_ratio > 1:
             yield "--warmup-ratio and --plateau-ratio add up to more than 1"
+        if self.quantize is None and self.quantize_from != type(self).model_fields["quantize_from"].default:
+            yield "--quantize-from has no effect without --quantize"

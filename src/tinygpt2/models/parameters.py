@@ -1,15 +1,19 @@
-"""Count, freeze and cast a model's parameters, and set its dropout."""
+"""Count, freeze, cast and round a model's parameters, and set its dropout."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from tinygpt2.errors import ConfigError
+from tinygpt2.models.quantization import rounded
+from tinygpt2.utils.progress import say
 
 
 def set_dropout(model: GPT2LMHeadModel, rate: float) -> None:
@@ -53,3 +57,55 @@ def cast_linear_layers(model: GPT2LMHeadModel, dtype: torch.dtype) -> None:
 def count_parameters(model: nn.Module) -> int:
     """Count a model's weights. Tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+class Rounding:
+    """Rounds a model's matrices to the blocks of an exported type while it is trained.
+
+    The model always holds the rounded weights, so that training, evaluation and the saved model use the same ones. The
+    optimizer changes the weights before rounding, the masters, by the gradients at the rounded weights: the
+    straight-through estimator (Bengio et al. 2013, arXiv:1308.3432, section 4; with masters as in Courbariaux et al.
+    2015, arXiv:1511.00363, algorithm 1). Rounding twice changes nothing more, so an export of the saved model as the
+    same type holds exactly its weights.
+
+    Args:
+        model: its parameters are changed in place. Biases and layer norms stay as they are.
+        kind: q8_0 or q4_0; None never rounds.
+        start: the share of the run from which on the model is rounded.
+
+    Attributes:
+        masters: the weights before rounding, by their names; empty until the rounding has begun.
+    """
+
+    def __init__(self, model: GPT2LMHeadModel, kind: str | None, start: float) -> None:
+        self._model, self._kind, self._start = model, kind, start
+        self.masters: dict[str, Tensor] = {}
+
+    def reach(self, share: float) -> None:
+        """Begin to round, and say so, if this share of the run is over and it is the start or more."""
+        if self._kind is None or self.masters or share < self._start - 1e-9:
+            return
+        matrices = {name: one for name, one in self._model.named_parameters() if one.ndim > 1}
+        self.masters.update({name: one.detach().clone() for name, one in matrices.items()})
+        self._round()
+        say(f"{share:.0%} of the run is over: from here on, all matrices are rounded to {self._kind}")
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """While the block runs, the model holds the masters; what it changes in them is kept."""
+        own = self._matrices()
+        for one, master in own:
+            one.detach().copy_(master)
+        yield
+        for one, master in own:
+            master.copy_(one.detach())
+        self._round()
+
+    def _matrices(self) -> list[tuple[nn.Parameter, Tensor]]:
+        own = dict(self._model.named_parameters()) if self.masters else {}
+        return [(own[name], master) for name, master in self.masters.items()]
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for (one, master), name in zip(self._matrices(), self.masters, strict=True):
+            one.copy_(rounded(name, master.float(), self._kind or "f32"))

@@ -101,9 +101,9 @@ def _fits(job: Job, accelerator: Accelerator, module: Step, size: int) -> bool:
 
 
 def _try(job: Job, accelerator: Accelerator, module: Step, size: int) -> None:
-    """Compute the gradients of a micro-batch, with room for AdamW's two moments and for DDP's buckets of gradients."""
+    """Compute the gradients of a micro-batch, with room for AdamW's moments, DDP's buckets and masters."""
     module.to(accelerator.device).train()
-    copies = 2 + (accelerator.num_processes > 1)
+    copies = 2 + (accelerator.num_processes > 1) + (job.config.quantize is not None)
     room = [torch.empty_like(one) for one in module.parameters() if one.requires_grad for _ in range(copies)]
     blocks = [index % len(job.data.train) for index in range(size)]
     for _ in range(2):  # the second time, memory also holds all gradients

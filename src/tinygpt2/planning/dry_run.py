@@ -107,9 +107,9 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
     each = step_tokens * job.operations() / rate
     steps = _steps(job, processes, each, rate)
     training, evaluation = steps * each, _evaluation_seconds(job, steps, rate)
-    # checkpoints with weights and AdamW's moments: the newest `keep`, the best, and one that is being written
+    # checkpoints with weights, AdamW's moments and perhaps masters: the newest `keep`, the best, and one being written
     disk, free = (
-        12 * parameters * (config.keep + 2) + 4 * parameters + _cached(job),
+        (16 if config.quantize else 12) * parameters * (config.keep + 2) + 4 * parameters + _cached(job),
         shutil.disk_usage(_existing(Path(config.out))).free,
     )
     if disk > free:

@@ -80,12 +80,13 @@ def step_memory(
 ) -> tuple[int, int]:
     """Estimate the memory of a run in bytes: a fixed part, and a part for each block of the micro-batch.
 
-    The fixed part is for weights, gradients, AdamW's two moments, the teacher and the logits of a chunk. The part for
-    each block is what `saved_bytes` counts, plus the temporary tensors of one layer.
+    The fixed part is for weights, gradients, AdamW's two moments, the masters (--quantize), the teacher and the logits
+    of a chunk. The part for each block is what `saved_bytes` counts, plus the temporary tensors of one layer.
     """
     short = chosen_precision(config.precision) != "fp32"
     shape = None if teacher is None else teacher.config
-    fixed = 16 * count_parameters(student) + _loss_bytes(student.config, shape, weights, config)
+    each_weight = 20 if config.quantize else 16  # bytes
+    fixed = each_weight * count_parameters(student) + _loss_bytes(student.config, shape, weights, config)
     if teacher is not None:
         fixed += sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
         # a run stores them in 16 bits: `cast_linear_layers`

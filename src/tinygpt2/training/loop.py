@@ -19,7 +19,7 @@ from tinygpt2.config.training import SAVE_EVERY
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.mixture import training_order
 from tinygpt2.errors import InterruptedRunError
-from tinygpt2.models.parameters import count_parameters
+from tinygpt2.models.parameters import Rounding, count_parameters
 from tinygpt2.models.saving import save_description
 from tinygpt2.runtime.profiling import profiled
 from tinygpt2.runtime.read_ahead import ReadAhead
@@ -133,14 +133,15 @@ class _Run:
         self.module, optimizer = accelerator.prepare(module, make_optimizer(module, config))
         self._optimizer = unwrapped(optimizer)
         self._parameters = list(self.module.parameters())
+        student = accelerator.unwrap_model(self.module).student
+        self._rounding = Rounding(student, config.quantize, config.quantize_from)
         self._order = training_order(job.data, config.seed)
         self.data = ReadAhead(self._read)
         beside = None
         if accelerator.is_main_process:  # a checkpoint is a model, too
             beside = partial(save_description, job.model, tokenizer=job.data.tokenizer())
-        self.checkpoints = Checkpoints(
-            self.out, accelerator, self.module, self._optimizer, config.keep, config.on_save_error, beside
-        )
+        saved, how = (self.module, self._optimizer, self._rounding.masters), (config.keep, config.on_save_error)
+        self.checkpoints = Checkpoints(self.out, accelerator, *saved, *how, beside)
         self.state = RunState(self._sequences, job.data.content, warmup_steps(self.total, config))
         if config.resume:
             self.state = self.checkpoints.resume(self.state)
@@ -150,9 +151,8 @@ class _Run:
         if self.state.plan is not None:
             self.plan = Plan(**self.state.plan)
         self._said = self.plan
-        positions = accelerator.unwrap_model(self.module).student.transformer.wpe.weight
-        decays = positions.requires_grad and config.weight_decay
-        self._fixed = FixedPositions(positions, job.data.sequence_length) if decays else None
+        with self._rounding.undone():
+            self._fixed = FixedPositions(student.transformer.wpe.weight, job.data.sequence_length)
         self._metrics = MetricsLog(self.out, self.state.step) if accelerator.is_main_process else None
         self._step_tokens = self._sequences * job.data.sequence_length
         self._before: dict[str, float] = {}
@@ -206,6 +206,7 @@ class _Run:
         if self._limit is not None and not self.finished:
             with self._meter.paused():
                 self._plan_by_time(self._limit)
+        self._rounding.reach(self.plan.share(self.state.step))
         progress.expect(self.total)
 
     def _plan_by_time(self, limit: TimeLimit) -> None:
@@ -274,8 +275,8 @@ class _Run:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if may_step(accelerator, state, terms, norm, indices, config):
-            self._optimizer.step()
-            if self._fixed is not None:
+            with self._rounding.undone():
+                self._optimizer.step()
                 self._fixed.restore()
         if accelerator.scaler is not None:
             accelerator.scaler.update()
@@ -284,6 +285,7 @@ class _Run:
         state.step += 1
         state.tokens = state.step * self._step_tokens
         state.loss = terms["loss"] if math.isfinite(terms["loss"]) else None
+        self._rounding.reach(self.plan.share(state.step))
         self._meter.stepped()
         return _Outcome(terms, rate, norm, stop, overdue)
 

@@ -245,6 +245,8 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
             "first overflow for a loss that diverged",
             "add --precision bf16 or fp32, or use DDP",
         )
+    if config.quantize:
+        raise ConfigError("--quantize needs whole matrices, but FSDP and DeepSpeed split them", "use DDP")
     if config.max_minutes:
         raise ConfigError("--max-minutes does not support FSDP or DeepSpeed", "give the length as --max-steps")
     if config.dry_run and not config.validate_only:

@@ -95,6 +95,10 @@ class Plan:
         """Return the place of a step in the schedule."""
         return self.place + (step - self.start) * (self.length - self.place) / (self.steps - self.start)
 
+    def share(self, step: int) -> float:
+        """Return the share of the schedule that is over after `step` steps, from 0 to 1."""
+        return self.at(step) / self.length
+
     def changed(self, step: int, steps: int) -> Plan:
         """Return the plan with another number of steps, from `step` on."""
         return self if steps == self.steps else Plan(steps, self.length, step, self.at(step))

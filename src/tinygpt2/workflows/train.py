@@ -287,6 +287,7 @@ def _card(job: Job, result: TrainResult, state: RunState) -> str:
         "steps, tokens trained on": f"{result.steps:,}, {result.tokens:,}",
         "passes over the training data": f"{result.tokens / (len(data.train) * data.sequence_length):.3g}",
         "learning rate": f"{job.peak_rate():.3g} ({job.config.lr_schedule}, {job.config.optimizer})",
+        **_rounding(job.config),
         "seconds": f"{result.seconds:.0f}",
         **{f"revision of the {role}": revision for role, revision in job.revisions.items()},
     }
@@ -307,6 +308,11 @@ def _card(job: Job, result: TrainResult, state: RunState) -> str:
     measured |= {f"held-out text of {name}": one.perplexity for name, one in (result.eval_by_data or {}).items()}
     metadata = run_metadata(job, measured | (result.tasks or {}))
     return model_card(Path(job.config.out).name, job.how, figures, command, metadata, _held_out(job, state))
+
+
+def _rounding(config: TrainOptions) -> dict[str, str]:
+    when = "after the last step" if config.quantize_from == 1 else f"after {config.quantize_from:.0%} of the steps"
+    return {} if config.quantize is None else {"matrices rounded to": f"{config.quantize} ({when})"}
 
 
 def _held_out(job: Job, state: RunState) -> str:
