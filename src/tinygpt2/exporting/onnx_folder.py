@@ -1,4 +1,4 @@
-"""A GPT-2 as a folder for onnxruntime and transformers.js: the graph, in float32 or int8, and what belongs beside it."""
+"""A GPT-2 as a folder for onnxruntime and transformers.js: the graph, in float32 or int8, and what goes with it."""
 
 from __future__ import annotations
 

@@ -126,7 +126,9 @@ def _block(graph: _Graph, x: str, mask: str, index: int, config: GPT2Config) -> 
     split = graph.numbers(0, 0, heads, width // heads)
     parts = {}
     outputs = [f"{name}.attn.{part}_flat" for part in ("query", "key", "value")]
-    for part, flat in zip(("query", "key", "value"), graph.split(own, graph.numbers(*[width] * 3), outputs), strict=True):
+    for part, flat in zip(
+        ("query", "key", "value"), graph.split(own, graph.numbers(*[width] * 3), outputs), strict=True
+    ):
         by_head = graph.node("Reshape", [flat, split], f"{name}.attn.{part}_heads")
         parts[part] = graph.node("Transpose", [by_head], f"{name}.attn.{part}", perm=[0, 2, 1, 3])
     for part in ("key", "value"):
