@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tinygpt2.config.decoding import GenerateConfig
     from tinygpt2.config.distillation import DistillConfig
     from tinygpt2.config.evaluation import PplConfig
+    from tinygpt2.config.export import ExportConfig
     from tinygpt2.config.models import PresetsConfig
     from tinygpt2.config.training import FinetuneConfig, PretrainConfig
     from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from tinygpt2.evaluation.named_tasks import TaskInfo, TaskList, list_tasks
     from tinygpt2.evaluation.perplexity import ppl
     from tinygpt2.evaluation.results import Paired, PplResult, PplRow
+    from tinygpt2.exporting.checks import ExportChecks
+    from tinygpt2.exporting.export import ExportResult, export
     from tinygpt2.models import reference
     from tinygpt2.models.configuration import Preset, PresetList, presets
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
@@ -61,6 +64,7 @@ _HOME = {
     "config.decoding": ["GenerateConfig"],
     "config.distillation": ["DistillConfig"],
     "config.evaluation": ["PplConfig"],
+    "config.export": ["ExportConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
     "config.workflows": ["PushConfig", "QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
@@ -80,6 +84,8 @@ _HOME = {
     "evaluation.named_tasks": ["TaskInfo", "TaskList", "list_tasks"],
     "evaluation.perplexity": ["ppl"],
     "evaluation.results": ["Paired", "PplResult", "PplRow"],
+    "exporting.checks": ["ExportChecks"],
+    "exporting.export": ["ExportResult", "export"],
     "models": ["reference"],
     "models.configuration": ["Preset", "PresetList", "presets"],
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
@@ -108,6 +114,9 @@ __all__ = [
     "DistillConfig",
     "DivergedError",
     "Evaluation",
+    "ExportChecks",
+    "ExportConfig",
+    "ExportResult",
     "FinetuneConfig",
     "Gain",
     "GenerateConfig",
@@ -153,6 +162,7 @@ __all__ = [
     "VerifyResult",
     "compile_step",
     "distill",
+    "export",
     "finetune",
     "from_map_style",
     "generate",
