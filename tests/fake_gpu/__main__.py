@@ -32,6 +32,9 @@ def results(*, every: bool, faults: bool) -> Iterator[dict[str, Any]]:
         jobs.append((Case(precision=precision, padded=precision != "bf16"), "cached train", None))
         jobs.append((Case("tinygpt2", precision, accumulation=4), "auto-batch-size", None))
     jobs.append((Case(), "cut", None))
+    jobs += [
+        (Case(optimizer=one, precision="bf16", quantize="q4_0"), "quantized train", None) for one in ("adamw", "muon")
+    ]
     jobs += [(CASE, "train", None)] + [(CASE, "train", name) for name in FAULTS] if faults else []
     for case, work, fault in jobs:
         row: dict[str, Any] = {"case": case.name, "work": work, "fault": fault, "padded": case.padded}

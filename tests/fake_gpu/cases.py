@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -49,6 +49,7 @@ class Case:
     optimizer: str = "muon"
     padded: bool = False
     accumulation: int = 1
+    quantize: Literal["q8_0", "q4_0"] | None = None
 
     @property
     def name(self) -> str:
@@ -190,6 +191,7 @@ def bench(case: Case, sizes: Sizes | None = None, *, cached: bool = False, compi
             data="fake", teacher="fake", student="gpt2", out=f"{folder}/run", recipe=case.recipe,
             optimizer=case.optimizer, precision=case.precision, max_steps=STEPS, micro_batch_size=sizes.batch,
             gradient_accumulation_steps=case.accumulation, log_every=1000, learning_rate=1e-3,
+            quantize=case.quantize,
         )  # fmt: skip
         Path(config.out).mkdir()
         data = dataset(sizes, case.padded)
@@ -319,7 +321,7 @@ def find_batch(one: Bench) -> None:
 
 
 WORK: dict[str, Callable[[Bench], None]] = {
-    "train": train, "cached train": train, "perplexity": score, "cut": cut, "auto-batch-size": find_batch
+    "train": train, "cached train": train, "quantized train": train, "perplexity": score, "cut": cut, "auto-batch-size": find_batch
 }  # fmt: skip
 
 
