@@ -18,10 +18,16 @@ if TYPE_CHECKING:
     from tinygpt2.config.decoding import GenerateConfig
     from tinygpt2.config.distillation import DistillConfig
     from tinygpt2.config.evaluation import PplConfig
-    from tinygpt2.config.export import ExportConfig
     from tinygpt2.config.models import PresetsConfig
     from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-    from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
+    from tinygpt2.config.workflows import (
+        ExportConfig,
+        PushConfig,
+        QuickstartConfig,
+        RunsConfig,
+        ShowConfig,
+        VerifyConfig,
+    )
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
@@ -64,10 +70,9 @@ _HOME = {
     "config.decoding": ["GenerateConfig"],
     "config.distillation": ["DistillConfig"],
     "config.evaluation": ["PplConfig"],
-    "config.export": ["ExportConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
-    "config.workflows": ["PushConfig", "QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
+    "config.workflows": ["ExportConfig", "PushConfig", "QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],

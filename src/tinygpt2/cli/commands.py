@@ -17,10 +17,9 @@ from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
 from tinygpt2.config.decoding import GenerateConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
-from tinygpt2.config.export import ExportConfig
 from tinygpt2.config.models import PresetsConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
+from tinygpt2.config.workflows import ExportConfig, PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
 from tinygpt2.runtime.processes import rank
 from tinygpt2.utils import progress
 from tinygpt2.utils.terminal import printable

@@ -16,9 +16,8 @@ from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
 from tinygpt2.config.decoding import GenerateConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
-from tinygpt2.config.export import ExportConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
-from tinygpt2.config.workflows import VerifyConfig
+from tinygpt2.config.workflows import ExportConfig, VerifyConfig
 from tinygpt2.errors import DataError, ModelError
 
 

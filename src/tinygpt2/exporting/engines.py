@@ -23,7 +23,7 @@ from tinygpt2.runtime.cpu import usable_cores
 
 
 class Engine(Protocol):
-    """Runs one model. `name` is what the table calls it; `engine` is whether it is the format's own."""
+    """Runs one model. `name` is what the table calls it; `own` is whether it is the format's own engine."""
 
     name: str
     own: bool
@@ -180,18 +180,11 @@ class LlamaEngine:
 
     def greedy(self, ids: list[int], count: int) -> tuple[list[int], float]:
         """Return the likeliest next tokens, and the tokens per second that llama.cpp reports."""
-        answer = self.ask(
-            "/completion",
-            {
-                "prompt": ids,
-                "n_predict": count,
-                "temperature": 0,
-                "ignore_eos": False,
-                "return_tokens": True,
-                "cache_prompt": False,
-            },
-        )
-        return [int(one) for one in answer["tokens"]], float(answer["timings"]["predicted_per_second"])
+        wanted = {"prompt": ids, "n_predict": count, "temperature": 0, "return_tokens": True, "cache_prompt": False}
+        answer = timed = self.ask("/completion", wanted)
+        if len(answer["tokens"]) < count:  # a text that ends early is too short to be timed
+            timed = self.ask("/completion", {**wanted, "ignore_eos": True})
+        return [int(one) for one in answer["tokens"]], float(timed["timings"]["predicted_per_second"])
 
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of a text in which special tokens are text."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.config.export import ExportConfig, Format, NumberType
+from tinygpt2.config.workflows import ExportConfig, Format, NumberType
 from tinygpt2.errors import ModelError, explained
 from tinygpt2.exporting.checks import ExportChecks, check_text, run_checks
 from tinygpt2.exporting.engines import Engine, LlamaEngine, OnnxEngine, TorchEngine, llama_available
@@ -113,9 +113,10 @@ def _write_safetensors(source: ExportSource, kind: NumberType, path: Path) -> GP
     weights = {name: weight.detach().to(dtype) for name, weight in source.model.named_parameters()}
     if large := [name for name, weight in weights.items() if not bool(weight.isfinite().all())]:
         raise ModelError(f"{large[0]} holds weights that are too large for {kind}", "use --type bf16 or f32")
-    before, source.model.config.dtype = source.model.config.dtype, dtype
+    before = source.model.config.dtype
     try:
         source.model.save_pretrained(str(path), state_dict=weights)
+        source.model.config.dtype = dtype  # save_pretrained writes that of the model in memory
         save_description(source.model, path, source.tokenizer)
     finally:
         source.model.config.dtype = before

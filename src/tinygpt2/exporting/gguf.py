@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinygpt2.config.export import NumberType
+from tinygpt2.config.workflows import NumberType
 from tinygpt2.errors import ModelError, one_line
 from tinygpt2.exporting.gguf_vocabulary import gguf_vocabulary
 from tinygpt2.exporting.source import TANH_GELU, ExportSource

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from tinygpt2.config.export import NumberType
+from tinygpt2.config.workflows import NumberType
 from tinygpt2.errors import ModelError, one_line
 from tinygpt2.exporting.onnx_graph import onnx_model
 from tinygpt2.exporting.outputs import ONNX_FILES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from tinygpt2.config.export import PACKAGES, ExportConfig, Format
+from tinygpt2.config.workflows import PACKAGES, ExportConfig, Format
 from tinygpt2.errors import ConfigError
 from tinygpt2.utils.files import require_free
 

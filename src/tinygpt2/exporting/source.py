@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.config.export import ExportConfig
+from tinygpt2.config.workflows import ExportConfig
 from tinygpt2.errors import ModelError, listed
 from tinygpt2.models.card import HubMetadata
 from tinygpt2.models.compatibility import first_token, require_tokenizer
@@ -76,6 +76,8 @@ def _metadata(config: ExportConfig, directory: Path) -> HubMetadata:
 def _card_data(directory: Path) -> dict[str, Any]:
     """Return the metadata of a model's card; nothing if there is no card, or none that can be read."""
     try:
+        if not (directory / "README.md").read_text(encoding="utf-8").startswith("---"):
+            return {}
         return dict(ModelCard.load(directory / "README.md").data.to_dict())
     except Exception:  # a card that another program wrote may break any rule
         return {}
