@@ -39,10 +39,10 @@ def check_early(config: Config) -> None:
     elif isinstance(config, PplConfig) and not config.list_tasks:
         _check_tasks(config.task, config.task_data)
         for name in config.model:
-            _local_model(config, name)
+            _local_causal_lm(config, name)
     elif isinstance(config, GenerateConfig):
         for name in config.model:
-            _local_model(config, name)
+            _local_causal_lm(config, name)
         if config.prompt_file is not None:
             _read_text(config.prompt_file)
     elif isinstance(config, VerifyConfig):
@@ -60,7 +60,7 @@ def _check_training(config: TrainOptions) -> None:
         _local_model(config, config.model or "")
     elif isinstance(config, DistillConfig):
         if config.teacher is not None and (config.needs_teacher or config.plan):
-            _local_model(config, config.teacher, "teacher")
+            _local_causal_lm(config, config.teacher, "teacher")
         if config.student is not None:
             _check_student(config, config.student)
 
@@ -164,3 +164,16 @@ def _local_model(config: Any, name: str, role: str = "model") -> dict[str, Any] 
     if not weight_files(directory, allow_pickle=config.allow_pickle):
         raise no_weights(name, directory, role)
     return settings
+
+
+def _local_causal_lm(config: Any, name: str, role: str = "model") -> None:
+    """Check a model's directory, whose architecture may be any that `transformers` has."""
+    from tinygpt2.models.configuration import is_gpt2
+    from tinygpt2.models.directory import no_weights, read_config_json, weight_files
+    from tinygpt2.utils.hub import local_path
+
+    directory = local_path(name, role)
+    if directory is None or is_gpt2(read_config_json(directory, role)):
+        _local_model(config, name, role)
+    elif not weight_files(directory, allow_pickle=config.allow_pickle):
+        raise no_weights(name, directory, role)

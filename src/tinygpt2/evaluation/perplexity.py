@@ -26,9 +26,11 @@ from tinygpt2.evaluation.scoring import Scorer, Scores
 from tinygpt2.evaluation.stopwords import STOP_WORDS
 from tinygpt2.evaluation.tasks import Task, load_tasks
 from tinygpt2.models.activations import attention_kernel
+from tinygpt2.models.compatibility import text_sizes
 from tinygpt2.models.lm_head import scoring_chunk
-from tinygpt2.models.loading import load_model, model_tokenizer
+from tinygpt2.models.loading import load_causal_lm, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
+from tinygpt2.models.teachers.vocabularies import start_token
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, computes_on_device, current_device, on_cuda
 from tinygpt2.runtime.launch import check_number, launch
@@ -129,11 +131,14 @@ def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> 
     rows, done = [], {}
     with _Stages(names, tasks, tokenized_tasks) as stages:
         for name in names:
-            model, directory = load_model(name, allow_pickle=config.allow_pickle)
+            model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle)
             parameters = count_parameters(model)
             scorer = Scorer(model, config.precision, device)
+            own = model_tokenizer(directory)
+            if own is not None and config.convention in ("hf", "tinygpt2"):  # the others put a token before the text
+                scorer.begin_with(start_token(own))
             for task in tasks:
-                tokenizer = ModelTokenizer(name, model.config, model_tokenizer(directory))
+                tokenizer = ModelTokenizer(name, text_sizes(model), own)
                 with stages.next(name, task.name) as advance:
                     row, done[name, task.name] = _measure(
                         scorer, tokenizer, task, tokenized_tasks[name, task.name], config, parameters, advance
@@ -190,8 +195,8 @@ def _tokenize_all(
     """
     tokenized_tasks: dict[tuple[str, str], TokenizedTask] = {}
     for name in follow(names, "tokenize the tasks", "models", announce=False):
-        model, directory = load_model(name, allow_pickle=config.allow_pickle, hollow=True)
-        tokenizer = ModelTokenizer(name, model.config, model_tokenizer(directory))
+        model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle, hollow=True)
+        tokenizer = ModelTokenizer(name, text_sizes(model), model_tokenizer(directory))
         fitting = tokenize_fitting_tasks(tasks, tokenizer, config.convention, config.stride)
         tokenized_tasks |= {(name, task): tokenized for task, tokenized in fitting.items()}
     kept = [task for task in tasks if all((name, task.name) in tokenized_tasks for name in names)]
@@ -212,12 +217,12 @@ def _measure(
     advance: Callable[[int, str], None],
 ) -> tuple[PplRow, Scores]:
     window = max(span.stop - span.start for span in tokenized.spans)
-    budget = config.batch_size * window if config.batch_size else _budget(scorer.head.device.type)
+    budget = config.batch_size * window if config.batch_size else _budget(scorer.head.matrix.device.type)
     last_words = bool(task.passages) and config.convention != "tinygpt2"
     ruled_out = (
-        _stop_words(model.tokenizer, scorer.model.config.vocab_size).to(scorer.head.device) if last_words else None
+        _stop_words(model.tokenizer, scorer.model.vocabulary).to(scorer.head.matrix.device) if last_words else None
     )
-    chunk = scoring_chunk(len(scorer.head), scorer.head.device.type)
+    chunk = scoring_chunk(scorer.head.size, scorer.head.matrix.device.type)
     detail(f"{task.name}: up to {budget:,} tokens in a forward pass, logits of {chunk:,} tokens at a time")
     started = time.perf_counter()
     try:

@@ -16,10 +16,12 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from tinygpt2.config.common import Precision
-from tinygpt2.models.lm_head import head_operand, target_losses
+from tinygpt2.models.teachers.loading import as_teacher
+from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
+from tinygpt2.models.teachers.vocabularies import Reading
 from tinygpt2.runtime.devices import DTYPES, current_device, float64_device
 
 
@@ -103,16 +105,21 @@ class Scorer:
     """A model that is ready to score: on its device, in its precision, in evaluation mode.
 
     Args:
-        model: a model with float32 weights, which are converted in place. With a 16-bit type a second copy of the
-            output matrix is kept, without its mean row: see `head_operand`.
+        model: a model of any architecture with float32 weights, which are converted in place. With a 16-bit type a
+            second copy of the output matrix is kept, without its mean row: see `head_operand`.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, precision: Precision, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel | Teacher, precision: Precision, device: torch.device) -> None:
         dtype = DTYPES[precision]
-        model.to(device).eval()
+        self.model = as_teacher(model).to(device).eval()
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            self.head = head_operand(model.lm_head.weight)
-        self.model = model.to(dtype)
+            self.head = self.model.head()
+        self.model.to(dtype)
+
+    def begin_with(self, start: int | None) -> None:
+        """Put a token before each window, if the model is not a GPT-2: those of GPT-2 begin without one."""
+        if not isinstance(self.model, GPT2Teacher):
+            self.model.read_as(Reading(start=start))
 
     def __call__(
         self,
@@ -139,8 +146,8 @@ class Scorer:
         total, targets, done = 0.0, 0, 0
         for batch in list(_batches(spans, budget))[state.process_index :: state.num_processes]:
             part = [spans[index] for index in batch]
-            input_ids, wanted = _padded(tokens, part, self.head.device)
-            losses, hits = target_losses(self.model, self.head, input_ids, wanted, ruled_out)
+            input_ids, wanted = _padded(tokens, part, self.head.matrix.device)
+            losses, hits = self.model.losses(self.head, input_ids, wanted, ruled_out)
             owner = torch.repeat_interleave(torch.tensor([span.targets for span in part])).to(losses.device)
             exact = losses.to(float64_device(losses.device)).double()
             sums = torch.zeros(len(part), dtype=torch.float64, device=exact.device)

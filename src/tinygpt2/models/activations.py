@@ -37,6 +37,16 @@ class Activations:
     attention: dict[int, Float[Tensor, "B T 3*D"]] = field(default_factory=dict)
     scale: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def length(self) -> int | None:
+        """The number of positions, T; None if there are no values."""
+        return next((values.shape[1] for values in (*self.states.values(), *self.attention.values())), None)
+
+    def cut(self, length: int) -> Activations:
+        """Return the values of the first positions."""
+        states = {number: state[:, :length] for number, state in self.states.items()}
+        return Activations(states, {n: fused[:, :length] for n, fused in self.attention.items()}, self.scale)
+
 
 def collect_activations(
     model: GPT2LMHeadModel,

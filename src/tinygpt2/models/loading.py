@@ -1,4 +1,4 @@
-"""Load GPT-2 models, or make them with random weights. They are always plain `transformers` models."""
+"""Load models, or make them with random weights. They are always plain `transformers` models, and most are GPT-2s."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinygpt2.data.tokenizer import has_tokenizer, load_tokenizer
 from tinygpt2.errors import ModelError, listed, one_line
-from tinygpt2.models.configuration import make_model_config
+from tinygpt2.models.configuration import is_gpt2, make_model_config
 from tinygpt2.models.directory import no_weights, read_config_json, weight_files
 from tinygpt2.models.weights import RUN_PREFIX, stored_tensors, unused_tensors
 from tinygpt2.utils.files import read_json
@@ -84,6 +84,59 @@ def load_model(
     return _fast(model).eval(), directory
 
 
+def load_causal_lm(
+    name: str, role: str = "model", *, allow_pickle: bool = False, hollow: bool = False
+) -> tuple[PreTrainedModel, Path]:
+    """Load a causal language model of any architecture that `transformers` has; a GPT-2 is loaded by `load_model`.
+
+    Code that a model brings with it is never run. The arguments and the results are those of `load_model`.
+
+    Raises:
+        ModelError: also if `transformers` has no such architecture, or it is no causal language model.
+    """
+    directory = local_directory(name, role, allow_pickle=allow_pickle, weights=not hollow)
+    settings = read_config_json(directory, role)
+    if is_gpt2(settings):
+        return load_model(name, role, allow_pickle=allow_pickle, hollow=hollow)
+    where = f"{role} {directory}"
+    if settings.get("quantization_config"):
+        raise ModelError(f"{where}: the model is quantized (quantization_config), which is not supported")
+    kind = settings.get("model_type")
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        with torch.device("meta"):
+            shapes: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # an unknown type, values that make no model, or code that is not run
+        raise ModelError(
+            f"cannot load {where}: transformers opens no causal language model of type {kind!r}: "
+            f"{one_line(error, 200)}",
+            "code that a model brings with it is never run",
+        ) from error
+    if hollow:
+        return shapes.eval(), directory
+    if not weight_files(directory, allow_pickle=allow_pickle):
+        raise no_weights(name, directory, role)
+    unset_hf_deepspeed_config()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            config=config,
+            dtype=torch.float32,
+            # torch's attention knows no soft cap of the scores: it would leave the cap out
+            attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else None,
+            output_loading_info=True,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # broken weights can make the library raise any exception
+        raise ModelError(f"cannot load {where}: {one_line(error, 300)}") from error
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise ModelError(f"cannot load {where}: missing weights: {listed(missing)}")
+    _check_finite(model, where)
+    loaded: PreTrainedModel = model
+    return loaded.eval(), directory
+
+
 def _from_files(directory: Path, config: GPT2Config, where: str, *, allow_pickle: bool) -> GPT2LMHeadModel:
     unset_hf_deepspeed_config()  # with ZeRO-3, each process would otherwise load only its shard of the weights
     try:
@@ -104,7 +157,7 @@ def _from_files(directory: Path, config: GPT2Config, where: str, *, allow_pickle
     return loaded
 
 
-def _check_finite(model: GPT2LMHeadModel, where: str) -> None:
+def _check_finite(model: nn.Module, where: str) -> None:
     bad = [
         name
         for name, tensor in model.named_parameters()

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from tinygpt2.config.distillation import PredictionLoss
-from tinygpt2.models.lm_head import default_chunk, head_operand, rows_at_once, wide
+from tinygpt2.models.lm_head import Head, default_chunk, head_operand, rows_at_once, wide
 from tinygpt2.objectives.compilation import compiled_or_eager, compiles_losses
 
 IGNORED = -100  # stands for "no target", such as at the last position of every block
@@ -132,7 +132,7 @@ def prediction_loss(
     hidden: Float[Tensor, "N D"],
     head: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
-    teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "W Dt"]] | None,
+    teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "W Dt"] | Head] | None,
     objective: PredictionObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return the weighted sum of the prediction loss and the next-token cross-entropy, and both terms unweighted.
@@ -140,13 +140,14 @@ def prediction_loss(
     Args:
         hidden, head: the student's final hidden states and output matrix.
         targets: next tokens; `IGNORED` at positions without one.
-        teacher: the teacher's final hidden states, and its output matrix as `head_operand` returns it; None if only
-            the cross-entropy is computed.
+        teacher: the teacher's final hidden states, and its head, or its output matrix as `head_operand` returns it;
+            None if only the cross-entropy is computed.
         objective: weights, loss, temperature and chunk.
 
     Returns:
         The total, which has gradients, and the unweighted terms with a weight above 0: `prediction` is the mean over
-        all N tokens, times the temperature squared; `ce` is the mean over the targets.
+        all N tokens, times the temperature squared; `ce` is the mean over the targets. If the head leaves out tokens,
+        `teacher/left_out` is their mean probability.
 
     Raises:
         ValueError: the prediction loss has a weight above 0, but there is no teacher.
@@ -154,7 +155,9 @@ def prediction_loss(
     if teacher is None and objective.prediction_weight:
         raise ValueError("a prediction weight above 0 needs a teacher")
     teacher_hidden, teacher_head = teacher if teacher is not None else (None, None)
-    total, prediction, ce = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+    if isinstance(teacher_head, Tensor):
+        teacher_head = Head(teacher_head, len(head))
+    total, prediction, ce, left_out = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head, targets, teacher_hidden, teacher_head, objective
     )
     terms = {}
@@ -162,6 +165,8 @@ def prediction_loss(
         terms["prediction"] = prediction
     if objective.ce_weight:
         terms["ce"] = ce
+    if objective.prediction_weight and teacher_head is not None and teacher_head.others is not None:
+        terms["teacher/left_out"] = left_out
     return total, terms
 
 
@@ -175,9 +180,9 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Tensor,
         targets: Tensor,
         teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
+        teacher_head: Head | None,
         objective: PredictionObjective,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         device, count, vocabulary = hidden.device.type, len(hidden), len(head)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         matrix = head_operand(head)
@@ -185,11 +190,11 @@ class _ChunkedLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(matrix, dtype=wide(head)) if needs_head else None
         states, teacher = hidden.to(matrix.dtype), None
         if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
-            teacher = (teacher_hidden.to(teacher_head.dtype), teacher_head)
+            teacher = (teacher_hidden.to(teacher_head.matrix.dtype), teacher_head)
         # Numbers of the host become tensors by filling, because a copy would wait for a GPU.
         counts = torch.stack([torch.full((), count, device=hidden.device), (targets != IGNORED).sum()])
         means = 1 / counts.clamp(min=1).to(wide(hidden))
-        values = torch.zeros_like(means)
+        values, left_out = torch.zeros_like(means), torch.zeros_like(means[0])
         factor = objective.prediction_weight * objective.temperature
         factors = None if factor == 1 else torch.full_like(means[0], factor), objective.ce_weight * means[1] * count
         turns = max(1, math.ceil(count / (objective.chunk or default_chunk(vocabulary, device))))
@@ -198,7 +203,10 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)
                 logits = states[part] @ matrix.mT
-                soft = None if teacher is None else teacher[0][part] @ teacher[1].mT
+                soft = None
+                if teacher is not None:
+                    soft = teacher[1].logits(teacher[0][part])
+                    left_out += teacher[1].left_out(teacher[0][part], soft)
                 wanted = targets[part] if objective.ce_weight else None
                 found, gradient = _differentiate(logits, soft, wanted, objective, factors, vocabulary)
                 values += found
@@ -211,8 +219,9 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.factor = 1 / max(1, count)
         ctx.rows, ctx.dtype = vocabulary, head.dtype
         ctx.save_for_backward(hidden_grad, head_grad)
-        ctx.mark_non_differentiable(prediction, ce)
-        return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce
+        left_out = left_out * means[0]
+        ctx.mark_non_differentiable(prediction, ce, left_out)
+        return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce, left_out
 
     @staticmethod
     @once_differentiable
