@@ -234,7 +234,8 @@ def _mean_loss(model: PreTrainedModel, batches: Batches, stage: ProgressStage) -
 
 def _part(weights: Weights, name: str, width: int) -> Part:
     """Return weight and bias of a norm or a linear layer. A norm may lack both, a linear layer its bias."""
-    weight = weights.get(f"{name}.weight", torch.ones(width)).T
+    weight = weights.get(f"{name}.weight", torch.ones(width))
+    weight = weight.T if weight.dim() == 2 else weight
     return weight, weights.get(f"{name}.bias", torch.zeros(weight.shape[-1]))
 
 
