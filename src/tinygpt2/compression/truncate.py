@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
+from tinygpt2.compression.conversion import Conversion, load_teacher, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
 from tinygpt2.compression.importance import (
     DepthImportance,
@@ -31,7 +32,7 @@ from tinygpt2.errors import DataError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.card import HubMetadata, model_card
 from tinygpt2.models.compatibility import check_fits
-from tinygpt2.models.loading import load_model, model_tokenizer
+from tinygpt2.models.loading import model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import fast_products
@@ -66,6 +67,7 @@ class TruncateStudentResult:
         layers: the teacher's blocks that were kept, counted from 0.
         importance: the measurements of --strategy importance; None for other strategies.
         perplexity: None without --data, or if the test split of --data is empty.
+        conversion: how a teacher of another architecture became a GPT-2 before the cut; None for a GPT-2.
     """
 
     model: str
@@ -74,6 +76,7 @@ class TruncateStudentResult:
     teacher_parameters: int
     importance: DepthImportance | None = None
     perplexity: CutPerplexity | None = None
+    conversion: Conversion | None = None
 
 
 @computes_on_device
@@ -85,11 +88,12 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     Raises:
         ConfigError: chosen parts do not exist or do not fit together, or the output directory is not empty.
         DataError: the calibration data is missing or empty, or was made with another tokenizer.
-        ModelError: the teacher cannot be loaded, or is not a plain GPT-2.
+        ModelError: the teacher cannot be loaded, or GPT-2 does not have its parts.
     """
     out = Path(config.out)
     require_free(out, OTHER_OUT)
-    teacher, directory = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle)
+    loaded = load_teacher(config.teacher, allow_pickle=config.allow_pickle)
+    teacher, directory = loaded.model, loaded.directory
     require_cuttable(teacher, config.teacher)
     tokenizer = model_tokenizer(directory)
     check_sizes(config, teacher.config)  # before anything is measured
@@ -98,6 +102,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     if config.data is not None:
         data = load_packed_dataset(config.data)
         check_fits(data, teacher.config, tokenizer and fingerprint(tokenizer), f"teacher {config.teacher}")
+    conversion = measured(loaded, config.teacher, data, config.calibration_sequences, positions[0])
     batches: Batches = []
     if data is not None and config.measures:
         if not len(data.train):
@@ -111,9 +116,18 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         device = current_device()
         short = [ids[:, : positions[0]] for ids in batches]
         refit(student.to(device), teacher.to(device), kept.layers, kept.dimensions.to(device), short)
-    perplexity = None if data is None else _perplexity(student, teacher, data, config.calibration_sequences)
+    perplexity = None
+    if data is not None:
+        before = None if conversion is None else conversion.original_loss
+        perplexity = _perplexity(student, teacher, data, config.calibration_sequences, before)
     result = TruncateStudentResult(
-        str(out.resolve()), kept.layers, count_parameters(student), count_parameters(teacher), importance, perplexity
+        str(out.resolve()),
+        kept.layers,
+        count_parameters(student),
+        loaded.parameters,
+        importance,
+        perplexity,
+        conversion,
     )
     commit = hub_revision(directory)
     pinned = {} if commit is None else {"teacher": at_commit(config.teacher, commit)}
@@ -156,23 +170,30 @@ def _top(scores: Float[Tensor, " N"], count: int) -> Int[Tensor, " n"]:
 
 
 def _perplexity(
-    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, data: PackedDataset, count: int
+    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, data: PackedDataset, count: int, before: float | None
 ) -> CutPerplexity | None:
-    """Measure both models on blocks of the test split, shortened to the student's positions."""
+    """Measure both models on blocks of the test split, shortened to the student's positions.
+
+    Args:
+        before: the teacher's loss on these blocks if it is known.
+    """
     if not len(data.test):
         return None
     device = current_device()
     batches = [ids[:, : student.config.n_positions] for ids in calibration_batches(data.test, count, device)]
-    student, teacher = student.to(device), teacher.to(device)
-    with track("measure student and teacher", 2 * tokens_of(batches), "tokens") as stage:
-        after, before = (perplexity_of(mean_loss(model, batches, stage)) for model in (student, teacher))
-    return CutPerplexity(after, before, sum(len(ids) for ids in batches))
+    models = [model.to(device) for model in ([student, teacher] if before is None else [student])]
+    with track("measure student and teacher", len(models) * tokens_of(batches), "tokens") as stage:
+        losses = [mean_loss(model, batches, stage) for model in models]
+    after, before = losses[0], losses[-1] if before is None else before
+    return CutPerplexity(perplexity_of(after), perplexity_of(before), sum(len(ids) for ids in batches))
 
 
 def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult, commit: str | None) -> str:
     figures = {"parameters": f"{result.parameters:,}", "teacher's parameters": f"{result.teacher_parameters:,}"}
     if commit is not None:
         figures["revision of the teacher"] = commit
+    if result.conversion is not None:
+        figures["made a GPT-2 from"] = result.conversion.described()
     figures |= dict(_reasons(config, kept, result))
     if (perplexity := result.perplexity) is not None:
         figures["perplexity before any training"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"

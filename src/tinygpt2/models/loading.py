@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -77,11 +77,13 @@ def load_model(
         say(f"{where} is a checkpoint of a training run, from step {_step(directory / RUN_STATE)}")
     elif unused:
         say(f"{where}: its files hold tensors that GPT-2 does not use: {listed(unused)}")
-    model = _from_files(directory, config, where, allow_pickle=allow_pickle)
-    _check_finite(model, where)
+    model, _ = load_weights(
+        GPT2LMHeadModel, directory, where, allow_pickle=allow_pickle, config=config, attn_implementation="sdpa",
+        key_mapping={f"^{RUN_PREFIX}": ""},
+    )  # fmt: skip
     # two different matrices in the files are not tied, whatever config.json says
     model.config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
-    return _fast(model).eval(), directory
+    return _fast(model), directory
 
 
 def load_causal_lm(
@@ -116,48 +118,53 @@ def load_causal_lm(
         return shapes.eval(), directory
     if not weight_files(directory, allow_pickle=allow_pickle):
         raise no_weights(name, directory, role)
-    unset_hf_deepspeed_config()
+    model, _ = load_weights(
+        AutoModelForCausalLM,
+        directory,
+        where,
+        allow_pickle=allow_pickle,
+        config=config,
+        # torch's attention knows no soft cap of the scores: it would leave the cap out
+        attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else None,
+        trust_remote_code=False,
+    )
+    return model, directory
+
+
+def load_weights(
+    kind: type[Any], directory: Path, where: str, *, allow_pickle: bool, **options: Any
+) -> tuple[Any, list[str]]:
+    """Load a model of any architecture with `transformers`: float32 weights, in evaluation mode.
+
+    Args:
+        kind: the model's class, or transformers' class that chooses one.
+        where: what error messages call the model.
+        options: more arguments of `from_pretrained`.
+
+    Returns:
+        The model, and the names of the stored tensors that it does not use.
+
+    Raises:
+        ModelError: the library cannot load it, or weights are missing, NaN or infinite.
+    """
+    unset_hf_deepspeed_config()  # with ZeRO-3, each process would otherwise load only its shard of the weights
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             str(directory),
-            config=config,
             dtype=torch.float32,
-            # torch's attention knows no soft cap of the scores: it would leave the cap out
-            attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else None,
             output_loading_info=True,
             use_safetensors=None if allow_pickle else True,
-            trust_remote_code=False,
+            **options,
         )
     except Exception as error:  # broken weights can make the library raise any exception
         raise ModelError(f"cannot load {where}: {one_line(error, 300)}") from error
     if missing := sorted(map(str, info["missing_keys"])):
         raise ModelError(f"cannot load {where}: missing weights: {listed(missing)}")
     _check_finite(model, where)
-    loaded: PreTrainedModel = model
-    return loaded.eval(), directory
+    return model.eval(), sorted(map(str, info["unexpected_keys"]))
 
 
-def _from_files(directory: Path, config: GPT2Config, where: str, *, allow_pickle: bool) -> GPT2LMHeadModel:
-    unset_hf_deepspeed_config()  # with ZeRO-3, each process would otherwise load only its shard of the weights
-    try:
-        model, info = GPT2LMHeadModel.from_pretrained(
-            str(directory),
-            config=config,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            use_safetensors=None if allow_pickle else True,
-            key_mapping={f"^{RUN_PREFIX}": ""},
-        )
-    except Exception as error:  # broken weights can make the library raise any exception
-        raise ModelError(f"cannot load {where}: {one_line(error, 300)}") from error
-    if missing := sorted(map(str, info["missing_keys"])):
-        raise ModelError(f"cannot load {where}: missing weights: {listed(missing)}")
-    loaded: GPT2LMHeadModel = model
-    return loaded
-
-
-def _check_finite(model: nn.Module, where: str) -> None:
+def _check_finite(model: PreTrainedModel, where: str) -> None:
     bad = [
         name
         for name, tensor in model.named_parameters()
