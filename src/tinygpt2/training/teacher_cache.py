@@ -157,7 +157,7 @@ def cache_name(teacher: Teacher | PreTrainedModel, data: PackedDataset, precisio
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         values: Array = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        digest.update(memoryview(values))
+        digest.update(values.data)
     return digest.hexdigest()[:16]
 
 

@@ -56,12 +56,12 @@ def teacher_reading(
         return _reading([token if token < size else -1 for token in range(student)], size, None)
     text, special = _pieces(own)
     ours, added = _pieces(tokenizer)
-    rows, missing = [-1] * student, []
+    rows, missing, made = [-1] * student, [], _made(tokenizer)
     for piece, token in ours.items():
         if token >= student:
             continue
         rows[token] = text.get(piece, special.get(piece, -1))
-        if rows[token] < 0 or rows[token] >= size:
+        if not 0 <= rows[token] < size and piece in made:
             missing.append(piece)
     for piece, token in added.items():
         if token < student:
@@ -116,7 +116,7 @@ def _bytes(piece: str, *, byte_level: bool) -> bytes:
 
 
 def _made(tokenizer: Tokenizer) -> set[bytes]:
-    """Return the pieces that texts can have: those that merges make, or all if there are no merges.
+    """Return the pieces that texts can have: single bytes and those that merges make, or all if there are no merges.
 
     A vocabulary may hold others, such as OPT's madeupword0000.
     """
@@ -125,7 +125,8 @@ def _made(tokenizer: Tokenizer) -> set[bytes]:
     if model.get("merges") is None:
         return set(_pieces(tokenizer)[0])
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    return {_bytes("".join(pair), byte_level=byte_level) for pair in pairs}
+    merged = {_bytes("".join(pair), byte_level=byte_level) for pair in pairs}
+    return merged | {piece for piece in _pieces(tokenizer)[0] if len(piece) == 1}
 
 
 def start_token(tokenizer: Tokenizer) -> int | None:
