@@ -225,7 +225,7 @@ def _mean_loss(model: PreTrainedModel, batches: Batches, stage: ProgressStage) -
     for ids in batches:
         states = model.base_model(ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
         targets = ids[:, 1:].flatten().long()
-        for part, wanted in zip(states.split(chunk), targets.split(chunk), strict=True):
+        for part, wanted in zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True):
             total += float(F.cross_entropy(head(part), wanted, reduction="none").double().sum())
         count += len(targets)
         stage.advance(ids.numel())
@@ -262,9 +262,9 @@ def _gpt_bigcode_attention(weights: Weights, layer: str, config: GPT2Config) -> 
     width, heads = config.n_embd, config.n_head
     parts = _part(weights, f"{layer}.attn.c_attn", width)
     if parts[0].shape[-1] == 3 * width:
-        weight, bias = (x.unflatten(-1, (heads, 3, -1)).transpose(-3, -2).flatten(-3) for x in parts)
+        weight, bias = (x.reshape(*x.shape[:-1], heads, 3, -1).transpose(-3, -2).flatten(-3) for x in parts)
     else:
-        shared = [x[..., width:].unflatten(-1, (2, 1, -1)) for x in parts]
+        shared = [x[..., width:].reshape(*x.shape[:-1], 2, 1, -1) for x in parts]
         copies = [x.expand(*x.shape[:-2], heads, -1).flatten(-3) for x in shared]
         weight, bias = (torch.cat([x[..., :width], both], -1) for x, both in zip(parts, copies, strict=True))
     return weight, bias
