@@ -69,7 +69,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(data: Path, tmp_pat
     assert again.go_on(0.0, math.inf)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
-    assert again.curve == whole.curve
+    assert again.curve == whole.curve[1:]  # the five steps by hand measured nothing
     assert started(data, tmp_path / "parts.pt").go_on(0.0, -math.inf)  # there is nothing left to do
 
 

@@ -262,9 +262,9 @@ def _gpt_bigcode_attention(weights: Weights, layer: str, config: GPT2Config) -> 
     width, heads = config.n_embd, config.n_head
     parts = _part(weights, f"{layer}.attn.c_attn", width)
     if parts[0].shape[-1] == 3 * width:
-        weight, bias = (torch.unflatten(x, -1, (heads, 3, -1)).transpose(-3, -2).flatten(-3) for x in parts)
+        weight, bias = (x.reshape(*x.shape[:-1], heads, 3, -1).transpose(-3, -2).flatten(-3) for x in parts)
     else:
-        shared = [torch.unflatten(x[..., width:], -1, (2, 1, -1)) for x in parts]
+        shared = [x[..., width:].reshape(*x.shape[:-1], 2, 1, -1) for x in parts]
         copies = [x.expand(*x.shape[:-2], heads, -1).flatten(-3) for x in shared]
         weight, bias = (torch.cat([x[..., :width], both], -1) for x, both in zip(parts, copies, strict=True))
     return weight, bias
