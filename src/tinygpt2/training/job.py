@@ -291,7 +291,8 @@ def distillation_job(
     else:
         student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
     if teacher is not None and source is not None:
-        read_as_student(teacher, data, student.config, model_tokenizer(source), (config.teacher, config.student))
+        loss, names = config.prediction_loss if config.prediction_weight else None, (config.teacher, config.student)
+        read_as_student(teacher, data, student.config, model_tokenizer(source), names, loss)
     check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")
     how = (
         f"A GPT-2 distilled from {_named(config, teacher)} with the recipe {config.recipe} on "

@@ -64,6 +64,7 @@ class CausalTeacher(Teacher):
             found.states[last] = output.last_hidden_state
         return found
 
+    @torch.no_grad()
     def _probe(self) -> None:
         """Check on a few tokens that the head makes the model's own logits, and that no token sees those after it."""
         kind, size = self.shape.kind, self.shape.vocabulary
@@ -74,9 +75,7 @@ class CausalTeacher(Teacher):
             last = self._run(ids, [self.shape.layers]).states[self.shape.layers]
             other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % size], 1)
             changed = self._run(other, [self.shape.layers]).states[self.shape.layers]
-            with torch.no_grad():
-                logits = self._unmapped_head().logits(last[0])[:, :size]
-            same = _close(logits, own.logits[0])
+            same = _close(self._unmapped_head().logits(last[0])[:, :size], own.logits[0])
         except Exception as error:  # any model of any library version may fail in any way
             raise ModelError(f"a {kind} cannot be a teacher: {one_line(error, 200)}") from error
         if not same:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from tinygpt2.config.distillation import PredictionLoss
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.tokenizer import fingerprint
+from tinygpt2.errors import ConfigError
 from tinygpt2.models.compatibility import check_fits, check_length
 from tinygpt2.models.loading import load_causal_lm, model_tokenizer
 from tinygpt2.models.teachers.causal import CausalTeacher
@@ -55,6 +57,7 @@ def read_as_student(
     student: GPT2Config,
     tokenizer: Tokenizer | None,
     names: tuple[str | None, str | None],
+    loss: PredictionLoss | None = None,
 ) -> None:
     """Let a teacher read the tokens of a dataset, and predict a student's tokens.
 
@@ -63,9 +66,11 @@ def read_as_student(
     Args:
         tokenizer: the teacher's own.
         names: of teacher and student for error messages.
+        loss: the loss between predictions, if there is one.
 
     Raises:
         ModelError: their pieces of text differ.
+        ConfigError: with reverse KL, if the student has tokens that the teacher lacks.
     """
     size = teacher.shape.vocabulary
     if isinstance(teacher, GPT2Teacher) and size == student.vocab_size:
@@ -79,6 +84,12 @@ def read_as_student(
             "tokens of the student are unknown to it": reading.rows.count(-1),
         }
         say(f"teacher {names[0]}: {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}")
+    if loss == "reverse_kl" and -1 in (reading.rows or ()):
+        raise ConfigError(
+            f"--prediction-loss reverse_kl is infinite for tokens that the teacher lacks, and student {names[1]} has "
+            f"{(reading.rows or ()).count(-1):,} of them",
+            "use another --prediction-loss",
+        )
     if reading.start is not None:
         say(f"teacher {names[0]} reads its start token (number {reading.start}) before each block")
         if teacher.covered(data.sequence_length) < data.sequence_length:
