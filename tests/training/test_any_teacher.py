@@ -133,10 +133,10 @@ def test_plans_and_batch_sizes_count_the_teacher(
     fitted = cli(*command, "--auto-batch-size")
     assert fitted.code == 0, fitted.err
     assert "--auto-batch-size:" in fitted.err
-    timed = cli(
-        "distill", "--teacher", straight, "--student", student, "--data", data, "--out", tmp_path / "new", "--plan"
-    )
+    places = ["--teacher", straight, "--student", student, "--data", data, "--out", tmp_path / "timed"]
+    timed = cli("distill", "--plan", *places, "--micro-batch-size", 1, "--json")
     assert timed.code == 0, timed.err
+    assert timed.json["candidates"][0]["tokens_per_second"] > 0
 
 
 def test_ppl_measures_a_llama_as_its_own_logits_say(

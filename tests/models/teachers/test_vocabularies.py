@@ -87,18 +87,21 @@ def test_a_template_tells_the_start_token(tokenizer_dir: Path, tmp_path: Path) -
 
 
 def test_other_pieces_are_refused(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """One tokenizer lacks the last merge of the other."""
     ours = load_tokenizer(str(tokenizer_dir))
     content = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
     last = content["model"]["merges"].pop()
     pair = last.split(" ") if isinstance(last, str) else last
     vocabulary = content["model"]["vocab"]
-    vocabulary["zzz"] = vocabulary.pop("".join(pair))
+    gone = vocabulary.pop("".join(pair))
+    content["model"]["vocab"] = {piece: number - (number > gone) for piece, number in vocabulary.items()}
+    content["added_tokens"] = [one | {"id": one["id"] - (one["id"] > gone)} for one in content["added_tokens"]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>")
-    with pytest.raises(ModelError, match=r"vocabulary of 320 tokens.*the teacher lacks 1 pieces") as refused:
-        teacher_reading(ours, 320, theirs, 320, NAMES)
+    smaller = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>")
+    with pytest.raises(ModelError, match=r"vocabulary of 319 tokens.*the teacher lacks 1 pieces") as refused:
+        teacher_reading(ours, 320, smaller, 319, NAMES)
     assert "pregenerate --tokenizer" in (refused.value.hint or "")
     with pytest.raises(ModelError, match="the student lacks 1 pieces"):
-        teacher_reading(theirs, 320, ours, 320, NAMES)
+        teacher_reading(smaller, 319, ours, 320, NAMES)
     with pytest.raises(ModelError, match="no tokenizer, and fewer tokens"):
         teacher_reading(ours, 320, None, 300, NAMES)
