@@ -1,0 +1,80 @@
+"""Choose the heads and inner units of a block by what is lost after the output projection has been refitted.
+
+An output projection adds x W to the stream, where x are the outputs of the heads or of the inner units. Without some of
+the columns of x, the rows that are left are refitted by least squares. With the inverse H of the centred moments of x,
+removing the columns R then costs tr(W_R^T (H_RR)^-1 W_R), and both W and H of what is left follow in closed form.
+
+Source: for the removal with a fit inside, ZipLM, Kurtic et al. 2023, arXiv:2302.04089, section 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.compression.calibration import Batches
+from tinygpt2.compression.taps import tap
+from tinygpt2.runtime.devices import float64_device
+from tinygpt2.utils.progress import follow
+
+_ROUNDS = 64  # at most, in which units are removed; after each round the costs of the others are known again
+_RIDGE = 1e-4  # added to the moments, in units of their mean
+
+
+@torch.no_grad()
+def projection_moments(model: GPT2LMHeadModel, batches: Batches) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each block, the covariance of what its two output projections read: heads (W, W), units (F, F)."""
+    modules = [module for block in model.transformer.h for module in (block.attn.c_proj, block.mlp.c_proj)]
+    exact = float64_device(model.lm_head.weight.device)
+    squares = [torch.zeros(len(m.weight), len(m.weight), dtype=torch.float64, device=exact) for m in modules]
+    means = [torch.zeros(len(m.weight), dtype=torch.float64, device=exact) for m in modules]
+
+    def see(x: Float[Tensor, "B T N"], place: int) -> None:
+        rows = x.flatten(0, 1).to(exact)
+        squares[place] += (rows.T @ rows).double()
+        means[place] += rows.double().sum(0)
+
+    taps: dict[nn.Module, Callable[[Tensor], object]] = {m: partial(see, place=n) for n, m in enumerate(modules)}
+    count = 0
+    for ids in follow(batches, "measure heads and inner units", "batches"):
+        tap(model, ids, taps)
+        count += ids.numel()
+    found = [square / count - torch.outer(mean, mean) / count**2 for square, mean in zip(squares, means, strict=True)]
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+@torch.no_grad()
+def least_missed(
+    moments: Float[Tensor, "N N"], weight: Float[Tensor, "N Ds"], keep: int, group: int = 1
+) -> Int[Tensor, " n"]:
+    """Return the numbers of the groups of columns to keep, ascending.
+
+    Args:
+        moments: the centred moments of what a projection reads.
+        weight: the projection, into the stream of the student.
+        keep: how many groups to keep.
+        group: how many neighbouring columns make a group: 1 for inner units, a head's width for heads.
+    """
+    ridge = _RIDGE * moments.diagonal().mean() + 1e-30
+    inverse = torch.linalg.inv(moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device))
+    weight = weight.to(moments)
+    left = torch.arange(len(weight) // group)
+    rounds = min(_ROUNDS, len(left) - keep)
+    for number in range(rounds):
+        count = (len(left) - keep) // (rounds - number)
+        blocks = inverse.view(len(left), group, len(left), group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        rows = weight.view(len(left), group, -1)
+        costs = (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+        gone = torch.zeros(len(left), dtype=torch.bool)
+        gone[costs.topk(count, largest=False).indices.cpu()] = True
+        columns = gone.repeat_interleave(group).to(moments.device)
+        through = torch.linalg.solve(inverse[columns][:, columns], inverse[columns][:, ~columns]).T
+        weight = weight[~columns] - through @ weight[columns]
+        inverse = inverse[~columns][:, ~columns] - through @ inverse[columns][:, ~columns]
+        left = left[~gone]
+    return left
