@@ -60,6 +60,8 @@ def least_missed(
         keep: how many groups to keep.
         group: how many neighbouring columns make a group: 1 for inner units, a head's width for heads.
     """
+    if keep * group == len(weight):
+        return torch.arange(keep)
     ridge = _RIDGE * moments.diagonal().mean() + 1e-30
     inverse = torch.linalg.inv(moments + ridge * torch.eye(len(moments), dtype=moments.dtype, device=moments.device))
     weight = weight.to(moments)

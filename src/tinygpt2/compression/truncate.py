@@ -148,24 +148,18 @@ def choose_parts(
     kept = KeptParts(layers, dimensions, [], [], positions, untied=config.untie_head)
     encode, head_width = kept.encode(shape.n_embd), shape.n_embd // shape.n_head
     moments = projection_moments(teacher, batches)
+    narrower = head_moments(teacher, batches) if width // heads != head_width else None
+    narrowed = []
     for layer in layers:
         block, (mixed, units) = teacher.transformer.h[layer], moments[layer]
-        outputs = [projection.weight.cpu().double() @ encode for projection in (block.attn.c_proj, block.mlp.c_proj)]
-        kept.heads.append(least_missed(mixed, outputs[0], heads, head_width))
-        kept.inner.append(least_missed(units, outputs[1], inner))
-    if width // heads == head_width:
-        return kept, importance
-    activations = head_moments(teacher, batches)
-    narrowed = [
-        narrow_heads(
-            activations[layer],
-            teacher.transformer.h[layer].attn.c_proj.weight.cpu().double() @ encode,
-            numbers,
-            width // heads,
+        attention, mlp = (
+            projection.weight.cpu().double() @ encode for projection in (block.attn.c_proj, block.mlp.c_proj)
         )
-        for layer, numbers in zip(layers, kept.heads, strict=True)
-    ]
-    return dataclasses.replace(kept, narrowed=narrowed), importance
+        kept.heads.append(least_missed(mixed, attention, heads, head_width))
+        kept.inner.append(least_missed(units, mlp, inner))
+        if narrower is not None:
+            narrowed.append(narrow_heads(narrower[layer], attention, kept.heads[-1], width // heads))
+    return dataclasses.replace(kept, narrowed=narrowed or None), importance
 
 
 def _dimensions(
