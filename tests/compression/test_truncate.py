@@ -239,7 +239,8 @@ def test_the_command_measures_and_says_why(cli: Callable, trained: Path, data: P
     out = tmp_path / "s"
     outcome = cli(
         "truncate-student", "--teacher", trained, "--data", data, "--out", out, "--num-layers", "2", "--strategy", "importance",
-        "--n-head", "2", "--refit", "--n-positions", "16", "--position", "interpolate", "--calibration-sequences", "16", "--json",
+        "--n-head", "2", "--refit", "--n-positions", "16", "--position", "interpolate", "--calibration-sequences", "16",
+        "--axes", "coordinates", "--json",
     )  # fmt: skip
     found = outcome.json
     assert found["layers"] == found["importance"]["kept"]
@@ -262,6 +263,28 @@ def test_the_command_measures_and_says_why(cli: Callable, trained: Path, data: P
     )  # fmt: skip
     assert "by how much the loss (" in again.out
     assert "without each block\n" in again.out
+
+
+def test_everything_is_cut_at_once(trained: Path, data: Path, tmp_path: Path) -> None:
+    """Depth, a rotated width, narrower heads, inner units and positions: the result loses less than coordinates do."""
+    options = {"teacher": str(trained), "data": str(data), "n_embd": 20, "n_head": 2, "n_inner": 50, "layers": "0,1,3"}
+    options |= {"n_positions": 24, "refit": True}
+    found = {}
+    for axes, untie in (("rotated", False), ("rotated", True), ("coordinates", False)):
+        out = tmp_path / f"{axes}-{untie}"
+        result = truncate_student(TruncateStudentConfig(**options, axes=axes, untie_head=untie, out=str(out)))
+        student = GPT2LMHeadModel.from_pretrained(str(out))
+        shape = student.config
+        assert (shape.n_layer, shape.n_embd, shape.n_head, shape.n_inner, shape.n_positions) == (3, 20, 2, 50, 24)
+        assert (student.lm_head.weight is student.transformer.wte.weight) is not untie
+        assert result.parameters == sum(parameter.numel() for parameter in student.parameters())
+        assert verify(VerifyConfig(path=str(out))).ok
+        found[axes, untie] = result.perplexity.student
+    assert found["rotated", False] < found["coordinates", False]
+    assert found["rotated", True] < 1.1 * found["rotated", False]
+    card = (tmp_path / "rotated-False" / "README.md").read_text()
+    assert "in the main directions of its residual stream, with refitted projections" in card
+    assert "| share of the norms' inputs kept |" in card
 
 
 @pytest.mark.slow
