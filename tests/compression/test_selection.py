@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from tests.compression.test_heads import queries_keys_values
 from tests.compression.test_rotation import IDS, lively
+from tinygpt2.compression import selection
 from tinygpt2.compression.selection import least_missed, projection_moments
 
 
@@ -51,9 +50,13 @@ def test_many_units_are_removed_in_rounds_and_beat_the_most_active_ones() -> Non
     assert missed(x, x @ weight, kept.tolist()) < missed(x, x @ weight, active)
 
 
-def test_moments_are_covariances() -> None:
+def test_moments_are_covariances(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lively()
-    heads, units = projection_moments(model, [IDS[:2], IDS[2:]])[1]
-    torch.testing.assert_close(heads, torch.cov(queries_keys_values(model, 1)[1].T, correction=0))
-    assert units.shape == (96, 96)
-    assert not list(itertools.filterfalse(bool, units.diagonal() > 0))
+    whole = list(projection_moments(model, [IDS[:2], IDS[2:]], [0, 2]))
+    for layer, (heads, units) in zip((0, 2), whole, strict=True):
+        torch.testing.assert_close(heads, torch.cov(queries_keys_values(model, layer)[1].T, correction=0))
+        assert units.shape == (96, 96)
+        assert bool((units.diagonal() > 0).all())
+    monkeypatch.setattr(selection, "_NUMBERS", 1)  # one block in each pass
+    for one, other in zip(whole, projection_moments(model, [IDS], [0, 2]), strict=True):
+        torch.testing.assert_close(one, other)

@@ -322,6 +322,7 @@ def test_a_narrow_student_opens_where_this_package_is_not(trained: Path, data: P
         ({"n_embd": 20, "n_head": 5, "data": "DATA"}, "only 4 heads"),
         ({"n_embd": 40, "data": "DATA"}, "the teacher's hidden size is only 32"),
         ({"num_layers": 2, "axes": "rotated"}, "--axes needs --n-embd or --n-head"),
+        ({"n_head": 3, "n_embd": 16, "data": "DATA"}, "--n-head can be 1, 2, 4"),
         ({"n_inner": 200, "data": "DATA"}, "only 128 inner units"),
     ],
 )
@@ -331,6 +332,16 @@ def test_impossible_cuts(teacher: Path, data: Path, tmp_path: Path, options: dic
         truncate_student(TruncateStudentConfig(teacher=str(teacher), out=str(tmp_path / "s"), **options))
     assert message in f"{caught.value.message} {caught.value.hint}"
     assert not (tmp_path / "s").exists()
+
+
+def test_an_output_matrix_of_its_own_stays_and_is_not_asked_for_twice(tokenizer_dir: Path, tmp_path: Path) -> None:
+    teacher = make_model(tmp_path / "m", tokenizer_dir, tie_word_embeddings=False)
+    cut = {"teacher": str(teacher), "num_layers": 2}
+    with pytest.raises(ConfigError, match="--untie-head has no effect"):
+        truncate_student(TruncateStudentConfig(**cut, untie_head=True, out=str(tmp_path / "s")))
+    truncate_student(TruncateStudentConfig(**cut, out=str(tmp_path / "s")))
+    student = GPT2LMHeadModel.from_pretrained(str(tmp_path / "s"))
+    assert student.lm_head.weight is not student.transformer.wte.weight
 
 
 def test_data_of_another_tokenizer_is_refused(data: Path, tmp_path: Path, corpus: Path) -> None:

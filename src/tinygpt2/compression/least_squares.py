@@ -1,10 +1,12 @@
-"""Refit the output projections of a cut model, so that its residual stream follows its teacher's.
+"""Refit the projections of a cut model, so that its residual stream follows its teacher's.
 
-The fit has a closed form and needs one pass. Student and teacher read the calibration texts block by block. The
-difference between the teacher's stream and the student's, in the dimensions that the student keeps, is regressed on the
-outputs of the student's attention heads, and then on the activations of its inner units. The target after a student
-block's MLP is the stream that enters the next kept block in the teacher. This way, the student's block also makes up
-for the teacher's blocks in between.
+The fit has a closed form and needs one pass. Student and teacher read the calibration texts block by block, and every
+projection is regressed on what the student gives it to read:
+
+- the projections that read the stream, on the queries, keys, values and inner units of the teacher's block;
+- those that write into it, on the difference between the teacher's stream and the student's, in what the student keeps
+  of it. The target after a student block's MLP is the stream that enters the next kept block in the teacher. This way,
+  the student's block also makes up for the teacher's blocks in between.
 """
 
 from __future__ import annotations

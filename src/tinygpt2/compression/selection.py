@@ -9,8 +9,9 @@ Source: for the removal with a fit inside, ZipLM, Kurtic et al. 2023, arXiv:2302
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,29 +24,43 @@ from tinygpt2.runtime.devices import float64_device
 from tinygpt2.utils.progress import follow
 
 _ROUNDS = 64  # at most, in which units are removed; after each round the costs of the others are known again
+_NUMBERS = 2**28  # at most, in the covariances that are held at a time
 _RIDGE = 1e-4  # added to the moments, in units of their mean
 
 
+def projection_moments(
+    model: GPT2LMHeadModel, batches: Batches, layers: Sequence[int]
+) -> Iterator[tuple[Float[Tensor, "W W"], Float[Tensor, "F F"]]]:
+    """Yield, for each of these blocks, the covariances of what its output projections read: of heads and inner units.
+
+    As many blocks are measured in one pass as fit into about 2 GiB.
+    """
+    at_once = max(1, _NUMBERS // len(model.transformer.h[0].mlp.c_proj.weight) ** 2)
+    for start in range(0, len(layers), at_once):
+        blocks = [model.transformer.h[layer] for layer in layers[start : start + at_once]]
+        found = _covariances(model, batches, [one for block in blocks for one in (block.attn.c_proj, block.mlp.c_proj)])
+        yield from zip(found[::2], found[1::2], strict=True)
+
+
 @torch.no_grad()
-def projection_moments(model: GPT2LMHeadModel, batches: Batches) -> list[tuple[Tensor, Tensor]]:
-    """Return, for each block, the covariance of what its two output projections read: heads (W, W), units (F, F)."""
-    modules = [module for block in model.transformer.h for module in (block.attn.c_proj, block.mlp.c_proj)]
+def _covariances(model: GPT2LMHeadModel, batches: Batches, modules: list[Any]) -> list[Float[Tensor, "N N"]]:
     exact = float64_device(model.lm_head.weight.device)
-    squares = [torch.zeros(len(m.weight), len(m.weight), dtype=torch.float64, device=exact) for m in modules]
-    means = [torch.zeros(len(m.weight), dtype=torch.float64, device=exact) for m in modules]
+    squares = [torch.zeros(len(one.weight), len(one.weight), dtype=torch.float64, device=exact) for one in modules]
+    means = [torch.zeros(len(one.weight), dtype=torch.float64, device=exact) for one in modules]
 
     def see(x: Float[Tensor, "B T N"], place: int) -> None:
         rows = x.flatten(0, 1).to(exact)
         squares[place] += (rows.T @ rows).double()
         means[place] += rows.double().sum(0)
 
-    taps: dict[nn.Module, Callable[[Tensor], object]] = {m: partial(see, place=n) for n, m in enumerate(modules)}
+    taps: dict[nn.Module, Callable[[Tensor], object]] = {
+        one: partial(see, place=place) for place, one in enumerate(modules)
+    }
     count = 0
     for ids in follow(batches, "measure heads and inner units", "batches"):
         tap(model, ids, taps)
         count += ids.numel()
-    found = [square / count - torch.outer(mean, mean) / count**2 for square, mean in zip(squares, means, strict=True)]
-    return list(zip(found[::2], found[1::2], strict=True))
+    return [square / count - torch.outer(mean, mean) / count**2 for square, mean in zip(squares, means, strict=True)]
 
 
 @torch.no_grad()

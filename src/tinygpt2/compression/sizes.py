@@ -15,9 +15,11 @@ def check_sizes(config: TruncateStudentConfig, teacher: Any) -> None:
         teacher: the teacher's configuration, or an object with the same sizes.
 
     Raises:
-        ConfigError: the teacher has no such parts, or they do not fit together.
+        ConfigError: the teacher has no such parts, or they do not fit together, or an option has no effect.
     """
     sizes_of(config, teacher)
+    if config.untie_head and not getattr(teacher, "tie_word_embeddings", True):
+        raise ConfigError("--untie-head has no effect: the teacher has an output matrix of its own already")
     _check_depth(config, teacher.n_layer)
     position_count(config, teacher.n_positions)
 

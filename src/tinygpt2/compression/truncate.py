@@ -147,11 +147,10 @@ def choose_parts(
     dimensions = _dimensions(config, teacher, batches, layers)
     kept = KeptParts(layers, dimensions, [], [], positions, untied=config.untie_head)
     encode, head_width = kept.encode(shape.n_embd), shape.n_embd // shape.n_head
-    moments = projection_moments(teacher, batches)
     narrower = head_moments(teacher, batches) if width // heads != head_width else None
     narrowed = []
-    for layer in layers:
-        block, (mixed, units) = teacher.transformer.h[layer], moments[layer]
+    for layer, (mixed, units) in zip(layers, projection_moments(teacher, batches, layers), strict=True):
+        block = teacher.transformer.h[layer]
         attention, mlp = (
             projection.weight.cpu().double() @ encode for projection in (block.attn.c_proj, block.mlp.c_proj)
         )

@@ -47,8 +47,8 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         "Inner size of each MLP.", default=None, ge=1, shown="in proportion to the hidden size, as in the teacher"
     )
     refit: bool = option(
-        "Refit the output projections by least squares on --data, so that the student's hidden states follow the "
-        "teacher's.",
+        "Refit the projections of attention and MLPs by least squares on --data, so that the student's hidden states "
+        "follow the teacher's.",
         default=False,
     )
     untie_head: bool = option(
