@@ -7,6 +7,7 @@ import torch
 from tests.compression.test_rotation import HEADS, IDS, WIDTH, lively
 from tinygpt2.compression.cut import KeptParts, cut_model
 from tinygpt2.compression.heads import HeadMap, head_moments, narrow_heads, whole_heads
+from tinygpt2.compression.selection import projection_moments
 
 OLD = WIDTH // HEADS
 
@@ -27,23 +28,24 @@ def queries_keys_values(model: torch.nn.Module, layer: int) -> tuple[torch.Tenso
 
 
 def maps_of(model: torch.nn.Module, heads: torch.Tensor, width: int) -> list[HeadMap]:
-    moments = head_moments(model, [IDS[:2], IDS[2:]])
+    measured = projection_moments(model, [IDS[:2], IDS[2:]], [0, 1, 2])
     return [
-        narrow_heads(one, block.attn.c_proj.weight, heads, width)
-        for one, block in zip(moments, model.transformer.h, strict=True)
+        narrow_heads(head_moments(block, read, mixed), block.attn.c_proj.weight, heads, width)
+        for (read, mixed, _), block in zip(measured, model.transformer.h, strict=True)
     ]
 
 
 def test_moments_are_those_of_queries_keys_and_outputs() -> None:
     model = lively()
     fused, mixed = queries_keys_values(model, 1)
-    found = head_moments(model, [IDS[:2], IDS[2:]])[1]
+    ((read, outputs, _),) = projection_moments(model, [IDS[:2], IDS[2:]], [1])
+    found = head_moments(model.transformer.h[1], read, outputs)
     for head in range(HEADS):
         columns = slice(head * OLD, head * OLD + OLD)
         query, key, output = fused[:, :WIDTH][:, columns], fused[:, WIDTH : 2 * WIDTH][:, columns], mixed[:, columns]
-        for square, x in ((found.queries, query), (found.keys, key), (found.mixed, output)):
-            torch.testing.assert_close(square[head], x.T @ x / len(x))
-        torch.testing.assert_close(found.key[head], key.mean(0))
+        torch.testing.assert_close(found.queries[head], query.T @ query / len(query))
+        torch.testing.assert_close(found.keys[head], torch.cov(key.T, correction=0))
+        torch.testing.assert_close(found.mixed[head], torch.cov(output.T, correction=0))
         torch.testing.assert_close(found.mix[head], output.mean(0))
 
 

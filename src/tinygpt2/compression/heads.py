@@ -14,20 +14,14 @@ lower rank follows from a singular value decomposition, weighted by the activati
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from torch import Tensor
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from tinygpt2.compression.calibration import Batches
-from tinygpt2.compression.taps import tap
-from tinygpt2.models.activations import by_head
-from tinygpt2.runtime.devices import float64_device
-from tinygpt2.utils.progress import follow
+from tinygpt2.compression.selection import Moments
 
 _SMALLEST = 1e-6  # of a matrix' eigenvalues, relative to the largest: directions with less count as absent
 
@@ -57,49 +51,39 @@ class HeadMap:
 
 @dataclass(frozen=True)
 class HeadMoments:
-    """Means over calibration texts, for each head of a block, in float64 on the CPU.
+    """What the heads of a block do on calibration texts, for each head, in float64 on the CPU.
 
     Attributes:
-        queries, keys, mixed: means of x^T x: of the queries, of the keys, and of the heads' outputs.
-        key, mix: means of the keys and of the heads' outputs.
+        queries: the mean of q^T q over the queries q.
+        keys, mixed: the covariances of the keys and of the heads' outputs.
+        mix: the mean of the heads' outputs.
     """
 
     queries: Float[Tensor, "H K K"]
     keys: Float[Tensor, "H K K"]
     mixed: Float[Tensor, "H K K"]
-    key: Float[Tensor, "H K"]
     mix: Float[Tensor, "H K"]
 
 
 @torch.no_grad()
-def head_moments(model: GPT2LMHeadModel, batches: Batches) -> list[HeadMoments]:
-    """Measure the queries, keys and outputs of the heads of every block."""
-    blocks, heads = model.transformer.h, model.config.n_head
-    exact = float64_device(model.lm_head.weight.device)
-    width = model.config.n_embd // heads
-    shapes = [(width, width)] * 3 + [(width,)] * 2
-    sums = [[torch.zeros(heads, *shape, dtype=torch.float64, device=exact) for shape in shapes] for _ in blocks]
+def head_moments(block: GPT2Block, read: Moments, mixed: Moments) -> HeadMoments:
+    """Compute what the heads of a block do from what the block's attention reads and what its heads give.
 
-    def add(place: list[Tensor], square: int, mean: int | None, x: Float[Tensor, "B T W"]) -> None:
-        rows = by_head(x, heads).transpose(0, 1).flatten(1, 2).to(exact).double()  # (H, B T, K)
-        place[square] += rows.mT @ rows
-        if mean is not None:
-            place[mean] += rows.sum(1)
-
-    def see_normed(x: Float[Tensor, "B T D"], layer: int) -> None:
-        query, key, _ = blocks[layer].attn.c_attn.forward(x).chunk(3, dim=-1)  # without the hook that called this
-        add(sums[layer], 0, None, query)
-        add(sums[layer], 1, 3, key)
-
-    taps: dict[nn.Module, Callable[[Tensor], object]] = {}
-    for layer, block in enumerate(blocks):
-        taps[block.attn.c_attn] = partial(see_normed, layer=layer)
-        taps[block.attn.c_proj] = partial(add, sums[layer], 2, 4)
-    count = 0
-    for ids in follow(batches, "measure queries, keys and values", "batches"):
-        tap(model, ids, taps)
-        count += ids.numel()
-    return [HeadMoments(*(one.cpu() / count for one in layer)) for layer in sums]
+    Args:
+        read: of the outputs of the block's first layer norm.
+        mixed: of what its output projection reads.
+    """
+    heads = block.attn.num_heads
+    weight, bias = (one.detach().cpu().double() for one in (block.attn.c_attn.weight, block.attn.c_attn.bias))
+    query, key, _ = weight.view(len(weight), 3, heads, -1).permute(1, 2, 0, 3)  # (H, D, K)
+    mean = read.mean.cpu() @ query + bias.view(3, heads, -1)[0]
+    width = len(mixed.mean) // heads
+    within = mixed.covariance.cpu().view(heads, width, heads, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    spread = read.covariance.cpu()
+    return HeadMoments(
+        query.mT @ spread @ query + mean[:, :, None] * mean[:, None],
+        key.mT @ spread @ key, within, mixed.mean.cpu().view(heads, width),
+    )  # fmt: skip
 
 
 def whole_heads(heads: Int[Tensor, " Hs"], total: int, width: int) -> HeadMap:
@@ -126,7 +110,7 @@ def narrow_heads(
         heads: the numbers of the heads to keep, ascending.
         width: the new width of a head. If it is larger than the teacher's, the heads compute the same as before.
     """
-    total, old = moments.key.shape
+    total, old = moments.mix.shape
     generator = torch.Generator().manual_seed(0)
     inputs = torch.zeros(3, total, old, len(heads), width, dtype=torch.float64)
     outputs = torch.zeros(len(heads), width, total, old, dtype=torch.float64)
@@ -134,14 +118,14 @@ def narrow_heads(
     rows = projection.detach().cpu().double().view(total, old, -1)
     kept = min(width, old)
     for new, head in enumerate(heads.tolist()):
-        keys = moments.keys[head] - torch.outer(moments.key[head], moments.key[head])
-        (query_root, query_inverse), (key_root, key_inverse) = _roots(moments.queries[head]), _roots(keys)
+        query_root, query_inverse = _roots(moments.queries[head])
+        key_root, key_inverse = _roots(moments.keys[head])
         left, sizes, right = torch.linalg.svd(query_root @ key_root)
         parts = sizes[:kept].sqrt()
         inputs[0, head, :, new, :kept] = query_inverse @ left[:, :kept] * parts
         inputs[1, head, :, new, :kept] = key_inverse @ right[:kept].T * parts
         mean = moments.mix[head]
-        root, inverse = _roots(moments.mixed[head] - torch.outer(mean, mean))
+        root, inverse = _roots(moments.mixed[head])
         left = torch.linalg.svd(root @ rows[head], full_matrices=False).U[:, :kept]
         inputs[2, head, :, new, :kept] = inverse @ left
         outputs[new, :kept, head] = left.T @ root

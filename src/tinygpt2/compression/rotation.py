@@ -34,7 +34,7 @@ from tinygpt2.models.lm_head import scoring_chunk
 from tinygpt2.runtime.devices import float64_device
 from tinygpt2.utils.progress import follow
 
-GRADIENT_TOKENS = 16_384  # gradients cost three times as much as the rest, and fewer tokens are enough
+LOSS_TOKENS = 16_384  # that gradients and probabilities are measured on; they take longer than the rest
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
     """Measure what the layer norms of a model read, and how much the loss depends on it.
 
     Args:
-        batches: calibration texts. The gradients use the first `GRADIENT_TOKENS` of their tokens.
+        batches: calibration texts. Gradients and probabilities use the first `LOSS_TOKENS` of their tokens.
         tied: whether the tokens' mean probabilities are needed too.
     """
     transformer, head = model.transformer, model.lm_head.weight
@@ -104,6 +104,7 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
         [torch.zeros(head.shape[1], head.shape[1], dtype=torch.float64, device=exact) for _ in norms] for _ in range(2)
     )
     tokens, count = torch.zeros(len(head), dtype=torch.float64, device=exact), 0
+    with_loss = 0
 
     def see(x: Float[Tensor, "B T D"], number: int) -> None:
         z = F.layer_norm(x, x.shape[-1:], eps=model.config.layer_norm_epsilon).flatten(0, 1).to(exact).double()
@@ -111,18 +112,20 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
 
     for ids in follow(batches, "measure the residual stream", "batches"):
         last = tap(model, ids, {norm: partial(see, number=number) for number, norm in enumerate(norms)})
-        if count < GRADIENT_TOKENS:
-            for norm, total, (_, gradient) in zip(norms, gradients, norm_gradients(model, ids), strict=True):
-                rows = (gradient * norm.weight).flatten(0, 1).to(exact).double() * ids.numel()
-                total += rows.T @ rows
         count += ids.numel()
+        if with_loss >= LOSS_TOKENS:
+            continue
+        with_loss += ids.numel()
+        for norm, total, (_, gradient) in zip(norms, gradients, norm_gradients(model, ids), strict=True):
+            rows = (gradient * norm.weight).flatten(0, 1).to(exact).double() * ids.numel()
+            total += rows.T @ rows
         if tied:
             for rows in last.flatten(0, 1).split(scoring_chunk(len(head), head.device.type)):
                 tokens += (rows @ head.T).softmax(-1).sum(0).to(exact).double()
     return StreamMoments(
         [(moment / count).cpu() for moment in moments],
-        [(gradient / min(count, GRADIENT_TOKENS)).cpu() for gradient in gradients],
-        (tokens / count).cpu(),
+        [(gradient / with_loss).cpu() for gradient in gradients],
+        (tokens / with_loss).cpu(),
     )
 
 

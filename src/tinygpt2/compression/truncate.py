@@ -147,17 +147,16 @@ def choose_parts(
     dimensions = _dimensions(config, teacher, batches, layers)
     kept = KeptParts(layers, dimensions, [], [], positions, untied=config.untie_head)
     encode, head_width = kept.encode(shape.n_embd), shape.n_embd // shape.n_head
-    narrower = head_moments(teacher, batches) if width // heads != head_width else None
     narrowed = []
-    for layer, (mixed, units) in zip(layers, projection_moments(teacher, batches, layers), strict=True):
+    for layer, (read, mixed, units) in zip(layers, projection_moments(teacher, batches, layers), strict=True):
         block = teacher.transformer.h[layer]
         attention, mlp = (
             projection.weight.cpu().double() @ encode for projection in (block.attn.c_proj, block.mlp.c_proj)
         )
-        kept.heads.append(least_missed(mixed, attention, heads, head_width))
-        kept.inner.append(least_missed(units, mlp, inner))
-        if narrower is not None:
-            narrowed.append(narrow_heads(narrower[layer], attention, kept.heads[-1], width // heads))
+        kept.heads.append(least_missed(mixed.covariance, attention, heads, head_width))
+        kept.inner.append(least_missed(units.covariance, mlp, inner))
+        if width // heads != head_width:
+            narrowed.append(narrow_heads(head_moments(block, read, mixed), attention, kept.heads[-1], width // heads))
     return dataclasses.replace(kept, narrowed=narrowed or None), importance
 
 
