@@ -96,7 +96,7 @@ def whole_heads(heads: Int[Tensor, " Hs"], total: int, width: int) -> HeadMap:
     """
     columns = (heads[:, None] * width + torch.arange(width)).flatten()
     select = torch.eye(total * width, dtype=torch.float64)[:, columns]
-    return HeadMap(torch.block_diag(select, select, select), select.T, torch.zeros(total * width).double())
+    return HeadMap(torch.kron(torch.eye(3, dtype=torch.float64), select), select.T, torch.zeros(total * width).double())
 
 
 def narrow_heads(
@@ -112,7 +112,7 @@ def narrow_heads(
     """
     total, old = moments.mix.shape
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.zeros(3, total, old, len(heads), width, dtype=torch.float64)
+    inputs = torch.zeros(3, total, old, 3, len(heads), width, dtype=torch.float64)
     outputs = torch.zeros(len(heads), width, total, old, dtype=torch.float64)
     rest = torch.zeros(total, old, dtype=torch.float64)
     rows = projection.detach().cpu().double().view(total, old, -1)
@@ -122,20 +122,19 @@ def narrow_heads(
         key_root, key_inverse = _roots(moments.keys[head])
         left, sizes, right = torch.linalg.svd(query_root @ key_root)
         parts = sizes[:kept].sqrt()
-        inputs[0, head, :, new, :kept] = query_inverse @ left[:, :kept] * parts
-        inputs[1, head, :, new, :kept] = key_inverse @ right[:kept].T * parts
+        inputs[0, head, :, 0, new, :kept] = query_inverse @ left[:, :kept] * parts
+        inputs[1, head, :, 1, new, :kept] = key_inverse @ right[:kept].T * parts
         mean = moments.mix[head]
         root, inverse = _roots(moments.mixed[head])
         left = torch.linalg.svd(root @ rows[head], full_matrices=False).U[:, :kept]
-        inputs[2, head, :, new, :kept] = inverse @ left
+        inputs[2, head, :, 2, new, :kept] = inverse @ left
         outputs[new, :kept, head] = left.T @ root
         rest[head] = mean - mean @ inverse @ left @ left.T @ root
         # New columns change nothing, because their keys and outputs are 0; they can learn, because the others are not.
         extra = (old, width - kept)
         for part in (0, 2):
-            inputs[part, head, :, new, kept:] = torch.randn(extra, generator=generator, dtype=torch.float64) / old
-    flat = [part.reshape(total * old, len(heads) * width) for part in inputs]
-    return HeadMap(torch.block_diag(*flat), outputs.reshape(len(heads) * width, -1), rest.flatten())
+            inputs[part, head, :, part, new, kept:] = torch.randn(extra, generator=generator, dtype=torch.float64) / old
+    return HeadMap(inputs.reshape(3 * total * old, -1), outputs.reshape(len(heads) * width, -1), rest.flatten())
 
 
 def _roots(moment: Float[Tensor, "K K"]) -> tuple[Float[Tensor, "K K"], Float[Tensor, "K K"]]:

@@ -20,10 +20,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
@@ -97,7 +98,7 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
         tied: whether the tokens' mean probabilities are needed too.
     """
     transformer, head = model.transformer, model.lm_head.weight
-    norms: list[nn.Module] = [norm for block in transformer.h for norm in (block.ln_1, block.ln_2)]
+    norms: list[Any] = [norm for block in transformer.h for norm in (block.ln_1, block.ln_2)]
     norms.append(transformer.ln_f)
     exact = float64_device(head.device)
     moments, gradients = (
@@ -120,7 +121,8 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
             rows = (gradient * norm.weight).flatten(0, 1).to(exact).double() * ids.numel()
             total += rows.T @ rows
         if tied:
-            for rows in last.flatten(0, 1).split(scoring_chunk(len(head), head.device.type)):
+            chunk = scoring_chunk(len(head), head.device.type)
+            for rows in last.flatten(0, 1).split(chunk):  # type: ignore[no-untyped-call]
                 tokens += (rows @ head.T).softmax(-1).sum(0).to(exact).double()
     return StreamMoments(
         [(moment / count).cpu() for moment in moments],
@@ -219,4 +221,5 @@ def _last_gain(rotation: Rotation, table: Float[Tensor, "V Ds"], target: Float[T
     table, target = (rows - weights @ rows for rows in (table, target))
     square = (table * weights[:, None]).T @ table * seen
     square.diagonal().add_(1e-6 * square.diagonal().mean())
-    return torch.linalg.solve(square, (weights[:, None] * table * (target @ seen)).sum(0))
+    gain: Tensor = torch.linalg.solve(square, (weights[:, None] * table * (target @ seen)).sum(0))
+    return gain

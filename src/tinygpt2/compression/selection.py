@@ -91,9 +91,7 @@ def least_missed(
     if keep * group == len(weight):
         return torch.arange(keep)
     ridge = _RIDGE * covariance.diagonal().mean() + 1e-30
-    inverse = torch.linalg.inv(
-        covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    )
+    inverse = torch.linalg.inv(covariance + torch.diag(ridge.expand(len(covariance))))
     weight = weight.to(covariance)
     left = torch.arange(len(weight) // group)
     rounds = min(_ROUNDS, len(left) - keep)
