@@ -10,6 +10,7 @@ those of blocks of its test split, in nats per token. The table shows them above
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import time
@@ -55,6 +56,10 @@ def cases(shape: Any) -> dict[str, dict[str, Any]]:
     }
     half = {"num_layers": shape.n_layer // 2}
     found |= {f"half the blocks: {name}": half | {"strategy": name} for name in STRATEGIES}
+    if shape.n_layer <= 6:  # every choice that keeps the first block
+        rest = itertools.combinations(range(1, shape.n_layer), shape.n_layer // 2 - 1)
+        chosen = [",".join(map(str, (0, *others))) for others in rest]
+        found |= {f"half the blocks: {layers}": {"layers": layers} for layers in chosen}
     both = half | {"n_embd": shape.n_embd // 2}
     return found | {
         "half of both: coordinates, fewer heads": both | {"axes": "coordinates", "n_head": shape.n_head // 2},
