@@ -108,8 +108,8 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
     with_loss = 0
 
     def see(x: Float[Tensor, "B T D"], number: int) -> None:
-        z = F.layer_norm(x, x.shape[-1:], eps=model.config.layer_norm_epsilon).flatten(0, 1).to(exact).double()
-        moments[number] += z.T @ z
+        z = F.layer_norm(x, x.shape[-1:], eps=model.config.layer_norm_epsilon).flatten(0, 1).to(exact)
+        moments[number] += (z.T @ z).double()
 
     for ids in follow(batches, "measure the residual stream", "batches"):
         last = tap(model, ids, {norm: partial(see, number=number) for number, norm in enumerate(norms)})
@@ -118,8 +118,8 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
             continue
         with_loss += ids.numel()
         for norm, total, (_, gradient) in zip(norms, gradients, norm_gradients(model, ids), strict=True):
-            rows = (gradient * norm.weight).flatten(0, 1).to(exact).double() * ids.numel()
-            total += rows.T @ rows
+            rows = (gradient * norm.weight).flatten(0, 1).to(exact) * ids.numel()
+            total += (rows.T @ rows).double()
         if tied:
             chunk = scoring_chunk(len(head), head.device.type)
             for rows in last.flatten(0, 1).split(chunk):  # type: ignore[no-untyped-call]
