@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from tinygpt2.compression.calibration import Batches, mean_loss, tokens_of
 from tinygpt2.compression.taps import removed, tap
 from tinygpt2.models.activations import collect_activations
-from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_loss
+from tinygpt2.objectives.divergences import IGNORED
+from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
 from tinygpt2.utils.progress import ProgressStage, follow, track
 
 _ROUNDS = 16  # number of rounds in which dimensions are removed

@@ -23,9 +23,10 @@ from tinygpt2.models.activations import Activations, by_head
 from tinygpt2.models.lm_head import Head
 from tinygpt2.models.teachers.teacher import Shape
 from tinygpt2.objectives.attention import attention_loss, relation_loss
+from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
-from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_loss
+from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class LossWeights:
     relation: float = 0.0
     hidden_scale: HiddenScale = "none"
     loss: PredictionLoss = "forward_kl"
+    skew: float = 0.1
+    jsd_beta: float = 0.5
     temperature: float = 1.0
     layer_map: str = "uniform"
     head_map: HeadMap = "equal"
@@ -57,6 +60,8 @@ class LossWeights:
             relation=config.relation_weight,
             hidden_scale=config.hidden_scale,
             loss=config.prediction_loss,
+            skew=config.skew,
+            jsd_beta=config.jsd_beta,
             temperature=config.temperature,
             layer_map=config.layer_map,
             head_map=config.head_map,
@@ -199,6 +204,8 @@ class Objectives(nn.Module):
                 weights.loss,
                 weights.temperature,
                 self.chunk,
+                weights.skew,
+                weights.jsd_beta,
             )
             hidden = _kept(student.states[self._last[0]], real)
             total, unweighted = prediction_loss(hidden, student_head, _kept(targets, real), labels, objective)

@@ -9,7 +9,6 @@ its cache until all of that work is done. On a GPU, it is one compiled pass over
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,92 +21,7 @@ from torch.autograd.function import once_differentiable
 from tinygpt2.config.distillation import PredictionLoss
 from tinygpt2.models.lm_head import Head, default_chunk, head_operand, rows_at_once, wide
 from tinygpt2.objectives.compilation import compiled_or_eager, compiles_losses
-
-IGNORED = -100  # stands for "no target", such as at the last position of every block
-MASKED = -1e30  # acts as minus infinity in a softmax, but differences of masked logits stay finite
-
-
-def soft_ce(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Return the cross-entropy of the student under the teacher's distribution, summed over tokens, in nats.
-
-    Args:
-        student, teacher: logits.
-
-    Returns:
-        The sum, and its gradient for the student's logits. The other losses return the same two values.
-    Source: Hinton et al. 2015, arXiv:1503.02531, section 2. TinyBERT's code also takes the mean over the
-    vocabulary, which makes the loss V times smaller.
-    """
-    p_t = _softmax(teacher)
-    return -_dot(p_t, student.log_softmax(-1)), _softmax(student).sub_(p_t)
-
-
-def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Return KL(teacher || student), summed over tokens, in nats, and its gradient.
-
-    Source: as `soft_ce`, minus the teacher's entropy.
-    """
-    p_t = _softmax(teacher)
-    value = _dot(p_t, teacher.log_softmax(-1).sub_(student.log_softmax(-1)))
-    return value, _softmax(student).sub_(p_t)
-
-
-def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Return KL(student || teacher), summed over tokens, in nats, and its gradient.
-
-    Source: MiniLLM, arXiv:2306.08543, section 2.
-    """
-    log_s = student.log_softmax(-1)
-    p_s = log_s.exp()
-    ratio = log_s.sub_(teacher.log_softmax(-1))
-    rows = (p_s * ratio).sum(-1, keepdim=True)
-    return rows.sum(), ratio.sub_(rows).mul_(p_s)
-
-
-def jsd(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Return the Jensen-Shannon divergence (weights 1/2 and 1/2), summed over tokens, in nats, and its gradient.
-
-    Source: Agarwal et al. 2023, arXiv:2306.13649, eq. 1 with beta 1/2.
-    """
-    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    log_m = torch.logaddexp(log_s, log_t).sub_(math.log(2))
-    p_s, ratio = log_s.exp(), log_s.sub_(log_m)
-    rows = (p_s * ratio).sum(-1, keepdim=True)
-    value = (rows.sum() + _dot(log_t.exp(), log_t - log_m)) / 2
-    return value, ratio.sub_(rows).mul_(p_s).div_(2)
-
-
-LOSSES: dict[PredictionLoss, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "soft_ce": soft_ce,
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-}
-
-
-def cross_entropy(
-    student: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
-    """Return -log p(target), summed over targets, in nats, and its gradient. `IGNORED` targets add nothing."""
-    real = (targets != IGNORED).unsqueeze(-1)
-    index = targets.unsqueeze(-1).where(real, 0)
-    value = -(student.log_softmax(-1).gather(-1, index) * real).sum()
-    gradient = _softmax(student)
-    if torch.compiler.is_compiling():  # a scatter would be a pass of its own; in eager mode, a comparison would be
-        gradient -= torch.arange(student.shape[-1], device=student.device) == index
-    else:
-        gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=student.dtype))
-    return value, gradient.mul_(real)
-
-
-def _softmax(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """Return probabilities, in the way that is faster: compiled, the sums of a log-softmax serve this one, too."""
-    return logits.log_softmax(-1).exp() if torch.compiler.is_compiling() else logits.softmax(-1)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of a * b; overwrites `b`. On a CPU, oneDNN's torch.dot takes ten times as long."""
-    return b.mul_(a).sum()
+from tinygpt2.objectives.divergences import IGNORED, MASKED, cross_entropy, divergence
 
 
 @dataclass(frozen=True)
@@ -117,6 +31,7 @@ class PredictionObjective:
     Attributes:
         prediction_weight, ce_weight: weights of the two losses in the returned total.
         loss: the loss between the predictions of student and teacher.
+        skew, jsd_beta: settings of the losses that have them: see `divergences`.
         temperature: divides both models' logits; the loss is multiplied by its square.
         chunk: for how many tokens logits are held at a time; None uses `default_chunk`.
     """
@@ -126,6 +41,13 @@ class PredictionObjective:
     loss: PredictionLoss = "forward_kl"
     temperature: float = 1.0
     chunk: int | None = None
+    skew: float = 0.1
+    jsd_beta: float = 0.5
+
+    @property
+    def amount(self) -> float:
+        """The setting of the loss, if it has one."""
+        return self.jsd_beta if self.loss == "jsd" else self.skew
 
 
 def prediction_loss(
@@ -271,7 +193,7 @@ def _differentiate(
         vocabulary: V.
     """
     if compiles_losses(logits.device.type) and not isinstance(logits, FakeTensor):
-        settings = objective.loss, objective.temperature
+        settings = objective.loss, objective.amount, objective.temperature
         return compiled_or_eager(_whole_chunk, logits, soft, targets, factors, *settings, vocabulary)
     tau, rows = objective.temperature, rows_at_once(vocabulary, logits.device.type)
     values = logits.new_zeros(2, dtype=wide(logits))
@@ -283,7 +205,8 @@ def _differentiate(
             teacher = soft[part, :vocabulary].to(values.dtype)
             softened = (student, teacher) if tau == 1 else (student / tau, teacher / tau)
         right = None if targets is None else targets[part]
-        found, gradient = _weighted(student, softened, right, objective.loss, tau, factors)
+        loss = objective.loss, objective.amount
+        found, gradient = _weighted(student, softened, right, *loss, tau, factors)
         values += found
         logits[part, :vocabulary] = gradient
     return values, logits
@@ -295,6 +218,7 @@ def _whole_chunk(
     targets: Tensor | None,
     factors: tuple[Tensor | None, Tensor],
     loss: PredictionLoss,
+    amount: float,
     tau: float,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
@@ -311,7 +235,7 @@ def _whole_chunk(
         return (x.to(wide(x)) / tau).where(real, MASKED)
 
     pair = None if soft is None else (softened(logits, tau), softened(soft, tau))
-    values, gradient = _weighted(softened(logits, 1.0), pair, targets, loss, tau, factors)
+    values, gradient = _weighted(softened(logits, 1.0), pair, targets, loss, amount, tau, factors)
     return values, gradient.to(logits.dtype)
 
 
@@ -320,6 +244,7 @@ def _weighted(
     softened: tuple[Tensor, Tensor] | None,
     targets: Tensor | None,
     loss: PredictionLoss,
+    amount: float,
     tau: float,
     factors: tuple[Tensor | None, Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -331,7 +256,7 @@ def _weighted(
     """
     values, gradients = [student.new_zeros(()), student.new_zeros(())], []
     if softened is not None:
-        value, gradient = LOSSES[loss](*softened)
+        value, gradient = divergence(loss, *softened, amount)
         values[0] = value * tau**2
         gradients.append(gradient if factors[0] is None else gradient.mul_(factors[0]))
     if targets is not None:
