@@ -184,7 +184,8 @@ def check_settings(values: dict[str, Any], where: str, error: type[TinyGPT2Error
     if not is_gpt2(values):
         raise error(
             f"{where}: model_type {values['model_type']!r} is not gpt2",
-            "only the teacher of distill and the models of ppl and generate may be of another architecture",
+            "only the teacher of distill and the models of ppl and generate may be of another architecture; "
+            "truncate-student makes a GPT-2 of GPT-Neo, OPT and GPT-BigCode",
         )
     if values.get("quantization_config"):
         raise error(f"{where}: the model is quantized (quantization_config), which is not supported")
