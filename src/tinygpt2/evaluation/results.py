@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tinygpt2.config.evaluation import Convention
 from tinygpt2.evaluation.conventions import TokenizedTask, headline_loss
+from tinygpt2.evaluation.fidelity import Fidelity
 from tinygpt2.evaluation.scoring import Scores, perplexity_of
 from tinygpt2.evaluation.tasks import Task
 from tinygpt2.utils.files import absolute
@@ -36,6 +37,7 @@ class PplRow:
         tokens_per_second: targets per second, including those of candidates that do not count.
         parameters: number of the model's parameters.
         source: where the text came from.
+        fidelity: how close the predictions are to those of --reference; None without it.
     """
 
     model: str
@@ -61,6 +63,7 @@ class PplRow:
     tokens_per_second: float
     parameters: int
     source: str
+    fidelity: Fidelity | None = None
 
 
 @dataclass(frozen=True)

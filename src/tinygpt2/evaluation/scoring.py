@@ -137,9 +137,9 @@ class Scorer:
         state = PartialState(cpu=current_device().type == "cpu")
         found, everything = np.zeros((3, len(spans))), sum(span.targets for span in spans)
         total, targets, done = 0.0, 0, 0
-        for batch in list(_batches(spans, budget))[state.process_index :: state.num_processes]:
+        for batch in list(batches(spans, budget))[state.process_index :: state.num_processes]:
             part = [spans[index] for index in batch]
-            input_ids, wanted = _padded(tokens, part, self.head.device)
+            input_ids, wanted = padded(tokens, part, self.head.device)
             losses, hits = target_losses(self.model, self.head, input_ids, wanted, ruled_out)
             owner = torch.repeat_interleave(torch.tensor([span.targets for span in part])).to(losses.device)
             exact = losses.to(float64_device(losses.device)).double()
@@ -159,7 +159,7 @@ class Scorer:
         return Scores(found[0], counts, found[1] > 0, found[2] > 0)
 
 
-def _batches(spans: Sequence[Window], budget: int) -> Iterator[list[int]]:
+def batches(spans: Sequence[Window], budget: int) -> Iterator[list[int]]:
     """Yield the indices of the windows of each batch, the longest windows first, so that there is little padding."""
     lengths = [span.stop - span.start for span in spans]
     batch: list[int] = []
@@ -172,7 +172,7 @@ def _batches(spans: Sequence[Window], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _padded(
+def padded(
     tokens: Integer[np.ndarray, " N"], spans: Sequence[Window], device: torch.device
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, " M"]]:
     """Return a batch of windows, and the numbers of the positions that predict their targets: see `target_losses`.

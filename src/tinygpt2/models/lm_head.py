@@ -64,7 +64,6 @@ def head_operand(head: Float[Tensor, "V D"]) -> Float[Tensor, "W D"]:
     return F.pad(operand, (0, 0, 0, padding)) if padding else operand
 
 
-@torch.no_grad()
 def target_losses(
     model: GPT2LMHeadModel,
     head: Float[Tensor, "W D"],
@@ -85,12 +84,32 @@ def target_losses(
         The losses, and the hits if `ruled_out` is given (else None). The hits tell whether each target is the likeliest
         token: of all tokens (first column), and of those that are not ruled out (second column).
     """
+    states, targets = predicting_states(model, input_ids, wanted), input_ids[:, 1:].flatten()
+    if wanted is not None:
+        targets = targets.index_select(0, wanted)
+    return losses_of_states(states, targets, head, model.config.vocab_size, ruled_out)
+
+
+@torch.no_grad()
+def predicting_states(
+    model: GPT2LMHeadModel, input_ids: Int[Tensor, "B T"], wanted: Int[Tensor, " N"] | None = None
+) -> Float[Tensor, "N D"]:
+    """Return the last hidden states of the positions that predict the wanted next tokens: see `target_losses`."""
     last = len(model.transformer.h)
     states = collect_activations(model, input_ids[:, :-1], states=[last]).states[last].flatten(0, 1)
-    targets = input_ids[:, 1:].flatten()
-    if wanted is not None:
-        states, targets = states.index_select(0, wanted), targets.index_select(0, wanted)
-    vocabulary, device = model.config.vocab_size, head.device.type
+    return states if wanted is None else states.index_select(0, wanted)
+
+
+@torch.no_grad()
+def losses_of_states(
+    states: Float[Tensor, "N D"],
+    targets: Int[Tensor, " N"],
+    head: Float[Tensor, "W D"],
+    vocabulary: int,
+    ruled_out: Bool[Tensor, " V"] | None = None,
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
+    """Return the losses of the tokens that follow N last hidden states, and the hits: see `target_losses`."""
+    device = head.device.type
     chunk, rows = scoring_chunk(vocabulary, device), rows_at_once(vocabulary, device)
     losses = torch.empty(len(targets), dtype=wide(head), device=head.device)
     hits = None if ruled_out is None else torch.empty(len(targets), 2, dtype=torch.bool, device=head.device)
