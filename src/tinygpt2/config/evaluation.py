@@ -51,7 +51,8 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
         metavar="PATH|ID",
     )
     task: list[str] = option(
-        "Text to measure on: a named task, `all` of them, a text file or a pregenerated dataset. Repeatable.",
+        "What to measure on: a named task, `all` of them, a text file, a pregenerated dataset, or choice:FILE.jsonl "
+        "with questions of your own. Repeatable.",
         default=[],
         path=True,
         metavar="TASK|PATH",
@@ -59,6 +60,13 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
     )
     task_data: str | None = option(
         "File or folder with the texts of the named tasks.", default=None, shown="the Hub", path=True
+    )
+    limit: int | None = option(
+        "Use only the first N questions or passages of each task (of BLiMP, of each paradigm).",
+        default=None,
+        ge=1,
+        metavar="N",
+        shown="all of them",
     )
     list_tasks: bool = option("List the named tasks and exit.", default=False)
     convention: Convention = option(

@@ -141,7 +141,7 @@ def compare(
     ends, total = np.cumsum(counts), int(counts.sum())
     found = np.zeros((len(models), len(_KEPT), total))
     theirs, done = np.zeros((len(_OF_REFERENCE), total)), 0
-    for batch in list(batches(spans, budget))[state.process_index :: state.num_processes]:
+    for batch in list(batches(list(map(len, spans)), budget))[state.process_index :: state.num_processes]:
         input_ids, wanted = padded(tokenized.tokens, [spans[index] for index in batch], teacher.head.device)
         place = np.concatenate([np.arange(ends[index] - counts[index], ends[index]) for index in batch])
         targets = input_ids[:, 1:].flatten().index_select(0, wanted)
@@ -162,9 +162,7 @@ def compare(
 
 def counted_spans(tokenized: TokenizedTask) -> list[Window]:
     """Return the windows whose targets count: of a question, that of the right answer."""
-    if not len(tokenized.right):
-        return tokenized.spans
-    return [tokenized.spans[index * tokenized.candidates + right] for index, right in enumerate(tokenized.right)]
+    return [tokenized.spans[index] for index in tokenized.answers] if len(tokenized.right) else tokenized.spans
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def ppl(config: PplConfig) -> PplResult:
     state = PartialState(cpu=current_device().type == "cpu")
     try:
         # no barrier, which would time out: while one process downloads, the others wait for the lock on the Hub's cache
-        tasks = load_tasks(config.task, config.task_data, config)
+        tasks = load_tasks(config.task, config.task_data, config, config.limit)
         names = [task.name for task in tasks]
         if any(other != names for other in gather_object([names])):
             raise DataError(
@@ -261,7 +261,8 @@ def _measure(
     detail(f"{task.name}: up to {budget:,} tokens in a forward pass, logits of {chunk:,} tokens at a time")
     started = time.perf_counter()
     with _enough_memory(task.name):
-        every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out)
+        candidates = tokenized.candidates if len(tokenized.candidates) else None
+        every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out, candidates)
     seconds = time.perf_counter() - started
     scores = counted(tokenized, every)
     if not np.isfinite(every.sums).all():

@@ -29,7 +29,8 @@ _SHARED: dict[str, Callable[[PplRow], str]] = {
 """Figures that the caption tells if all rows agree; else they are columns."""
 
 _FIGURES: list[tuple[str, int, Callable[[PplRow], str]]] = [
-    ("accuracy", 0, lambda row: _percent(row.accuracy)),
+    ("accuracy", 0, lambda row: _percent(row.accuracy, row.accuracy_stderr)),
+    ("normalised", 1, lambda row: _percent(row.accuracy_norm, row.accuracy_norm_stderr)),
     ("acc. (no stop words)", 6, lambda row: _percent(row.accuracy_without_stop_words)),
     ("bits/byte", 4, lambda row: _digits(row.bits_per_byte)),
     ("loss", 5, lambda row: _with_error(f"{row.loss:.4f}", row.stderr)),
@@ -45,8 +46,8 @@ _FIDELITY: list[tuple[str, int, Callable[[Fidelity], str]]] = [
     ("median", 4, lambda one: f"{one.kl_median:.4f}"),
     ("99 %", 3, lambda one: f"{one.kl_p99:.3f}"),
     ("reverse KL", 6, lambda one: f"{one.reverse_kl:.4f}"),
-    ("same top", 1, lambda one: _share_with_error(one.same_top, one.same_top_stderr)),
-    ("acceptance", 2, lambda one: _share_with_error(one.acceptance, one.acceptance_stderr)),
+    ("same top", 1, lambda one: _percent(one.same_top, one.same_top_stderr)),
+    ("acceptance", 2, lambda one: _percent(one.acceptance, one.acceptance_stderr)),
     ("loss above", 5, lambda one: _with_error(f"{one.loss_difference:+.4f}", one.loss_difference_stderr)),
     ("calibration", 7, lambda one: f"{one.calibration_error:.2%}"),
 ]
@@ -166,6 +167,8 @@ class Comparison:
                 f"{_NOT_COMPARABLE}: the models predict different tokens, so their losses cannot be compared; "
                 "bits per byte can"
             )
+        if any(row.accuracy_norm is not None for row in self.rows):
+            lines.append("normalised: accuracy by the log-probability of each answer per character")
         convention = self.rows[0].convention
         lines.append(f"convention {convention}: {CONVENTION_NOTES[convention]}")
         for row in {row.task: row for row in self.rows}.values():
@@ -264,12 +267,8 @@ def _digits(value: float) -> str:
     return number(value) if value >= 1000 else f"{value:#.4g}".removesuffix(".")
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"
-
-
-def _share_with_error(share: float, error: float | None) -> str:
-    return f"{share:.2%}" + ("" if error is None else f" ± {error:.2%}")
+def _percent(share: float | None, error: float | None = None) -> str:
+    return "-" if share is None else f"{share:.2%}" + ("" if error is None else f" ± {error:.2%}")
 
 
 def _with_error(value: str, error: Any) -> str:
