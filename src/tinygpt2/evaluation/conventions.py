@@ -115,7 +115,8 @@ class TokenizedTask:
     @property
     def answers(self) -> Int[np.ndarray, " Q"]:
         """For each question, the number of the right candidate's window."""
-        return np.cumsum(self.candidates) - self.candidates + self.right
+        answers: Int[np.ndarray, " Q"] = np.cumsum(self.candidates) - self.candidates + self.right
+        return answers
 
     def same_targets(self, other: TokenizedTask) -> bool:
         """Return whether both tasks have the same windows and tokens, so that losses compare window by window."""

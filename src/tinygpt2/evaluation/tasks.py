@@ -144,7 +144,9 @@ def _own(name: str, limit: int | None) -> Task:
     """Read a file with questions of one's own."""
     path = Path(name.removeprefix(OWN))
     questions = tuple(read_questions("own", [path])[:limit])
-    return Task(TaskSpec(name, kind="choices", form="own"), f"{OWN}{absolute(path)}", str(path), questions=questions)
+    return Task(
+        TaskSpec(name, kind="choices", form="own"), f"{OWN}{absolute(str(path))}", str(path), questions=questions
+    )
 
 
 def _at(name: str, how: FileOptions) -> Task:
