@@ -213,10 +213,21 @@ COMMANDS = [
         [
             "ppl --model student --task mine.txt",
             "ppl --model gpt2 --model student --task wikitext --task-data wiki.test.raw --plot comparison.png",
+            "ppl --model student --reference teacher --task mine.txt --plot fidelity.png",
             "ppl --list-tasks",
         ],
         _ppl,
-        ("model", "task_data", "list_tasks", "convention", "stride", "batch_size", "plot", "output_format"),
+        (
+            "model",
+            "reference",
+            "task_data",
+            "list_tasks",
+            "convention",
+            "stride",
+            "batch_size",
+            "plot",
+            "output_format",
+        ),
     ),
     Command(
         "presets",

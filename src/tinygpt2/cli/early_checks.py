@@ -39,7 +39,7 @@ def check_early(config: Config) -> None:
         _check_sources(config.source)
     elif isinstance(config, PplConfig) and not config.list_tasks:
         _check_tasks(config.task, config.task_data)
-        for name in config.model:
+        for name in [*config.model, *([config.reference] if config.reference else [])]:
             _local_causal_lm(config, name)
     elif isinstance(config, GenerateConfig):
         for name in config.model:

@@ -142,27 +142,26 @@ def target_losses(
     """
     last = len(model.transformer.h)
     states = collect_activations(model, input_ids[:, :-1], states=[last]).states[last].flatten(0, 1)
-    return losses_of(states, lambda chunk: chunk @ head.mT, input_ids, model.config.vocab_size, wanted, ruled_out)
-
-
-def losses_of(
-    states: Float[Tensor, "M D"],
-    logits_of: Callable[[Tensor], Tensor],
-    input_ids: Int[Tensor, "B T"],
-    vocabulary: int,
-    wanted: Int[Tensor, " N"] | None = None,
-    ruled_out: Bool[Tensor, " V"] | None = None,
-) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
-    """Return the losses of next tokens, and the hits, from the last hidden states: see `target_losses`.
-
-    Args:
-        states: of all positions but the last of each row, row by row; M is B times T - 1.
-        logits_of: makes the logits of some of the states; only the first V columns count.
-        vocabulary: V.
-    """
     targets = input_ids[:, 1:].flatten()
     if wanted is not None:
         states, targets = states.index_select(0, wanted), targets.index_select(0, wanted)
+    return losses_of(states, targets, lambda chunk: chunk @ head.mT, model.config.vocab_size, ruled_out)
+
+
+@torch.no_grad()
+def losses_of(
+    states: Float[Tensor, "N D"],
+    targets: Int[Tensor, " N"],
+    logits_of: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    ruled_out: Bool[Tensor, " V"] | None = None,
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
+    """Return the losses of the tokens that follow N last hidden states, and the hits: see `target_losses`.
+
+    Args:
+        logits_of: makes the logits of some of the states; only the first V columns count.
+        vocabulary: V.
+    """
     device = states.device.type
     chunk, rows = scoring_chunk(vocabulary, device), rows_at_once(vocabulary, device)
     losses = torch.empty(len(targets), dtype=wide(states), device=states.device)

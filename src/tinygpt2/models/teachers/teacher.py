@@ -166,9 +166,17 @@ class Teacher(nn.Module):
         ruled_out: Bool[Tensor, " V"] | None = None,
     ) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
         """Return the losses of next tokens, and the hits: see `target_losses`."""
+        states, targets = self.predicting(input_ids, wanted), input_ids[:, 1:].flatten()
+        targets = targets if wanted is None else targets.index_select(0, wanted)
+        return losses_of(states, targets, head.logits, self.vocabulary, ruled_out)
+
+    def predicting(
+        self, input_ids: Int[Tensor, "B T"], wanted: Int[Tensor, " N"] | None = None
+    ) -> Float[Tensor, "N D"]:
+        """Return the last hidden states that predict the wanted next tokens: see `target_losses`."""
         last = self.shape.layers
         states = self.collect(input_ids[:, :-1], [last]).states[last].flatten(0, 1)
-        return losses_of(states, head.logits, input_ids, self.vocabulary, wanted, ruled_out)
+        return states if wanted is None else states.index_select(0, wanted)
 
     def place_head(self, device: torch.device) -> None:
         """Move the output matrix to a device, and everything else to the host."""
