@@ -1,4 +1,4 @@
-"""How close are the students of the study of recipes to their teacher, on texts on which no choice was based?
+"""Measure how close the students of the study of recipes are to their teacher, on texts on which no choice was based.
 
     python benchmarks/fidelity.py --work WORK --json            # the smallest comparison: about 10 minutes on 2 cores
     python benchmarks/fidelity.py --work WORK --finals --json   # the finals of the first seed, at both sizes: hours
@@ -39,7 +39,7 @@ def student_of(study: Study, run: Run) -> str:
     """Return the directory of a run's student: that of its last stage."""
     stages = study.plan["recipes"][run.recipe]["stages"]
     values = (run.stage, run.size, run.recipe, run.rate, run.tokens, run.seed)
-    return str((study.work / "runs" / study.results.stem / "-".join(map(str, values)) / f"stage-{len(stages) - 1}"))
+    return str(study.work / "runs" / study.results.stem / "-".join(map(str, values)) / f"stage-{len(stages) - 1}")
 
 
 def turned(rows: list[dict[str, Any]]) -> list[list[str]]:
