@@ -29,6 +29,7 @@ from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.data.dataset import Blocks, PackedDataset
 from tinygpt2.evaluation.scoring import Scorer, windows
 from tinygpt2.models.loading import random_model
+from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.objectives import logits
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.planning.batch_size import fit_batch
@@ -196,7 +197,9 @@ def bench(case: Case, sizes: Sizes | None = None, *, cached: bool = False, compi
         Path(config.out).mkdir()
         data = dataset(sizes, case.padded)
         student = sizes.model("student", device)
-        teacher = sizes.model("teacher", device).eval().requires_grad_(False) if config.needs_teacher else None
+        teacher = None
+        if config.needs_teacher:
+            teacher = as_teacher(sizes.model("teacher", device).eval().requires_grad_(False))
         job = Job("distill", config, "", student, data, data.test, LossWeights.of(config), teacher)
         accelerator = make_accelerator(case.precision, device)
         accelerator.gradient_accumulation_steps = case.accumulation
