@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         ModelError,
         TinyGPT2Error,
     )
+    from tinygpt2.evaluation.fidelity import Fidelity, FidelityPart
     from tinygpt2.evaluation.named_tasks import TaskInfo, TaskList, list_tasks
     from tinygpt2.evaluation.perplexity import ppl
     from tinygpt2.evaluation.results import Paired, PplResult, PplRow
@@ -86,6 +87,7 @@ _HOME = {
         "ModelError",
         "TinyGPT2Error",
     ],
+    "evaluation.fidelity": ["Fidelity", "FidelityPart"],
     "evaluation.named_tasks": ["TaskInfo", "TaskList", "list_tasks"],
     "evaluation.perplexity": ["ppl"],
     "evaluation.results": ["Paired", "PplResult", "PplRow"],
@@ -122,6 +124,8 @@ __all__ = [
     "ExportChecks",
     "ExportConfig",
     "ExportResult",
+    "Fidelity",
+    "FidelityPart",
     "FinetuneConfig",
     "Gain",
     "GenerateConfig",

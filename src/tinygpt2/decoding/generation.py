@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from tinygpt2.config.decoding import GenerateConfig
 from tinygpt2.decoding.prompts import Continuation, LiveText, prompt_tokens, require_finite_logits, require_utf8
 from tinygpt2.errors import ConfigError
-from tinygpt2.models.compatibility import first_token, require_tokenizer
-from tinygpt2.models.loading import load_model, model_tokenizer
+from tinygpt2.models.compatibility import first_token, require_tokenizer, text_sizes
+from tinygpt2.models.loading import load_causal_lm, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import computes_on_device, current_device
@@ -55,11 +55,12 @@ class GenerateResult:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model with its tokenizer."""
+    """A loaded model of any architecture, with its tokenizer and its sizes: see `text_sizes`."""
 
     name: str
-    model: GPT2LMHeadModel
+    model: PreTrainedModel
     tokenizer: Tokenizer
+    sizes: Any
 
 
 OnText = Callable[[LoadedModel, str], Callable[[str], None] | None]
@@ -76,11 +77,13 @@ def load_with_tokenizer(name: str, *, allow_pickle: bool = False) -> LoadedModel
     Raises:
         ModelError: the model or its tokenizer was not found, they do not fit each other, or a weight is not finite.
     """
-    model, directory = load_model(name, allow_pickle=allow_pickle)
-    tokenizer = require_tokenizer(model_tokenizer(directory), model.config, name)
+    model, directory = load_causal_lm(name, allow_pickle=allow_pickle)
+    sizes = text_sizes(model)
+    tokenizer = require_tokenizer(model_tokenizer(directory), sizes, name)
     model.generation_config = GenerationConfig()  # do not use the directory's generation_config.json
     tell_machine(current_device(), "fp32")
-    return LoadedModel(name, model.to(current_device()), tokenizer)
+    on_device: Any = model.to(current_device())
+    return LoadedModel(name, on_device, tokenizer, sizes)
 
 
 def continue_prompt(
@@ -98,22 +101,22 @@ def continue_prompt(
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = _prompt_ids(loaded, prompt)
-    room = model.config.n_positions - len(ids)
+    room = loaded.sizes.n_positions - len(ids)
     count = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
     if room < 1 or count > room:
         raise ConfigError(
-            f"{loaded.name} has {model.config.n_positions} positions: "
+            f"{loaded.name} has {loaded.sizes.n_positions} positions: "
             f"{len(ids)} prompt tokens leave no room for {max(count, 1)} more",
             "shorten the prompt" if room < 1 else f"use --max-new-tokens {room} or fewer",
         )
-    ends = _ends(model, tokenizer)
+    ends = _ends(loaded)
     continuation = Continuation(tokenizer, ids, ends)
     torch.manual_seed(config.seed)
     started = time.perf_counter()
     prompts = torch.tensor([ids], device=model.device)
     rows = config.num_samples * config.num_beams
     with torch.no_grad(), enough_threads(2 * count_parameters(model) * rows):
-        out = model.generate(
+        out: Any = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             generation_config=_decoding(config, ends, count),
@@ -132,27 +135,27 @@ def _prompt_ids(loaded: LoadedModel, prompt: str) -> list[int]:
     ids = prompt_tokens(tokenizer, prompt)
     if not ids:
         candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id)
-        start = first_token([*candidates, model.config.eos_token_id], model.config)
+        start = first_token([*candidates, model.config.eos_token_id], loaded.sizes)
         if start is None:
             what = "an empty prompt" if not prompt else "the prompt has no tokens: it"
             raise ConfigError(f"{what} needs a start or end-of-text token that {loaded.name} knows", "give a --prompt")
         return [start]
-    unknown = next((index for index in ids if index >= model.config.vocab_size), None)
+    unknown = next((index for index in ids if index >= loaded.sizes.vocab_size), None)
     if unknown is not None:
         raise ConfigError(
-            f"model {loaded.name} has {model.config.vocab_size} tokens, so it does not know the prompt's token "
+            f"model {loaded.name} has {loaded.sizes.vocab_size} tokens, so it does not know the prompt's token "
             f"{tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown})",
             "leave it out of the prompt; if the tokenizer adds it, use the tokenizer that the model was trained with",
         )
     return ids
 
 
-def _ends(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> list[int]:
+def _ends(loaded: LoadedModel) -> list[int]:
     """Return the tokens that end a text: the tokenizer's or, if the model does not have it, those of config.json."""
-    end = first_token([tokenizer.eos_token_id], model.config)
-    named = model.config.eos_token_id
+    end = first_token([loaded.tokenizer.eos_token_id], loaded.sizes)
+    named = loaded.model.config.eos_token_id
     every = [end] if end is not None else named if isinstance(named, list) else [named]
-    return [one for one in every if first_token([one], model.config) is not None]
+    return [one for one in every if first_token([one], loaded.sizes) is not None]
 
 
 def _decoding(config: GenerateConfig, ends: list[int], count: int) -> GenerationConfig:

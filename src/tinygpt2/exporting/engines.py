@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.errors import ModelError, one_line
-from tinygpt2.runtime.cpu import usable_cores
 
 
 class Engine(Protocol):
@@ -87,7 +86,7 @@ class OnnxEngine:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = usable_cores()
+        options.intra_op_num_threads = torch.get_num_threads()
         try:
             self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library has errors of its own
@@ -151,7 +150,7 @@ class LlamaEngine:
         params.model.path = str(file)
         params.n_ctx = params.n_batch = params.n_ubatch = positions
         params.n_parallel, params.verbosity, params.warmup = 1, 0, False
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = usable_cores()
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.embedding, params.embd_normalize = True, -1
