@@ -4,8 +4,9 @@
     python benchmarks/teachers.py --json --precision bf16 --teachers opt
 
 All teachers have 12 layers of 768, GPT-2's vocabulary and random weights. The student is a GPT-2 of 6 such layers. A
-Llama's MLP has three matrices, so it is two thirds as wide and has as many weights. Every teacher runs in a
-process of its own beside one with a GPT-2, which need 10 GB together. `ratio` compares with the GPT-2: speed (1 is as fast) and peak memory of the process (1 is as much).
+Llama's MLP has three matrices, so it is two thirds as wide and has as many weights. Every teacher runs in a process of
+its own beside one with a GPT-2; both together need about 10 GB. `ratio` compares with the GPT-2: speed (1 is as fast)
+and peak memory of the process (1 is as much).
 """
 
 from __future__ import annotations
