@@ -1,11 +1,12 @@
 """Measure a distillation step with teachers of several architectures and one shape, in turns.
 
     python benchmarks/teachers.py --json
-    python benchmarks/teachers.py --json --precision bf16 --teachers gpt2,opt
+    python benchmarks/teachers.py --json --precision bf16 --teachers opt
 
 All teachers have 12 layers of 768, GPT-2's vocabulary and random weights. The student is a GPT-2 of 6 such layers. A
-Llama's MLP has three matrices, so it is two thirds as wide and has as many weights. Every teacher runs in its own
-process. `ratio` compares with the GPT-2: speed (1 is as fast) and peak memory of the process (1 is as much).
+Llama's MLP has three matrices, so it is two thirds as wide and has as many weights. Every teacher runs in a process of
+its own beside one with a GPT-2; both together need about 10 GB. `ratio` compares with the GPT-2: speed (1 is as fast)
+and peak memory of the process (1 is as much).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from turns import Worker, resident
 
-TEACHERS = ("gpt2", "gpt-neo", "opt", "llama")
+TEACHERS = ("gpt-neo", "opt", "llama")
 VOCABULARY, WARM_UP = 50257, 2
 
 
@@ -95,26 +96,30 @@ def work(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the teachers in turns."""
-    names = options.teachers.split(",")
+    """Measure every teacher beside the GPT-2, two processes in turns."""
+    found: dict[str, Any] = {"precision": options.precision, "sequence_length": options.length, "teachers": {}}
+    for name in options.teachers.split(","):
+        base, row = pair(["gpt2", name], options)
+        row["ratio"] = {key: row[key] / base[key] for key in row}
+        found["teachers"][name] = row
+    return found
+
+
+def pair(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the figures of two teachers, measured in turns."""
     shape = ["--precision", options.precision, "--length", options.length, "--layers", options.layers]
     shape += ["--width", options.width, "--micro-batch-size", options.micro_batch_size]
-    workers = {name: Worker(__file__, ["--worker", name, *map(str, shape)]) for name in names}
+    workers = [Worker(__file__, ["--worker", name, *map(str, shape)]) for name in names]
     for _ in range(options.rounds + WARM_UP):
-        for worker in workers.values():
+        for worker in workers:
             worker.turn()
-    found: dict[str, Any] = {"precision": options.precision, "sequence_length": options.length, "teachers": {}}
-    for name, worker in workers.items():
+    rows = []
+    for worker in workers:
         worker.end()
         seconds = statistics.median(turn["seconds"] for turn in worker.turns[WARM_UP:])
         tokens = options.micro_batch_size * options.length
-        peak = worker.turns[-1]["peak"]
-        found["teachers"][name] = {"tokens_per_second": tokens / seconds, "peak_memory_bytes": peak}
-    base = found["teachers"].get("gpt2")
-    if base is not None:
-        for row in found["teachers"].values():
-            row["ratio"] = {key: row[key] / base[key] for key in ("tokens_per_second", "peak_memory_bytes")}
-    return found
+        rows.append({"tokens_per_second": tokens / seconds, "peak_memory_bytes": worker.turns[-1]["peak"]})
+    return rows
 
 
 def main() -> None:
