@@ -6,6 +6,8 @@ oldest dependencies that pyproject.toml promises, and `build` another, with noth
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import tempfile
 import tomllib
@@ -92,6 +94,21 @@ def harness(session: nox.Session) -> None:
     session.install("-q", *CONSTRAINTS, "-e", ".", "lm-eval==0.4.13")
     session.run("python", "benchmarks/harness.py", *session.posargs)
     session.run("python", "benchmarks/choice_tasks.py", "--agreement")
+
+
+@nox.session(venv_backend="none")
+def browser(session: nox.Session) -> None:
+    """The browser example with a tiny student, in node and in headless Chromium: by hand only, with node and npm."""
+    python = shared(session)
+    found = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "student"
+        session.run(python, "examples/browser/make_student.py", str(out), external=True)
+        with session.chdir("examples/browser"):
+            session.run("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", external=True)
+            session.run("node", "build.mjs", str(out / "int8"), external=True)
+            env = {"CHROMIUM": os.environ.get("CHROMIUM", found)}
+            session.run("node", "check.mjs", str(out / "expected.json"), external=True, env=env)
 
 
 @nox.session
