@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import yaml
 from transformers import AutoTokenizer
@@ -16,24 +17,32 @@ import tinygpt2
 from tinygpt2.exporting.engines import OnnxEngine
 from tinygpt2.exporting.onnx_folder import onnx_file
 
-SOURCE = ["python-docs"]
 SHAPE = {"n_layer": 2, "n_embd": 128, "n_head": 4, "n_positions": 128}
-PROMPTS = ["Return the", "class", "If the file is", "Grüße, 世界"]
+PROMPTS = ["The value of", "If the file", "a list (or a tuple),", "Grüße, 世界"]
 TOKENS = 40
 
 
 def make_student(out: Path) -> str:
     """Train a teacher of two layers for a minute, and distil it into one layer; return the student's directory."""
+    source = out / "topics.txt"  # Python's own help, without line ends: a tiny model would write nothing else
+    source.write_text("\n".join(" ".join(text.split()) for text in topics.values()), encoding="utf-8")
     tokenizer = tinygpt2.train_tokenizer(
-        tinygpt2.TrainTokenizerConfig(source=SOURCE, vocab_size=2048, out=f"{out}/tokenizer")
+        tinygpt2.TrainTokenizerConfig(source=[str(source)], vocab_size=2048, out=f"{out}/tokenizer")
     ).tokenizer
     data = f"{out}/data"
-    tinygpt2.pregenerate(tinygpt2.PregenerateConfig(source=SOURCE, tokenizer=tokenizer, sequence_length=128, out=data))
+    tinygpt2.pregenerate(
+        tinygpt2.PregenerateConfig(source=[str(source)], tokenizer=tokenizer, sequence_length=128, out=data)
+    )
     shape = out / "shape.yaml"
     shape.write_text(yaml.safe_dump(SHAPE), encoding="utf-8")
     teacher = tinygpt2.pretrain(
         tinygpt2.PretrainConfig(
-            model_config=str(shape), data=data, out=f"{out}/teacher", max_steps=400, learning_rate=3e-3
+            model_config=str(shape),
+            data=data,
+            out=f"{out}/teacher",
+            max_steps=400,
+            optimizer="muon",
+            learning_rate=1e-2,
         )
     ).model
     cut = tinygpt2.truncate_student(

@@ -57,7 +57,10 @@ def write_onnx(source: ExportSource, kind: NumberType, folder: Path) -> None:
             )
         for file in (plain, plain.with_name(f"{plain.name}_data")):
             file.unlink(missing_ok=True)
-    save_description(source.model, folder, source.tokenizer)
+    tokenizer = source.tokenizer
+    if tokenizer is not None:  # transformers.js removes spaces before punctuation unless the file says not to
+        tokenizer.init_kwargs.setdefault("clean_up_tokenization_spaces", tokenizer.clean_up_tokenization_spaces)
+    save_description(source.model, folder, tokenizer)
 
 
 @contextmanager
