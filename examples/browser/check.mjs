@@ -60,8 +60,9 @@ async function serve() {
 
 /** Fill in the form, press the button, and return the completed text and the line below it. */
 async function complete(page, prompt, tokens, temperature) {
-  const values = { prompt, tokens, temperature };
-  await page.evaluate((all) => Object.entries(all).forEach(([id, value]) => (document.getElementById(id).value = value)), values);
+  for (const [id, value] of Object.entries({ prompt, tokens, temperature })) {
+    await page.$eval(`#${id}`, (box, value) => (box.value = value), value);
+  }
   await page.click('button');
   await page.waitForFunction(() => document.querySelector('#speed').textContent !== '', PATIENCE);
   return page.$$eval('#text, #speed', (found) => found.map((one) => one.textContent));

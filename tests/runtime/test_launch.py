@@ -15,10 +15,12 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import sentences
 from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, TruncateStudentConfig, distill, finetune, pretrain
 from tinygpt2.errors import ConfigError
+from tinygpt2.models.quantization import rounded
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.training.metrics import read_metrics
 
@@ -47,6 +49,17 @@ def test_two_processes_distil_as_one(teacher: Path, data: Path, tmp_path: Path) 
     two = {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "num_processes": 2}
     distill(DistillConfig(**base, out=str(tmp_path / "2"), **two))
     close(tmp_path / "1", tmp_path / "2")
+
+
+def test_two_processes_train_with_rounded_weights_as_one(teacher: Path, data: Path, tmp_path: Path) -> None:
+    base = {"model": str(teacher), "data": str(data), "max_steps": 6, "log_every": 1, "eval_every": 2}
+    base |= {"quantize": "q4_0", "learning_rate": 1e-3}
+    pretrain(PretrainConfig(**base, out=str(tmp_path / "1"), micro_batch_size=8))
+    pretrain(PretrainConfig(**base, out=str(tmp_path / "2"), micro_batch_size=4, num_processes=2))
+    # a sum in another order may round a weight to its other neighbour
+    close(tmp_path / "1", tmp_path / "2", far=1e-3)
+    saved = load_file(tmp_path / "2" / "model.safetensors")
+    assert all(torch.equal(rounded(name, weight, "q4_0"), weight) for name, weight in saved.items())
 
 
 def test_two_processes_with_shared_state_finetune_a_text_as_one(teacher: Path, tmp_path: Path) -> None:

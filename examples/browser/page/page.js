@@ -19,7 +19,7 @@ const answers = {
   loaded({ layers, width, vocabulary }) {
     const depth = `${layers} ${layers === 1 ? 'layer' : 'layers'} of width ${width}`;
     const tokens = `vocabulary of ${vocabulary.toLocaleString('en')}`;
-    byId('about').textContent = `${depth}, ${tokens}, ${(BYTES / 1e6).toFixed(1)} MB, running in this browser`;
+    byId('about').textContent = `${depth}, ${tokens}, ${(BYTES / 1e6).toFixed(1)}\u00a0MB, running in this browser`;
     free();
   },
   piece({ text }) {
