@@ -155,7 +155,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         study, begun = Study(options.work, options.results), time.monotonic()
         with fast_products():
-            study.prepare()
+            study.prepare(*SIZES)
             for run in runs(SIZES, options.tokens, options.seeds):
                 if time.monotonic() - begun < 60 * options.minutes:
                     train(study, run, options.blocks)

@@ -87,8 +87,8 @@ class Study:
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def prepare(self) -> None:
-        """Make the texts, datasets and cut students that do not exist yet."""
+    def prepare(self, *sizes: str) -> None:
+        """Make the texts, datasets and cut students that do not exist yet; without sizes, students of all sizes."""
         novels, length = self.work / "novels", self.plan["sequence_length"]
         if not novels.is_dir():
             with tarfile.open(self.shared / self.plan["novels"]) as archive:
@@ -119,7 +119,7 @@ class Study:
             if not out.is_dir():
                 pregenerate(PregenerateConfig(source=[str(path)], test_fraction=0.0, out=str(out), **common))
         for size, options in (self.plan["sizes"] | self.plan["starts"]["sizes"]).items():
-            if not (self.work / size).is_dir():
+            if size in (sizes or [size]) and not (self.work / size).is_dir():
                 truncate_student(
                     TruncateStudentConfig(
                         teacher=self.teacher, data=str(self.work / "data"), out=str(self.work / size), **options

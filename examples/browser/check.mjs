@@ -1,7 +1,8 @@
 // Complete prompts in node and in the built page, and compare with Python's texts: node check.mjs EXPECTED.json
 //
-// EXPECTED.json holds `tokens`, `prompts`, the folders of models for node in `node`, that of the page in `page`, and the
-// greedy texts of each folder in `texts`. The variable CHROMIUM names the browser. Pictures of the page go into check/.
+// EXPECTED.json holds `prompts`, `tokens`, the folders of models to run in node (`node`), the one that the page was
+// built with (`page`), and the greedy texts of each folder (`texts`). The variable CHROMIUM names the browser.
+// Pictures of the page go into check/.
 import { mkdir, readFile } from 'node:fs/promises';
 import { createServer } from 'node:http';
 import { extname, join } from 'node:path';

@@ -14,7 +14,9 @@ async function complete({ prompt, tokens, temperature }) {
   const inputs = tokenizer(prompt);
   const length = inputs.input_ids.dims[1];
   const positions = model.config.n_positions;
-  if (length >= positions) throw new Error(`The prompt has ${length} tokens. The model reads at most ${positions - 1}.`);
+  if (length >= positions) {
+    throw new Error(`The prompt has ${length} tokens. The model reads at most ${positions - 1}.`);
+  }
   let count = 0;
   const streamer = new TextStreamer(tokenizer, {
     skip_prompt: true,
