@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def test_onnxruntime_computes_what_the_model_computes(model: Path, tmp_path: Pat
     assert found.logits < 1e-3
     assert found.greedy_equal
     assert (tmp_path / "x" / "onnx" / "model.onnx").is_file()
+    # transformers.js would remove spaces before punctuation
+    assert json.loads((tmp_path / "x" / "tokenizer_config.json").read_text())["clean_up_tokenization_spaces"] is False
     assert (tmp_path / "x" / "tokenizer.json").is_file()
 
 
