@@ -22,7 +22,7 @@ CONSTRAINTS = ("-c", "constraints.txt")
 # One thread for each of a few processes: small models gain nothing by more threads.
 PYTEST = ("-m", "pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-TESTED_EXTRAS = ("plots", "tensorboard", "hdf5")
+TESTED_EXTRAS = ("plots", "tensorboard", "hdf5", "gguf", "onnx", "llamacpp")
 # tests that need neither torch nor a model, for Python versions for which torch is too large to fetch
 WITHOUT_TORCH = ("tests/config", "tests/data/test_corpus.py", "tests/test_without_torch.py")
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ SOURCE = ROOT / "src" / "tinygpt2"
 
 FLOORS = [
     "errors", "utils", "config", "runtime", "data", "models", "objectives", "decoding", "evaluation", "compression",
-    "training", "planning", "export", "workflows", "cli", "__main__",
+    "training", "planning", "exporting", "workflows", "cli", "__main__",
 ]  # fmt: skip
 MAP = ROOT / "docs" / "architecture.md"
 

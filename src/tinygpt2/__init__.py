@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from tinygpt2.config.evaluation import PplConfig
     from tinygpt2.config.models import PresetsConfig
     from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-    from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
+    from tinygpt2.config.workflows import (
+        ExportConfig,
+        PushConfig,
+        QuickstartConfig,
+        RunsConfig,
+        ShowConfig,
+        VerifyConfig,
+    )
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
@@ -38,6 +45,8 @@ if TYPE_CHECKING:
     from tinygpt2.evaluation.named_tasks import TaskInfo, TaskList, list_tasks
     from tinygpt2.evaluation.perplexity import ppl
     from tinygpt2.evaluation.results import Paired, PplResult, PplRow
+    from tinygpt2.exporting.checks import ExportChecks
+    from tinygpt2.exporting.export import ExportResult, export
     from tinygpt2.models import reference
     from tinygpt2.models.configuration import Preset, PresetList, presets
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
@@ -64,7 +73,7 @@ _HOME = {
     "config.evaluation": ["PplConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
-    "config.workflows": ["PushConfig", "QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
+    "config.workflows": ["ExportConfig", "PushConfig", "QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
@@ -82,6 +91,8 @@ _HOME = {
     "evaluation.named_tasks": ["TaskInfo", "TaskList", "list_tasks"],
     "evaluation.perplexity": ["ppl"],
     "evaluation.results": ["Paired", "PplResult", "PplRow"],
+    "exporting.checks": ["ExportChecks"],
+    "exporting.export": ["ExportResult", "export"],
     "models": ["reference"],
     "models.configuration": ["Preset", "PresetList", "presets"],
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
@@ -110,6 +121,9 @@ __all__ = [
     "DistillConfig",
     "DivergedError",
     "Evaluation",
+    "ExportChecks",
+    "ExportConfig",
+    "ExportResult",
     "Fidelity",
     "FidelityPart",
     "FinetuneConfig",
@@ -157,6 +171,7 @@ __all__ = [
     "VerifyResult",
     "compile_step",
     "distill",
+    "export",
     "finetune",
     "from_map_style",
     "generate",

@@ -19,7 +19,7 @@ from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.models import PresetsConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
+from tinygpt2.config.workflows import ExportConfig, PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
 from tinygpt2.runtime.processes import rank
 from tinygpt2.utils import progress
 from tinygpt2.utils.terminal import printable
@@ -245,6 +245,16 @@ COMMANDS = [
             "generate --model student --interactive",
         ],
         _generate,
+    ),
+    Command(
+        "export",
+        ExportConfig,
+        "Write a model for llama.cpp, onnxruntime or transformers.js, run it there, and say what it lost.",
+        [
+            "export student --to gguf --type q8_0 --out student.gguf",
+            "export student --to onnx --type int8 --out student-onnx",
+        ],
+        _public("export"),
     ),
     Command(
         "runs",

@@ -18,7 +18,7 @@ from tinygpt2.config.decoding import GenerateConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
-from tinygpt2.config.workflows import VerifyConfig
+from tinygpt2.config.workflows import ExportConfig, VerifyConfig
 from tinygpt2.errors import DataError, ModelError
 
 
@@ -46,6 +46,8 @@ def check_early(config: Config) -> None:
             _local_causal_lm(config, name)
         if config.prompt_file is not None:
             _read_text(config.prompt_file)
+    elif isinstance(config, ExportConfig):
+        _check_export(config)
     elif isinstance(config, VerifyConfig):
         _check_verify(config)
 
@@ -109,6 +111,16 @@ def _check_pregenerate(config: PregenerateConfig) -> None:
     check_output(config)
     check_tokenizer(config.tokenizer)
     _check_sources([*config.source, *(config.test_source or [])])
+
+
+def _check_export(config: ExportConfig) -> None:
+    from tinygpt2.data.layout import is_packed_dataset
+    from tinygpt2.exporting.outputs import check_output
+
+    check_output(config)
+    _local_model(config, config.model)
+    if config.data is not None and not is_packed_dataset(Path(config.data)):
+        _check_sources([config.data])
 
 
 def _check_verify(config: VerifyConfig) -> None:

@@ -199,6 +199,15 @@ def _render_budget(result: Any, console: Console) -> None:
     console.print(f"for a run of this length, try --batch-tokens {proposal} ({source})", markup=False, soft_wrap=True)
 
 
+def _render_export(result: Any, console: Console) -> None:
+    from tinygpt2.exporting.export import figures
+
+    rows = {"written to": short_path(result.out), **figures(result)}
+    width = max(map(len, rows))
+    for label, value in rows.items():
+        console.print(f"{label:<{width}}  {value}", markup=False, soft_wrap=True)
+
+
 def _render_quickstart(result: Any, console: Console) -> None:
     console.print(result.summary, markup=False)
 
@@ -211,6 +220,7 @@ RENDER: dict[str, Callable[[Any, Console], None]] = {
     "GenerateResult": render_generate,
     "PushResult": _render_push,
     "VerifyResult": _render_verify,
+    "ExportResult": _render_export,
     "QuickstartResult": _render_quickstart,
     "BudgetPlan": _render_budget,
     "RunPlan": _facts(group=plan_group),
