@@ -86,9 +86,7 @@ def write_gguf(source: ExportSource, kind: NumberType, path: Path) -> None:
             "export it to onnx or safetensors",
         )
     if finer := finer_matrices(source.model, kind):
-        say(
-            f"their rows do not divide into blocks of {BLOCK} weights, so these matrices are stored in f16: {listed(finer)}"
-        )
+        say(f"stored in f16, because their rows do not divide into blocks of {BLOCK} weights: {listed(finer)}")
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     _describe(writer, source, kind)
     types = gguf.GGMLQuantizationType
