@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def our_sums(model: str, task: str, file: Path, *, exact: bool) -> list[list[flo
         scorer = Scorer(loaded, "fp32", torch.device("cpu"))
         if exact:
             scorer.model.double()
-            scorer.head = scorer.head.double()
+            scorer.head = replace(scorer.head, matrix=scorer.head.matrix.double())
         sums = -scorer(tokenized.tokens, tokenized.spans, 2048, candidates=candidates).sums
     counts = np.ones(len(sums), int) if candidates is None else candidates
     return [part.tolist() for part in np.split(sums, np.cumsum(counts)[:-1])]

@@ -125,8 +125,12 @@ def _check_export(config: ExportConfig) -> None:
 
 def _check_verify(config: VerifyConfig) -> None:
     from tinygpt2.data.layout import is_packed_dataset
+    from tinygpt2.exporting.outputs import exported_format, require_packages
     from tinygpt2.models.directory import directory_to_verify, is_model_directory
 
+    if (to := exported_format(Path(config.path))) is not None:
+        require_packages(to)
+        return
     path = directory_to_verify(config.path)
     if path is not None and not is_model_directory(path) and not is_packed_dataset(path):
         raise DataError(f"{path} is neither a pregenerated dataset nor a model directory")

@@ -51,13 +51,30 @@ class VerifyConfig(ModelOptions):
     """Options of `verify`."""
 
     path: str = option(
-        "Pregenerated dataset, model directory or Hub id.", positional=True, path=True, metavar="PATH|ID"
+        "Pregenerated dataset, model directory, exported model (GGUF file or ONNX folder) or Hub id.",
+        positional=True,
+        path=True,
+        metavar="PATH|ID",
     )
     teacher: str | None = option(
         "Teacher model: also report which tensors of the student are exact copies of the teacher's.",
         default=None,
         path=True,
         metavar="PATH|ID",
+    )
+    model: str | None = option(
+        "With an exported model: the model that it was made from. Every tensor, logits, greedy text and loss are "
+        "compared with it.",
+        default=None,
+        path=True,
+        metavar="PATH|ID",
+    )
+    data: str | None = option(
+        "With an exported model: text, or pregenerated dataset, on which to compare.",
+        default=None,
+        path=True,
+        metavar="SOURCE|PATH",
+        shown="python-docs, the text of quickstart",
     )
 
 

@@ -12,11 +12,11 @@ from transformers import GPT2LMHeadModel
 
 from tinygpt2.config.workflows import ExportConfig, Format, NumberType
 from tinygpt2.errors import ModelError, explained
-from tinygpt2.exporting.checks import ExportChecks, check_text, run_checks
+from tinygpt2.exporting.checks import CheckText, ExportChecks, check_text, run_checks
 from tinygpt2.exporting.engines import Engine, LlamaEngine, OnnxEngine, TorchEngine, llama_available
 from tinygpt2.exporting.outputs import ONNX_FILES, card_path, check_output
 from tinygpt2.exporting.source import ExportSource, load_source
-from tinygpt2.models.card import model_card
+from tinygpt2.models.card import TRANSFORMERS, model_card
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.quantization import round_rows
 from tinygpt2.models.saving import save_description, share_files
@@ -68,15 +68,10 @@ def export(config: ExportConfig) -> ExportResult:
     written = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]) if file.is_file())
     checked = None
     if text is not None:
-        engine = _engine(config, out, model)
-        try:
-            checked = run_checks(source, engine, text)
-        finally:
-            engine.close()
-        if config.type in EXACT and not checked.kl <= _MOST:
-            warn(f"{checked.engine} computes something else than the model: mean KL {checked.kl:.3g} nats per token")
-        if checked.tokens_equal is False:
-            warn("llama.cpp splits the text into other tokens than the model's tokenizer")
+        file = out / "onnx" / ONNX_FILES[config.type] if config.to == "onnx" else out
+        checked = run_export(source, config.to, file, model, text)
+        for problem in disagreements(checked, config.type):
+            warn(problem)
     result = ExportResult(str(out.resolve()), config.to, config.type, written, checked)
     with explained(f"cannot write the card of {out}", "the exported model itself is whole"):
         write_text(card_path(out, config.to), _card(config, source, result))
@@ -129,24 +124,54 @@ def _write_safetensors(source: ExportSource, kind: NumberType, path: Path) -> GP
     return read
 
 
-def _engine(config: ExportConfig, out: Path, model: GPT2LMHeadModel | None) -> Engine:
-    if config.to == "onnx":
-        return OnnxEngine(out / "onnx" / ONNX_FILES[config.type])
+def run_export(
+    source: ExportSource, to: Format, file: Path, model: GPT2LMHeadModel | None, text: CheckText
+) -> ExportChecks:
+    """Run an exported model and the model that it was made from on the same tokens.
+
+    Args:
+        file: the GGUF file or the ONNX graph.
+        model: what the file holds, for the formats that torch can run.
+
+    Raises:
+        ModelError: the engine cannot load the file.
+    """
+    engine = _engine(to, file, model)
+    try:
+        return run_checks(source, engine, text)
+    finally:
+        engine.close()
+
+
+def _engine(to: Format, file: Path, model: GPT2LMHeadModel | None) -> Engine:
+    if to == "onnx":
+        return OnnxEngine(file)
     assert model is not None
-    if config.to == "safetensors":
+    if to == "safetensors":
         return TorchEngine(model, own=True)
     if llama_available():
-        return LlamaEngine(out.resolve(), model.lm_head.weight.detach(), model.config.n_positions)
+        return LlamaEngine(file.resolve(), model.lm_head.weight.detach(), model.config.n_positions)
     say('llama.cpp is not installed, so torch runs the file\'s weights: pip install "tinygpt2[llamacpp]"')
     return TorchEngine(model, own=False)
+
+
+def disagreements(checked: ExportChecks, kind: NumberType) -> Iterator[str]:
+    """Yield what an engine does otherwise than it should. Rounding to few bits is no fault."""
+    if kind in EXACT and not checked.kl <= _MOST:
+        yield f"{checked.engine} computes something else than the model: mean KL {checked.kl:.3g} nats per token"
+    if checked.tokens_equal is False:
+        yield "llama.cpp splits the text into other tokens than the model's tokenizer"
 
 
 def figures(result: ExportResult) -> dict[str, str]:
     """Return the result as rows of a table: the same on the terminal and in the card."""
     rows = {"format": f"{result.format} {result.type}", "size": size(result.bytes)}
-    if (found := result.checked) is None:
-        return rows
-    rows |= {
+    return rows if result.checked is None else rows | check_rows(result.checked)
+
+
+def check_rows(found: ExportChecks) -> dict[str, str]:
+    """Return what was measured as rows of a table."""
+    rows = {
         "engine": found.engine,
         "largest difference of a logit": f"{found.logits:.3g}",
         "64 greedy tokens": "the same" if found.greedy_equal else "different",
@@ -164,4 +189,10 @@ def figures(result: ExportResult) -> dict[str, str]:
 def _card(config: ExportConfig, source: ExportSource, result: ExportResult) -> str:
     how = f"{source.name}, exported to {config.to} with weights in {config.type}."
     name = Path(config.out).name
-    return model_card(name, how, figures(result), f"export {config.flags(shared=True)}", source.metadata)
+    engine = {
+        "gguf": (None, f"llama.cpp and what is built on it load it: `llama-cli -m {name}`."),
+        "onnx": ("transformers.js", "transformers.js loads this folder, and onnxruntime the graph in onnx/."),
+        "safetensors": TRANSFORMERS,
+    }[config.to]
+    command = f"export {config.flags(shared=True)}"
+    return model_card(name, how, figures(result), command, source.metadata, engine=engine)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinygpt2.config.workflows import NumberType
-from tinygpt2.errors import ModelError, one_line
+from tinygpt2.config.workflows import TYPES, NumberType
+from tinygpt2.errors import ModelError, listed, one_line
 from tinygpt2.exporting.gguf_vocabulary import gguf_vocabulary
 from tinygpt2.exporting.source import TANH_GELU, ExportSource
 from tinygpt2.models.compatibility import require_tokenizer
 from tinygpt2.models.loading import random_model
-from tinygpt2.models.quantization import is_conv1d, rounded, stored_type
+from tinygpt2.models.quantization import BLOCK, finer_matrices, is_conv1d, rounded, stored_type
+from tinygpt2.utils.progress import say
 from tinygpt2.utils.types import Array
 
 ARCHITECTURE = "gpt2"
@@ -84,6 +85,8 @@ def write_gguf(source: ExportSource, kind: NumberType, path: Path) -> None:
             f"llama.cpp runs GPT-2 with the tanh GELU only, and the model has {config.activation_function!r}",
             "export it to onnx or safetensors",
         )
+    if finer := finer_matrices(source.model, kind):
+        say(f"stored in f16, because their rows do not divide into blocks of {BLOCK} weights: {listed(finer)}")
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     _describe(writer, source, kind)
     types = gguf.GGMLQuantizationType
@@ -105,8 +108,7 @@ def _describe(writer: Any, source: ExportSource, kind: NumberType) -> None:
     import gguf
 
     config = source.model.config
-    names = {"f32": "ALL_F32"}
-    writer.add_file_type(gguf.LlamaFileType[names.get(kind, f"MOSTLY_{kind.upper()}")])
+    writer.add_file_type(_file_type(gguf, kind))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_type("model")
     writer.add_name(source.name)
@@ -166,6 +168,25 @@ def field_of(reader: Any, key: str) -> Any:
     """Return a value of a GGUF file's metadata; None if it is missing."""
     field = reader.get_field(key)
     return None if field is None else field.contents()
+
+
+def file_type(path: Path) -> NumberType:
+    """Return the type of a GGUF file's matrices.
+
+    Raises:
+        ModelError: the file cannot be read, or has a type that `export` does not write.
+    """
+    import gguf
+
+    found = field_of(open_gguf(path), "general.file_type")
+    for kind in TYPES["gguf"]:
+        if found == _file_type(gguf, kind):
+            return kind
+    raise ModelError(f"{path} has the file type {found}, not one of {', '.join(TYPES['gguf'])}")
+
+
+def _file_type(gguf: Any, kind: NumberType) -> Any:
+    return gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"]
 
 
 def read_gguf(path: Path) -> GPT2LMHeadModel:

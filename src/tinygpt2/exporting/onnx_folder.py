@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
+from transformers import GPT2LMHeadModel
 
 from tinygpt2.config.workflows import NumberType
 from tinygpt2.errors import ModelError, one_line
 from tinygpt2.exporting.onnx_graph import onnx_model
 from tinygpt2.exporting.outputs import ONNX_FILES
 from tinygpt2.exporting.source import ExportSource
+from tinygpt2.models.loading import model_config, random_model
 from tinygpt2.models.saving import save_description
 from tinygpt2.utils.types import Array
 
@@ -105,6 +108,27 @@ def read_weights(file: Path) -> dict[str, Array]:
             values = offset * stored[f"{plain}_scale"]
         read[plain] = values.T if plain == "lm_head.weight" else values
     return read
+
+
+def read_onnx(folder: Path) -> GPT2LMHeadModel:
+    """Read a folder that `write_onnx` wrote as a model in float32: what the numbers of its graph stand for.
+
+    Raises:
+        ModelError: the configuration or the graph cannot be read, or they make no model.
+    """
+    file, _ = onnx_file(folder)
+    config, read = model_config(folder), read_weights(file)
+    config.tie_word_embeddings = "lm_head.weight" not in read
+    model = random_model(config, 0, hollow=True).to_empty(device="cpu").eval()
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        values = read.get(name)
+        if values is None or values.shape != parameter.shape:
+            raise ModelError(f"{file}: {name} is missing, or has a shape that does not fit config.json")
+        parameter.data.copy_(torch.from_numpy(np.array(values, np.float32)))
+        if not bool(parameter.isfinite().all()):
+            raise ModelError(f"{file}: {name} holds NaN or infinite values")
+    return model
 
 
 def compare_onnx(source: ExportSource, folder: Path) -> None:

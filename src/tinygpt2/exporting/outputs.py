@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from tinygpt2.config.workflows import PACKAGES, ExportConfig, Format
 from tinygpt2.errors import ConfigError
@@ -11,6 +12,8 @@ from tinygpt2.utils.files import require_free
 
 ONNX_FILES = {"f32": "model.onnx", "int8": "model_quantized.onnx"}
 """The names in the folder onnx/ that transformers.js looks for, by the type of the weights."""
+
+GGUF_SUFFIX, GGUF_MAGIC = ".gguf", b"GGUF"
 
 _FREE = "give another --out, or --overwrite to replace it"
 
@@ -20,19 +23,25 @@ def card_path(out: Path, to: Format) -> Path:
     return out.with_name(f"{out.name}.md") if to == "gguf" else out / "README.md"
 
 
+def require_packages(to: Format) -> None:
+    """Check that the packages of a format are installed.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    missing = [name for name in PACKAGES[to] if find_spec(name) is None]
+    if missing:
+        plural = "are" if len(missing) > 1 else "is"
+        raise ConfigError(f"{to}: {' and '.join(missing)} {plural} not installed", f'run pip install "tinygpt2[{to}]"')
+
+
 def check_output(config: ExportConfig) -> None:
     """Check that the packages of the format are installed, and that nothing at --out would be lost.
 
     Raises:
         ConfigError: a package is missing, or there is something at --out that may not be replaced.
     """
-    missing = [name for name in PACKAGES[config.to] if find_spec(name) is None]
-    if missing:
-        plural = "are" if len(missing) > 1 else "is"
-        raise ConfigError(
-            f"--to {config.to}: {' and '.join(missing)} {plural} not installed",
-            f'run pip install "tinygpt2[{config.to}]"',
-        )
+    require_packages(config.to)
     out = Path(config.out)
     if config.to == "gguf":
         if out.is_dir():
@@ -45,3 +54,23 @@ def check_output(config: ExportConfig) -> None:
         require_free(out, _FREE)
     elif out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise ConfigError(f"--out {out} holds other files than a model: it is not replaced", "give another --out")
+
+
+def exported_format(path: Path) -> Literal["gguf", "onnx"] | None:
+    """Return the format of an exported model that is not a plain model directory; None if it is none.
+
+    Args:
+        path: a GGUF file, the folder of an export to ONNX, or the folder onnx/ in it.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            return "gguf" if path.suffix == GGUF_SUFFIX or file.read(4) == GGUF_MAGIC else None
+    return "onnx" if onnx_folder(path) is not None else None
+
+
+def onnx_folder(path: Path) -> Path | None:
+    """Return the folder of an export to ONNX, given it or the folder onnx/ in it; None if it is neither."""
+    for folder in (path, path.resolve().parent) if path.name == "onnx" else (path,):
+        if any((folder / "onnx" / name).is_file() for name in ONNX_FILES.values()):
+            return folder
+    return None

@@ -13,6 +13,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from tinygpt2.errors import one_line
 from tinygpt2.utils.files import shared_text
 
+TRANSFORMERS = (
+    "transformers",
+    "Plain `transformers` loads it: `GPT2LMHeadModel.from_pretrained(...)`, `AutoTokenizer.from_pretrained(...)`.",
+)
+
 
 @dataclass(frozen=True)
 class HubMetadata:
@@ -40,6 +45,7 @@ def model_card(
     command: str,
     metadata: HubMetadata | None = None,
     held_out: str = "",
+    engine: tuple[str | None, str] = TRANSFORMERS,
 ) -> str:
     """Render a model card: what the model is, how it was made, what was measured, and the command that made it.
 
@@ -52,18 +58,20 @@ def model_card(
         command: the command and its options, without `tinygpt2`.
         metadata: for the block at the beginning of the card, which the Hub reads.
         held_out: a table, see `held_out_table`; empty if nothing was measured.
+        engine: the library that loads the model, by its name on the Hub, and a sentence that says how.
     """
+    library, loading = engine
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in figures.items())
     shown = command.replace("\n", "\n    ")  # the lines of a code block are indented
     return f"""---
-{_front_matter(title, metadata or HubMetadata())}
+{_front_matter(title, library, metadata or HubMetadata())}
 ---
 
 # {_text(title)}
 
 {_text(how)}
 
-Plain `transformers` loads it: `GPT2LMHeadModel.from_pretrained(...)`, `AutoTokenizer.from_pretrained(...)`.
+{loading}
 
 | | |
 |---|---|
@@ -90,7 +98,7 @@ def held_out_table(text: str, rows: Mapping[str, Mapping[str, float | None]]) ->
     return "\n" + "\n".join(lines) + "\n"
 
 
-def _front_matter(title: str, metadata: HubMetadata) -> str:
+def _front_matter(title: str, library: str | None, metadata: HubMetadata) -> str:
     """Return the metadata in the form that the Hub checks."""
     results = [
         EvalResult(
@@ -109,7 +117,7 @@ def _front_matter(title: str, metadata: HubMetadata) -> str:
         datasets=metadata.datasets or None,
         language=metadata.language or None,
         license=metadata.license,
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         tags=["gpt2", "tinygpt2"],
         model_name=one_line(title) or "model",

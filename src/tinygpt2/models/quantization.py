@@ -46,6 +46,14 @@ def stored_type(name: str, shape: Sequence[int], wanted: str) -> str:
     return kind
 
 
+def finer_matrices(model: torch.nn.Module, wanted: str) -> list[str]:
+    """Return the parameters of a GPT-2 that are stored without blocks, although `wanted` has blocks of 32."""
+    if wanted not in _FINER:
+        return []
+    shapes = {name: weight.shape for name, weight in model.named_parameters() if weight.dim() > 1}
+    return [name for name, shape in shapes.items() if stored_type(name, shape, wanted) not in _FINER]
+
+
 def round_rows(x: Float[Tensor, "R C"], kind: str) -> Float[Tensor, "R C"]:
     """Return rows as they are after they were stored as `kind` and read back as float32.
 

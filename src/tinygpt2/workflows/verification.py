@@ -10,10 +10,12 @@ from tinygpt2.config.workflows import VerifyConfig
 from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.validation import check_dataset
 from tinygpt2.errors import DataError, ModelError
+from tinygpt2.exporting.outputs import exported_format
 from tinygpt2.models.directory import directory_to_verify, is_model_directory
 from tinygpt2.utils.hub import local_directory
 
 if TYPE_CHECKING:
+    from tinygpt2.exporting.checks import ExportChecks
     from tinygpt2.workflows.model_verification import Agreement
 
 
@@ -27,6 +29,7 @@ class VerifyResult:
         notes: observations that are not faults.
         reference: how well a model agrees with the GPT-2 of `tinygpt2.reference`; None for a dataset.
         copies: with a teacher, the names of the student's tensors that are copies, each with the teacher's name.
+        export: what the engine of an exported model computes beside the model; None if there is no exported model.
     """
 
     path: str
@@ -36,6 +39,7 @@ class VerifyResult:
     notes: list[str] = field(default_factory=list)
     reference: Agreement | None = None
     copies: dict[str, str] | None = None
+    export: ExportChecks | None = None
 
     @property
     def exit_code(self) -> int:
@@ -45,12 +49,18 @@ class VerifyResult:
 
 
 def verify(config: VerifyConfig) -> VerifyResult:
-    """Check a pregenerated dataset or a model directory, and list every fault.
+    """Check a pregenerated dataset, a model directory or an exported model, and list every fault.
 
     Raises:
-        DataError: there is neither a dataset nor a model at that path, or a dataset was given with a teacher.
-        ModelError: a Hub id cannot be downloaded, or the teacher cannot be loaded.
+        ConfigError: the engine of an exported model is not installed.
+        DataError: there is neither a dataset nor a model at that path, or it does not take an option that was given.
+        ModelError: a Hub id cannot be downloaded, or the teacher or the exported model's source cannot be loaded.
     """
+    if exported_format(Path(config.path)) is not None:
+        return _verify_export(Path(config.path), config)
+    for name in ("model", "data"):
+        if getattr(config, name) is not None:
+            raise DataError(f"{config.path} is not an exported model, which --{name} is for")
     path = _directory(config)
     # look for a model first: the directory of a model that was fine-tuned on a text also holds a dataset
     if not is_model_directory(path):
@@ -65,6 +75,16 @@ def verify(config: VerifyConfig) -> VerifyResult:
     found = check_model(path, config)
     where, whole = str(path.resolve()), not found.problems
     return VerifyResult(where, "model", whole, found.problems, found.notes, found.reference, found.copies)
+
+
+def _verify_export(path: Path, config: VerifyConfig) -> VerifyResult:
+    from tinygpt2.exporting.verification import check_export
+
+    if config.teacher is not None:
+        raise DataError(f"{path} is an exported model, and --teacher needs a student model", "use --model")
+    found = check_export(path, config)
+    where, whole = str(path.resolve()), not found.problems
+    return VerifyResult(where, "model", whole, found.problems, found.notes, export=found.checks)
 
 
 def _directory(config: VerifyConfig) -> Path:

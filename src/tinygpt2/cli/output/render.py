@@ -147,6 +147,10 @@ def _render_verify(result: Any, console: Console) -> None:
             f"greedy texts of {agreement.greedy_tokens} tokens are {same}",
         ):
             console.print(f"  {line}", markup=False)
+    if result.export is not None:
+        from tinygpt2.exporting.export import check_rows
+
+        _print_rows(check_rows(result.export), console)
     if result.copies is not None:
         lines = _copied_blocks(result.copies) if result.copies else ["no tensor is an exact copy of a teacher's tensor"]
         for line in lines:
@@ -202,7 +206,10 @@ def _render_budget(result: Any, console: Console) -> None:
 def _render_export(result: Any, console: Console) -> None:
     from tinygpt2.exporting.export import figures
 
-    rows = {"written to": short_path(result.out), **figures(result)}
+    _print_rows({"written to": short_path(result.out), **figures(result)}, console)
+
+
+def _print_rows(rows: dict[str, str], console: Console) -> None:
     width = max(map(len, rows))
     for label, value in rows.items():
         console.print(f"{label:<{width}}  {value}", markup=False, soft_wrap=True)
