@@ -115,7 +115,9 @@ def table(lines: list[dict[str, Any]], size: str) -> Iterator[str]:
     for line in lines:
         if line["size"] == size:
             own.setdefault(line["weights"], {})[line["seed"]] = line
-    for name, found in own.items():
+    names = dict.fromkeys(name for run in runs([size], 0, [0]) for name in run.students)
+    for name in (one for one in names if one in own):
+        found = own[name]
         afterwards = f"{name.split(',')[0]}, rounded after training"
         cells = [
             "-" if name in (other, "float32") else difference(found, own.get(other, {}))
