@@ -88,9 +88,10 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def harness(session: nox.Session) -> None:
-    """Perplexity beside lm-evaluation-harness, which is large: by hand only, with TINYGPT2_TEST_DATA."""
-    session.install("-q", *CONSTRAINTS, "-e", ".", "lm-eval")
+    """Perplexity and choice tasks beside lm-evaluation-harness, which is large: by hand, with TINYGPT2_TEST_DATA."""
+    session.install("-q", *CONSTRAINTS, "-e", ".", "lm-eval==0.4.13")
     session.run("python", "benchmarks/harness.py", *session.posargs)
+    session.run("python", "benchmarks/choice_tasks.py", "--agreement")
 
 
 @nox.session

@@ -2,6 +2,7 @@
 
     python benchmarks/recipes.py --work WORK             # continues the plan where it stopped
     python benchmarks/recipes.py --work WORK --smallest  # repeats the smallest comparison: is the ranking the same?
+    python benchmarks/recipes.py --work WORK --starts    # trains students that were cut in other ways
     python benchmarks/recipes_report.py                  # writes tables and pictures of the results
 
 The plan is benchmarks/recipes/plan.yaml. Every finished run is a line of benchmarks/recipes/results.jsonl and is not
@@ -117,7 +118,7 @@ class Study:
             out = self.work / f"check-{path.stem}"
             if not out.is_dir():
                 pregenerate(PregenerateConfig(source=[str(path)], test_fraction=0.0, out=str(out), **common))
-        for size, options in self.plan["sizes"].items():
+        for size, options in (self.plan["sizes"] | self.plan["starts"]["sizes"]).items():
             if not (self.work / size).is_dir():
                 truncate_student(
                     TruncateStudentConfig(
@@ -180,7 +181,7 @@ class Study:
             seconds += result.seconds
         losses = block_losses(config.out, data.test, 200 if run.stage == "screen" else 600)
         line = {**known, "loss": float(np.mean(losses)), "groups": grouped(losses), "curve": curve}
-        if run.stage == "smallest":
+        if run.stage in ("smallest", "start"):
             line["checks"] = {
                 path.name.removeprefix("check-"): grouped(
                     block_losses(config.out, load_packed_dataset(str(path)).train, 150)
@@ -262,6 +263,12 @@ class Study:
         plan, best = self.plan["smallest"], self.best_rates()
         for recipe in [self.plan["default"], *self.plan["baselines"]]:
             yield Run("smallest", plan["size"], recipe, best[recipe][0], plan["tokens"], plan["seed"])
+
+    def starts(self) -> Iterator[Run]:
+        """Yield the default recipe for students that were cut in other ways."""
+        plan = self.plan["starts"]
+        for seed, size in itertools.product(plan["seeds"], plan["sizes"]):
+            yield Run("start", size, self.plan["default"], plan["rate"], plan["tokens"], seed)
 
     def time(self, rounds: int = 2, steps: int = 4) -> None:
         """Measure the speed of each recipe. They take turns, a few steps each, so that the ratios are fair."""
@@ -345,11 +352,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no new run after this many minutes")
     parser.add_argument("--smallest", action="store_true", help="only repeat the smallest comparison and check it")
+    parser.add_argument("--starts", action="store_true", help="only train students that were cut in other ways")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     with fast_products():
         if options.smallest:
             repeat(options)
+        elif options.starts:
+            compare_starts(Study(options.work, options.results))
         else:
             go_on(Study(options.work, options.results), options.minutes)
 
@@ -379,6 +389,19 @@ def everything(study: Study) -> Iterator[Run]:
     yield from study.screen(0, recipes)  # if one of these is now among the best, the next call runs its finals
     for seed in study.plan["final"]["seeds"]:
         yield from study.equal_time(seed)
+
+
+def compare_starts(study: Study) -> None:
+    """Train students that were cut in other ways, and print their losses by seed, on held-out and on unseen texts."""
+    study.prepare()
+    for run in study.starts():
+        study.train(run)
+    found = [
+        {"size": line["size"], "seed": line["seed"], "loss": line["loss"]}
+        | {name: statistics.mean(groups) for name, groups in line["checks"].items()}
+        for line in study.lines("start")
+    ]
+    print(json.dumps(found))
 
 
 def repeat(options: argparse.Namespace) -> None:

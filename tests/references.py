@@ -33,16 +33,19 @@ def naive_relation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
     return total / (batch * heads * length)
 
 
-def naive_divergence(name: str, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Sum over tokens of a prediction loss, from probabilities."""
+def naive_divergence(name: str, student: torch.Tensor, teacher: torch.Tensor, amount: float) -> torch.Tensor:
+    """Sum over tokens of a prediction loss, from probabilities. `amount` is beta of jsd, or the skew."""
     q = student.exp() / student.exp().sum(-1, keepdim=True)
     p = teacher.exp() / teacher.exp().sum(-1, keepdim=True)
-    m = (p + q) / 2
+    m, towards_q = amount * p + (1 - amount) * q, (1 - amount) * p + amount * q
     per_token = {
         "soft_ce": -p * q.log(),
         "forward_kl": p * (p / q).log(),
         "reverse_kl": q * (q / p).log(),
-        "jsd": p * (p / m).log() / 2 + q * (q / m).log() / 2,
+        "jsd": amount * p * (p / m).log() + (1 - amount) * q * (q / m).log(),
+        "skewed_forward_kl": p * (p / m).log(),
+        "skewed_reverse_kl": q * (q / towards_q).log(),
+        "total_variation": (p - q).abs() / 2,
     }
     return per_token[name].sum()
 
@@ -54,9 +57,10 @@ def naive_prediction(
     student: torch.Tensor,
     teacher: torch.Tensor,
     targets: list[int],
+    amount: float = 0.5,
 ) -> torch.Tensor:
     """Weighted sum of a prediction loss and cross-entropy over whole logits; a target below 0 counts nothing."""
-    prediction = naive_divergence(name, student / tau, teacher / tau) * tau**2 / len(student)
+    prediction = naive_divergence(name, student / tau, teacher / tau, amount) * tau**2 / len(student)
     real = [row for row, target in enumerate(targets) if target >= 0]
     logs = student.log_softmax(-1)
     ce = -sum((logs[row, targets[row]] for row in real), torch.zeros((), dtype=student.dtype)) / len(real)

@@ -77,3 +77,26 @@ def test_the_benchmark_for_a_gpu_says_that_there_was_no_time() -> None:
     rates, generate, _ = map(json.loads, done.stdout.splitlines())
     assert "were left" in rates["skipped"]
     assert "were left" in generate["skipped"]
+
+
+def test_the_benchmark_of_cuts_goes_on_where_it_stopped(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("width_cuts", BENCHMARKS / "width_cuts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    command = ["width_cuts.py", "--teacher", str(teacher), "--data", str(data), "--results", str(tmp_path / "r.jsonl")]
+    command += ["--calibration-sequences", "8", "--sequences", "8", "--json"]
+    found = []
+    for cases in ("full: turned", "half: rotated", "half: rotated"):
+        monkeypatch.setattr(sys, "argv", [*command, "--cases", cases])
+        module.main()
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert [len(one) for one in found] == [2, 6, 6]
+    assert found[1] == found[2]
+    own = found[0][1]
+    assert own["case"] == "full: turned only, head of its own"
+    assert own["cut"] == pytest.approx(own["teacher"], abs=1e-5)
+    assert all(line["refit"] is not None for line in found[2][2:])

@@ -7,12 +7,14 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
+from tinygpt2.compression.sizes import sizes_of
+from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.distillation import DistillConfig, read_recipe
 from tinygpt2.data.dataset import Shuffle, load_packed_dataset
 
@@ -54,6 +56,24 @@ def test_every_recipe_of_the_plan_resolves(
         assert all(config.learning_rate == 1e-3 for _, config in stages)
         if size == "fifth":
             assert not any(config.cosine_weight for _, config in stages)
+
+
+def test_students_that_are_cut_in_other_ways_have_one_size(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINYGPT2_TEST_DATA", str(shared_data))
+    plan = study.Study(tmp_path, tmp_path / "results.jsonl")
+    shape = SimpleNamespace(**json.loads((Path(plan.teacher) / "config.json").read_text()))
+    shape.n_inner = getattr(shape, "n_inner", None)
+    sizes = [
+        sizes_of(TruncateStudentConfig(teacher=plan.teacher, out="o", data="d", **options), shape)
+        for options in PLAN["starts"]["sizes"].values()
+    ]
+    assert sizes == [(128, 4, 384), (128, 4, 384), (128, 8, 384)]
+    runs = list(plan.starts())
+    assert [(run.size, run.seed) for run in runs[:3]] == [(size, 1) for size in PLAN["starts"]["sizes"]]
+    assert {run.tokens for run in runs} == {307_200}
+    assert {run.recipe for run in runs} == {PLAN["default"]}
 
 
 def test_a_second_stage_goes_on_where_the_first_one_stopped(data: Path) -> None:

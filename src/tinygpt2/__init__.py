@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ModelError,
         TinyGPT2Error,
     )
+    from tinygpt2.evaluation.fidelity import Fidelity, FidelityPart
     from tinygpt2.evaluation.named_tasks import TaskInfo, TaskList, list_tasks
     from tinygpt2.evaluation.perplexity import ppl
     from tinygpt2.evaluation.results import Paired, PplResult, PplRow
@@ -77,6 +78,7 @@ _HOME = {
         "ModelError",
         "TinyGPT2Error",
     ],
+    "evaluation.fidelity": ["Fidelity", "FidelityPart"],
     "evaluation.named_tasks": ["TaskInfo", "TaskList", "list_tasks"],
     "evaluation.perplexity": ["ppl"],
     "evaluation.results": ["Paired", "PplResult", "PplRow"],
@@ -108,6 +110,8 @@ __all__ = [
     "DistillConfig",
     "DivergedError",
     "Evaluation",
+    "Fidelity",
+    "FidelityPart",
     "FinetuneConfig",
     "Gain",
     "GenerateConfig",

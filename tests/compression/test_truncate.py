@@ -24,7 +24,6 @@ from tinygpt2.compression.importance import (
     depth_importance,
     important_dimensions,
     run_blocks,
-    width_importance,
 )
 from tinygpt2.compression.least_squares import refit
 from tinygpt2.data.dataset import load_packed_dataset
@@ -122,25 +121,10 @@ def test_a_narrow_student_is_the_teacher_with_the_rest_silenced(teacher: Path) -
         with torch.no_grad():
             layer.attn.c_proj.weight[[i for i in range(32) if i not in columns.tolist()]] = 0
             layer.mlp.c_proj.weight[[i for i in range(128) if i % 3]] = 0
-    found = width_importance(model, [torch.arange(32)[None]])
-    for layer in range(4):
-        assert found.heads[layer][[0, 2]].tolist() == [0, 0]
-        assert bool((found.heads[layer][[1, 3]] > 0).all())
-
-
-def test_heads_are_scored_by_what_they_add(teacher: Path, data: Path) -> None:
-    model, _ = load_model(str(teacher))
-    ids = load_packed_dataset(str(data)).train.batch([0, 1]).input_ids
-    seen: list[torch.Tensor] = []
-    module = model.transformer.h[1].attn.c_proj
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    batch = torch.arange(32)[None]
     with torch.no_grad():
-        model(ids)
-    handle.remove()
-    expected = [
-        (seen[0][..., h * 8 : h * 8 + 8] @ module.weight[h * 8 : h * 8 + 8]).norm(dim=-1).sum().item() for h in range(4)
-    ]
-    assert width_importance(model, [ids]).heads[1].tolist() == pytest.approx(expected, rel=1e-4)
+        wide = cut_model(model, KeptParts([0, 1, 2, 3], torch.arange(32), [torch.arange(4)] * 4, units, (32, "first")))
+        torch.testing.assert_close(wide(batch).logits, model(batch).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_block_influence_is_one_minus_the_cosine(teacher: Path, data: Path) -> None:
@@ -182,11 +166,9 @@ def test_refitting_whole_models_changes_nothing_and_cut_ones_get_better(trained:
     packed = load_packed_dataset(str(data))
     batches, held_out = (calibration_batches(split, 64, torch.device("cpu")) for split in (packed.train, packed.test))
     teacher, _ = load_model(str(trained))
-    whole = cut_model(
-        teacher,
-        KeptParts([0, 1, 2, 3], torch.arange(32), [torch.arange(4)] * 4, [torch.arange(128)] * 4, (32, "first")),
-    )
-    refit(whole, teacher, [0, 1, 2, 3], torch.arange(32), batches)
+    kept = KeptParts([0, 1, 2, 3], torch.arange(32), [torch.arange(4)] * 4, [torch.arange(128)] * 4, (32, "first"))
+    whole = cut_model(teacher, kept)
+    refit(whole, teacher, kept, batches)
     for a, b in zip(whole.parameters(), teacher.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     for kept in (
@@ -195,7 +177,7 @@ def test_refitting_whole_models_changes_nothing_and_cut_ones_get_better(trained:
     ):
         student = cut_model(teacher, kept)
         before = mean_loss(student, held_out)
-        refit(student, teacher, kept.layers, kept.dimensions, batches)
+        refit(student, teacher, kept, batches)
         assert mean_loss(student, held_out) < before - 0.1
 
 
@@ -257,7 +239,8 @@ def test_the_command_measures_and_says_why(cli: Callable, trained: Path, data: P
     out = tmp_path / "s"
     outcome = cli(
         "truncate-student", "--teacher", trained, "--data", data, "--out", out, "--num-layers", "2", "--strategy", "importance",
-        "--n-head", "2", "--refit", "--n-positions", "16", "--position", "interpolate", "--calibration-sequences", "16", "--json",
+        "--n-head", "2", "--refit", "--n-positions", "16", "--position", "interpolate", "--calibration-sequences", "16",
+        "--axes", "coordinates", "--json",
     )  # fmt: skip
     found = outcome.json
     assert found["layers"] == found["importance"]["kept"]
@@ -280,6 +263,28 @@ def test_the_command_measures_and_says_why(cli: Callable, trained: Path, data: P
     )  # fmt: skip
     assert "by how much the loss (" in again.out
     assert "without each block\n" in again.out
+
+
+def test_everything_is_cut_at_once(trained: Path, data: Path, tmp_path: Path) -> None:
+    """Depth, a rotated width, narrower heads, inner units and positions: the result loses less than coordinates do."""
+    options = {"teacher": str(trained), "data": str(data), "n_embd": 20, "n_head": 2, "n_inner": 50, "layers": "0,1,3"}
+    options |= {"n_positions": 24, "refit": True}
+    found = {}
+    for axes, untie in (("rotated", False), ("rotated", True), ("coordinates", False)):
+        out = tmp_path / f"{axes}-{untie}"
+        result = truncate_student(TruncateStudentConfig(**options, axes=axes, untie_head=untie, out=str(out)))
+        student = GPT2LMHeadModel.from_pretrained(str(out))
+        shape = student.config
+        assert (shape.n_layer, shape.n_embd, shape.n_head, shape.n_inner, shape.n_positions) == (3, 20, 2, 50, 24)
+        assert (student.lm_head.weight is student.transformer.wte.weight) is not untie
+        assert result.parameters == sum(parameter.numel() for parameter in student.parameters())
+        assert verify(VerifyConfig(path=str(out))).ok
+        found[axes, untie] = result.perplexity.student
+    assert found["rotated", False] < found["coordinates", False]
+    assert found["rotated", True] < 1.1 * found["rotated", False]
+    card = (tmp_path / "rotated-False" / "README.md").read_text()
+    assert "in the main directions of its residual stream, with refitted projections" in card
+    assert "| share of the norms' inputs kept |" in card
 
 
 @pytest.mark.slow
@@ -312,9 +317,12 @@ def test_a_narrow_student_opens_where_this_package_is_not(trained: Path, data: P
         ({"num_layers": 2, "position": "first"}, "--n-positions"),
         ({"num_layers": 2, "calibration_sequences": 8}, "--calibration-sequences has no effect without --data"),
         ({"n_positions": 33}, "only 32 positions"),
-        ({"n_embd": 20, "data": "DATA"}, "8/1, 16/2, 24/3, 32/4"),
-        ({"n_embd": 16, "n_head": 4, "data": "DATA"}, "valid pairs"),
-        ({"n_embd": 40, "data": "DATA"}, "valid pairs"),
+        ({"n_embd": 20, "n_head": 3, "data": "DATA"}, "--n-head can be 1, 2, 4"),
+        ({"n_head": 5, "data": "DATA"}, "only 4 heads"),
+        ({"n_embd": 20, "n_head": 5, "data": "DATA"}, "only 4 heads"),
+        ({"n_embd": 40, "data": "DATA"}, "the teacher's hidden size is only 32"),
+        ({"num_layers": 2, "axes": "rotated"}, "--axes needs --n-embd or --n-head"),
+        ({"n_head": 3, "n_embd": 16, "data": "DATA"}, "--n-head can be 1, 2, 4"),
         ({"n_inner": 200, "data": "DATA"}, "only 128 inner units"),
     ],
 )
@@ -324,6 +332,16 @@ def test_impossible_cuts(teacher: Path, data: Path, tmp_path: Path, options: dic
         truncate_student(TruncateStudentConfig(teacher=str(teacher), out=str(tmp_path / "s"), **options))
     assert message in f"{caught.value.message} {caught.value.hint}"
     assert not (tmp_path / "s").exists()
+
+
+def test_an_output_matrix_of_its_own_stays_and_is_not_asked_for_twice(tokenizer_dir: Path, tmp_path: Path) -> None:
+    teacher = make_model(tmp_path / "m", tokenizer_dir, tie_word_embeddings=False)
+    cut = {"teacher": str(teacher), "num_layers": 2}
+    with pytest.raises(ConfigError, match="--untie-head has no effect"):
+        truncate_student(TruncateStudentConfig(**cut, untie_head=True, out=str(tmp_path / "s")))
+    truncate_student(TruncateStudentConfig(**cut, out=str(tmp_path / "s")))
+    student = GPT2LMHeadModel.from_pretrained(str(tmp_path / "s"))
+    assert student.lm_head.weight is not student.transformer.wte.weight
 
 
 def test_data_of_another_tokenizer_is_refused(data: Path, tmp_path: Path, corpus: Path) -> None:

@@ -133,7 +133,7 @@ def test_linear_layers_cast_once_give_the_same_bits_as_autocast() -> None:
     found = []
     for cast in (False, True):
         if cast:
-            cast_linear_layers(teacher, torch.bfloat16)
+            cast_linear_layers(teacher.transformer.h, torch.bfloat16)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             one = collect_activations(teacher, ids(), **wanted)
         found.append([*one.states.values(), *one.attention.values()])

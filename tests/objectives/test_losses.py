@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import sys
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
@@ -13,18 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.references import naive_divergence, naive_prediction, naive_relation, naive_scores
+from tinygpt2.config.distillation import PredictionLoss
 from tinygpt2.errors import ConfigError
 from tinygpt2.models import lm_head
 from tinygpt2.models.lm_head import head_operand, operand_rows
 from tinygpt2.objectives import attention as attention_module
-from tinygpt2.objectives import compilation
+from tinygpt2.objectives import compilation, divergences
 from tinygpt2.objectives import logits as prediction_module
 from tinygpt2.objectives.attention import attention_loss, relation_loss
+from tinygpt2.objectives.divergences import cross_entropy, divergence
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
-from tinygpt2.objectives.logits import LOSSES, PredictionObjective, cross_entropy, prediction_loss
+from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
 
 V = 50
+LOSSES = sorted(get_args(PredictionLoss))
 
 
 def padded_rows(vocabulary: int, device: str) -> int:
@@ -82,11 +86,11 @@ def test_gradcheck_of_every_loss() -> None:
     assert torch.autograd.gradcheck(lambda x: cosine_loss(x, theirs), (mine,))
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("name", LOSSES)
 def test_gradients_of_predictions_equal_finite_differences(name: str) -> None:
     hidden, head, teacher_hidden, teacher_head = doubles(4, (6, 3), (7, 3), (6, 4), (7, 4))
     targets = torch.tensor([0, 6, -100, 3, 3, -100])
-    objective = PredictionObjective(0.6, 0.4, name, 1.5, 4)
+    objective = PredictionObjective(0.6, 0.4, name, 1.5, 4, skew=0.3, jsd_beta=0.3)
 
     def total(*both: torch.Tensor) -> torch.Tensor:
         return prediction_loss(*both, targets, (teacher_hidden, teacher_head), objective)[0]
@@ -106,7 +110,7 @@ def test_gradients_of_predictions_equal_finite_differences(name: str) -> None:
             assert float(gradient.flatten()[place]) == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("tau", [1.0, 2.5])
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.6, 0.4)])
 @pytest.mark.parametrize("chunk", [1, 5, 37, None])
@@ -124,35 +128,45 @@ def test_predictions_equal_whole_logits(
     hidden.requires_grad_(), head.requires_grad_()
     targets = torch.randint(0, V, (37,), generator=torch.Generator().manual_seed(1))
     targets[::7] = -100
-    objective = PredictionObjective(*weights, name, tau, chunk)
+    objective = PredictionObjective(*weights, name, tau, chunk, skew=0.3, jsd_beta=0.3)
     total, terms = prediction_loss(hidden, head, targets, (teacher[0], head_operand(teacher[1])), objective)
-    naive = naive_prediction(name, tau, weights, hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())
+    logits = hidden @ head.T, teacher[0] @ teacher[1].T
+    naive = naive_prediction(name, tau, weights, *logits, targets.tolist(), 0.3)
     assert_same(total, naive, hidden, head)
     assert set(terms) == {name for name, weight in zip(("prediction", "ce"), weights, strict=True) if weight}
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from(sorted(LOSSES)), st.floats(-50, 50), st.integers(0, 10**6))
-def test_divergences_vanish_at_equality_and_ignore_shifts(name: str, shift: float, seed: int) -> None:
+@given(st.sampled_from(LOSSES), st.floats(0.01, 0.99), st.floats(-50, 50), st.integers(0, 10**6))
+def test_divergences_vanish_at_equality_and_ignore_shifts(name: str, amount: float, shift: float, seed: int) -> None:
     a, b = doubles(seed, (4, 9), (4, 9))
-    value, gradient = LOSSES[name](a, b)
-    shifted, same = LOSSES[name](a + shift, b - shift)
+    value, gradient = divergence(name, a, b, amount)
+    shifted, same = divergence(name, a + shift, b - shift, amount)
     assert float(shifted) == pytest.approx(float(value), rel=1e-9, abs=1e-12)
     torch.testing.assert_close(same, gradient)
-    assert float(value) == pytest.approx(float(naive_divergence(name, a, b)), rel=1e-9)
+    assert float(value) == pytest.approx(float(naive_divergence(name, a, b, amount)), rel=1e-9)
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(4, dtype=torch.float64))
-    at_equality, flat = LOSSES[name](a, a.clone())
+    at_equality, flat = divergence(name, a, a.clone(), amount)
     torch.testing.assert_close(flat, torch.zeros_like(flat))
     if name != "soft_ce":
         assert float(at_equality) == pytest.approx(0, abs=1e-12)
         assert float(value) > 0
 
 
+def test_the_limits_of_jsd_are_forward_and_reverse_kl() -> None:
+    a, b = doubles(6, (4, 9), (4, 9))
+    for end, near, name in ((0.0, 1e-6, "forward_kl"), (1.0, 1 - 1e-6, "reverse_kl")):
+        expected = divergence(name, a, b, 0.0)
+        torch.testing.assert_close(divergence("jsd", a, b, end), expected, rtol=0, atol=0)
+        scaled = [x / (near * (1 - near)) for x in divergence("jsd", a, b, near)]
+        torch.testing.assert_close(scaled, list(expected), rtol=1e-4, atol=1e-4)
+
+
 def test_losses_leave_their_inputs_alone() -> None:
     a, b = doubles(5, (4, 9), (4, 9))
     before = a.clone(), b.clone()
-    for loss in LOSSES.values():
-        loss(a, b)
+    for loss in LOSSES:
+        divergence(loss, a, b, 0.3)
     cross_entropy(a, torch.tensor([0, 1, -100, 3]))
     torch.testing.assert_close((a, b), before, rtol=0, atol=0)
 
@@ -168,10 +182,11 @@ def plain_copy(module: ModuleType) -> ModuleType:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports its own old modules
-@pytest.mark.parametrize(("loss", "tau"), [("forward_kl", 1.0), ("jsd", 2.0)])
+@pytest.mark.parametrize(("loss", "tau"), [("forward_kl", 1.0), ("jsd", 2.0), ("skewed_reverse_kl", 1.0)])
 def test_compiled_losses_equal_eager_ones(loss: str, tau: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph serves chunks of any size, for operands with padding."""
-    plain = plain_copy(prediction_module)
+    plain, losses = plain_copy(prediction_module), plain_copy(divergences)
+    plain.divergence, plain.cross_entropy = losses.divergence, losses.cross_entropy
     monkeypatch.setattr(lm_head, "operand_rows", padded_rows)
     monkeypatch.setattr(plain, "compiles_losses", lambda device: True)
     monkeypatch.setattr(compilation, "warn", pytest.fail)  # it would have run eagerly
@@ -182,7 +197,7 @@ def test_compiled_losses_equal_eager_ones(loss: str, tau: float, monkeypatch: py
     naive = naive_prediction(loss, tau, (0.6, 0.4), hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for chunk in (37, 10):  # 10: three chunks of 10 and one of 7
-        objective = plain.PredictionObjective(0.6, 0.4, loss, tau, chunk)
+        objective = plain.PredictionObjective(0.6, 0.4, loss, tau, chunk, skew=0.5)
         total, _ = plain.prediction_loss(hidden, head, targets, (teacher[0], head_operand(teacher[1])), objective)
         assert_same(total, naive, hidden, head)
         naive = naive_prediction(loss, tau, (0.6, 0.4), hidden @ head.T, teacher[0] @ teacher[1].T, targets.tolist())

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from tests.conftest import make_model
 from tinygpt2 import DistillConfig, PretrainConfig, VerifyConfig, distill, pretrain, verify
 from tinygpt2.models.loading import load_model
-from tinygpt2.training import job as job_module
+from tinygpt2.models.teachers import teacher as teacher_module
 from tinygpt2.training.metrics import read_metrics
 
 
@@ -75,7 +75,7 @@ def test_the_teacher_is_cast_once_for_the_runs_products(
             max_steps=3, micro_batch_size=2, log_every=1, precision=precision,
         )  # fmt: skip
         if name == "not cast":
-            monkeypatch.setattr(job_module, "cast_linear_layers", lambda model, dtype: types.append(dtype))
+            monkeypatch.setattr(teacher_module, "cast_linear_layers", lambda model, dtype: types.append(dtype))
         made = distill(config)
         rows.append([(row["loss"], row.get("teacher/loss")) for row in read_metrics(Path(made.model))])
     assert rows[0] == rows[1]

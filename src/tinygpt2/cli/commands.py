@@ -153,9 +153,12 @@ COMMANDS = [
         "truncate-student",
         TruncateStudentConfig,
         "Cut a student out of a teacher: fewer layers, a smaller hidden size, fewer heads or positions.",
-        ["truncate-student --teacher gpt2 --num-layers 6 --out cut"],
+        [
+            "truncate-student --teacher gpt2 --num-layers 6 --out cut",
+            "truncate-student --teacher gpt2 --n-embd 384 --refit --data data --out cut",
+        ],
         _public("truncate_student"),
-        ("num_layers", "strategy", "layers", "n_embd", "n_head", "n_inner", "refit", "data"),
+        ("num_layers", "strategy", "layers", "n_embd", "axes", "n_head", "n_inner", "refit", "data"),
     ),
     Command(
         "distill",
@@ -210,10 +213,21 @@ COMMANDS = [
         [
             "ppl --model student --task mine.txt",
             "ppl --model gpt2 --model student --task wikitext --task-data wiki.test.raw --plot comparison.png",
+            "ppl --model student --reference teacher --task mine.txt --plot fidelity.png",
             "ppl --list-tasks",
         ],
         _ppl,
-        ("model", "task_data", "list_tasks", "convention", "stride", "batch_size", "plot", "output_format"),
+        (
+            "model",
+            "reference",
+            "task_data",
+            "list_tasks",
+            "convention",
+            "stride",
+            "batch_size",
+            "plot",
+            "output_format",
+        ),
     ),
     Command(
         "presets",

@@ -5,6 +5,7 @@ The commands check the same again, with the same functions: a session that comes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,11 +39,11 @@ def check_early(config: Config) -> None:
         _check_sources(config.source)
     elif isinstance(config, PplConfig) and not config.list_tasks:
         _check_tasks(config.task, config.task_data)
-        for name in config.model:
-            _local_model(config, name)
+        for name in [*config.model, *([config.reference] if config.reference else [])]:
+            _local_causal_lm(config, name)
     elif isinstance(config, GenerateConfig):
         for name in config.model:
-            _local_model(config, name)
+            _local_causal_lm(config, name)
         if config.prompt_file is not None:
             _read_text(config.prompt_file)
     elif isinstance(config, VerifyConfig):
@@ -60,7 +61,7 @@ def _check_training(config: TrainOptions) -> None:
         _local_model(config, config.model or "")
     elif isinstance(config, DistillConfig):
         if config.teacher is not None and (config.needs_teacher or config.plan):
-            _local_model(config, config.teacher, "teacher")
+            _local_causal_lm(config, config.teacher, "teacher")
         if config.student is not None:
             _check_student(config, config.student)
 
@@ -88,12 +89,13 @@ def _check_data(config: TrainOptions) -> None:
 
 
 def _check_cut(config: TruncateStudentConfig) -> None:
+    from tinygpt2.compression.architectures import gpt2_settings
     from tinygpt2.compression.sizes import check_sizes
     from tinygpt2.data.layout import dataset_folders
     from tinygpt2.models.configuration import GPT2_DEFAULTS
 
     _require_free(config.out, OTHER_OUT)
-    settings = _local_model(config, config.teacher, "teacher")
+    settings = _local_model(config, config.teacher, "teacher", gpt2_settings)
     if settings is not None:
         check_sizes(config, SimpleNamespace(**(GPT2_DEFAULTS | settings)))
     if config.data is not None:
@@ -150,8 +152,14 @@ def _read_text(name: str) -> None:
     read_text(Path(name))
 
 
-def _local_model(config: Any, name: str, role: str = "model") -> dict[str, Any] | None:
-    """Check a model's directory, and return the settings of the model; None for a Hub id."""
+def _local_model(
+    config: Any, name: str, role: str = "model", read: Callable[..., dict[str, Any]] | None = None
+) -> dict[str, Any] | None:
+    """Check a model's directory, and return the settings of the model; None for a Hub id.
+
+    Args:
+        read: returns the settings of a config.json; by default `check_settings`, which reads those of a GPT-2.
+    """
     from tinygpt2.models.configuration import check_settings
     from tinygpt2.models.directory import no_weights, read_config_json, weight_files
     from tinygpt2.utils.hub import local_path
@@ -160,7 +168,20 @@ def _local_model(config: Any, name: str, role: str = "model") -> dict[str, Any] 
     if directory is None:
         return None
     where = str(directory / "config.json")
-    settings = check_settings(read_config_json(directory, role), where, ModelError)
+    settings = (read or check_settings)(read_config_json(directory, role), where, ModelError)
     if not weight_files(directory, allow_pickle=config.allow_pickle):
         raise no_weights(name, directory, role)
     return settings
+
+
+def _local_causal_lm(config: Any, name: str, role: str = "model") -> None:
+    """Check a model's directory, whose architecture may be any that `transformers` has."""
+    from tinygpt2.models.configuration import is_gpt2
+    from tinygpt2.models.directory import no_weights, read_config_json, weight_files
+    from tinygpt2.utils.hub import local_path
+
+    directory = local_path(name, role)
+    if directory is None or is_gpt2(read_config_json(directory, role)):
+        _local_model(config, name, role)
+    elif not weight_files(directory, allow_pickle=config.allow_pickle):
+        raise no_weights(name, directory, role)

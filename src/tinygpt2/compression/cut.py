@@ -1,4 +1,4 @@
-"""Choose which parts of a teacher a student keeps, and copy their weights."""
+"""Choose which parts of a teacher a student keeps, and make its weights from theirs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
+from tinygpt2.compression.heads import HeadMap, whole_heads
+from tinygpt2.compression.rotation import Rotation, rotated_weights
 from tinygpt2.config.compression import Position, Strategy
 from tinygpt2.errors import ConfigError, ModelError, listed
 
@@ -27,16 +29,36 @@ class KeptParts:
 
     Attributes:
         layers: indices of the blocks.
-        dimensions: indices of the residual stream's dimensions, the same for the whole model.
+        dimensions: indices of the residual stream's dimensions, the same for the whole model; or a rotation.
         heads, inner: for each kept block, the indices of its heads and of its inner units.
         positions: number of positions, and how their embeddings are chosen.
+        narrowed: for each kept block, how its heads change their width; None if they keep it.
+        untied: whether the output matrix is no longer the embedding.
     """
 
     layers: list[int]
-    dimensions: Int[Tensor, " Ds"]
+    dimensions: Int[Tensor, " Ds"] | Rotation
     heads: list[Int[Tensor, " Hs"]]
     inner: list[Int[Tensor, " Fs"]]
     positions: tuple[int, Position]
+    narrowed: list[HeadMap] | None = None
+    untied: bool = False
+
+    @property
+    def width(self) -> int:
+        """The student's hidden size."""
+        return len(self.dimensions.basis if isinstance(self.dimensions, Rotation) else self.dimensions)
+
+    def encode(self, width: int) -> Float[Tensor, "D Ds"]:
+        """Return the matrix that turns the stream of a teacher of this width (rows) into the student's."""
+        if isinstance(self.dimensions, Rotation):
+            return self.dimensions.encode
+        return torch.eye(width, dtype=torch.float64)[:, self.dimensions]
+
+    def head_maps(self, teacher: GPT2LMHeadModel) -> list[HeadMap]:
+        """Return how the attention of each kept block follows from the teacher's."""
+        total, width = teacher.config.n_head, teacher.config.n_embd // teacher.config.n_head
+        return self.narrowed or [whole_heads(heads, total, width) for heads in self.heads]
 
 
 def choose_layers(total: int, keep: int, strategy: Strategy) -> list[int]:
@@ -67,51 +89,52 @@ def choose_layers(total: int, keep: int, strategy: Strategy) -> list[int]:
     return list(range(starts[strategy], starts[strategy] + keep))
 
 
+@torch.no_grad()
 def cut_model(teacher: GPT2LMHeadModel, kept: KeptParts) -> GPT2LMHeadModel:
-    """Return a new model made of the kept parts of a teacher, with copied weights, in evaluation mode."""
-    config, width = teacher.config, len(kept.dimensions)
-    head_width = config.n_embd // config.n_head
+    """Return a new model made of the kept parts of a teacher, in evaluation mode."""
+    config, width = teacher.config, kept.width
     inner = len(kept.inner[0])
     same_ratio = config.n_inner is None and inner == 4 * width
     sizes = {
         "n_layer": len(kept.layers), "n_embd": width, "n_head": len(kept.heads[0]), "n_positions": kept.positions[0],
         "n_inner": None if same_ratio else inner,
+        "tie_word_embeddings": config.tie_word_embeddings and not kept.untied,
     }  # fmt: skip
     student = GPT2LMHeadModel(config.__class__.from_dict({**config.to_dict(), **sizes}))
-    dims, weights = kept.dimensions, {}
-    for name, tensor in teacher.state_dict().items():
-        if ".h." not in name:
-            weights[name] = _positions(tensor, *kept.positions) if name.endswith("wpe.weight") else tensor
-            weights[name] = weights[name][..., dims]
-    for new, (layer, heads, units) in enumerate(zip(kept.layers, kept.heads, kept.inner, strict=True)):
-        columns = (heads[:, None] * head_width + torch.arange(head_width)).flatten()
-        fused = torch.cat([columns + part * config.n_embd for part in range(3)])  # queries, keys, values
-        for name, tensor in teacher.transformer.h[layer].state_dict().items():
-            part = _part(name, tensor, dims, columns, fused, units)
-            if config.scale_attn_by_inverse_layer_idx and name.startswith("attn.c_attn."):
-                # This option divides the scores by the block's number, which has changed: scale the queries to match.
-                scale = torch.ones(len(fused))
-                scale[: len(columns)] = (new + 1) / (layer + 1)
-                part = part * scale
-            weights[f"transformer.h.{new}.{name}"] = part
+    if isinstance(kept.dimensions, Rotation):
+        old, dims = rotated_weights(teacher, kept.dimensions), torch.arange(width)
+    else:
+        old, dims = teacher.state_dict(), kept.dimensions
+    weights = {name: tensor[..., dims] for name, tensor in old.items() if ".h." not in name}
+    weights["transformer.wpe.weight"] = _positions(weights["transformer.wpe.weight"], *kept.positions)
+    for new, (layer, heads, units) in enumerate(zip(kept.layers, kept.head_maps(teacher), kept.inner, strict=True)):
+        # Heads of another width, or a block with another number, may divide the scores by another number.
+        scale = teacher.transformer.h[layer].attn.scaling / student.transformer.h[new].attn.scaling
+        block = f"transformer.h.{layer}."
+        part = {name.removeprefix(block): tensor for name, tensor in old.items() if name.startswith(block)}
+        for name, tensor in _block(part, dims, heads, scale, units).items():
+            weights[f"transformer.h.{new}.{name}"] = tensor
     student.load_state_dict(weights)
     return student.eval()
 
 
-def _part(
-    name: str, tensor: Tensor, dims: Int[Tensor, " Ds"], heads: Tensor, fused: Tensor, units: Int[Tensor, " Fs"]
-) -> Tensor:
-    """Return the kept rows and columns of one tensor of a block. Conv1D's matrices have shape (in, out)."""
-    inputs = {
-        "attn.c_attn.weight": dims,
-        "attn.c_proj.weight": heads,
-        "mlp.c_fc.weight": dims,
-        "mlp.c_proj.weight": units,
+def _block(
+    part: dict[str, Tensor], dims: Int[Tensor, " Ds"], heads: HeadMap, scale: float, units: Int[Tensor, " Fs"]
+) -> dict[str, Tensor]:
+    """Return the weights of a block of the student. Conv1D's matrices have shape (in, out)."""
+    output = part["attn.c_proj.weight"][:, dims]
+    inputs, outputs, rest = (one.to(output) for one in (heads.fused(scale), heads.outputs, heads.rest))
+    return {
+        **{f"{norm}.{kind}": part[f"{norm}.{kind}"][dims] for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")},
+        "attn.c_attn.weight": part["attn.c_attn.weight"][dims] @ inputs,
+        "attn.c_attn.bias": part["attn.c_attn.bias"] @ inputs,
+        "attn.c_proj.weight": outputs @ output,
+        "attn.c_proj.bias": part["attn.c_proj.bias"][dims] + rest @ output,
+        "mlp.c_fc.weight": part["mlp.c_fc.weight"][dims][:, units],
+        "mlp.c_fc.bias": part["mlp.c_fc.bias"][units],
+        "mlp.c_proj.weight": part["mlp.c_proj.weight"][units][:, dims],
+        "mlp.c_proj.bias": part["mlp.c_proj.bias"][dims],
     }
-    outputs = {"attn.c_attn": fused, "mlp.c_fc": units}
-    if name in inputs:
-        tensor = tensor[inputs[name]]
-    return tensor[..., outputs.get(name.rsplit(".", 1)[0], dims)]
 
 
 def _positions(table: Float[Tensor, "P D"], count: int, how: Position) -> Float[Tensor, "Ps D"]:

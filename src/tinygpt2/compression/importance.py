@@ -1,4 +1,4 @@
-"""Measure on calibration texts which blocks, heads, inner units and dimensions of a model matter.
+"""Measure on calibration texts which blocks and dimensions of a model matter.
 
 All measurements use blocks from the training split of a pregenerated dataset, so that its test split stays unseen.
 """
@@ -6,10 +6,9 @@ All measurements use blocks from the training split of a pregenerated dataset, s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,8 +21,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from tinygpt2.compression.calibration import Batches, mean_loss, tokens_of
-from tinygpt2.models.activations import by_head, collect_activations
-from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_loss
+from tinygpt2.compression.taps import removed, tap
+from tinygpt2.models.activations import collect_activations
+from tinygpt2.objectives.divergences import IGNORED
+from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
 from tinygpt2.utils.progress import ProgressStage, follow, track
 
 _ROUNDS = 16  # number of rounds in which dimensions are removed
@@ -98,7 +99,7 @@ def block_influence(model: GPT2LMHeadModel, batches: Batches) -> list[float]:
     sums, tokens = torch.zeros(model.config.n_layer, dtype=torch.float64), 0
     for ids in follow(batches, "measure what each block changes", "batches"):
         entries: list[Tensor] = []
-        _tap(
+        tap(
             model,
             ids,
             {block.ln_1: entries.append for block in model.transformer.h} | {model.transformer.ln_f: entries.append},
@@ -109,57 +110,13 @@ def block_influence(model: GPT2LMHeadModel, batches: Batches) -> list[float]:
     return [float(value) for value in sums / tokens]
 
 
-@dataclass(frozen=True)
-class WidthImportance:
-    """How much the heads and inner units of each layer matter. Larger numbers mean more.
-
-    Attributes:
-        heads: for each head, the norm of the vector that it adds to the residual stream, summed over tokens.
-        inner: for each inner unit, its absolute activation, summed over tokens.
-    """
-
-    heads: list[Float[Tensor, " H"]]
-    inner: list[Float[Tensor, " F"]]
-
-
-@torch.no_grad()
-def width_importance(model: GPT2LMHeadModel, batches: Batches) -> WidthImportance:
-    """Measure how active the heads and inner units are.
-
-    Source: Minitron, Muralidharan et al. 2024, arXiv:2407.14679, section 2.2.
-    """
-    blocks, config = model.transformer.h, model.config
-    device = model.lm_head.weight.device
-    heads = [torch.zeros(config.n_head, device=device) for _ in blocks]
-    inner = [torch.zeros(block.mlp.c_fc.weight.shape[1], device=device) for block in blocks]
-    # A head adds m_h W_h to the stream. Its squared norm is m_h (W_h W_h^T) m_h^T, and W_h W_h^T is only K x K.
-    outputs = [block.attn.c_proj.weight.view(config.n_head, -1, config.n_embd) for block in blocks]
-    gram = [output @ output.mT for output in outputs]  # (H, K, K)
-
-    def see_head(mixed: Float[Tensor, "B T D"], layer: int) -> None:
-        part = by_head(mixed, config.n_head)  # (B, H, T, K)
-        squares = ((part @ gram[layer]) * part).sum(-1)
-        heads[layer] += squares.clamp_min(0).sqrt().sum((0, 2))
-
-    def see_units(x: Float[Tensor, "B T F"], layer: int) -> None:
-        inner[layer] += x.abs().sum((0, 1))
-
-    taps: dict[nn.Module, Callable[[Tensor], object]] = {}
-    for layer, block in enumerate(blocks):
-        taps[block.attn.c_proj] = partial(see_head, layer=layer)
-        taps[block.mlp.c_proj] = partial(see_units, layer=layer)
-    for ids in follow(batches, "measure heads and inner units", "batches"):
-        _tap(model, ids, taps)
-    return WidthImportance(heads, inner)
-
-
 @torch.no_grad()
 def active_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) -> Int[Tensor, " Ds"]:
     """Return the residual stream's dimensions with the largest mean absolute values after the layer norms, ascending.
 
     These dimensions hold most of the layer norms' output. That is what matters if the projections are refitted.
 
-    Source: as for `width_importance`.
+    Source: Minitron, Muralidharan et al. 2024, arXiv:2407.14679, section 2.2.
     """
     scores = torch.zeros(model.config.n_embd, device=model.lm_head.weight.device)
     blocks = model.transformer.h
@@ -168,7 +125,7 @@ def active_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) -> In
         scores.add_(x.abs().sum((0, 1)))
 
     for ids in follow(batches, "measure the residual dimensions", "batches"):
-        last = _tap(model, ids, {reader: see for block in blocks for reader in _readers(block)})
+        last = tap(model, ids, {reader: see for block in blocks for reader in _readers(block)})
         see(last)  # the output matrix reads the last state
     return scores.topk(keep).indices.sort().values.cpu()
 
@@ -201,28 +158,40 @@ def important_dimensions(model: GPT2LMHeadModel, batches: Batches, keep: int) ->
 
 
 def _first_order(model: GPT2LMHeadModel, batches: Batches, stage: ProgressStage | None = None) -> Float[Tensor, " D"]:
-    transformer, head = model.transformer, model.lm_head.weight.detach()
-    norms = [norm for block in transformer.h for norm in (block.ln_1, block.ln_2)] + [transformer.ln_f]
+    head = model.lm_head.weight
     scores = torch.zeros(head.shape[1], device=head.device)
     for ids in batches:
-        seen: list[Tensor] = []
-
-        def keep(_module: nn.Module, _inputs: Any, output: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(output.detach().requires_grad_() if not seen else output)
-            return seen[-1]
-
-        with ExitStack() as hooks, torch.enable_grad():
-            for norm in norms:
-                hooks.enter_context(_removed(norm.register_forward_hook(keep)))
-            last = collect_activations(model, ids, states=[len(transformer.h)]).states[len(transformer.h)]
-            targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten()
-            loss, _ = prediction_loss(last.flatten(0, 1), head, targets, None, PredictionObjective(0.0, 1.0))
-            for output, gradient in zip(seen, torch.autograd.grad(loss, seen), strict=True):
-                # The loss is a mean over the batch: weight it by the batch's size.
-                scores -= len(ids) * (output.detach() * gradient).sum((0, 1))
+        for output, gradient in norm_gradients(model, ids):
+            # The loss is a mean over the batch: weight it by the batch's size.
+            scores -= len(ids) * (output * gradient).sum((0, 1))
         if stage is not None:
             stage.advance(ids.numel())
     return scores
+
+
+def norm_gradients(
+    model: GPT2LMHeadModel, ids: Int[Tensor, "B T"]
+) -> list[tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"]]]:
+    """Return the output of every layer norm and the gradient of the mean loss for it: two of each block, and the last.
+
+    The loss is the cross-entropy of the next tokens.
+    """
+    transformer, head = model.transformer, model.lm_head.weight.detach()
+    norms = [norm for block in transformer.h for norm in (block.ln_1, block.ln_2)] + [transformer.ln_f]
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_() if not seen else output)
+        return seen[-1]
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for norm in norms:
+            hooks.enter_context(removed(norm.register_forward_hook(keep)))
+        last = collect_activations(model, ids, states=[len(transformer.h)]).states[len(transformer.h)]
+        targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten()
+        loss, _ = prediction_loss(last.flatten(0, 1), head, targets, None, PredictionObjective(0.0, 1.0))
+        gradients = torch.autograd.grad(loss, seen)
+    return [(output.detach(), gradient) for output, gradient in zip(seen, gradients, strict=True)]
 
 
 @torch.no_grad()
@@ -246,26 +215,3 @@ def _narrowed(model: GPT2LMHeadModel, dims: Int[Tensor, " Ds"]) -> GPT2LMHeadMod
     if tied:
         narrow.lm_head.weight = transformer.wte.weight
     return narrow
-
-
-def _tap(
-    model: GPT2LMHeadModel, ids: Int[Tensor, "B T"], inputs: dict[nn.Module, Callable[[Tensor], object]]
-) -> Float[Tensor, "B T D"]:
-    """Run the transformer once, pass the input of each given module to its function, and return the last state."""
-    with ExitStack() as hooks:
-        for module, see in inputs.items():
-            hooks.enter_context(_removed(module.register_forward_pre_hook(lambda _, x, see=see: _shown(see, x[0]))))
-        layers = len(model.transformer.h)
-        return collect_activations(model, ids, states=[layers]).states[layers]
-
-
-def _shown(see: Callable[[Tensor], object], x: Tensor) -> None:
-    see(x)  # return nothing, because a hook's return value would replace the module's input
-
-
-@contextmanager
-def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()

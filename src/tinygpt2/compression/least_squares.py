@@ -1,15 +1,17 @@
-"""Refit the output projections of a cut model, so that its residual stream follows its teacher's.
+"""Refit the projections of a cut model, so that its residual stream follows its teacher's.
 
-The fit has a closed form and needs one pass. Student and teacher read the calibration texts block by block. The
-difference between the teacher's stream and the student's, in the dimensions that the student keeps, is regressed on the
-outputs of the student's attention heads, and then on the activations of its inner units. The target after a student
-block's MLP is the stream that enters the next kept block in the teacher. This way, the student's block also makes up
-for the teacher's blocks in between.
+The fit has a closed form and needs one pass. Student and teacher read the calibration texts block by block, and every
+projection is regressed on what the student gives it to read:
+
+- the projections that read the stream, on the queries, keys, values and inner units of the teacher's block;
+- those that write into it, on the difference between the teacher's stream and the student's, in what the student keeps
+  of it. The target after a student block's MLP is the stream that enters the next kept block in the teacher. This way,
+  the student's block also makes up for the teacher's blocks in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from tinygpt2.compression.calibration import Batches, tokens_of
+from tinygpt2.compression.cut import KeptParts
 from tinygpt2.models.activations import mixed_heads
 from tinygpt2.runtime.devices import float64_device
 from tinygpt2.utils.progress import ProgressStage, track
@@ -28,68 +31,76 @@ RIDGE = 1e-2  # ridge penalty in units of the activations' mean square; it keeps
 
 
 @torch.no_grad()
-def refit(
-    student: GPT2LMHeadModel,
-    teacher: GPT2LMHeadModel,
-    layers: Sequence[int],
-    dimensions: Int[Tensor, " Ds"],
-    batches: Batches,
-) -> None:
-    """Fit the output projections of the student's attention and MLPs, in place.
+def refit(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, kept: KeptParts, batches: Batches) -> None:
+    """Fit the projections of the student's attention and MLPs, in place.
 
     Args:
-        student: a model that was cut from the teacher.
-        layers: the teacher's blocks that the student keeps, ascending.
-        dimensions: the teacher's dimensions that the student keeps.
+        student: the model that `cut_model` made of the kept parts.
         batches: calibration texts, not longer than the student's positions. Both models' states for all of them are
             held in memory.
     """
+    device = student.lm_head.weight.device
+    encode = kept.encode(teacher.config.n_embd).to(student.lm_head.weight)
     student_states, teacher_states = ([_embedded(model, ids) for ids in batches] for model in (student, teacher))
     reached = 0  # the teacher's block that `teacher_states` enter next
-    ends = [*layers[1:], teacher.config.n_layer]
-    # every block has two projections; fitting one of them reads all texts
-    with track("refit output projections", 2 * len(layers) * tokens_of(batches), "tokens") as stage:
-        for block, layer, end in zip(student.transformer.h, layers, ends, strict=True):
+    ends = [*kept.layers[1:], teacher.config.n_layer]
+    parts = zip(student.transformer.h, kept.layers, ends, kept.head_maps(teacher), kept.inner, strict=True)
+    # every block has four projections; fitting one of them reads all texts
+    with track("refit the projections", 4 * len(ends) * tokens_of(batches), "tokens") as stage:
+        follow = partial(_followed, encode=encode, stage=stage)
+        for block, layer, end, heads, units in parts:
             for other in teacher.transformer.h[reached:layer]:
                 teacher_states = [_mlp(other, _attention(other, x)) for x in teacher_states]
             template = teacher.transformer.h[layer]
+            scale = template.attn.scaling / block.attn.scaling
+            fused, units = heads.fused(scale).to(student.lm_head.weight), units.to(device)
+            _fit(block.attn.c_attn, map(block.ln_1, student_states),
+                 (template.attn.c_attn(template.ln_1(x)) @ fused for x in teacher_states), stage)  # fmt: skip
             teacher_states = [_attention(template, x) for x in teacher_states]
-            heads = partial(_mixed, block)
-            student_states = _fitted(block.attn.c_proj, heads, student_states, teacher_states, dimensions, stage)
+            student_states = follow(block.attn.c_proj, partial(_mixed, block), student_states, teacher_states)
+            _fit(block.mlp.c_fc, map(block.ln_2, student_states),
+                 (template.mlp.c_fc(template.ln_2(x))[..., units] for x in teacher_states), stage)  # fmt: skip
             teacher_states = [_mlp(template, x) for x in teacher_states]
             for other in teacher.transformer.h[layer + 1 : end]:
                 teacher_states = [_mlp(other, _attention(other, x)) for x in teacher_states]
             reached = end
-            units = partial(_inner, block)
-            student_states = _fitted(block.mlp.c_proj, units, student_states, teacher_states, dimensions, stage)
+            student_states = follow(block.mlp.c_proj, partial(_inner, block), student_states, teacher_states)
 
 
-def _fitted(
+def _followed(
     projection: Any,
     inputs: Callable[[Tensor], Tensor],
     states: list[Float[Tensor, "B T Ds"]],
     targets: list[Float[Tensor, "B T D"]],
-    dimensions: Int[Tensor, " Ds"],
+    encode: Float[Tensor, "D Ds"],
     stage: ProgressStage,
 ) -> list[Float[Tensor, "B T Ds"]]:
-    """Fit one projection to the missing part of the targets by ridge regression, and return the states after it."""
+    """Fit an output projection to what the targets have and the states lack, and return the states after it."""
+    missing = (target @ encode - state for state, target in zip(states, targets, strict=True))
+    _fit(projection, map(inputs, states), missing, stage)
+    return [state + inputs(state) @ projection.weight + projection.bias for state in states]
+
+
+def _fit(
+    projection: Any, inputs: Iterable[Float[Tensor, "B T N"]], targets: Iterable[Float[Tensor, "B T M"]],
+    stage: ProgressStage,
+) -> None:  # fmt: skip
+    """Fit a projection by ridge regression on what its present weights leave of the targets, in place."""
     weight, bias = projection.weight, projection.bias  # Conv1D's weight has shape (in, out)
     size = len(weight) + 1  # one more for a column of ones, which fits the bias
     exact = float64_device(weight.device)
     square = torch.zeros(size, size, dtype=torch.float64, device=exact)
     cross = torch.zeros(size, len(bias), dtype=torch.float64, device=exact)
-    for state, target in zip(states, targets, strict=True):
-        x = inputs(state)
-        missing = target[..., dimensions] - state - (x @ weight + bias)
+    for x, target in zip(inputs, targets, strict=True):
+        left = target - (x @ weight + bias)
         ones = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1).to(exact).double()
         square += ones.T @ ones
-        cross += ones.T @ missing.flatten(0, 1).to(exact).double()
-        stage.advance(state.shape[0] * state.shape[1])
+        cross += ones.T @ left.flatten(0, 1).to(exact).double()
+        stage.advance(x.shape[0] * x.shape[1])
     square.diagonal().add_(RIDGE * square.diagonal().mean())
     change = torch.linalg.solve(square, cross).to(weight.dtype).to(weight.device)
     weight += change[:-1]
     bias += change[-1]
-    return [state + inputs(state) @ weight + bias for state in states]
 
 
 def _embedded(model: GPT2LMHeadModel, ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:

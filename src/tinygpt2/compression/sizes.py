@@ -15,9 +15,11 @@ def check_sizes(config: TruncateStudentConfig, teacher: Any) -> None:
         teacher: the teacher's configuration, or an object with the same sizes.
 
     Raises:
-        ConfigError: the teacher has no such parts, or they do not fit together.
+        ConfigError: the teacher has no such parts, or they do not fit together, or an option has no effect.
     """
     sizes_of(config, teacher)
+    if config.untie_head and not getattr(teacher, "tie_word_embeddings", True):
+        raise ConfigError("--untie-head has no effect: the teacher has an output matrix of its own already")
     _check_depth(config, teacher.n_layer)
     position_count(config, teacher.n_positions)
 
@@ -29,17 +31,21 @@ def sizes_of(config: TruncateStudentConfig, teacher: Any) -> tuple[int, int, int
         teacher: the teacher's configuration.
 
     Raises:
-        ConfigError: the student would be wider than the teacher, or would keep only a part of a head.
+        ConfigError: the student would be wider than the teacher, or have more heads, or its heads do not divide its
+            width.
     """
     head_width = teacher.n_embd // teacher.n_head
-    heads = config.n_head or (config.n_embd or teacher.n_embd) // head_width
-    width = config.n_embd or heads * head_width
-    if width != heads * head_width or not 0 < heads <= teacher.n_head:
-        pairs = ", ".join(f"{count * head_width}/{count}" for count in range(1, teacher.n_head + 1))
+    if (config.n_head or 0) > teacher.n_head:
+        raise ConfigError(f"--n-head {config.n_head}: the teacher has only {teacher.n_head} heads")
+    width = config.n_embd or (config.n_head or teacher.n_head) * head_width
+    if width > teacher.n_embd:
+        raise ConfigError(f"--n-embd {width}: the teacher's hidden size is only {teacher.n_embd}")
+    possible = [count for count in range(1, teacher.n_head + 1) if width % count == 0]
+    heads = config.n_head or max(possible)  # narrower heads lose less than fewer heads: see docs/students.md
+    if heads not in possible:
         raise ConfigError(
-            f"--n-embd {width} with --n-head {heads}: the teacher's heads have {head_width} dimensions each, "
-            "and a head cannot be cut",
-            f"valid pairs of --n-embd and --n-head: {pairs}",
+            f"--n-embd {width} with --n-head {heads}: the heads share the hidden size equally",
+            f"for --n-embd {width}, --n-head can be {', '.join(map(str, possible))}",
         )
     whole = teacher.n_inner or 4 * teacher.n_embd
     inner = config.n_inner or max(1, whole * width // teacher.n_embd)

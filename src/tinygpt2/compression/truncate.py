@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
+from tinygpt2.compression.conversion import Conversion, load_teacher, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
+from tinygpt2.compression.heads import head_moments, narrow_heads
 from tinygpt2.compression.importance import (
     DepthImportance,
     active_dimensions,
     depth_importance,
     important_dimensions,
-    width_importance,
 )
 from tinygpt2.compression.least_squares import refit
+from tinygpt2.compression.rotation import Rotation, principal_rotation, stream_moments
+from tinygpt2.compression.selection import least_missed, projection_moments
 from tinygpt2.compression.sizes import check_sizes, position_count, sizes_of
 from tinygpt2.config.common import OTHER_OUT
 from tinygpt2.config.compression import Position, TruncateStudentConfig
@@ -31,7 +35,7 @@ from tinygpt2.errors import DataError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.card import HubMetadata, model_card
 from tinygpt2.models.compatibility import check_fits
-from tinygpt2.models.loading import load_model, model_tokenizer
+from tinygpt2.models.loading import model_tokenizer
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.models.saving import save_model
 from tinygpt2.runtime.cpu import fast_products
@@ -66,6 +70,7 @@ class TruncateStudentResult:
         layers: the teacher's blocks that were kept, counted from 0.
         importance: the measurements of --strategy importance; None for other strategies.
         perplexity: None without --data, or if the test split of --data is empty.
+        conversion: how a teacher of another architecture became a GPT-2 before the cut; None for a GPT-2.
     """
 
     model: str
@@ -74,6 +79,7 @@ class TruncateStudentResult:
     teacher_parameters: int
     importance: DepthImportance | None = None
     perplexity: CutPerplexity | None = None
+    conversion: Conversion | None = None
 
 
 @computes_on_device
@@ -85,11 +91,12 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     Raises:
         ConfigError: chosen parts do not exist or do not fit together, or the output directory is not empty.
         DataError: the calibration data is missing or empty, or was made with another tokenizer.
-        ModelError: the teacher cannot be loaded, or is not a plain GPT-2.
+        ModelError: the teacher cannot be loaded, or GPT-2 does not have its parts.
     """
     out = Path(config.out)
     require_free(out, OTHER_OUT)
-    teacher, directory = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle)
+    loaded = load_teacher(config.teacher, allow_pickle=config.allow_pickle)
+    teacher, directory = loaded.model, loaded.directory
     require_cuttable(teacher, config.teacher)
     tokenizer = model_tokenizer(directory)
     check_sizes(config, teacher.config)  # before anything is measured
@@ -98,6 +105,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     if config.data is not None:
         data = load_packed_dataset(config.data)
         check_fits(data, teacher.config, tokenizer and fingerprint(tokenizer), f"teacher {config.teacher}")
+    conversion = measured(loaded, config.teacher, data, config.calibration_sequences, positions[0])
     batches: Batches = []
     if data is not None and config.measures:
         if not len(data.train):
@@ -105,15 +113,24 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         teacher.to(current_device())
         tell_machine(current_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
-    kept, importance = _choose(config, teacher, batches, positions)
+    kept, importance = choose_parts(config, teacher, batches, positions)
     student = cut_model(teacher.cpu(), kept)
     if config.refit:
         device = current_device()
         short = [ids[:, : positions[0]] for ids in batches]
-        refit(student.to(device), teacher.to(device), kept.layers, kept.dimensions.to(device), short)
-    perplexity = None if data is None else _perplexity(student, teacher, data, config.calibration_sequences)
+        refit(student.to(device), teacher.to(device), kept, short)
+    perplexity = None
+    if data is not None:
+        before = None if conversion is None else conversion.original_loss
+        perplexity = _perplexity(student, teacher, data, config.calibration_sequences, before)
     result = TruncateStudentResult(
-        str(out.resolve()), kept.layers, count_parameters(student), count_parameters(teacher), importance, perplexity
+        str(out.resolve()),
+        kept.layers,
+        count_parameters(student),
+        loaded.parameters,
+        importance,
+        perplexity,
+        conversion,
     )
     commit = hub_revision(directory)
     pinned = {} if commit is None else {"teacher": at_commit(config.teacher, commit)}
@@ -124,65 +141,88 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     return result
 
 
-def _choose(
+def choose_parts(
     config: TruncateStudentConfig, teacher: GPT2LMHeadModel, batches: Batches, positions: tuple[int, Position]
 ) -> tuple[KeptParts, DepthImportance | None]:
     """Return the parts to keep, and the importance of the blocks if --strategy importance measured it."""
-    total, importance = teacher.config.n_layer, None
+    shape, importance = teacher.config, None
     if config.layers is not None:
         layers = [int(number) for number in config.layers.split(",")]
     elif config.strategy == "importance":
-        importance = depth_importance(teacher, batches, config.num_layers or total)
+        importance = depth_importance(teacher, batches, config.num_layers or shape.n_layer)
         layers = importance.kept
     else:
-        layers = choose_layers(total, config.num_layers or total, config.strategy or "uniform")
-    width, heads, inner = sizes_of(config, teacher.config)
+        layers = choose_layers(shape.n_layer, config.num_layers or shape.n_layer, config.strategy or "uniform")
+    width, heads, inner = sizes_of(config, shape)
     if not config.cuts_width:
         whole = [torch.arange(size) for size in (width, heads, inner)]
-        return KeptParts(layers, whole[0], [whole[1]] * len(layers), [whole[2]] * len(layers), positions), importance
-    scores = width_importance(teacher, batches)
-    dimensions = torch.arange(width)
-    if width < teacher.config.n_embd:
-        dimensions = (active_dimensions if config.refit else important_dimensions)(teacher, batches, width)
-    return KeptParts(
-        layers, dimensions, [_top(scores.heads[layer], heads) for layer in layers],
-        [_top(scores.inner[layer], inner) for layer in layers], positions,
-    ), importance  # fmt: skip
+        kept = KeptParts(layers, whole[0], [whole[1]] * len(layers), [whole[2]] * len(layers), positions)
+        return dataclasses.replace(kept, untied=config.untie_head), importance
+    dimensions = _dimensions(config, teacher, batches, layers)
+    kept = KeptParts(layers, dimensions, [], [], positions, untied=config.untie_head)
+    encode, head_width = kept.encode(shape.n_embd), shape.n_embd // shape.n_head
+    narrowed = []
+    for layer, (read, mixed, units) in zip(layers, projection_moments(teacher, batches, layers), strict=True):
+        block = teacher.transformer.h[layer]
+        attention, mlp = (
+            projection.weight.cpu().double() @ encode for projection in (block.attn.c_proj, block.mlp.c_proj)
+        )
+        kept.heads.append(least_missed(mixed.covariance, attention, heads, head_width))
+        kept.inner.append(least_missed(units.covariance, mlp, inner))
+        if width // heads != head_width:
+            narrowed.append(narrow_heads(head_moments(block, read, mixed), attention, kept.heads[-1], width // heads))
+    return dataclasses.replace(kept, narrowed=narrowed or None), importance
 
 
-def _top(scores: Float[Tensor, " N"], count: int) -> Int[Tensor, " n"]:
-    """Return the indices of the largest scores, in ascending order."""
-    return scores.topk(count).indices.sort().values.cpu()
+def _dimensions(
+    config: TruncateStudentConfig, teacher: GPT2LMHeadModel, batches: Batches, layers: list[int]
+) -> Int[Tensor, " Ds"] | Rotation:
+    """Return what a student keeps of its teacher's residual stream."""
+    width = sizes_of(config, teacher.config)[0]
+    if width == teacher.config.n_embd:
+        return torch.arange(width)
+    if not config.rotated:
+        return (active_dimensions if config.refit else important_dimensions)(teacher, batches, width)
+    tied = teacher.config.tie_word_embeddings and not config.untie_head
+    return principal_rotation(teacher, stream_moments(teacher, batches, tied=tied), layers, width, tied=tied)
 
 
 def _perplexity(
-    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, data: PackedDataset, count: int
+    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, data: PackedDataset, count: int, before: float | None
 ) -> CutPerplexity | None:
-    """Measure both models on blocks of the test split, shortened to the student's positions."""
+    """Measure both models on blocks of the test split, shortened to the student's positions.
+
+    Args:
+        before: the teacher's loss on these blocks if it is known.
+    """
     if not len(data.test):
         return None
     device = current_device()
     batches = [ids[:, : student.config.n_positions] for ids in calibration_batches(data.test, count, device)]
-    student, teacher = student.to(device), teacher.to(device)
-    with track("measure student and teacher", 2 * tokens_of(batches), "tokens") as stage:
-        after, before = (perplexity_of(mean_loss(model, batches, stage)) for model in (student, teacher))
-    return CutPerplexity(after, before, sum(len(ids) for ids in batches))
+    models = [model.to(device) for model in ([student, teacher] if before is None else [student])]
+    with track("measure student and teacher", len(models) * tokens_of(batches), "tokens") as stage:
+        losses = [mean_loss(model, batches, stage) for model in models]
+    after, before = losses[0], losses[-1] if before is None else before
+    return CutPerplexity(perplexity_of(after), perplexity_of(before), sum(len(ids) for ids in batches))
 
 
 def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult, commit: str | None) -> str:
     figures = {"parameters": f"{result.parameters:,}", "teacher's parameters": f"{result.teacher_parameters:,}"}
     if commit is not None:
         figures["revision of the teacher"] = commit
+    if result.conversion is not None:
+        figures["made a GPT-2 from"] = result.conversion.described()
     figures |= dict(_reasons(config, kept, result))
     if (perplexity := result.perplexity) is not None:
         figures["perplexity before any training"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"
         figures["measured on"] = f"{perplexity.sequences} blocks of the test split of {shared_name(config.data or '')}"
     plural = "" if len(kept.layers) == 1 else "s"
     how = (
-        f"A GPT-2 with {len(kept.layers)} layer{plural} and hidden size {len(kept.dimensions)}, cut from "
+        f"A GPT-2 with {len(kept.layers)} layer{plural} and hidden size {kept.width}, cut from "
         f"{shared_name(config.teacher)} and not trained since. It consists of the teacher's block{plural} "
-        f"{', '.join(map(str, kept.layers))}, with copied weights"
-        + (" and refitted output projections." if config.refit else ".")
+        f"{', '.join(map(str, kept.layers))}"
+        + (" in the main directions of its residual stream" if isinstance(kept.dimensions, Rotation) else "")
+        + (", with refitted projections." if config.refit else ".")
     )
     metadata = HubMetadata(
         base_model=[] if commit is None else [config.teacher.partition("@")[0]],
@@ -203,15 +243,14 @@ def _reasons(
         why += f"; removed in this order, with the rise of the loss in nats per token: {removed}"
     yield "blocks kept (counted from 0)", f"{', '.join(map(str, kept.layers))} ({why})"
     if config.cuts_width:
-        yield (
-            "hidden size, heads, inner units",
-            (
-                f"{len(kept.dimensions)}, {len(kept.heads[0])}, {len(kept.inner[0])}: "
-                f"the ones that matter most on up to {config.calibration_sequences} blocks of "
-                f"{shared_name(config.data or '')}"
-            ),
-        )
-        yield "dimensions kept", ", ".join(map(str, kept.dimensions.tolist()))
+        where = f"up to {config.calibration_sequences} blocks of {shared_name(config.data or '')}"
+        sizes = f"{kept.width}, {len(kept.heads[0])}, {len(kept.inner[0])}"
+        yield "hidden size, heads, inner units", f"{sizes}: the ones that matter most on {where}"
+        if isinstance(kept.dimensions, Rotation):
+            shares = [kept.dimensions.share(norm) for norm in range(len(kept.dimensions.moments.norms))]
+            yield "share of the norms' inputs kept", f"{min(shares):.1%} to {max(shares):.1%}"
+        else:
+            yield "dimensions kept", ", ".join(map(str, kept.dimensions.tolist()))
         for new, heads in enumerate(kept.heads):
             yield f"heads kept in block {new}", ", ".join(map(str, heads.tolist()))
     if config.n_positions is not None:

@@ -11,6 +11,7 @@ from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
 
 Strategy = Literal["uniform", "alternate", "distilgpt2", "first", "middle", "last", "importance"]
 Position = Literal["first", "interpolate"]
+Axes = Literal["rotated", "coordinates"]
 
 
 class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
@@ -29,21 +30,29 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
     layers: str | None = option(
         "Layers to keep by number, counted from 0, such as 0,2,4,7,9,11.", default=None, commas=True, metavar="N,..."
     )
-    n_embd: int | None = option(
-        "Hidden size of the student. Keeps the dimensions that matter most on --data.",
+    n_embd: int | None = option("Hidden size of the student.", default=None, ge=1, shown="from --n-head")
+    axes: Axes | None = option(
+        "What a smaller hidden size keeps. rotated: the directions that matter most for the loss on --data. "
+        "coordinates: the dimensions that matter most, with copied weights.",
         default=None,
-        ge=1,
-        shown="from --n-head",
+        shown="rotated",
     )
     n_head: int | None = option(
-        "Attention heads to keep in each layer. A head keeps its size.", default=None, ge=1, shown="from --n-embd"
+        "Attention heads to keep in each layer. They share the hidden size equally, so their width can change.",
+        default=None,
+        ge=1,
+        shown="all, or as many as divide the hidden size",
     )
     n_inner: int | None = option(
         "Inner size of each MLP.", default=None, ge=1, shown="in proportion to the hidden size, as in the teacher"
     )
     refit: bool = option(
-        "Refit the output projections by least squares on --data, so that the student's hidden states follow the "
-        "teacher's.",
+        "Refit the projections of attention and MLPs by least squares on --data, so that the student's hidden states "
+        "follow the teacher's.",
+        default=False,
+    )
+    untie_head: bool = option(
+        "Give the student an output matrix of its own if the teacher's is its embedding. Needs more parameters.",
         default=False,
     )
     n_positions: int | None = option("Number of positions of the student.", default=None, ge=1, shown="as the teacher")
@@ -65,6 +74,11 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         return any(size is not None for size in (self.n_embd, self.n_head, self.n_inner))
 
     @property
+    def rotated(self) -> bool:
+        """Whether a smaller hidden size consists of the teacher's main directions."""
+        return self.axes != "coordinates"
+
+    @property
     def measures(self) -> list[str]:
         """The options that need measurements on `data`."""
         needs = {
@@ -84,6 +98,8 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         if self.strategy is not None and self.num_layers is None:
             why = ": --layers already names the layers" if self.layers else ""
             yield f"--strategy needs --num-layers{why}"
+        if self.axes is not None and self.n_embd is None and self.n_head is None:
+            yield "--axes needs --n-embd or --n-head"
         if self.position is not None and self.n_positions is None:
             yield "--position needs --n-positions"
         if self.data is None and self.calibration_sequences != type(self).model_fields["calibration_sequences"].default:

@@ -15,7 +15,9 @@ from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.errors import ConfigError
 from tinygpt2.utils.suggestions import did_you_mean
 
-PredictionLoss = Literal["soft_ce", "forward_kl", "reverse_kl", "jsd"]
+PredictionLoss = Literal[
+    "soft_ce", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"
+]
 HiddenScale = Literal["none", "variance"]
 HeadMap = Literal["equal", "average"]
 TeacherDtype = Literal["fp32", "bf16"]
@@ -103,9 +105,24 @@ class DistillConfig(TrainOptions):
         "Weight of the loss between the predictions of student and teacher.", default=0.0, panel=OBJECTIVES, ge=0
     )
     prediction_loss: PredictionLoss = option(
-        "Loss between the two predictions: cross-entropy with soft labels, forward KL, reverse KL or Jensen-Shannon.",
+        "Loss between the two predictions: cross-entropy with soft labels, forward or reverse KL, Jensen-Shannon, KL "
+        "to a mixture of both (skewed), or total variation.",
         default="forward_kl",
         panel=OBJECTIVES,
+    )
+    skew: float = option(
+        "Share of the teacher in the mixture of skewed_forward_kl, or of the student in that of skewed_reverse_kl.",
+        default=0.1,
+        panel=OBJECTIVES,
+        gt=0,
+        lt=1,
+    )
+    jsd_beta: float = option(
+        "Weight of the teacher in jsd. 0 is forward KL and 1 is reverse KL.",
+        default=0.5,
+        panel=OBJECTIVES,
+        ge=0,
+        le=1,
     )
     temperature: float = option(
         "Divide both models' logits by this; the loss is multiplied by its square.",
@@ -166,6 +183,10 @@ class DistillConfig(TrainOptions):
         states = r"\d+(=\d+)?"
         if self.hidden_map not in ("all", "inner") and not re.fullmatch(f"{states}(,{states})*", str(self.hidden_map)):
             yield f"--hidden-map: expected all, inner or numbers such as 0,3 or 0,3=10, got {self.hidden_map!r}"
+        if "skew" in self.model_fields_set and not self.prediction_loss.startswith("skewed"):
+            yield f"--skew has no effect on --prediction-loss {self.prediction_loss}"
+        if "jsd_beta" in self.model_fields_set and self.prediction_loss != "jsd":
+            yield f"--jsd-beta has no effect on --prediction-loss {self.prediction_loss}"
         if self.head_map != "equal" and not self.attention_weight:
             yield "--head-map average has no effect while --attention-weight is 0"
         if self.hidden_map != "all" and not self.hidden_weight:

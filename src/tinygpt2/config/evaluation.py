@@ -26,6 +26,13 @@ CONVENTION_NOTES: dict[Convention, str] = {
     "tinygpt2": "as TinyGPT2's calc_ppl: perplexity per token; a window's mean loss over n - 1 targets counts n times",
 }
 
+FIDELITY_NOTE = (
+    "KL, median, 99 %: KL(reference || model) in nats per token; same top: both have the same likeliest token; "
+    "acceptance: sum of min(p, q), the model's sampled tokens that the reference would accept; loss above: loss of the "
+    "model minus that of the reference; calibration: expected calibration error of the likeliest token's probability; "
+    "± standard error over windows"
+)
+
 
 class PplConfig(ModelOptions, DeviceOptions, FileOptions):
     """Options of `ppl`."""
@@ -36,8 +43,16 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
         path=True,
         metavar="PATH|ID",
     )
+    reference: str | None = option(
+        "Also say how close the models' predictions are to those of this model (KL, agreement, calibration): a local "
+        "directory or a Hub id with the same vocabulary. It and all models are in memory at once.",
+        default=None,
+        path=True,
+        metavar="PATH|ID",
+    )
     task: list[str] = option(
-        "Text to measure on: a named task, `all` of them, a text file or a pregenerated dataset. Repeatable.",
+        "What to measure on: a named task, `all` of them, a text file, a pregenerated dataset, or choice:FILE.jsonl "
+        "with questions of your own. Repeatable.",
         default=[],
         path=True,
         metavar="TASK|PATH",
@@ -45,6 +60,13 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
     )
     task_data: str | None = option(
         "File or folder with the texts of the named tasks.", default=None, shown="the Hub", path=True
+    )
+    limit: int | None = option(
+        "Use only the first N questions or passages of each task (of BLiMP, of each paradigm).",
+        default=None,
+        ge=1,
+        metavar="N",
+        shown="all of them",
     )
     list_tasks: bool = option("List the named tasks and exit.", default=False)
     convention: Convention = option(
@@ -64,8 +86,8 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
         "Processes to start on this machine, one per GPU.", default=None, ge=1, shown="1, or what the launcher started"
     )
     plot: str | None = option(
-        "PNG to write: perplexity against parameters and against tokens/s. A page for browsers is written beside it, "
-        "as .html.",
+        "PNG to write: perplexity against parameters and against tokens/s; with --reference, also KL and agreement by "
+        "position and by confidence. A page for browsers is written beside it, as .html.",
         default=None,
         path=True,
     )

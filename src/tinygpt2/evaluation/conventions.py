@@ -96,7 +96,8 @@ class TokenizedTask:
         words, characters, bytes: sizes of the text.
         stride: tokens from one window's start to the next; None if every passage is one window.
         right: for each question, the index of the right answer among its candidates.
-        candidates: the number of candidates of each question. Each candidate is one window.
+        candidates: for each question, the number of candidates. Each candidate is one window.
+        lengths: characters and bytes of each candidate, by which the normalised accuracies divide; empty if none do.
     """
 
     tokens: Integer[np.ndarray, " N"]
@@ -108,7 +109,14 @@ class TokenizedTask:
     bytes: int
     stride: int | None
     right: Int[np.ndarray, " Q"] = field(default_factory=lambda: np.zeros(0, np.int64))
-    candidates: int = 0
+    candidates: Int[np.ndarray, " Q"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    lengths: Int[np.ndarray, "2 C"] = field(default_factory=lambda: np.zeros((2, 0), np.int64))
+
+    @property
+    def answers(self) -> Int[np.ndarray, " Q"]:
+        """For each question, the number of the right candidate's window."""
+        answers: Int[np.ndarray, " Q"] = np.cumsum(self.candidates) - self.candidates + self.right
+        return answers
 
     def same_targets(self, other: TokenizedTask) -> bool:
         """Return whether both tasks have the same windows and tokens, so that losses compare window by window."""
@@ -128,7 +136,7 @@ def tokenize_task(task: Task, model: ModelTokenizer, convention: Convention, str
         ModelError: there is no tokenizer, or it does not fit the model.
     """
     if task.questions:
-        if convention in ("lm-eval", "tinygpt2"):
+        if convention == "tinygpt2" or (convention == "lm-eval" and task.spec.form == "cbt"):
             raise ConfigError(
                 f"--convention {convention} does not support the task {task.name}", "use --convention gpt2-paper or hf"
             )
@@ -161,12 +169,20 @@ def headline_loss(tokenized: TokenizedTask, scores: Scores, convention: Conventi
 
 
 def counted(tokenized: TokenizedTask, scores: Scores) -> Scores:
-    """Return the scores that the figures use: for a question, those of the right answer and whether it scored best."""
+    """Return the scores that the figures use: for a question, those of the right answer and whether it scored best.
+
+    As in lm-evaluation-harness 0.4.13, the normalised accuracies divide the sums of a question's candidates by their
+    characters or bytes, and the first of several best candidates is the model's answer.
+    """
     if not len(tokenized.right):
         return scores
-    sums, counts = (x.reshape(-1, tokenized.candidates) for x in (scores.sums, scores.counts))
-    rows = np.arange(len(tokenized.right))
-    return Scores(sums[rows, tokenized.right], counts[rows, tokenized.right], sums.argmin(1) == tokenized.right)
+    best = [
+        np.array([part.argmin() for part in np.split(sums, np.cumsum(tokenized.candidates)[:-1])]) == tokenized.right
+        for sums in (scores.sums, *(scores.sums / size for size in tokenized.lengths if len(size)))
+    ]
+    answers = tokenized.answers
+    by_length = np.stack(best[1:]) if best[1:] else None
+    return Scores(scores.sums[answers], scores.counts[answers], best[0], by_length=by_length)
 
 
 def _per_token(tokens: Integer[np.ndarray, " N"], sizes: TextSizes, window: int, stride: int | None) -> TokenizedTask:
@@ -206,42 +222,59 @@ def _last_words(task: Task, model: ModelTokenizer, convention: Convention) -> To
     """Score the last word of every passage, with the rest of the passage as its context."""
     cut = [passage.rsplit(" ", 1) for passage in task.passages]
     endings = [f" {word}" for _, word in cut]
-    tokens, spans = _continued(model, [context for context, _ in cut], endings)
+    tokens, spans = _continued(task.name, model, [context for context, _ in cut], endings)
     whole = "".join(endings)
     unit: Any = "token" if convention == "hf" else "word"
     return TokenizedTask(tokens, spans, unit, len(spans), len(spans), len(whole), len(whole.encode()), None)
 
 
 def _choices(task: Task, model: ModelTokenizer, convention: Convention) -> TokenizedTask:
-    """Score every candidate of every question together with the text that follows it."""
-    candidates = {len(question.endings) for question in task.questions}
-    if len(candidates) != 1:
-        counts = " and ".join(map(str, sorted(candidates)))
-        raise DataError(f"{task.name}: all questions need the same number of candidates, but they have {counts}")
-    contexts = [question.context for question in task.questions for _ in question.endings]
-    tokens, spans = _continued(model, contexts, [end for q in task.questions for end in q.endings])
+    """Score every candidate of every question, with the text before it as its context."""
+    contexts = [context for question in task.questions for context in question.contexts]
+    endings = [ending for question in task.questions for ending in question.endings]
+    tokens, spans = _continued(task.name, model, contexts, endings)
     right = [question.endings[question.right] for question in task.questions]
     words, whole = sum(len(ending.split()) for ending in right), "".join(right)
-    unit: Any = "token" if convention == "hf" else "word"
-    numbers = np.array([question.right for question in task.questions])
-    sizes = words, words, len(whole), len(whole.encode())
-    return TokenizedTask(tokens, spans, unit, *sizes, None, numbers, candidates.pop())
+    choices = [choice for question in task.questions for choice in question.choices]
+    return TokenizedTask(
+        tokens,
+        spans,
+        "token" if convention == "hf" else "word",
+        words,
+        words,
+        len(whole),
+        len(whole.encode()),
+        None,
+        np.array([question.right for question in task.questions]),
+        np.array([len(question.endings) for question in task.questions]),
+        np.array([[len(choice) for choice in choices], [len(choice.encode()) for choice in choices]], dtype=np.int64),
+    )
 
 
 def _continued(
-    model: ModelTokenizer, contexts: list[str], endings: list[str]
+    task: str, model: ModelTokenizer, contexts: list[str], endings: list[str]
 ) -> tuple[Integer[np.ndarray, " N"], list[Window]]:
     """Return the tokens of every context with its ending, and one window for each, with the ending as its targets.
 
-    As in lm-evaluation-harness, context and ending are tokenized together, and white space at the end of a context
-    belongs to the ending.
+    As in lm-evaluation-harness, context and ending are tokenized together, white space at the end of a context belongs
+    to the ending, and the token that begins a text stands for an empty context.
+
+    Raises:
+        DataError: an ending has no token of its own, or more than the model has positions.
     """
     parts, spans, offset = [], [], 0
     for index in range(0, len(contexts), _AT_ONCE):
         some = contexts[index : index + _AT_ONCE]
         whole = model.tokens([a + b for a, b in zip(some, endings[index : index + _AT_ONCE], strict=True)])
         known = model.tokens([context.rstrip() for context in some])
-        for tokens, before in zip(whole, known, strict=True):
+        for number, (context, tokens, before) in enumerate(zip(some, whole, known, strict=True), index):
+            if not context.strip() and tokens[:1].tolist() != [model.prefix]:
+                tokens = _after(model.prefix, tokens)
+            if not 0 < (scored := len(tokens) - max(1, len(before))) <= model.positions:
+                raise DataError(
+                    f"{task}: {endings[number][:60]!r} has {scored} tokens after its context, but {model.name} can "
+                    f"predict 1 to {model.positions}"
+                )
             start = max(0, len(tokens) - model.positions - 1)
             spans.append(Window(offset + start, offset + len(tokens), max(1, len(before) - start)))
             offset += len(tokens)

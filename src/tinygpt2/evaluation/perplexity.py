@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -20,15 +21,18 @@ from tinygpt2.config.evaluation import Convention, PplConfig
 from tinygpt2.data.encoding import encode
 from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError, TinyGPT2Error, out_of_memory
 from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, tokenize_task
+from tinygpt2.evaluation.fidelity import Fidelity, check_comparable, compare, counted_spans
 from tinygpt2.evaluation.plots import plot_comparison
 from tinygpt2.evaluation.results import Paired, PplResult, PplRow, make_row, short_names
 from tinygpt2.evaluation.scoring import Scorer, Scores
 from tinygpt2.evaluation.stopwords import STOP_WORDS
 from tinygpt2.evaluation.tasks import Task, load_tasks
 from tinygpt2.models.activations import attention_kernel
+from tinygpt2.models.compatibility import text_sizes
 from tinygpt2.models.lm_head import scoring_chunk
-from tinygpt2.models.loading import load_model, model_tokenizer
+from tinygpt2.models.loading import load_causal_lm, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
+from tinygpt2.models.teachers.vocabularies import start_token
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, computes_on_device, current_device, on_cuda
 from tinygpt2.runtime.launch import check_number, launch
@@ -74,7 +78,7 @@ def ppl(config: PplConfig) -> PplResult:
     state = PartialState(cpu=current_device().type == "cpu")
     try:
         # no barrier, which would time out: while one process downloads, the others wait for the lock on the Hub's cache
-        tasks = load_tasks(config.task, config.task_data, config)
+        tasks = load_tasks(config.task, config.task_data, config, config.limit)
         names = [task.name for task in tasks]
         if any(other != names for other in gather_object([names])):
             raise DataError(
@@ -129,24 +133,61 @@ def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> 
     rows, done = [], {}
     with _Stages(names, tasks, tokenized_tasks) as stages:
         for name in names:
-            model, directory = load_model(name, allow_pickle=config.allow_pickle)
-            parameters = count_parameters(model)
-            scorer = Scorer(model, config.precision, device)
+            scorer, tokenizer = _opened(name, config, device)
+            parameters = count_parameters(scorer.model)
             for task in tasks:
-                tokenizer = ModelTokenizer(name, model.config, model_tokenizer(directory))
                 with stages.next(name, task.name) as advance:
                     row, done[name, task.name] = _measure(
                         scorer, tokenizer, task, tokenized_tasks[name, task.name], config, parameters, advance
                     )
                 rows.append(row)
-            del model, scorer  # so that two models are never in memory at once
+            del scorer  # so that two models are never in memory at once
     paired = []
     for task in tasks:
         for a, b in combinations(names, 2):
             scores = (done[a, task.name], done[b, task.name])
             same = tokenized_tasks[a, task.name].same_targets(tokenized_tasks[b, task.name])
             paired.append(_pair(absolute(a), absolute(b), task.name, *scores if same else (None, None)))
+    if config.reference is not None:
+        fidelity = _compare_all(config, config.reference, names, tasks, tokenized_tasks, device)
+        rows = [replace(row, fidelity=fidelity[row.model, row.task]) for row in rows]
     return PplResult(rows, paired)
+
+
+def _opened(name: str, config: PplConfig, device: torch.device) -> tuple[Scorer, ModelTokenizer]:
+    """Load a model that is ready to score, and its tokenizer."""
+    model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle)
+    scorer, own = Scorer(model, config.precision, device), model_tokenizer(directory)
+    if own is not None and config.convention in ("hf", "tinygpt2"):  # the others put a token before the text
+        scorer.begin_with(start_token(own))
+    return scorer, ModelTokenizer(name, text_sizes(model), own)
+
+
+def _compare_all(
+    config: PplConfig,
+    reference: str,
+    names: list[str],
+    tasks: list[Task],
+    tokenized_tasks: dict[tuple[str, str], TokenizedTask],
+    device: torch.device,
+) -> dict[tuple[str, str], Fidelity]:
+    """Return the fidelity of every model, by its absolute name, on every task."""
+    found: dict[tuple[str, str], Fidelity] = {}
+    scorers = {name: _opened(name, config, device)[0] for name in dict.fromkeys([reference, *names])}
+    for task in tasks:
+        waiting = list(names)
+        while waiting:  # models that read the task as the same windows are compared at once
+            tokenized = tokenized_tasks[waiting[0], task.name]
+            alike = [name for name in waiting if tokenized.same_targets(tokenized_tasks[name, task.name])]
+            waiting = [name for name in waiting if name not in alike]
+            title = f"{', '.join(short_names(alike).values())} beside {Path(reference).name} on {Path(task.name).name}"
+            budget = _budget(config, tokenized, device.type)
+            total = sum(span.targets for span in counted_spans(tokenized))
+            with track(title, total, "tokens") as stage, _enough_memory(task.name):
+                models = {absolute(name): scorers[name] for name in alike}
+                compared = compare((absolute(reference), scorers[reference]), models, tokenized, budget, stage.advance)
+            found |= {(name, task.name): one for name, one in compared.items()}
+    return found
 
 
 class _Stages(ExitStack):
@@ -189,12 +230,18 @@ def _tokenize_all(
         fit every model and the convention are skipped.
     """
     tokenized_tasks: dict[tuple[str, str], TokenizedTask] = {}
-    for name in follow(names, "tokenize the tasks", "models", announce=False):
-        model, directory = load_model(name, allow_pickle=config.allow_pickle, hollow=True)
-        tokenizer = ModelTokenizer(name, model.config, model_tokenizer(directory))
+    every = list(dict.fromkeys([*names, *([config.reference] if config.reference else [])]))
+    readers = {}
+    for name in follow(every, "tokenize the tasks", "models", announce=False):
+        model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle, hollow=True)
+        readers[name] = tokenizer = ModelTokenizer(name, text_sizes(model), model_tokenizer(directory))
         fitting = tokenize_fitting_tasks(tasks, tokenizer, config.convention, config.stride)
         tokenized_tasks |= {(name, task): tokenized for task, tokenized in fitting.items()}
-    kept = [task for task in tasks if all((name, task.name) in tokenized_tasks for name in names)]
+    kept = [task for task in tasks if all((name, task.name) in tokenized_tasks for name in every)]
+    if config.reference is not None:
+        for name, task in product(names, kept):
+            pairs = [(readers[one], tokenized_tasks[one, task.name]) for one in (config.reference, name)]
+            check_comparable(pairs[0], pairs[1], task.name)
     if not kept:
         raise DataError("none of the tasks fits the models and the convention")
     if config.stride is not None and all(tokenized.stride is None for tokenized in tokenized_tasks.values()):
@@ -211,23 +258,17 @@ def _measure(
     parameters: int,
     advance: Callable[[int, str], None],
 ) -> tuple[PplRow, Scores]:
-    window = max(span.stop - span.start for span in tokenized.spans)
-    budget = config.batch_size * window if config.batch_size else _budget(scorer.head.device.type)
+    budget = _budget(config, tokenized, scorer.head.matrix.device.type)
     last_words = bool(task.passages) and config.convention != "tinygpt2"
     ruled_out = (
-        _stop_words(model.tokenizer, scorer.model.config.vocab_size).to(scorer.head.device) if last_words else None
+        _stop_words(model.tokenizer, scorer.model.vocabulary).to(scorer.head.matrix.device) if last_words else None
     )
-    chunk = scoring_chunk(len(scorer.head), scorer.head.device.type)
+    chunk = scoring_chunk(scorer.head.size, scorer.head.matrix.device.type)
     detail(f"{task.name}: up to {budget:,} tokens in a forward pass, logits of {chunk:,} tokens at a time")
     started = time.perf_counter()
-    try:
-        every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise MachineError(
-            f"out of memory on {task.name}", "use a smaller --batch-size, or --precision bf16"
-        ) from error
+    with _enough_memory(task.name):
+        candidates = tokenized.candidates if len(tokenized.candidates) else None
+        every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out, candidates)
     seconds = time.perf_counter() - started
     scores = counted(tokenized, every)
     if not np.isfinite(every.sums).all():
@@ -241,9 +282,22 @@ def _measure(
     return row, scores
 
 
-def _budget(device: str) -> int:
-    """Return the number of tokens in one forward pass: a compromise between speed and memory."""
+def _budget(config: PplConfig, tokenized: TokenizedTask, device: str) -> int:
+    """Return the number of tokens in one forward pass; by default, a compromise between speed and memory."""
+    if config.batch_size:
+        return config.batch_size * max(span.stop - span.start for span in tokenized.spans)
     return 2**11 if device == "cpu" else 2**15
+
+
+@contextmanager
+def _enough_memory(task: str) -> Iterator[None]:
+    """Raise a lack of memory as an error with a hint."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise MachineError(f"out of memory on {task}", "use a smaller --batch-size, or --precision bf16") from error
 
 
 def _stop_words(tokenizer: Tokenizer | None, vocabulary: int) -> Bool[Tensor, " V"]:

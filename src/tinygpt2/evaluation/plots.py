@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinygpt2.config.evaluation import CONVENTION_NOTES, PplConfig
+from tinygpt2.config.evaluation import CONVENTION_NOTES, FIDELITY_NOTE, PplConfig
 from tinygpt2.evaluation.results import Paired, PplResult, PplRow, short_names
 from tinygpt2.utils.charts import Chart, Series
 from tinygpt2.utils.html_report import chart_section, paragraphs, settings_section, table_section, write_page
@@ -19,15 +19,17 @@ def plot_comparison(result: PplResult, config: PplConfig) -> None:
     """
     path = Path(config.plot or "")
     rows = result.results
-    charts, tasks = comparison_charts(rows), short_names([row.task for row in rows])
+    charts, tasks = comparison_charts(rows) + fidelity_charts(rows), short_names([row.task for row in rows])
     title = f"zero-shot perplexity, convention {rows[0].convention}"
     page = path if path.suffix.lower() == ".html" else path.with_name(f"{path.stem}.html")
     if page != path:
         draw(charts, path, title)
-    settings = {key: getattr(config, key) for key in ("convention", "stride", "batch_size", "precision", "task_data")}
+    shown = ("reference", "convention", "stride", "batch_size", "precision", "task_data")
+    settings = {key: getattr(config, key) for key in shown}
     write_page(page, title, [
         paragraphs(f"{CONVENTION_NOTES[rows[0].convention]}."),
         table_section("Models", *_table(rows)),
+        _fidelity_table(rows),
         chart_section("Charts", charts),
         *(_differences(task, name, result.paired) for task, name in tasks.items() if result.paired),
         settings_section("Settings", settings),
@@ -54,6 +56,45 @@ def comparison_charts(rows: Sequence[PplRow]) -> list[Chart]:
             title = f"{tasks[task]}, by {'parameters' if key == 'parameters' else 'speed'}"
             charts.append(Chart(title, label, y, series, joined=False, log=True))
     return charts
+
+
+def fidelity_charts(rows: Sequence[PplRow]) -> list[Chart]:
+    """Return charts of KL and agreement: by position in the window and by the reference's confidence, for each task."""
+    tasks, names = short_names([row.task for row in rows]), short_names([row.model for row in rows])
+    charts = []
+    for task, name in tasks.items():
+        found = sorted((row for row in rows if row.task == task), key=lambda row: (row.parameters, row.perplexity))
+        compared = [(names[row.model], row.fidelity) for row in found if row.fidelity is not None]
+        for parts, x in (("by_position", "position in the window"), ("by_confidence", "reference's confidence")):
+            for key, y in (("kl", "KL (nats per token)"), ("same_top", "share with the same likeliest token")):
+                series = [
+                    Series(model, [((part.low + part.high) / 2, getattr(part, key)) for part in getattr(one, parts)])
+                    for model, one in compared
+                ]
+                if series:
+                    charts.append(Chart(f"{name}: {'KL' if key == 'kl' else 'agreement'} by {x}", x, y, series))
+    return charts
+
+
+def _fidelity_table(rows: Sequence[PplRow]) -> str:
+    """Return the comparison with the reference as a table; nothing if there is no reference."""
+    tasks, names = short_names([row.task for row in rows]), short_names([row.model for row in rows])
+    compared = [(row, row.fidelity) for row in rows if row.fidelity is not None]
+    if not compared:
+        return ""
+    headings = ["model", "task", "KL", "median", "99 %", "reverse KL", "same top", "acceptance", "loss above",
+                "calibration", "its own"]  # fmt: skip
+    cells = [
+        [
+            names[row.model], tasks[row.task], f"{one.kl:.4f}" + (f" ± {one.stderr:.4f}" if one.stderr else ""),
+            f"{one.kl_median:.4f}", f"{one.kl_p99:.3f}", f"{one.reverse_kl:.4f}", f"{one.same_top:.2%}",
+            f"{one.acceptance:.2%}", f"{one.loss_difference:+.4f}", f"{one.calibration_error:.2%}",
+            f"{one.reference_calibration_error:.2%}",
+        ]
+        for row, one in compared
+    ]  # fmt: skip
+    reference = short_names([compared[0][1].reference]).popitem()[1]
+    return table_section(f"Fidelity to {reference}", headings, cells, f"{FIDELITY_NOTE}; its own: the reference's.")
 
 
 def _table(rows: Sequence[PplRow]) -> tuple[list[str], list[list[str]], str]:

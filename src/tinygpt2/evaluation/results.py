@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Bool
+
 from tinygpt2.config.evaluation import Convention
 from tinygpt2.evaluation.conventions import TokenizedTask, headline_loss
+from tinygpt2.evaluation.fidelity import Fidelity
 from tinygpt2.evaluation.scoring import Scores, perplexity_of
 from tinygpt2.evaluation.tasks import Task
 from tinygpt2.utils.files import absolute
@@ -26,7 +30,11 @@ class PplRow:
         bits_per_character, bits_per_byte, byte_perplexity, word_perplexity: the total loss of all targets, divided by
             the `characters`, `bytes` or `words` of the whole text. They compare models with different vocabularies.
             (With `hf`, the first token of a window is not a target, but its characters count.)
-        accuracy: share of LAMBADA's last words, or of CBT's answers, that the model predicted; None if not measured.
+        accuracy: share of the questions whose right answer has the largest probability, or of LAMBADA's last words that
+            the model predicted; None if not measured.
+        accuracy_stderr: its standard error over the questions or passages.
+        accuracy_norm, accuracy_bytes: the same, if the logarithm of each answer's probability is divided by its
+            characters or bytes; None where lm-evaluation-harness does not do so.
         accuracy_without_stop_words: the same for last words, if the model must not answer with a stop word.
         unit, units: the unit of perplexity, and how many of them the text has.
         tokens: number of targets.
@@ -36,6 +44,7 @@ class PplRow:
         tokens_per_second: targets per second, including those of candidates that do not count.
         parameters: number of the model's parameters.
         source: where the text came from.
+        fidelity: how close the predictions are to those of --reference; None without it.
     """
 
     model: str
@@ -61,6 +70,12 @@ class PplRow:
     tokens_per_second: float
     parameters: int
     source: str
+    accuracy_stderr: float | None = None
+    accuracy_norm: float | None = None
+    accuracy_norm_stderr: float | None = None
+    accuracy_bytes: float | None = None
+    accuracy_bytes_stderr: float | None = None
+    fidelity: Fidelity | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,10 @@ def make_row(
     """
     total, size = float(scores.sums.sum()), max(tokenized.bytes, 1)
     filtered = scores.filtered if convention == "gpt2-paper" else None
+    shares = {"": scores.greedy, "_norm": None, "_bytes": None}
+    if scores.by_length is not None:
+        shares |= {"_norm": scores.by_length[0], "_bytes": scores.by_length[1]}
+    accuracies = {f"accuracy{part}{end}": value for part, hits in shares.items() for end, value in _share(hits).items()}
     return PplRow(
         model=absolute(model),
         task=task.name,
@@ -135,7 +154,6 @@ def make_row(
         bits_per_byte=total / math.log(2) / size,
         byte_perplexity=perplexity_of(total / size),
         word_perplexity=perplexity_of(total / max(tokenized.words, 1)),
-        accuracy=None if scores.greedy is None else float(scores.greedy.mean()),
         accuracy_without_stop_words=None if filtered is None else float(filtered.mean()),
         unit=tokenized.unit,
         units=scores.targets if tokenized.unit == "token" else tokenized.units,
@@ -148,4 +166,13 @@ def make_row(
         tokens_per_second=predicted / seconds,
         parameters=parameters,
         source=absolute(task.source),
+        **accuracies,  # type: ignore[arg-type]
     )
+
+
+def _share(hits: Bool[np.ndarray, " Q"] | None) -> dict[str, float | None]:
+    """Return the share of hits and, under `_stderr`, its standard error: from the sample's variance, as the harness."""
+    if hits is None:
+        return {"": None, "_stderr": None}
+    error = float(hits.std(ddof=1) / math.sqrt(len(hits))) if len(hits) > 1 else None
+    return {"": float(hits.mean()), "_stderr": error}

@@ -16,10 +16,14 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from tinygpt2.config.common import Precision
-from tinygpt2.models.lm_head import head_operand, target_losses
+from tinygpt2.evaluation.branches import Tree, branch_states
+from tinygpt2.models.lm_head import losses_of
+from tinygpt2.models.teachers.loading import as_teacher
+from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
+from tinygpt2.models.teachers.vocabularies import Reading
 from tinygpt2.runtime.devices import DTYPES, current_device, float64_device
 
 
@@ -30,6 +34,9 @@ class Window:
     start: int
     stop: int
     first: int = 1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
     @property
     def targets(self) -> int:
@@ -67,12 +74,14 @@ class Scores:
         counts: the number of its targets.
         greedy: whether every target is the token to which the model gives the highest probability.
         filtered: the same, with the ruled-out tokens excluded from the predictions of the first target.
+        by_length: of questions, whether the right candidate is the best by the loss per character and per byte.
     """
 
     sums: Float[np.ndarray, " W"]
     counts: Int[np.ndarray, " W"]
     greedy: Bool[np.ndarray, " W"] | None = None
     filtered: Bool[np.ndarray, " W"] | None = None
+    by_length: Bool[np.ndarray, "2 W"] | None = None
 
     @property
     def targets(self) -> int:
@@ -103,16 +112,21 @@ class Scorer:
     """A model that is ready to score: on its device, in its precision, in evaluation mode.
 
     Args:
-        model: a model with float32 weights, which are converted in place. With a 16-bit type a second copy of the
-            output matrix is kept, without its mean row: see `head_operand`.
+        model: a model of any architecture with float32 weights, which are converted in place. With a 16-bit type a
+            second copy of the output matrix is kept, without its mean row: see `head_operand`.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, precision: Precision, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel | Teacher, precision: Precision, device: torch.device) -> None:
         dtype = DTYPES[precision]
-        model.to(device).eval()
+        self.model = as_teacher(model).to(device).eval()
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            self.head = head_operand(model.lm_head.weight)
-        self.model = model.to(dtype)
+            self.head = self.model.head()
+        self.model.to(dtype)
+
+    def begin_with(self, start: int | None) -> None:
+        """Put a token before each window, if the model is not a GPT-2: those of GPT-2 begin without one."""
+        if not isinstance(self.model, GPT2Teacher):
+            self.model.read_as(Reading(start=start))
 
     def __call__(
         self,
@@ -121,6 +135,7 @@ class Scorer:
         budget: int,
         advance: Callable[[int, str], None] = lambda targets, note: None,
         ruled_out: Bool[Tensor, " V"] | None = None,
+        candidates: Int[np.ndarray, " Q"] | None = None,
     ) -> Scores:
         """Score windows, in batches of similar length.
 
@@ -133,21 +148,33 @@ class Scorer:
             advance: called with the number of targets that all processes have just scored, and a note with the
                 perplexity so far.
             ruled_out: also check which targets were predicted, once with and once without these tokens allowed.
+            candidates: how many of the windows, one after the other, are the candidates of each question. What they
+                begin with goes through the model once.
         """
         state = PartialState(cpu=current_device().type == "cpu")
         found, everything = np.zeros((3, len(spans))), sum(span.targets for span in spans)
         total, targets, done = 0.0, 0, 0
-        for batch in list(_batches(spans, budget))[state.process_index :: state.num_processes]:
-            part = [spans[index] for index in batch]
-            input_ids, wanted = _padded(tokens, part, self.head.device)
-            losses, hits = target_losses(self.model, self.head, input_ids, wanted, ruled_out)
+        if not isinstance(self.model, GPT2Teacher):  # others cannot read a tree: they read each candidate by itself
+            candidates = None
+        device = self.head.matrix.device
+        groups, sequences = _sequences(tokens, spans, candidates)
+        for batch in list(batches(list(map(len, sequences)), budget))[state.process_index :: state.num_processes]:
+            indices = [index for number in batch for index in groups[number]]
+            part = [spans[index] for index in indices]
+            if candidates is None:
+                input_ids, wanted = padded(tokens, part, device)
+                losses, hits = self.model.losses(self.head, input_ids, wanted, ruled_out)
+            else:
+                trees = [sequence for number in batch if isinstance(sequence := sequences[number], Tree)]
+                states, answers = branch_states(self.model.model, trees, device)
+                losses, hits = losses_of(states, answers, self.head.logits, self.head.size, ruled_out)
             owner = torch.repeat_interleave(torch.tensor([span.targets for span in part])).to(losses.device)
             exact = losses.to(float64_device(losses.device)).double()
             sums = torch.zeros(len(part), dtype=torch.float64, device=exact.device)
-            found[0, batch] = sums.index_add_(0, owner.to(exact.device), exact).cpu().numpy()
+            found[0, indices] = sums.index_add_(0, owner.to(exact.device), exact).cpu().numpy()
             if hits is not None:
-                found[1:, batch] = _all_hit(hits.cpu(), [span.targets for span in part])
-            total, targets = total + float(found[0, batch].sum()), targets + len(losses)
+                found[1:, indices] = _all_hit(hits.cpu(), [span.targets for span in part])
+            total, targets = total + float(found[0, indices].sum()), targets + len(losses)
             just = min(len(losses) * state.num_processes, everything - done)  # the other processes do about as many
             done += just
             advance(just, f"perplexity {perplexity_of(total / targets):,.4g}")
@@ -159,11 +186,23 @@ class Scorer:
         return Scores(found[0], counts, found[1] > 0, found[2] > 0)
 
 
-def _batches(spans: Sequence[Window], budget: int) -> Iterator[list[int]]:
-    """Yield the indices of the windows of each batch, the longest windows first, so that there is little padding."""
-    lengths = [span.stop - span.start for span in spans]
+def _sequences(
+    tokens: Integer[np.ndarray, " N"], spans: Sequence[Window], candidates: Int[np.ndarray, " Q"] | None
+) -> tuple[list[range], list[Tree] | list[Window]]:
+    """Return what goes through the model as one sequence each: windows, or trees of them; and the windows of each."""
+    if candidates is None:
+        return [range(index, index + 1) for index in range(len(spans))], list(spans)
+    groups = [range(end - count, end) for end, count in zip(np.cumsum(candidates).tolist(), candidates, strict=True)]
+    return groups, [
+        Tree.of([tokens[span.start : span.stop] for span in part], [span.first for span in part])
+        for part in (spans[group.start : group.stop] for group in groups)
+    ]
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Yield the indices of the sequences of each batch, the longest ones first, so that there is little padding."""
     batch: list[int] = []
-    for index in sorted(range(len(spans)), key=lambda index: -lengths[index]):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
             yield batch
             batch = []
@@ -172,7 +211,7 @@ def _batches(spans: Sequence[Window], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _padded(
+def padded(
     tokens: Integer[np.ndarray, " N"], spans: Sequence[Window], device: torch.device
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, " M"]]:
     """Return a batch of windows, and the numbers of the positions that predict their targets: see `target_losses`.

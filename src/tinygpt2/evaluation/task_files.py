@@ -8,7 +8,7 @@ from pathlib import Path
 from tinygpt2.data.corpus.formats import plain_name
 from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.errors import ConfigError, DataError
-from tinygpt2.evaluation.named_tasks import ALL, SPECS, TaskSpec
+from tinygpt2.evaluation.named_tasks import ALL, OWN, SPECS, TaskSpec
 from tinygpt2.utils.suggestions import did_you_mean
 
 
@@ -28,7 +28,8 @@ def check_tasks(asked: Sequence[str], data: str | None) -> None:
         if name not in named:
             _check_path(name)
         elif name != ALL and data is not None:
-            find_task(SPECS[name], Path(data), alone=is_alone(asked))
+            for part in SPECS[name].parts:
+                find_task(part, Path(data), alone=is_alone(asked) and part is SPECS[name])
         elif name != ALL and SPECS[name].source is None:
             raise no_copy(SPECS[name])
 
@@ -46,6 +47,10 @@ def no_copy(spec: TaskSpec) -> DataError:
 
 def _check_path(name: str) -> None:
     """Check that a text file or a pregenerated dataset is at a path."""
+    if name.startswith(OWN):
+        if not Path(name.removeprefix(OWN)).is_file():
+            raise DataError(f"no such file: {name.removeprefix(OWN)}")
+        return
     path = Path(name)
     if path.is_dir() and not is_packed_dataset(path):
         raise DataError(

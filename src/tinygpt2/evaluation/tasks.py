@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,16 @@ from tinygpt2.config.data import FileOptions
 from tinygpt2.data.corpus.formats import ReadOptions
 from tinygpt2.data.corpus.readers import read_documents, table_rows
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
-from tinygpt2.errors import DataError, TinyGPT2Error
+from tinygpt2.errors import ConfigError, DataError, TinyGPT2Error
+from tinygpt2.evaluation.choices.questions import Question, question_of, read_questions
 from tinygpt2.evaluation.detokenize import detokenize_cbt
-from tinygpt2.evaluation.named_tasks import ALL, SPECS, HubSplit, TaskSpec
+from tinygpt2.evaluation.named_tasks import ALL, OWN, SPECS, HubSplit, TaskSpec
 from tinygpt2.evaluation.task_files import check_tasks, find_task, is_alone, no_copy
 from tinygpt2.utils.files import absolute, open_file
 from tinygpt2.utils.hub import dataset_rows
 from tinygpt2.utils.progress import say, track
 
 _WHOLE, _TEST = 100_000_000, 5_000_000  # bytes of enwik8 and text8, and of their test part at the end
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question of the Children's Book Test: its context, each candidate with the text after it, and the right one."""
-
-    context: str
-    endings: tuple[str, ...]
-    right: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,9 @@ class Task:
         return "\n\n".join(line.strip() for line in lines) if self.spec.joined == "lines" else self.text
 
 
-def load_tasks(names: Iterable[str], data: str | None, how: FileOptions | None = None) -> list[Task]:
+def load_tasks(
+    names: Iterable[str], data: str | None, how: FileOptions | None = None, limit: int | None = None
+) -> list[Task]:
     """Find evaluation texts.
 
     A file of rows (JSON lines, Parquet and so on) is the texts of its rows with an empty line between them, as in the
@@ -76,6 +71,7 @@ def load_tasks(names: Iterable[str], data: str | None, how: FileOptions | None =
             pregenerated datasets.
         data: file or folder with the texts of the named tasks; None reads them from the Hub.
         how: how files are read; None reads them by their names and contents.
+        limit: keep only the first of the questions or passages of each task, of BLiMP those of each paradigm.
 
     Raises:
         ConfigError: a name is unknown, or `data` is given but `names` does not contain a task that it can belong to.
@@ -87,18 +83,22 @@ def load_tasks(names: Iterable[str], data: str | None, how: FileOptions | None =
     tasks: dict[str, Task] = {}
     for name in asked:
         if name == ALL:
-            loaded = _every(data, how)
+            loaded = _every(data, how, limit)
+        elif name in SPECS:
+            loaded = [_named(SPECS[name], data, how, limit, alone=alone)]
         else:
-            loaded = [_named(SPECS[name], data, how, alone=alone) if name in SPECS else _at(name, how)]
+            loaded = [_own(name, limit) if name.startswith(OWN) else _at(name, how)]
         tasks |= {task.name: task for task in loaded}
+    if limit is not None and not any(task.passages or task.questions for task in tasks.values()):
+        raise ConfigError("--limit has no effect: none of the tasks has questions or passages")
     return list(tasks.values())
 
 
-def _every(data: str | None, how: FileOptions) -> list[Task]:
+def _every(data: str | None, how: FileOptions, limit: int | None) -> list[Task]:
     found = []
     for spec in SPECS.values():
         try:
-            found.append(replace(_named(spec, data, how), optional=True))
+            found.append(replace(_named(spec, data, how, limit), optional=True))
         except DataError as error:
             say(f"{spec.name} is skipped: {error.message}")
     if not found:
@@ -106,15 +106,16 @@ def _every(data: str | None, how: FileOptions) -> list[Task]:
     return found
 
 
-def _named(spec: TaskSpec, data: str | None, how: FileOptions, *, alone: bool = False) -> Task:
+def _named(spec: TaskSpec, data: str | None, how: FileOptions, limit: int | None, *, alone: bool = False) -> Task:
     """Read a named task. `alone` says that no other task is read from the same folder."""
     if data is None:
         if spec.source is None:
             raise no_copy(spec)
         with track(f"download {spec.name} from the Hub", None):
-            return _from_rows(spec, spec.source)
-    paths = find_task(spec, Path(data), alone=alone)
-    path = paths[0]
+            return _from_rows(spec, spec.source, limit)
+    parts = [spec] if Path(data).is_file() else spec.parts  # one file is all of BLiMP
+    found = [find_task(part, Path(data), alone=alone and len(parts) == 1) for part in parts]
+    paths, path = found[0], found[0][0]
     if spec.kind == "blocks":
         return Task(spec, spec.name, str(path), packed=load_packed_dataset(str(path)))
     if spec.unit != "word" and path.stat().st_size == _WHOLE:  # bytes, because the cut may split a character
@@ -122,12 +123,13 @@ def _named(spec: TaskSpec, data: str | None, how: FileOptions, *, alone: bool = 
     column = spec.column if how.text_column == "text" else how.text_column
     files = ReadOptions(text_column=column, format=how.input_format, members=spec.files)
     if spec.kind == "choices":
-        return Task(spec, spec.name, str(path), questions=tuple(_questions(paths, files)))
+        questions = tuple(question for part in found for question in _questions(spec, part, files)[:limit])
+        return Task(spec, spec.name, str(path if len(found) == 1 else Path(data)), questions=questions)
     texts, rows = _read(paths, files)
     if spec.kind == "passages":
         if not rows and texts[0].startswith('{"'):  # JSON lines under the name of a text file
             texts, rows = _read(paths, replace(files, format="jsonl"))
-        return Task(spec, spec.name, str(path), passages=tuple(_passages(texts, path, rows=rows)))
+        return Task(spec, spec.name, str(path), passages=tuple(_passages(texts, path, rows=rows))[:limit])
     text = _running(spec, texts) if rows else "\n\n".join(texts)
     if spec.unit != "word" and len(raw := text.encode()) == _WHOLE:
         text = _end(raw)
@@ -136,6 +138,15 @@ def _named(spec: TaskSpec, data: str | None, how: FileOptions, *, alone: bool = 
 
 def _end(raw: bytes) -> str:
     return raw[-_TEST:].decode("utf-8", "ignore")
+
+
+def _own(name: str, limit: int | None) -> Task:
+    """Read a file with questions of one's own."""
+    path = Path(name.removeprefix(OWN))
+    questions = tuple(read_questions("own", [path])[:limit])
+    return Task(
+        TaskSpec(name, kind="choices", form="own"), f"{OWN}{absolute(str(path))}", str(path), questions=questions
+    )
 
 
 def _at(name: str, how: FileOptions) -> Task:
@@ -158,18 +169,25 @@ def _read(paths: list[Path], how: ReadOptions) -> tuple[list[str], bool]:
     return texts, how.notes.formats != {"text"}
 
 
-def _from_rows(spec: TaskSpec, source: HubSplit) -> Task:
+def _from_rows(spec: TaskSpec, source: HubSplit, limit: int | None) -> Task:
     """Read a task from the Hub."""
+    parts = []
     try:
-        rows = dataset_rows(source.name, source.configuration, source.split, parquet=source.parquet)
+        for part in (one.source for one in spec.parts if one.source is not None):
+            rows = dataset_rows(part.name, part.configuration, part.split, parquet=part.parquet)
+            parts.append((part, rows))
     except TinyGPT2Error as error:
         raise DataError(
             f"{spec.name}: {error.message}", f"use --task-data {spec.files[0]}, or check HF_ENDPOINT and the network"
         ) from error
+    rows = parts[0][1]
     if spec.kind == "passages":
-        return Task(spec, spec.name, str(source), passages=tuple(str(row["text"]) for row in rows))
+        return Task(spec, spec.name, str(source), passages=tuple(str(row["text"]) for row in rows[:limit]))
     if spec.kind == "choices":
-        questions = tuple(_row_question(row, f"{source}, row {number}") for number, row in enumerate(rows))
+        make = _cbt_row if spec.form == "cbt" else partial(question_of, spec.form)
+        questions = tuple(
+            make(row, f"{part}, row {number}") for part, rows in parts for number, row in enumerate(rows[:limit], 1)
+        )
         return Task(spec, spec.name, str(source), questions=questions)
     return Task(spec, spec.name, str(source), text=_running(spec, [str(row[spec.column]) for row in rows]))
 
@@ -190,33 +208,38 @@ def _passages(texts: list[str], path: Path, *, rows: bool) -> Iterator[str]:
         yield passage
 
 
-def _questions(paths: list[Path], how: ReadOptions) -> Iterator[Question]:
-    """Yield CBT's questions. A block is twenty numbered sentences, then a question, its answer and the candidates."""
+def _questions(spec: TaskSpec, paths: list[Path], how: ReadOptions) -> list[Question]:
+    """Read the questions of a task."""
+    if spec.form != "cbt":
+        return read_questions(spec.form, paths)
     with open_file(paths[0]) as stream:
         parquet = stream.read(4) == b"PAR1"
     if parquet:
-        for number, row in enumerate(chain.from_iterable(map(table_rows, paths)), 1):
-            yield _row_question(row, f"{paths[0]}, row {number}")
-        return
+        return [_cbt_row(row, where) for where, row in chain.from_iterable(map(table_rows, paths))]
+    return list(_cbt_blocks(paths, how))
+
+
+def _cbt_blocks(paths: list[Path], how: ReadOptions) -> Iterator[Question]:
+    """Yield CBT's questions. A block is twenty numbered sentences, then a question, its answer and the candidates."""
     texts, _ = _read(paths, how)
     for number, block in enumerate(re.split(r"\n\s*\n", "\n\n".join(texts).strip()), 1):
         lines = [re.sub(r"^\d+ ", "", line) for line in block.split("\n")]
         parts = lines[-1].split("\t")
         options = parts[-1].split("|")
         where = f"{paths[0]}, question {number}"
-        yield _question(lines[:-1], parts[0], parts[1] if len(parts) > 2 else "", options, where)
+        yield _cbt_question(lines[:-1], parts[0], parts[1] if len(parts) > 2 else "", options, where)
 
 
-def _row_question(row: dict[str, Any], where: str) -> Question:
-    """Make a question from a row of the Hub's dataset."""
+def _cbt_row(row: dict[str, Any], where: str) -> Question:
+    """Make a question from a row of CBT on the Hub."""
     names = ("sentences", "question", "answer", "options")
     if any(row.get(name) is None for name in names):
         raise DataError(f"{where}: expected the columns {', '.join(names)} (found: {', '.join(row)})")
-    return _question(row["sentences"], row["question"], row["answer"], row["options"], where)
+    return _cbt_question(row["sentences"], row["question"], row["answer"], row["options"], where)
 
 
-def _question(sentences: list[str], question: str, answer: str, options: list[str], where: str) -> Question:
-    """Make a question from its parts: the text before the gap, and each candidate with the text after the gap."""
+def _cbt_question(sentences: list[str], question: str, answer: str, options: list[str], where: str) -> Question:
+    """Make a question of CBT: the text before the gap, and each candidate with the text after the gap."""
     if "XXXXX" not in question or answer not in options:
         raise DataError(f"{where}: expected a question with XXXXX, and candidates that include its answer")
     before, after = question.split("XXXXX", 1)
@@ -224,4 +247,4 @@ def _question(sentences: list[str], question: str, answer: str, options: list[st
     whole = [detokenize_cbt(" ".join([*sentences, before, option, after])) for option in options]
     # detokenization may join the end of the context, such as an opening quote, to a candidate
     shared = next(i for i in range(len(context), -1, -1) if all(text.startswith(context[:i]) for text in whole))
-    return Question(context[:shared], tuple(text[shared:] for text in whole), options.index(answer))
+    return Question.after(context[:shared], [text[shared:] for text in whole], options.index(answer))

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
@@ -37,6 +37,16 @@ class Activations:
     attention: dict[int, Float[Tensor, "B T 3*D"]] = field(default_factory=dict)
     scale: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def length(self) -> int | None:
+        """The number of positions, T; None if there are no values."""
+        return next((values.shape[1] for values in (*self.states.values(), *self.attention.values())), None)
+
+    def cut(self, length: int) -> Activations:
+        """Return the values of the first positions."""
+        states = {number: state[:, :length] for number, state in self.states.items()}
+        return Activations(states, {n: fused[:, :length] for n, fused in self.attention.items()}, self.scale)
+
 
 def collect_activations(
     model: GPT2LMHeadModel,
@@ -45,6 +55,8 @@ def collect_activations(
     attention: Iterable[int] = (),
     *,
     checkpointing: bool = False,
+    positions: Int[Tensor, "B T"] | None = None,
+    mask: Bool[Tensor, "B 1 T T"] | None = None,
 ) -> Activations:
     """Run the transformer once, up to the deepest layer or hidden state that is asked for.
 
@@ -53,11 +65,14 @@ def collect_activations(
         states: numbers of the hidden states to return, 0 to N.
         attention: numbers of the layers whose queries, keys and values to return, 1 to N.
         checkpointing: keep only each layer's input, and run the layer again in the backward pass.
+        positions: the position of each token; None counts them through.
+        mask: which tokens each token sees; None lets it see itself and those before it.
     """
     transformer = model.transformer
     layers = len(transformer.h)
     wanted_states, wanted_attention = set(states), set(attention)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if positions is None:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     hidden = transformer.drop(transformer.wte(input_ids) + transformer.wpe(positions))
     found = Activations()
     if 0 in wanted_states:
@@ -65,9 +80,9 @@ def collect_activations(
     for number in range(1, max(wanted_states | wanted_attention, default=0) + 1):
         block = transformer.h[number - 1]
         if checkpointing and torch.is_grad_enabled():
-            hidden, fused = checkpoint(_layer, block, hidden, use_reentrant=False)
+            hidden, fused = checkpoint(_layer, block, hidden, mask, use_reentrant=False)
         else:
-            hidden, fused = _layer(block, hidden)
+            hidden, fused = _layer(block, hidden, mask)
         if number in wanted_attention:
             found.attention[number] = fused
             found.scale[number] = float(block.attn.scaling)
@@ -76,24 +91,26 @@ def collect_activations(
     return found
 
 
-def _layer(block: GPT2Block, hidden: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T E"]]:
+def _layer(
+    block: GPT2Block, hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B 1 T T"] | None
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T E"]]:
     """Return a block's output, and its queries, keys and values concatenated.
 
     E is 3 D, except in a model whose residual stream was narrowed.
     """
-    mixed, fused = mixed_heads(block, hidden)
+    mixed, fused = mixed_heads(block, hidden, mask)
     hidden = hidden + block.attn.resid_dropout(block.attn.c_proj(mixed))
     return hidden + block.mlp(block.ln_2(hidden)), fused
 
 
 def mixed_heads(
-    block: GPT2Block, hidden: Float[Tensor, "B T D"]
+    block: GPT2Block, hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B 1 T T"] | None = None
 ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T E"]]:
     """Return the outputs of a block's heads before their projection, and its queries, keys and values (E is 3 W)."""
     attention = block.attn
     fused = attention.c_attn(block.ln_1(hidden))
     query, key, value = (by_head(part, attention.num_heads) for part in fused.chunk(3, dim=-1))
-    if _attends_by_rows(query.device.type, query.dtype, gradients=torch.is_grad_enabled()):
+    if mask is None and _attends_by_rows(query.device.type, query.dtype, gradients=torch.is_grad_enabled()):
         mixed = _attend_by_rows(query, key, value, attention.scaling)
     else:
         width = query.shape[-1]
@@ -104,8 +121,9 @@ def mixed_heads(
             query,
             key,
             value,
+            attn_mask=mask,
             dropout_p=attention.attn_dropout.p if attention.training else 0.0,
-            is_causal=True,
+            is_causal=mask is None,
             scale=attention.scaling,
         )[..., :width]
     return mixed.transpose(1, 2).flatten(2), fused

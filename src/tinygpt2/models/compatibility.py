@@ -7,6 +7,7 @@ for, such as an added [PAD], because no text contains them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tinygpt2.data.dataset import PackedDataset
@@ -15,9 +16,11 @@ from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.utils.progress import say
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config
+    from transformers import GPT2Config, PreTrainedModel
 
     from tinygpt2.utils.types import Tokenizer
+
+_WINDOW = 2048
 
 
 def check_fits(packed: PackedDataset, model: Any, tokenizer_fingerprint: str | None, who: str) -> None:
@@ -46,12 +49,39 @@ def check_fits(packed: PackedDataset, model: Any, tokenizer_fingerprint: str | N
                 "pregenerate the text with the model's own tokenizer",
             )
         say(f"{who} has only {model.vocab_size} tokens; the tokenizer's other tokens, which are special, do not occur")
-    if packed.sequence_length > model.n_positions:
+    check_length(packed, model.n_positions, who)
+
+
+def check_length(packed: PackedDataset, positions: int | None, who: str) -> None:
+    """Check that a model has enough positions for the blocks of a dataset; None means that it has no limit.
+
+    Raises:
+        ConfigError: the blocks have more tokens.
+    """
+    if positions is not None and packed.sequence_length > positions:
         raise ConfigError(
-            f"the blocks of {packed.name} have {packed.sequence_length} tokens, but {who} has {model.n_positions} "
-            "positions",
-            f"pregenerate with --sequence-length {model.n_positions}",
+            f"the blocks of {packed.name} have {packed.sequence_length} tokens, but {who} has {positions} positions",
+            f"pregenerate with --sequence-length {positions}",
         )
+
+
+def positions_of(config: Any) -> int | None:
+    """Return the longest sequence that a model of any architecture reads; None if there is no limit."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    found = (getattr(config, name, None) for name in names)
+    return next((int(size) for size in found if isinstance(size, int) and size > 0), None)
+
+
+def text_sizes(model: PreTrainedModel) -> Any:
+    """Return the sizes of a model that decide how texts are laid out for it: `vocab_size` and `n_positions`.
+
+    They are those of a GPT-2's configuration. A model of another architecture may read texts of any length, or very
+    long ones; it reads at most 2,048 tokens at a time, as GPT-Neo and OPT do.
+    """
+    if model.config.model_type == "gpt2":
+        return model.config
+    positions = min(positions_of(model.config.get_text_config()) or _WINDOW, _WINDOW)
+    return SimpleNamespace(vocab_size=len(model.get_output_embeddings().weight), n_positions=positions)
 
 
 def _largest_token(packed: PackedDataset) -> int:
@@ -102,20 +132,3 @@ def first_token(tokens: Iterable[object], model: GPT2Config) -> int | None:
             if isinstance(one, int) and 0 <= one < model.vocab_size:
                 return one
     return None
-
-
-def check_same_vocabulary(teacher: GPT2Config, student: GPT2Config, names: tuple[str | None, str | None]) -> None:
-    """Check that teacher and student predict the same tokens.
-
-    Args:
-        names: names of teacher and student for the error message.
-
-    Raises:
-        ModelError: the two vocabularies have different sizes.
-    """
-    if teacher.vocab_size != student.vocab_size:
-        raise ModelError(
-            f"teacher {names[0]} has a vocabulary of {teacher.vocab_size} tokens, "
-            f"but student {names[1]} has {student.vocab_size}",
-            "the student needs the teacher's tokenizer; tinygpt2 truncate-student makes such a student",
-        )

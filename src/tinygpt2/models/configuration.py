@@ -171,13 +171,22 @@ def read_shape(name: str) -> tuple[dict[str, Any], list[str]]:
     return check_settings(values, str(path), ConfigError), stray
 
 
+def is_gpt2(values: dict[str, Any]) -> bool:
+    """Return whether a config.json describes a GPT-2. One without a type does."""
+    return (values.get("model_type") or "gpt2") == "gpt2"
+
+
 def check_settings(values: dict[str, Any], where: str, error: type[TinyGPT2Error]) -> dict[str, Any]:
     """Check the settings that describe a GPT-2, as far as this needs no library, and return them without other keys.
 
     Sizes such as 1e3 become whole numbers. The arguments are those of `make_model_config`.
     """
-    if (kind := values.get("model_type") or "gpt2") != "gpt2":
-        raise error(f"{where}: model_type {kind!r} is not gpt2")
+    if not is_gpt2(values):
+        raise error(
+            f"{where}: model_type {values['model_type']!r} is not gpt2",
+            "only the teacher of distill and the models of ppl and generate may be of another architecture; "
+            "truncate-student makes a GPT-2 of GPT-Neo, OPT and GPT-BigCode",
+        )
     if values.get("quantization_config"):
         raise error(f"{where}: the model is quantized (quantization_config), which is not supported")
     named = {_ALIASES.get(key, key): value for key, value in values.items()}

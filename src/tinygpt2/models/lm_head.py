@@ -1,8 +1,10 @@
-"""The output matrix (lm_head.weight): how many logits to compute at a time, and the losses of given next tokens."""
+"""The output matrix: how many logits to compute at a time, and the losses of given next tokens."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,19 +51,72 @@ def rows_at_once(vocabulary: int, device: str) -> int:
     return max(1, (2**19 if device == "cpu" else 2**26) // vocabulary)
 
 
-def head_operand(head: Float[Tensor, "V D"]) -> Float[Tensor, "W D"]:
+def head_operand(head: Float[Tensor, "V D"], offset: Float[Tensor, " D"] | None = None) -> Float[Tensor, "W D"]:
     """Return the output matrix for matrix products: in autocast's type, and centred if that has fewer than 32 bits.
 
     GPT-2's logits share a large offset of about -100. A softmax ignores the offset, but at that size bfloat16 rounds
     to multiples of 0.5. Subtracting the matrix's mean row removes the offset; losses and gradients stay the same.
 
     On a GPU, rows of zeros follow the V real ones: see `operand_rows`. Only the first V columns of the logits count.
+
+    Args:
+        offset: the row to subtract in fewer than 32 bits, instead of the matrix's own mean.
     """
     device = head.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
-    operand = head.to(dtype) if dtype.itemsize >= 4 else (head - head.mean(0, dtype=torch.float32)).to(dtype)
+    if dtype.itemsize >= 4:
+        operand = head.to(dtype)
+    else:
+        operand = (head - (head.mean(0, dtype=torch.float32) if offset is None else offset)).to(dtype)
     padding = operand_rows(len(head), device) - len(head)
     return F.pad(operand, (0, 0, 0, padding)) if padding else operand
+
+
+@dataclass(frozen=True)
+class Head:
+    """Makes a model's logits out of its last hidden states, for a chunk of tokens at a time.
+
+    Attributes:
+        matrix: the output matrix, as `head_operand` returns it.
+        size: V, the number of its real rows.
+        bias: added to the logits; None if there is none.
+        cap: bound of a soft cap, which makes cap * tanh(logit / cap) of each logit; None if there is none.
+        absent: tokens that the model does not have. Their probability is 0.
+        others: the head of further tokens of the model, which are left out before the softmax.
+    """
+
+    matrix: Float[Tensor, "W D"]
+    size: int
+    bias: Float[Tensor, " W"] | None = None
+    cap: float | None = None
+    absent: Bool[Tensor, " W"] | None = None
+    others: Head | None = None
+
+    def logits(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N W"]:
+        """Return the logits of some last hidden states; only the first V columns count."""
+        product = states.to(self.matrix.dtype)
+        logits = product @ self.matrix.mT if self.bias is None else torch.addmm(self.bias, product, self.matrix.mT)
+        if self.cap is not None:
+            logits = logits.div_(self.cap).tanh_().mul_(self.cap)
+        if self.absent is not None:  # finite, so that differences of logits are finite, too
+            logits = logits.masked_fill_(self.absent, max(-1e30, torch.finfo(logits.dtype).min / 2))
+        return logits
+
+    def left_out(self, states: Float[Tensor, "N D"], logits: Float[Tensor, "N W"]) -> Float[Tensor, ""]:
+        """Return the probability that the model gives to the tokens that are left out, summed over tokens.
+
+        Args:
+            logits: of these states, as `logits` returns them.
+        """
+        total = torch.zeros((), dtype=wide(logits), device=logits.device)
+        if self.others is None:
+            return total
+        others = self.others.logits(states)[:, : self.others.size].to(total.dtype).logsumexp(-1)
+        rows = rows_at_once(self.size, logits.device.type)
+        for start in range(0, len(logits), rows):
+            kept = logits[start : start + rows, : self.size].to(total.dtype).logsumexp(-1)
+            total += (others[start : start + rows] - kept).sigmoid().sum()
+        return total
 
 
 @torch.no_grad()
@@ -90,12 +145,29 @@ def target_losses(
     targets = input_ids[:, 1:].flatten()
     if wanted is not None:
         states, targets = states.index_select(0, wanted), targets.index_select(0, wanted)
-    vocabulary, device = model.config.vocab_size, head.device.type
+    return losses_of(states, targets, lambda chunk: chunk @ head.mT, model.config.vocab_size, ruled_out)
+
+
+@torch.no_grad()
+def losses_of(
+    states: Float[Tensor, "N D"],
+    targets: Int[Tensor, " N"],
+    logits_of: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    ruled_out: Bool[Tensor, " V"] | None = None,
+) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
+    """Return the losses of the tokens that follow N last hidden states, and the hits: see `target_losses`.
+
+    Args:
+        logits_of: makes the logits of some of the states; only the first V columns count.
+        vocabulary: V.
+    """
+    device = states.device.type
     chunk, rows = scoring_chunk(vocabulary, device), rows_at_once(vocabulary, device)
-    losses = torch.empty(len(targets), dtype=wide(head), device=head.device)
-    hits = None if ruled_out is None else torch.empty(len(targets), 2, dtype=torch.bool, device=head.device)
+    losses = torch.empty(len(targets), dtype=wide(states), device=states.device)
+    hits = None if ruled_out is None else torch.empty(len(targets), 2, dtype=torch.bool, device=states.device)
     for start in range(0, len(targets), chunk):
-        logits = states[start : start + chunk] @ head.mT
+        logits = logits_of(states[start : start + chunk])
         for inner in range(0, len(logits), rows):
             part = slice(start + inner, min(start + inner + rows, start + len(logits)))
             scores = logits[inner : inner + rows, :vocabulary].to(losses.dtype)

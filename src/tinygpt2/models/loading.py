@@ -1,18 +1,18 @@
-"""Load GPT-2 models, or make them with random weights. They are always plain `transformers` models."""
+"""Load models, or make them with random weights. They are always plain `transformers` models, and most are GPT-2s."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinygpt2.data.tokenizer import has_tokenizer, load_tokenizer
 from tinygpt2.errors import ModelError, listed, one_line
-from tinygpt2.models.configuration import make_model_config
+from tinygpt2.models.configuration import is_gpt2, make_model_config
 from tinygpt2.models.directory import no_weights, read_config_json, weight_files
 from tinygpt2.models.weights import RUN_PREFIX, stored_tensors, unused_tensors
 from tinygpt2.utils.files import read_json
@@ -77,34 +77,94 @@ def load_model(
         say(f"{where} is a checkpoint of a training run, from step {_step(directory / RUN_STATE)}")
     elif unused:
         say(f"{where}: its files hold tensors that GPT-2 does not use: {listed(unused)}")
-    model = _from_files(directory, config, where, allow_pickle=allow_pickle)
-    _check_finite(model, where)
+    model, _ = load_weights(
+        GPT2LMHeadModel, directory, where, allow_pickle=allow_pickle, config=config, attn_implementation="sdpa",
+        key_mapping={f"^{RUN_PREFIX}": ""},
+    )  # fmt: skip
     # two different matrices in the files are not tied, whatever config.json says
     model.config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
-    return _fast(model).eval(), directory
+    return _fast(model), directory
 
 
-def _from_files(directory: Path, config: GPT2Config, where: str, *, allow_pickle: bool) -> GPT2LMHeadModel:
+def load_causal_lm(
+    name: str, role: str = "model", *, allow_pickle: bool = False, hollow: bool = False
+) -> tuple[PreTrainedModel, Path]:
+    """Load a causal language model of any architecture that `transformers` has; a GPT-2 is loaded by `load_model`.
+
+    Code that a model brings with it is never run. The arguments and the results are those of `load_model`.
+
+    Raises:
+        ModelError: also if `transformers` has no such architecture, or it is no causal language model.
+    """
+    directory = local_directory(name, role, allow_pickle=allow_pickle, weights=not hollow)
+    settings = read_config_json(directory, role)
+    if is_gpt2(settings):
+        return load_model(name, role, allow_pickle=allow_pickle, hollow=hollow)
+    where = f"{role} {directory}"
+    if settings.get("quantization_config"):
+        raise ModelError(f"{where}: the model is quantized (quantization_config), which is not supported")
+    kind = settings.get("model_type")
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+        with torch.device("meta"):
+            shapes: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # an unknown type, values that make no model, or code that is not run
+        raise ModelError(
+            f"cannot load {where}: transformers opens no causal language model of type {kind!r}: "
+            f"{one_line(error, 200)}",
+            "code that a model brings with it is never run",
+        ) from error
+    if hollow:
+        return shapes.eval(), directory
+    if not weight_files(directory, allow_pickle=allow_pickle):
+        raise no_weights(name, directory, role)
+    model, _ = load_weights(
+        AutoModelForCausalLM,
+        directory,
+        where,
+        allow_pickle=allow_pickle,
+        config=config,
+        # torch's attention knows no soft cap of the scores: it would leave the cap out
+        attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else None,
+        trust_remote_code=False,
+    )
+    return model, directory
+
+
+def load_weights(
+    kind: type[Any], directory: Path, where: str, *, allow_pickle: bool, **options: Any
+) -> tuple[Any, list[str]]:
+    """Load a model of any architecture with `transformers`: float32 weights, in evaluation mode.
+
+    Args:
+        kind: the model's class, or transformers' class that chooses one.
+        where: what error messages call the model.
+        options: more arguments of `from_pretrained`.
+
+    Returns:
+        The model, and the names of the stored tensors that it does not use.
+
+    Raises:
+        ModelError: the library cannot load it, or weights are missing, NaN or infinite.
+    """
     unset_hf_deepspeed_config()  # with ZeRO-3, each process would otherwise load only its shard of the weights
     try:
-        model, info = GPT2LMHeadModel.from_pretrained(
+        model, info = kind.from_pretrained(
             str(directory),
-            config=config,
             dtype=torch.float32,
-            attn_implementation="sdpa",
             output_loading_info=True,
             use_safetensors=None if allow_pickle else True,
-            key_mapping={f"^{RUN_PREFIX}": ""},
+            **options,
         )
     except Exception as error:  # broken weights can make the library raise any exception
         raise ModelError(f"cannot load {where}: {one_line(error, 300)}") from error
     if missing := sorted(map(str, info["missing_keys"])):
         raise ModelError(f"cannot load {where}: missing weights: {listed(missing)}")
-    loaded: GPT2LMHeadModel = model
-    return loaded
+    _check_finite(model, where)
+    return model.eval(), sorted(map(str, info["unexpected_keys"]))
 
 
-def _check_finite(model: GPT2LMHeadModel, where: str) -> None:
+def _check_finite(model: PreTrainedModel, where: str) -> None:
     bad = [
         name
         for name, tensor in model.named_parameters()

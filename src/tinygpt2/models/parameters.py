@@ -38,15 +38,15 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
         raise ConfigError(f"--freeze {', '.join(patterns)} leaves nothing to train")
 
 
-def cast_linear_layers(model: GPT2LMHeadModel, dtype: torch.dtype) -> None:
-    """Cast the linear layers of attention and MLPs to autocast's type, in place.
+def cast_linear_layers(layers: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the linear layers among some layers of a model to autocast's type, in place.
 
     For a frozen model, autocast would do so again in every forward pass, with the same numbers as result. Embeddings,
     layer norms and the output matrix keep their type, because autocast computes with them as they are, or rounds later.
     The model can then be used only under autocast.
     """
-    for module in model.transformer.h.modules():
-        if isinstance(module, Conv1D):
+    for module in layers.modules():
+        if isinstance(module, Conv1D | nn.Linear):
             module.to(dtype)
 
 

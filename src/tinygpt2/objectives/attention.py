@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from tinygpt2.models.activations import ROWS
 from tinygpt2.models.lm_head import wide
-from tinygpt2.objectives.logits import MASKED, forward_kl
+from tinygpt2.objectives.divergences import MASKED, forward_kl
 
 
 def attention_loss(

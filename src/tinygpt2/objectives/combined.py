@@ -20,10 +20,13 @@ from transformers import GPT2Config
 from tinygpt2.config.distillation import DistillConfig, HeadMap, HiddenScale, PredictionLoss
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.activations import Activations, by_head
+from tinygpt2.models.lm_head import Head
+from tinygpt2.models.teachers.teacher import Shape
 from tinygpt2.objectives.attention import attention_loss, relation_loss
+from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
-from tinygpt2.objectives.logits import IGNORED, PredictionObjective, prediction_loss
+from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class LossWeights:
     relation: float = 0.0
     hidden_scale: HiddenScale = "none"
     loss: PredictionLoss = "forward_kl"
+    skew: float = 0.1
+    jsd_beta: float = 0.5
     temperature: float = 1.0
     layer_map: str = "uniform"
     head_map: HeadMap = "equal"
@@ -55,6 +60,8 @@ class LossWeights:
             relation=config.relation_weight,
             hidden_scale=config.hidden_scale,
             loss=config.prediction_loss,
+            skew=config.skew,
+            jsd_beta=config.jsd_beta,
             temperature=config.temperature,
             layer_map=config.layer_map,
             head_map=config.head_map,
@@ -76,9 +83,14 @@ class Counts(NamedTuple):
     pairs: float
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Counts:
-        """Count them in blocks that have the given numbers of real tokens."""
-        return cls(sum(lengths), sum(max(0, length - 1) for length in lengths), sum(n * (n + 1) // 2 for n in lengths))
+    def of(cls, lengths: Sequence[int], covered: int | None = None) -> Counts:
+        """Count them in blocks that have the given numbers of real tokens.
+
+        Args:
+            covered: for how many positions of each block there is a teacher, if not for all.
+        """
+        seen = lengths if covered is None else [min(length, covered) for length in lengths]
+        return cls(sum(seen), sum(max(0, length - 1) for length in lengths), sum(n * (n + 1) // 2 for n in seen))
 
     def over(self, count: int) -> Counts:
         """Divide all counts by a number. A count of 0 is replaced by 1, so that nothing is divided by 0."""
@@ -91,7 +103,7 @@ class Objectives(nn.Module):
     Args:
         weights: weights and settings of the objectives.
         student: the student's configuration.
-        teacher: the teacher's configuration; None if no active objective uses a teacher.
+        teacher: the teacher's sizes, or its configuration if it is a GPT-2; None if no active objective uses a teacher.
         chunk: for how many tokens logits are held at a time; None chooses a number that suits the device.
 
     Attributes:
@@ -103,12 +115,14 @@ class Objectives(nn.Module):
     """
 
     def __init__(
-        self, weights: LossWeights, student: GPT2Config, teacher: GPT2Config | None, chunk: int | None = None
+        self, weights: LossWeights, student: GPT2Config, teacher: Shape | GPT2Config | None, chunk: int | None = None
     ) -> None:
         super().__init__()
+        teacher = Shape.of_gpt2(teacher) if isinstance(teacher, GPT2Config) else teacher
         self.weights, self.chunk, self.heads = weights, chunk, student.n_head
         self.projection: nn.Module = nn.Identity()
-        self._last = (student.n_layer, 0 if teacher is None else teacher.n_layer)
+        self.last_projection: nn.Module | None = None  # for a teacher whose last state has another width than the rest
+        self._last = (student.n_layer, 0 if teacher is None else teacher.layers)
         self._group = 1  # number of teacher heads whose mean score one student head learns
         # Pairs to compare: (number in the student, number in the teacher).
         self._scores: list[tuple[int, int]] = []
@@ -119,18 +133,26 @@ class Objectives(nn.Module):
             _check_shapes(weights, student, teacher)
             ends = [self._last] if weights.prediction or weights.cosine else []
         if teacher is not None and (weights.attention or weights.relation or weights.hidden):
-            layers = layer_pairs(weights.layer_map, student.n_layer, teacher.n_layer)
-            self._group = teacher.n_head // student.n_head
+            layers = layer_pairs(weights.layer_map, student.n_layer, teacher.layers)
+            self._group = (teacher.heads or student.n_head) // student.n_head
             self._scores = layers if weights.attention else []
             self._relations = layers[-1:] if weights.relation else []
-            self._states = state_pairs(weights.hidden_map, layers, teacher.n_layer) if weights.hidden else []
-            if self._states and student.n_embd != teacher.n_embd:
-                self.projection = nn.Linear(student.n_embd, teacher.n_embd)
+            self._states = state_pairs(weights.hidden_map, layers, teacher.layers) if weights.hidden else []
+            self._make_projections(student.n_embd, teacher)
         own = {student.n_layer} if weights.ce else set()
         self.student_states = sorted(own | {i for i, _ in self._states + ends})
         self.teacher_states = sorted({j for _, j in self._states + ends})
         self.student_attention = sorted({i for i, _ in self._scores + self._relations})
         self.teacher_attention = sorted({j for _, j in self._scores + self._relations})
+
+    def _make_projections(self, width: int, teacher: Shape) -> None:
+        """Make the learned maps from the student's width to the teacher's, where they differ."""
+        inner = any(j < teacher.layers for _, j in self._states)
+        if self._states and width != teacher.width and (inner or teacher.width == teacher.last_width):
+            self.projection = nn.Linear(width, teacher.width)
+        if teacher.width != teacher.last_width and any(j == teacher.layers for _, j in self._states):
+            same = width == teacher.last_width
+            self.last_projection = nn.Identity() if same else nn.Linear(width, teacher.last_width)
 
     def forward(
         self,
@@ -138,7 +160,7 @@ class Objectives(nn.Module):
         student: Activations,
         student_head: Float[Tensor, "V D"],
         teacher: Activations | None = None,
-        teacher_head: Float[Tensor, "W Dt"] | None = None,
+        teacher_head: Float[Tensor, "W Dt"] | Head | None = None,
         *,
         lengths: Sequence[int] | None = None,
         share: Counts | None = None,
@@ -147,7 +169,8 @@ class Objectives(nn.Module):
 
         Args:
             student_head: the student's output matrix.
-            teacher_head: the teacher's output matrix, as `head_operand` returns it.
+            teacher: its activations. If it has none of the last position of a block, no term compares that position.
+            teacher_head: the teacher's head, or its output matrix as `head_operand` returns it.
             lengths: number of real tokens in each row, known to the host; the rest is padding, which no term counts.
                 None if there is no padding.
             share: the counts that means divide by; None uses the counts of this batch. With the counts of a global
@@ -156,33 +179,45 @@ class Objectives(nn.Module):
         """
         weights = self.weights
         size, length = input_ids.shape
-        own = Counts.of([length] * size if lengths is None else lengths)
+        covered = (teacher and teacher.length) or length
+        own = Counts.of([length] * size if lengths is None else lengths, covered)
         share = own.over(1) if share is None else share
         real = None if lengths is None else RealTokens(lengths, length, input_ids.device)
+        targets = self._targets(input_ids, real)
+        if covered < length:
+            student, targets = student.cut(covered), targets[:, :covered]
+            if lengths is not None:
+                real = RealTokens([min(count, covered) for count in lengths], covered, input_ids.device)
         terms: dict[str, Tensor] = {}
         if teacher is not None:
             terms = self._compare(student, teacher, real, own, share)
         loss = sum((getattr(weights, name) * term for name, term in terms.items()), student_head.new_zeros(()))
         if weights.prediction or weights.ce:
-            targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
-            if real is not None:
-                targets = targets.masked_fill(~F.pad(real.mask[:, 1:], (0, 1)), IGNORED)
             labels = None
             if teacher is not None and teacher_head is not None and weights.prediction:
                 labels = (_kept(teacher.states[self._last[1]], real), teacher_head)
             parts = {"prediction": own.positions / share.positions, "ce": own.targets / share.targets}
+            parts["teacher/left_out"] = parts["prediction"]
             objective = PredictionObjective(
                 weights.prediction * parts["prediction"],
                 weights.ce * parts["ce"],
                 weights.loss,
                 weights.temperature,
                 self.chunk,
+                weights.skew,
+                weights.jsd_beta,
             )
             hidden = _kept(student.states[self._last[0]], real)
             total, unweighted = prediction_loss(hidden, student_head, _kept(targets, real), labels, objective)
             loss = loss + total
             terms |= {name: term * parts[name] for name, term in unweighted.items()}
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    @staticmethod
+    def _targets(input_ids: Int[Tensor, "B T"], real: RealTokens | None) -> Int[Tensor, "B T"]:
+        """Return the next token of each position, or `IGNORED` where there is none."""
+        targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
+        return targets if real is None else targets.masked_fill(~F.pad(real.mask[:, 1:], (0, 1)), IGNORED)
 
     def _compare(
         self, student: Activations, teacher: Activations, real: RealTokens | None, own: Counts, share: Counts
@@ -201,7 +236,9 @@ class Objectives(nn.Module):
             both = self._by_head(student.attention[i], real), self._by_head(teacher.attention[j], real)
             terms.setdefault("relation", []).extend(relation_loss(*pair) for pair in zip(*both, strict=True))
         for i, j in self._states:
-            pair = _kept(self.projection(student.states[i]), real), _kept(teacher.states[j], real)
+            project = (self.last_projection if j == self._last[1] else None) or self.projection
+            mapped = project(student.states[i])
+            pair = _kept(mapped, real), _kept(teacher.states[j], real)
             terms.setdefault("hidden", []).append(hidden_loss(*pair, self.weights.hidden_scale))
         if self.weights.cosine:
             pair = _kept(student.states[self._last[0]], real), _kept(teacher.states[self._last[1]], real)
@@ -256,27 +293,34 @@ def _kept(x: Shaped[Tensor, "B T ..."], real: RealTokens | None) -> Shaped[Tenso
     return x.flatten(0, 1) if real is None else real.of(x)
 
 
-def _check_shapes(weights: LossWeights, student: GPT2Config, teacher: GPT2Config) -> None:
-    if weights.attention and student.n_head != teacher.n_head:
-        counts = f"the student has {student.n_head} heads, the teacher {teacher.n_head}"
+def _check_shapes(weights: LossWeights, student: GPT2Config, teacher: Shape) -> None:
+    if (weights.attention or weights.relation) and teacher.heads is None:
+        option = "--attention-weight" if weights.attention else "--relation-weight"
+        raise ConfigError(
+            f"{option} compares attention, which needs a GPT-2 as the teacher, and this one is a {teacher.kind}",
+            f"use {option} 0: predictions and hidden states can be learned from any teacher",
+        )
+    if weights.attention and student.n_head != teacher.heads:
+        counts = f"the student has {student.n_head} heads, the teacher {teacher.heads}"
         if weights.head_map == "equal":
             raise ConfigError(
                 f"--attention-weight compares head by head, which needs equal numbers of heads: {counts}",
-                f"use a student with {teacher.n_head} heads, --head-map average, or --attention-weight 0",
+                f"use a student with {teacher.heads} heads, --head-map average, or --attention-weight 0",
             )
-        if teacher.n_head % student.n_head:
+        if (teacher.heads or 0) % student.n_head:
             raise ConfigError(
                 f"--head-map average divides the teacher's heads into groups of equal size: {counts}",
-                f"use a student whose number of heads divides {teacher.n_head}, or --attention-weight 0",
+                f"use a student whose number of heads divides {teacher.heads}, or --attention-weight 0",
             )
-    if weights.relation and teacher.n_embd % student.n_head:
+    if weights.relation and teacher.width % student.n_head:
         raise ConfigError(
             f"--relation-weight splits both hidden sizes into the student's {student.n_head} heads, "
-            f"which do not divide the teacher's {teacher.n_embd}",
+            f"which do not divide the teacher's {teacher.width}",
             "use --relation-weight 0",
         )
-    if weights.cosine and student.n_embd != teacher.n_embd:
+    if weights.cosine and student.n_embd != teacher.last_width:
         raise ConfigError(
-            f"--cosine-weight needs equal hidden sizes: the student has {student.n_embd}, the teacher {teacher.n_embd}",
+            f"--cosine-weight needs equal hidden sizes: the student has {student.n_embd}, "
+            f"the teacher {teacher.last_width}",
             "use --cosine-weight 0",
         )

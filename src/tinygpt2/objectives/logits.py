@@ -9,7 +9,6 @@ its cache until all of that work is done. On a GPU, it is one compiled pass over
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,94 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from tinygpt2.config.distillation import PredictionLoss
-from tinygpt2.models.lm_head import default_chunk, head_operand, rows_at_once, wide
+from tinygpt2.models.lm_head import Head, default_chunk, head_operand, rows_at_once, wide
 from tinygpt2.objectives.compilation import compiled_or_eager, compiles_losses
-
-IGNORED = -100  # stands for "no target", such as at the last position of every block
-MASKED = -1e30  # acts as minus infinity in a softmax, but differences of masked logits stay finite
-
-
-def soft_ce(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Return the cross-entropy of the student under the teacher's distribution, summed over tokens, in nats.
-
-    Args:
-        student, teacher: logits.
-
-    Returns:
-        The sum, and its gradient for the student's logits. The other losses return the same two values.
-    Source: Hinton et al. 2015, arXiv:1503.02531, section 2. TinyBERT's code also takes the mean over the
-    vocabulary, which makes the loss V times smaller.
-    """
-    p_t = _softmax(teacher)
-    return -_dot(p_t, student.log_softmax(-1)), _softmax(student).sub_(p_t)
-
-
-def forward_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Return KL(teacher || student), summed over tokens, in nats, and its gradient.
-
-    Source: as `soft_ce`, minus the teacher's entropy.
-    """
-    p_t = _softmax(teacher)
-    value = _dot(p_t, teacher.log_softmax(-1).sub_(student.log_softmax(-1)))
-    return value, _softmax(student).sub_(p_t)
-
-
-def reverse_kl(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Return KL(student || teacher), summed over tokens, in nats, and its gradient.
-
-    Source: MiniLLM, arXiv:2306.08543, section 2.
-    """
-    log_s = student.log_softmax(-1)
-    p_s = log_s.exp()
-    ratio = log_s.sub_(teacher.log_softmax(-1))
-    rows = (p_s * ratio).sum(-1, keepdim=True)
-    return rows.sum(), ratio.sub_(rows).mul_(p_s)
-
-
-def jsd(student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"]) -> tuple[Float[Tensor, ""], Tensor]:
-    """Return the Jensen-Shannon divergence (weights 1/2 and 1/2), summed over tokens, in nats, and its gradient.
-
-    Source: Agarwal et al. 2023, arXiv:2306.13649, eq. 1 with beta 1/2.
-    """
-    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
-    log_m = torch.logaddexp(log_s, log_t).sub_(math.log(2))
-    p_s, ratio = log_s.exp(), log_s.sub_(log_m)
-    rows = (p_s * ratio).sum(-1, keepdim=True)
-    value = (rows.sum() + _dot(log_t.exp(), log_t - log_m)) / 2
-    return value, ratio.sub_(rows).mul_(p_s).div_(2)
-
-
-LOSSES: dict[PredictionLoss, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "soft_ce": soft_ce,
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-}
-
-
-def cross_entropy(
-    student: Float[Tensor, "N V"], targets: Int[Tensor, " N"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, "N V"]]:
-    """Return -log p(target), summed over targets, in nats, and its gradient. `IGNORED` targets add nothing."""
-    real = (targets != IGNORED).unsqueeze(-1)
-    index = targets.unsqueeze(-1).where(real, 0)
-    value = -(student.log_softmax(-1).gather(-1, index) * real).sum()
-    gradient = _softmax(student)
-    if torch.compiler.is_compiling():  # a scatter would be a pass of its own; in eager mode, a comparison would be
-        gradient -= torch.arange(student.shape[-1], device=student.device) == index
-    else:
-        gradient.scatter_add_(-1, index, torch.full_like(index, -1, dtype=student.dtype))
-    return value, gradient.mul_(real)
-
-
-def _softmax(logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """Return probabilities, in the way that is faster: compiled, the sums of a log-softmax serve this one, too."""
-    return logits.log_softmax(-1).exp() if torch.compiler.is_compiling() else logits.softmax(-1)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of a * b; overwrites `b`. On a CPU, oneDNN's torch.dot takes ten times as long."""
-    return b.mul_(a).sum()
+from tinygpt2.objectives.divergences import IGNORED, MASKED, cross_entropy, divergence
 
 
 @dataclass(frozen=True)
@@ -117,6 +31,7 @@ class PredictionObjective:
     Attributes:
         prediction_weight, ce_weight: weights of the two losses in the returned total.
         loss: the loss between the predictions of student and teacher.
+        skew, jsd_beta: settings of the losses that have them: see `divergences`.
         temperature: divides both models' logits; the loss is multiplied by its square.
         chunk: for how many tokens logits are held at a time; None uses `default_chunk`.
     """
@@ -126,13 +41,20 @@ class PredictionObjective:
     loss: PredictionLoss = "forward_kl"
     temperature: float = 1.0
     chunk: int | None = None
+    skew: float = 0.1
+    jsd_beta: float = 0.5
+
+    @property
+    def amount(self) -> float:
+        """The setting of the loss, if it has one."""
+        return self.jsd_beta if self.loss == "jsd" else self.skew
 
 
 def prediction_loss(
     hidden: Float[Tensor, "N D"],
     head: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
-    teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "W Dt"]] | None,
+    teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "W Dt"] | Head] | None,
     objective: PredictionObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return the weighted sum of the prediction loss and the next-token cross-entropy, and both terms unweighted.
@@ -140,13 +62,14 @@ def prediction_loss(
     Args:
         hidden, head: the student's final hidden states and output matrix.
         targets: next tokens; `IGNORED` at positions without one.
-        teacher: the teacher's final hidden states, and its output matrix as `head_operand` returns it; None if only
-            the cross-entropy is computed.
+        teacher: the teacher's final hidden states, and its head, or its output matrix as `head_operand` returns it;
+            None if only the cross-entropy is computed.
         objective: weights, loss, temperature and chunk.
 
     Returns:
         The total, which has gradients, and the unweighted terms with a weight above 0: `prediction` is the mean over
-        all N tokens, times the temperature squared; `ce` is the mean over the targets.
+        all N tokens, times the temperature squared; `ce` is the mean over the targets. If the head leaves out tokens,
+        `teacher/left_out` is their mean probability.
 
     Raises:
         ValueError: the prediction loss has a weight above 0, but there is no teacher.
@@ -154,7 +77,9 @@ def prediction_loss(
     if teacher is None and objective.prediction_weight:
         raise ValueError("a prediction weight above 0 needs a teacher")
     teacher_hidden, teacher_head = teacher if teacher is not None else (None, None)
-    total, prediction, ce = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+    if isinstance(teacher_head, Tensor):
+        teacher_head = Head(teacher_head, len(head))
+    total, prediction, ce, left_out = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head, targets, teacher_hidden, teacher_head, objective
     )
     terms = {}
@@ -162,6 +87,8 @@ def prediction_loss(
         terms["prediction"] = prediction
     if objective.ce_weight:
         terms["ce"] = ce
+    if objective.prediction_weight and teacher_head is not None and teacher_head.others is not None:
+        terms["teacher/left_out"] = left_out
     return total, terms
 
 
@@ -175,9 +102,9 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Tensor,
         targets: Tensor,
         teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
+        teacher_head: Head | None,
         objective: PredictionObjective,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         device, count, vocabulary = hidden.device.type, len(hidden), len(head)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         matrix = head_operand(head)
@@ -185,11 +112,11 @@ class _ChunkedLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(matrix, dtype=wide(head)) if needs_head else None
         states, teacher = hidden.to(matrix.dtype), None
         if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
-            teacher = (teacher_hidden.to(teacher_head.dtype), teacher_head)
+            teacher = (teacher_hidden.to(teacher_head.matrix.dtype), teacher_head)
         # Numbers of the host become tensors by filling, because a copy would wait for a GPU.
         counts = torch.stack([torch.full((), count, device=hidden.device), (targets != IGNORED).sum()])
         means = 1 / counts.clamp(min=1).to(wide(hidden))
-        values = torch.zeros_like(means)
+        values, left_out = torch.zeros_like(means), torch.zeros_like(means[0])
         factor = objective.prediction_weight * objective.temperature
         factors = None if factor == 1 else torch.full_like(means[0], factor), objective.ce_weight * means[1] * count
         turns = max(1, math.ceil(count / (objective.chunk or default_chunk(vocabulary, device))))
@@ -198,7 +125,10 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)
                 logits = states[part] @ matrix.mT
-                soft = None if teacher is None else teacher[0][part] @ teacher[1].mT
+                soft = None
+                if teacher is not None:
+                    soft = teacher[1].logits(teacher[0][part])
+                    left_out += teacher[1].left_out(teacher[0][part], soft)
                 wanted = targets[part] if objective.ce_weight else None
                 found, gradient = _differentiate(logits, soft, wanted, objective, factors, vocabulary)
                 values += found
@@ -211,8 +141,9 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.factor = 1 / max(1, count)
         ctx.rows, ctx.dtype = vocabulary, head.dtype
         ctx.save_for_backward(hidden_grad, head_grad)
-        ctx.mark_non_differentiable(prediction, ce)
-        return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce
+        left_out = left_out * means[0]
+        ctx.mark_non_differentiable(prediction, ce, left_out)
+        return objective.prediction_weight * prediction + objective.ce_weight * ce, prediction, ce, left_out
 
     @staticmethod
     @once_differentiable
@@ -262,7 +193,7 @@ def _differentiate(
         vocabulary: V.
     """
     if compiles_losses(logits.device.type) and not isinstance(logits, FakeTensor):
-        settings = objective.loss, objective.temperature
+        settings = objective.loss, objective.amount, objective.temperature
         return compiled_or_eager(_whole_chunk, logits, soft, targets, factors, *settings, vocabulary)
     tau, rows = objective.temperature, rows_at_once(vocabulary, logits.device.type)
     values = logits.new_zeros(2, dtype=wide(logits))
@@ -274,7 +205,8 @@ def _differentiate(
             teacher = soft[part, :vocabulary].to(values.dtype)
             softened = (student, teacher) if tau == 1 else (student / tau, teacher / tau)
         right = None if targets is None else targets[part]
-        found, gradient = _weighted(student, softened, right, objective.loss, tau, factors)
+        loss = objective.loss, objective.amount
+        found, gradient = _weighted(student, softened, right, *loss, tau, factors)
         values += found
         logits[part, :vocabulary] = gradient
     return values, logits
@@ -286,6 +218,7 @@ def _whole_chunk(
     targets: Tensor | None,
     factors: tuple[Tensor | None, Tensor],
     loss: PredictionLoss,
+    amount: float,
     tau: float,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
@@ -302,7 +235,7 @@ def _whole_chunk(
         return (x.to(wide(x)) / tau).where(real, MASKED)
 
     pair = None if soft is None else (softened(logits, tau), softened(soft, tau))
-    values, gradient = _weighted(softened(logits, 1.0), pair, targets, loss, tau, factors)
+    values, gradient = _weighted(softened(logits, 1.0), pair, targets, loss, amount, tau, factors)
     return values, gradient.to(logits.dtype)
 
 
@@ -311,6 +244,7 @@ def _weighted(
     softened: tuple[Tensor, Tensor] | None,
     targets: Tensor | None,
     loss: PredictionLoss,
+    amount: float,
     tau: float,
     factors: tuple[Tensor | None, Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -322,7 +256,7 @@ def _weighted(
     """
     values, gradients = [student.new_zeros(()), student.new_zeros(())], []
     if softened is not None:
-        value, gradient = LOSSES[loss](*softened)
+        value, gradient = divergence(loss, *softened, amount)
         values[0] = value * tau**2
         gradients.append(gradient if factors[0] is None else gradient.mul_(factors[0]))
     if targets is not None:

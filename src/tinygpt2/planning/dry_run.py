@@ -156,10 +156,9 @@ def _evaluation_seconds(job: Job, steps: int, rate: float) -> float:
     """Return the seconds of all evaluations of a run: only forward passes, in float32."""
     every, length = job.config.eval_every, job.data.sequence_length
     during = math.ceil(steps / every) if every else 1
-    student, teacher = (
-        0 if model is None else step_operations(model.config, None, LossWeights(), length) / 3
-        for model in (job.model, job.teacher)
-    )
+    student = step_operations(job.model.config, None, LossWeights(), length) / 3
+    shape = None if job.teacher is None else job.teacher.shape
+    teacher = 0 if shape is None else shape.operations(length) + 2 * shape.last_width * shape.vocabulary
     return len(job.evaluated) * length * ((during + (not job.new)) * student + teacher) / rate
 
 
@@ -168,7 +167,7 @@ def _cached(job: Job) -> int:
     config, teacher = job.config, job.teacher
     if teacher is None or not isinstance(config, DistillConfig) or config.teacher_cache is None:
         return 0
-    return cache_bytes(teacher.config, job.data)
+    return cache_bytes(teacher, job.data)
 
 
 def _existing(path: Path) -> Path:

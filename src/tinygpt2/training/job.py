@@ -26,11 +26,13 @@ from tinygpt2.evaluation.perplexity import tokenize_fitting_tasks
 from tinygpt2.evaluation.results import short_names
 from tinygpt2.evaluation.tasks import load_tasks
 from tinygpt2.models.activations import attention_kernel
-from tinygpt2.models.compatibility import check_fits, check_same_vocabulary
+from tinygpt2.models.compatibility import check_fits
 from tinygpt2.models.configuration import is_model_config, read_model_config
 from tinygpt2.models.lm_head import default_chunk
 from tinygpt2.models.loading import load_model, model_tokenizer, random_model
-from tinygpt2.models.parameters import cast_linear_layers, count_parameters, freeze
+from tinygpt2.models.parameters import count_parameters, freeze
+from tinygpt2.models.teachers.loading import load_teacher, read_as_student
+from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak, on_cuda, repeatable
@@ -40,7 +42,7 @@ from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
-from tinygpt2.training.step import Evaluation, Step, evaluate, joined
+from tinygpt2.training.step import Evaluation, TeacherEvaluation, evaluate, joined
 from tinygpt2.training.throughput import step_operations
 from tinygpt2.utils.files import shared_name
 from tinygpt2.utils.hub import at_commit, hub_revision
@@ -70,7 +72,7 @@ class Job:
     data: PackedDataset
     evaluated: Blocks
     weights: LossWeights = field(default_factory=LossWeights)
-    teacher: GPT2LMHeadModel | None = None
+    teacher: Teacher | None = None
     revisions: dict[str, str] = field(default_factory=dict)
     new: bool = False
     cached: float = 0.0
@@ -83,7 +85,7 @@ class Job:
 
     def operations(self) -> int:
         """Return the floating-point operations of a training step, per token."""
-        teacher = None if self.teacher is None else self.teacher.config
+        teacher = None if self.teacher is None else self.teacher.shape
         return step_operations(self.model.config, teacher, self.weights, self.data.sequence_length, self.cached)
 
     def peak_tokens_per_second(self, accelerator: Accelerator) -> float | None:
@@ -159,7 +161,7 @@ def figures_before_training(job: Job, accelerator: Accelerator, module: nn.Modul
         whole, _ = job.measured(lambda blocks: evaluate(accelerator, module, blocks, size))
         state.before, row = asdict(whole), metrics_of({"before": whole})
     if job.teacher is not None:
-        teacher = Step(job.teacher, None, LossWeights(), job.config).eval()
+        teacher = TeacherEvaluation(job.teacher).eval()
         whole, _ = job.measured(lambda blocks: evaluate(accelerator, teacher, blocks, size))
         state.teacher, row = asdict(whole), row | metrics_of({"teacher": whole})
     return row
@@ -173,7 +175,7 @@ def cast_teacher(job: Job, accelerator: Accelerator) -> None:
     with accelerator.autocast():
         kind = accelerator.device.type
         if job.teacher is not None and torch.is_autocast_enabled(kind):
-            cast_linear_layers(job.teacher, torch.get_autocast_dtype(kind))
+            job.teacher.cast(torch.get_autocast_dtype(kind))
 
 
 def tell_choices(job: Job, accelerator: Accelerator) -> None:
@@ -277,23 +279,23 @@ def distillation_job(
     """
     data, hollow = data or load_datasets(config.data), config.validate_only
     start = config.student or ""
-    teacher: GPT2LMHeadModel | None = None
+    teacher: Teacher | None = None
     source: Path | None = None
     if config.needs_teacher and config.teacher is not None:
-        teacher, source = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle, hollow=hollow)
-        check_fits(data, teacher.config, _tokenizer_fingerprint(source), f"teacher {config.teacher}")
-        teacher.requires_grad_(False).to(DTYPES[config.teacher_dtype])
+        options = {"allow_pickle": config.allow_pickle, "hollow": hollow}
+        teacher, source = load_teacher(config.teacher, data, DTYPES[config.teacher_dtype], **options)
     if shape is not None or is_model_config(start):
-        vocab_size = None if teacher is None else teacher.config.vocab_size
+        vocab_size = teacher.shape.vocabulary if isinstance(teacher, GPT2Teacher) else None
         shape = shape or read_model_config(start, data.tokenizer(), vocab_size)
         student, directory = random_model(shape, config.seed, hollow=hollow), None
     else:
         student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
-    if teacher is not None:
-        check_same_vocabulary(teacher.config, student.config, (config.teacher, config.student))
+    if teacher is not None and source is not None:
+        loss, names = config.prediction_loss if config.prediction_weight else None, (config.teacher, config.student)
+        read_as_student(teacher, data, student.config, model_tokenizer(source), names, loss)
     check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")
     how = (
-        f"A GPT-2 distilled from {shared_name(config.teacher or 'no teacher')} with the recipe {config.recipe} on "
+        f"A GPT-2 distilled from {_named(config, teacher)} with the recipe {config.recipe} on "
         f"{_sources(data)}. "
         f"The training started from {shared_name(start)}."
     )
@@ -301,6 +303,12 @@ def distillation_job(
     revisions = _revisions(teacher=source, student=directory)
     weights, new = LossWeights.of(config), directory is None
     return Job("distill", config, how, student, data, evaluated, weights, teacher, revisions, new)
+
+
+def _named(config: DistillConfig, teacher: Teacher | None) -> str:
+    """Return the teacher's name for the model card, with its class if it is no GPT-2."""
+    name = shared_name(config.teacher or "no teacher")
+    return name if teacher is None or isinstance(teacher, GPT2Teacher) else f"{name} ({teacher.shape.kind})"
 
 
 def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: TrainingSetup) -> Job:

@@ -13,14 +13,16 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import Batch, Blocks, to_device
 from tinygpt2.errors import ConfigError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
-from tinygpt2.models.lm_head import head_operand, target_losses
+from tinygpt2.models.lm_head import Head, head_operand, target_losses
+from tinygpt2.models.teachers.loading import as_teacher
+from tinygpt2.models.teachers.teacher import Teacher
 from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
 from tinygpt2.runtime.devices import current_device, float32_products, float64_device
 from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
@@ -47,7 +49,7 @@ class Step(nn.Module):
     through `forward`, because wrappers that shard parameters gather them only there.
 
     Args:
-        student, teacher: the teacher may be None if no objective needs one.
+        student, teacher: the teacher, or the model that is one, may be None if no objective needs one.
         weights: the objectives and their weights.
         config: for compilation, gradient checkpointing and the size of a chunk of logits.
         cache: of the teacher's last hidden states; only for objectives that need no other states of the teacher.
@@ -56,21 +58,24 @@ class Step(nn.Module):
     def __init__(
         self,
         student: GPT2LMHeadModel,
-        teacher: GPT2LMHeadModel | None,
+        teacher: Teacher | PreTrainedModel | None,
         weights: LossWeights,
         config: TrainOptions,
         cache: TeacherCache | None = None,
     ) -> None:
         super().__init__()
         self.student = student
-        self.objectives = Objectives(weights, student.config, teacher.config if teacher else None, config.logit_chunk)
+        teacher = None if teacher is None else as_teacher(teacher)
+        self.objectives = Objectives(weights, student.config, teacher and teacher.shape, config.logit_chunk)
         # in a tuple and a list, so that nn.Module does not register them: they are not trained, wrapped or saved
         self._teacher = (teacher,)
-        self._teacher_head: list[Tensor] = []
+        self._teacher_head: list[Head] = []
         self.cache = cache
-        self._collect = (
-            torch.compile(collect_activations) if config.compile or config.compile_only else collect_activations
-        )
+        self._collect: Callable[..., Activations] = collect_activations
+        if config.compile or config.compile_only:
+            self._collect = torch.compile(collect_activations)
+            if teacher is not None:
+                teacher.compile_passes()
         self._checkpointing = config.gradient_checkpointing
 
     def tie_weights(self) -> None:
@@ -112,7 +117,7 @@ class Step(nn.Module):
             with torch.no_grad():
                 activations = self._teacher_activations(teacher, input_ids, cached)
                 if wanted.weights.prediction and not self._teacher_head:
-                    self._teacher_head = [head_operand(teacher.lm_head.weight)]
+                    self._teacher_head = [teacher.head()]
             loss, terms = wanted(
                 input_ids, student, head, activations, *self._teacher_head, lengths=lengths, share=share
             )
@@ -120,20 +125,18 @@ class Step(nn.Module):
             raise ConfigError("no objective depends on a trainable parameter", "freeze fewer parameters (--freeze)")
         return loss, terms
 
-    def _teacher_activations(
-        self, teacher: GPT2LMHeadModel, input_ids: Tensor, cached: CachedStates | None
-    ) -> Activations:
+    def _teacher_activations(self, teacher: Teacher, input_ids: Tensor, cached: CachedStates | None) -> Activations:
         """Run the teacher up to the last layer that an objective needs, or take its states from the cache."""
         wanted = self.objectives
         if self.cache is None or cached is None:
-            return self._collect(teacher, input_ids, wanted.teacher_states, wanted.teacher_attention)
+            return teacher.collect(input_ids, wanted.teacher_states, wanted.teacher_attention)
         (last,) = wanted.teacher_states
         if cached.states is not None:
             return Activations({last: cached.states})
 
         def compute(ids: Tensor) -> Tensor:
             teacher.to(ids.device)  # with a full cache it stays on the host, until a block turns out to be damaged
-            return self._collect(teacher, ids, [last]).states[last]
+            return teacher.collect(ids, [last]).states[last]
 
         return Activations({last: self.cache.states(cached.rows, input_ids, compute)})
 
@@ -141,7 +144,28 @@ class Step(nn.Module):
         """Leave on a GPU what the steps need of the teacher: with a full cache, only its output matrix."""
         (teacher,) = self._teacher
         if teacher is not None and self.cache is not None and self.cache.filled == 1:
-            teacher.to("cpu").lm_head.to(device)
+            teacher.place_head(device)
+
+    def covered(self, length: int) -> int:
+        """Return for how many positions of a block there is a teacher: see `Teacher.covered`."""
+        (teacher,) = self._teacher
+        return length if teacher is None else teacher.covered(length)
+
+
+class TeacherEvaluation(nn.Module):
+    """Computes a teacher's cross-entropy of every token but the first, as `Step` does for the student."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.teacher, self._head = teacher, list[Head]()
+
+    @torch.no_grad()
+    def forward(self, input_ids: Int[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms."""
+        with torch.autocast(input_ids.device.type, enabled=False), float32_products(tf32=False):
+            self._head = self._head or [self.teacher.head()]
+            losses, _ = self.teacher.losses(self._head[0], input_ids)
+            return losses.view(len(input_ids), -1), {}
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
@@ -176,8 +200,9 @@ def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indic
     groups = [indices[turn * size : (turn + 1) * size] for turn in turns]
     rows = [row for group in groups for row in group]
     # micro-batches have different numbers of tokens, and the mean is over the global batch
-    share = Counts.of(blocks.lengths(indices)).over(count) if blocks.padded else None
     step: Any = getattr(module, "module", module)  # DDP and DeepSpeed wrap it
+    covered = step.covered(blocks.sequence_length)
+    share = Counts.of(blocks.lengths(indices), covered).over(count) if blocks.padded else None
     cache: TeacherCache | None = step.cache
     states = [] if cache is None else [cache.read(group, accelerator.device) for group in groups]
     return StepData(blocks.batch(rows), rows, share, states)
@@ -216,7 +241,7 @@ def gradients(
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
                 loss, terms = module(*batch, data.share, states)
             accelerator.backward(loss)
-        names = ["loss", *(f"loss/{name}" for name in terms)]
+        names = ["loss", *(name if "/" in name else f"loss/{name}" for name in terms)]
         means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(starts)
     return dict(zip(names, means, strict=True))
 

@@ -9,6 +9,7 @@ another micro-batch or device, or with --compile, a few values are rounded diffe
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,19 +20,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import PreTrainedModel
 
 from tinygpt2.config.common import Precision
 from tinygpt2.data.dataset import PackedDataset, to_device
 from tinygpt2.errors import os_failure
+from tinygpt2.models.teachers.loading import as_teacher
+from tinygpt2.models.teachers.teacher import Teacher
 from tinygpt2.utils.files import write_json
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
 from tinygpt2.utils.units import size
-
-_FIGURES = (  # settings that change the states, in addition to the weights
-    "n_head", "activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
-)  # fmt: skip
 
 
 class TeacherCache:
@@ -43,18 +42,21 @@ class TeacherCache:
 
     Args:
         root: the directory of all caches; this one gets a subdirectory.
-        teacher, data, precision: the subdirectory's name is computed from the teacher's weights and their type, the
-            content of the blocks, and the precision of the products.
+        teacher, data, precision: the subdirectory's name is computed from the teacher's weights and their type, how it
+            reads the student's tokens, the content of the blocks, and the precision of the products.
 
     Raises:
         MachineError: there is too little space for the files.
         ConfigError: the files cannot be made, for example without permission to write.
     """
 
-    def __init__(self, root: Path, teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precision) -> None:
-        self._shape = (len(data.train), data.sequence_length, teacher.config.n_embd)
+    def __init__(
+        self, root: Path, teacher: Teacher | PreTrainedModel, data: PackedDataset, precision: Precision
+    ) -> None:
+        teacher = as_teacher(teacher)
+        self._shape = _stored_shape(teacher, data)
         self.path = root / cache_name(teacher, data, precision)
-        needed = cache_bytes(teacher.config, data)
+        needed = cache_bytes(teacher, data)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _reserve(self.path / "states.bin", needed)
@@ -137,18 +139,25 @@ class CachedStates(NamedTuple):
         return CachedStates(self.rows, None if self.states is None else to_device(self.states, device))
 
 
-def cache_bytes(teacher: GPT2Config, data: PackedDataset) -> int:
+def _stored_shape(teacher: Teacher, data: PackedDataset) -> tuple[int, int, int]:
+    return len(data.train), teacher.covered(data.sequence_length), teacher.shape.last_width
+
+
+def cache_bytes(teacher: Teacher, data: PackedDataset) -> int:
     """Return the size of all states in bytes."""
-    return 2 * len(data.train) * data.sequence_length * int(teacher.n_embd)
+    return 2 * math.prod(_stored_shape(teacher, data))
 
 
-def cache_name(teacher: GPT2LMHeadModel, data: PackedDataset, precision: Precision) -> str:
+def cache_name(teacher: Teacher | PreTrainedModel, data: PackedDataset, precision: Precision) -> str:
     """Return a name that depends only on the teacher, the precision and the content of the blocks."""
     digest = hashlib.sha256(f"{data.content} {precision}".encode())
-    digest.update(repr([getattr(teacher.config, key) for key in _FIGURES]).encode())
-    for name, tensor in teacher.transformer.state_dict().items():
+    for name, tensor in as_teacher(teacher).identity():
+        if tensor is None:
+            digest.update(name.encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
+        values: Array = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(values.data)
     return digest.hexdigest()[:16]
 
 

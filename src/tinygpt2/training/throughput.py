@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from transformers import GPT2Config
 
+from tinygpt2.models.teachers.teacher import Shape
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.memory import memory_in_use
 from tinygpt2.training.state import RunState
@@ -141,7 +142,7 @@ def layer_operations(shape: GPT2Config, length: int) -> int:
 
 
 def step_operations(
-    student: GPT2Config, teacher: GPT2Config | None, weights: LossWeights, length: int, cached: float = 0.0
+    student: GPT2Config, teacher: Shape | GPT2Config | None, weights: LossWeights, length: int, cached: float = 0.0
 ) -> int:
     """Return the operations per token of one training step.
 
@@ -155,11 +156,12 @@ def step_operations(
         cached: share of the teacher's final states that a cache holds; for these, only its logits are computed.
     """
     logits = weights.ce or weights.prediction
+    teacher = Shape.of_gpt2(teacher) if isinstance(teacher, GPT2Config) else teacher
     total: int = 3 * student.n_layer * layer_operations(student, length)
     total += 6 * student.n_embd * student.vocab_size if logits else 0
     if teacher is not None:
-        total += round((1 - cached) * teacher.n_layer * layer_operations(teacher, length))
-        total += 2 * teacher.n_embd * teacher.vocab_size if weights.prediction else 0
+        total += round((1 - cached) * teacher.operations(length))
+        total += 2 * teacher.last_width * teacher.vocabulary if weights.prediction else 0
     if teacher is not None and weights.attention:
-        total += student.n_layer * length * (3 * student.n_embd + teacher.n_embd)
+        total += student.n_layer * length * (3 * student.n_embd + teacher.width)
     return total

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import GPT2Config
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import PretrainConfig, TrainOptions, dataset_shares
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError, MachineError
-from tinygpt2.models.loading import load_model
+from tinygpt2.models.loading import load_causal_lm
 from tinygpt2.models.parameters import count_parameters, freeze, set_dropout
-from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.runtime.processes import launched
 from tinygpt2.training.failures import step_explained
@@ -28,7 +27,7 @@ from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import MAX_PASSES, proposed_batch_tokens
-from tinygpt2.training.step import Step, evaluation_seconds, step_seconds
+from tinygpt2.training.step import Step, TeacherEvaluation, evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import say
 
 DEFAULT_MINUTES = 60.0
@@ -113,7 +112,12 @@ def _jobs(
     if not isinstance(config, DistillConfig) or config.student is not None:
         yield _given(config), None, make_job(config, data, setup)
         return
-    teacher, _ = load_model(config.teacher or "", "teacher", allow_pickle=config.allow_pickle, hollow=True)
+    teacher, _ = load_causal_lm(config.teacher or "", "teacher", allow_pickle=config.allow_pickle, hollow=True)
+    if not isinstance(teacher, GPT2LMHeadModel):
+        raise ConfigError(
+            f"--plan without --student times cuts of a GPT-2, and the teacher is a {type(teacher).__name__}",
+            "give a student with --student, such as a preset",
+        )
     for layers in cuts(teacher.config):
         shape = GPT2Config.from_dict({**teacher.config.to_dict(), "n_layer": layers})
         # with random weights: its steps take as long as those of the real cut
@@ -194,7 +198,7 @@ def _before_training(job: Job, accelerator: Accelerator, size: int, evaluation: 
     """Return the seconds of the evaluations before the first step: of the model, and of the teacher."""
     config, teacher = job.config, 0.0
     if job.teacher is not None:
-        alone = Step(job.teacher, None, LossWeights(), config).eval()
+        alone = TeacherEvaluation(job.teacher).eval()
         teacher = evaluation_seconds(accelerator, alone, job.evaluated, size)
     cut = isinstance(config, DistillConfig) and config.student is None  # is timed with random weights
     return teacher + (0.0 if job.new and not cut else evaluation)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tinygpt2.compression.conversion import load_teacher
 from tinygpt2.config.workflows import VerifyConfig
 from tinygpt2.errors import ModelError, listed
 from tinygpt2.models import reference
@@ -89,8 +90,8 @@ def check_model(path: Path, config: VerifyConfig) -> ModelFindings:
         problems += _disagreements(agreement)
     copies = None
     if config.teacher is not None:
-        teacher, _ = load_model(config.teacher, "teacher", allow_pickle=config.allow_pickle)
-        copies = copied(model, teacher)
+        teacher = load_teacher(config.teacher, allow_pickle=config.allow_pickle)
+        copies = copied(model, teacher.model)
         problems += _misplaced(copies)
     return ModelFindings(problems, notes, agreement, copies)
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinygpt2.cli.output.tables import Column, print_note, print_table, short_path, total_width
-from tinygpt2.config.evaluation import CONVENTION_NOTES
+from tinygpt2.config.evaluation import CONVENTION_NOTES, FIDELITY_NOTE
 from tinygpt2.utils.units import number, short_count
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tinygpt2.evaluation.fidelity import Fidelity
     from tinygpt2.evaluation.results import PplResult, PplRow
 
 _LONGEST_NAME = 14  # characters of a model's name in the heading of a column
@@ -28,7 +29,8 @@ _SHARED: dict[str, Callable[[PplRow], str]] = {
 """Figures that the caption tells if all rows agree; else they are columns."""
 
 _FIGURES: list[tuple[str, int, Callable[[PplRow], str]]] = [
-    ("accuracy", 0, lambda row: _percent(row.accuracy)),
+    ("accuracy", 0, lambda row: _percent(row.accuracy, row.accuracy_stderr)),
+    ("normalised", 1, lambda row: _percent(row.accuracy_norm, row.accuracy_norm_stderr)),
     ("acc. (no stop words)", 6, lambda row: _percent(row.accuracy_without_stop_words)),
     ("bits/byte", 4, lambda row: _digits(row.bits_per_byte)),
     ("loss", 5, lambda row: _with_error(f"{row.loss:.4f}", row.stderr)),
@@ -37,6 +39,19 @@ _FIGURES: list[tuple[str, int, Callable[[PplRow], str]]] = [
     ("bits/char", 9, lambda row: _digits(row.bits_per_character)),
 ]
 """Headings, ranks and texts of the columns after the comparison with the first model."""
+
+
+_FIDELITY: list[tuple[str, int, Callable[[Fidelity], str]]] = [
+    ("KL", 0, lambda one: _with_error(f"{one.kl:.4f}", one.stderr)),
+    ("median", 4, lambda one: f"{one.kl_median:.4f}"),
+    ("99 %", 3, lambda one: f"{one.kl_p99:.3f}"),
+    ("reverse KL", 6, lambda one: f"{one.reverse_kl:.4f}"),
+    ("same top", 1, lambda one: _percent(one.same_top, one.same_top_stderr)),
+    ("acceptance", 2, lambda one: _percent(one.acceptance, one.acceptance_stderr)),
+    ("loss above", 5, lambda one: _with_error(f"{one.loss_difference:+.4f}", one.loss_difference_stderr)),
+    ("calibration", 7, lambda one: f"{one.calibration_error:.2%}"),
+]
+"""Headings, ranks and texts of the columns that compare with the reference."""
 
 
 class Comparison:
@@ -120,9 +135,30 @@ class Comparison:
         facts += [f"stride {row.stride:,}"] if "stride" in shared and row.stride is not None else []
         return ", ".join([what, *facts])
 
+    def fidelity(self, rows: Sequence[PplRow]) -> tuple[str, list[Column]] | None:
+        """Return caption and columns of the comparison with the reference; None if there is none."""
+        from tinygpt2.evaluation.results import short_names
+
+        compared = [row.fidelity for row in rows if row.fidelity is not None]
+        if not compared:
+            return None
+        reference = compared[0].reference
+        caption = f"fidelity to {self.models.get(reference) or short_names([reference])[reference]}"
+        columns = [Column("model", [self.models[row.model] for row in rows], left=True)]
+        if len({row.task for row in rows}) > 1:
+            columns.insert(0, Column("task", [self.tasks[row.task] for row in rows], left=True))
+        else:
+            caption += f" on {self.tasks[rows[0].task]}, {compared[0].tokens:,} targets"
+        if len(errors := {one.reference_calibration_error for one in compared}) == 1:
+            caption += f", its own calibration error {errors.pop():.2%}"
+        columns += [Column(name, [text(one) for one in compared], rank) for name, rank, text in _FIDELITY]
+        return caption, columns
+
     def notes(self) -> list[str]:
         """Return the lines below the table: what its columns mean, the convention, and the texts."""
         lines = []
+        if any(row.fidelity is not None for row in self.rows):
+            lines.append(FIDELITY_NOTE)
         if len(self.models) > 1:
             than = "" if self.above.endswith(first := self.models[self.first]) else f" from {first}"
             lines.append(f"{self.above}: difference of the losses{than} in nats per token ± standard error")
@@ -131,6 +167,8 @@ class Comparison:
                 f"{_NOT_COMPARABLE}: the models predict different tokens, so their losses cannot be compared; "
                 "bits per byte can"
             )
+        if any(row.accuracy_norm is not None for row in self.rows):
+            lines.append("normalised: accuracy by the log-probability of each answer per character")
         convention = self.rows[0].convention
         lines.append(f"convention {convention}: {CONVENTION_NOTES[convention]}")
         for row in {row.task: row for row in self.rows}.values():
@@ -161,6 +199,10 @@ def render_ppl(result: PplResult, console: Console) -> None:
         print_note(comparison.caption(rows), console, style="bold")
         left_out += [column.heading for column in print_table(comparison.columns(rows), console)]
         console.print()
+        if (fidelity := comparison.fidelity(rows)) is not None:
+            print_note(fidelity[0], console, style="bold")
+            left_out += [column.heading for column in print_table(fidelity[1], console)]
+            console.print()
     if left_out:
         print_note(f"not shown at this width: {', '.join(dict.fromkeys(left_out))}", console, "dim", indent="  ")
     for line in comparison.notes():
@@ -183,23 +225,37 @@ def as_csv(result: PplResult) -> str:
     others = comparison.models if len(comparison.models) > 1 else {}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    keys = [field.name for field in dataclasses.fields(result.results[0])]
-    writer.writerow([*keys, *(f"above {name}{part}" for name in others.values() for part in ("", ", stderr"))])
-    for row in result.results:
+    figures = [_flat(row) for row in result.results]
+    writer.writerow([*figures[0], *(f"above {name}{part}" for name in others.values() for part in ("", ", stderr"))])
+    for row, values in zip(result.results, figures, strict=True):
         differences = [comparison.difference(row.task, row.model, other) or (None, None) for other in others]
-        writer.writerow([getattr(row, key) for key in keys] + [part for pair in differences for part in pair])
+        writer.writerow([*values.values(), *(part for pair in differences for part in pair)])
     return text.getvalue()
+
+
+def _flat(row: PplRow) -> dict[str, Any]:
+    """Return the figures of a row by name; those of its fidelity are called `fidelity.kl` and so on."""
+    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+    if (fidelity := values.pop("fidelity")) is not None:
+        own = {field.name: getattr(fidelity, field.name) for field in dataclasses.fields(fidelity)}
+        values |= {f"fidelity.{name}": value for name, value in own.items() if not isinstance(value, list)}
+    return values
 
 
 def as_markdown(result: PplResult) -> str:
     """Return the table of `ppl` with all its columns, and the notes below it, in Markdown."""
     comparison = Comparison(result)
-    columns = comparison.columns(comparison.rows)
+    text = _markdown_table(comparison.columns(comparison.rows)) + f"\n{comparison.caption(comparison.rows)}\n"
+    if (fidelity := comparison.fidelity(comparison.rows)) is not None:
+        text += f"\n{_markdown_table(fidelity[1])}\n{fidelity[0]}\n"
+    return text + "".join(f"\n{line}\n" for line in comparison.notes())
+
+
+def _markdown_table(columns: Sequence[Column]) -> str:
     marks = ["---" if column.left else "---:" for column in columns]
     rows = zip(*(column.cells for column in columns), strict=True)
     lines = [[column.heading for column in columns], marks, *rows]
-    table = "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-    return table + "".join(f"\n{line}\n" for line in [comparison.caption(comparison.rows), *comparison.notes()])
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
 
 def _texts(rows: Sequence[PplRow], text: Callable[[PplRow], str]) -> list[str]:
@@ -211,8 +267,8 @@ def _digits(value: float) -> str:
     return number(value) if value >= 1000 else f"{value:#.4g}".removesuffix(".")
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.2%}"
+def _percent(share: float | None, error: float | None = None) -> str:
+    return "-" if share is None else f"{share:.2%}" + ("" if error is None else f" ± {error:.2%}")
 
 
 def _with_error(value: str, error: Any) -> str:

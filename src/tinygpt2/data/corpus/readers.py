@@ -16,9 +16,18 @@ from typing import IO, Any
 import pyarrow as pa
 
 from tinygpt2.data.corpus.formats import ReadOptions, format_of
-from tinygpt2.data.corpus.tables import arrow_rows, csv_rows, json_lines, json_rows, parquet_rows, skip_mark, tsv_rows
+from tinygpt2.data.corpus.tables import (
+    arrow_rows,
+    csv_rows,
+    json_lines,
+    json_rows,
+    parquet_rows,
+    parsed_lines,
+    skip_mark,
+    tsv_rows,
+)
 from tinygpt2.data.corpus.text_splitting import RULES, TextPart, decoded_chunks, document_parts, parts_of_rows
-from tinygpt2.data.corpus.unpacking import DAMAGE, MOST_LAYERS, archive_kind, decompressed, head_of, members
+from tinygpt2.data.corpus.unpacking import DAMAGE, MOST_LAYERS, archive_kind, decompressed, head_of, members, seekable
 from tinygpt2.errors import DataError, UnreadableError, one_line
 from tinygpt2.utils.files import open_file
 
@@ -82,18 +91,27 @@ def _documents(stream: io.BufferedReader, name: str, head: bytes, how: ReadOptio
     yield from document_parts(chunks, None if how.document == "file" else re.compile(rule), forced)
 
 
-def table_rows(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of a Parquet file, with all columns.
+def table_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield where each row of a Parquet file or of JSON lines is, and the row with all its columns.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged, or it is an archive.
         UnreadableError: the file cannot be read.
     """
     import pyarrow.parquet as pq
 
-    with explained_damage(str(path)), open_file(path) as stream:
-        rows: list[dict[str, Any]] = pq.ParquetFile(stream).read().to_pylist()
-        return rows
+    name = str(path)
+    with explained_damage(name), open_file(path) as stream:
+        inner = decompressed(stream, name)
+        head = head_of(inner)
+        if head.startswith(b"PAR1"):
+            with seekable(inner) as file:
+                rows = pq.ParquetFile(file).read().to_pylist()
+            yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+        elif archive_kind(head) is not None:
+            raise DataError(f"{name} is an archive", "unpack it first, and give the folder")
+        else:
+            yield from parsed_lines(inner, name, ReadOptions())
 
 
 def read_documents(path: Path, how: ReadOptions) -> list[str]:

@@ -44,16 +44,25 @@ def _lines(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[s
 
 def json_lines(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[str]:
     """Yield the texts of JSON lines."""
+    for where, row in parsed_lines(stream, name, how):
+        yield text_of(row, where, how)
+
+
+def parsed_lines(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[tuple[str, Any]]:
+    """Yield where each of some JSON lines is, and its value. Blank lines are left out.
+
+    Raises:
+        DataError: a line is not UTF-8 or not JSON.
+    """
     for number, line in enumerate(_lines(stream, name, how), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            yield f"{name}:{number}", json.loads(line)
         except ValueError as error:
             raise DataError(f"{name}:{number}: not valid JSON: {error}") from error
         except RecursionError as error:
             raise DataError(f"{name}:{number}: JSON nested too deeply") from error
-        yield text_of(row, f"{name}:{number}", how)
 
 
 def json_rows(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[str]:

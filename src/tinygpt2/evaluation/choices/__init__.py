@@ -1,0 +1,1 @@
+"""Questions with several answers, of which a model chooses the likeliest."""
