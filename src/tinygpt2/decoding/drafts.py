@@ -19,8 +19,6 @@ from tinygpt2.decoding.library import Decoder, Kept
 from tinygpt2.decoding.loop import Decoded, next_tokens
 from tinygpt2.decoding.sampling import Sampling, drawn
 
-_TIMED_STEPS = 8  # of the teacher alone, to know what its text would have taken
-
 
 @dataclass(frozen=True)
 class Drafting:
@@ -53,6 +51,7 @@ def decode_with_draft(
     generator: torch.Generator | None = None,
     on_tokens: Callable[[list[int]], None] | None = None,
     name: str = "the model",
+    timed_steps: int = 8,
 ) -> tuple[Decoded, Drafting]:
     """Continue a prompt as the teacher alone would, with tokens that another model drafts.
 
@@ -67,6 +66,7 @@ def decode_with_draft(
         generator: its random numbers decide, on the device of the decoders; None takes torch's own.
         on_tokens: called with each token.
         name: what error messages call the teacher.
+        timed_steps: how many single steps of the teacher are timed at the end; with 0, `alone_seconds` is 0.
 
     Raises:
         ModelError: the teacher's logits are NaN or infinite.
@@ -95,7 +95,8 @@ def decode_with_draft(
         ours.length, theirs.length = min(ours.length, len(text) - 1), min(theirs.length, len(text) - 1)
     seconds = time.perf_counter() - started
     new = text[len(prompt) :]
-    alone = read_prompt + len(new) * _single_step(teacher, ours, text, sampling, generator)
+    steps = [_single_step(teacher, ours, text, sampling) for _ in range(timed_steps)]
+    alone = read_prompt + len(new) * statistics.median(steps) if steps else 0.0
     tokens, length = torch.tensor([new], device=teacher.device), torch.tensor([len(new)], device=teacher.device)
     decoded = Decoded(tokens, length, torch.tensor([ended], device=teacher.device))
     return decoded, Drafting(proposed, accepted, seconds, alone)
@@ -106,7 +107,12 @@ def _row(tokens: list[int], decoder: Decoder) -> Tensor:
 
 
 def _drafted(
-    draft: Decoder, cache: Kept, text: list[int], count: int, sampling: Sampling | None, generator: torch.Generator | None
+    draft: Decoder,
+    cache: Kept,
+    text: list[int],
+    count: int,
+    sampling: Sampling | None,
+    generator: torch.Generator | None,
 ) -> tuple[list[int], list[Tensor]]:
     """Draft `count` tokens after a text. Return them, and the distributions (1, V) that they were sampled from."""
     guesses: list[int] = []
@@ -137,7 +143,7 @@ def _checked(
     best = next_tokens(logits, None, None, name).tolist()
     if sampling is None:
         right = next((at for at, (guess, token) in enumerate(zip(guesses, best, strict=False)) if guess != token), None)
-        return guesses[:right] + [best[len(guesses) if right is None else right]]
+        return [*guesses[:right], best[len(guesses) if right is None else right]]
     wanted = sampling.probabilities(logits)
     chances = torch.rand(len(guesses), generator=generator, device=logits.device).tolist()
     for at, (guess, source, chance) in enumerate(zip(guesses, sources, chances, strict=True)):
@@ -147,17 +153,10 @@ def _checked(
     return [*guesses, int(drawn(wanted[-1:], generator))]
 
 
-def _single_step(
-    teacher: Decoder, cache: Kept, text: list[int], sampling: Sampling | None, generator: torch.Generator | None
-) -> float:
-    """Return the median seconds of a single step of the teacher at the end of a text."""
-    state = None if generator is None else generator.get_state()
-    times = []
-    for _ in range(_TIMED_STEPS):
-        cache.length = len(text) - 2
-        started = time.perf_counter()
-        next_tokens(teacher.read(cache, _row(text[-2:-1], teacher)), sampling, generator, "").tolist()
-        times.append(time.perf_counter() - started)
-    if generator is not None and state is not None:
-        generator.set_state(state)
-    return statistics.median(times)
+def _single_step(teacher: Decoder, cache: Kept, text: list[int], sampling: Sampling | None) -> float:
+    """Return the seconds of a single step of the teacher at the end of a text."""
+    cache.length = len(text) - 2
+    started = time.perf_counter()
+    logits = teacher.read(cache, _row(text[-2:-1], teacher))
+    next_tokens(logits, sampling, torch.Generator(teacher.device), "").tolist()  # the caller's stays as it is
+    return time.perf_counter() - started

@@ -15,7 +15,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from tinygpt2.decoding.products import Matrix, Product, Weights
+from tinygpt2.config.decoding import DecodingWeights
+from tinygpt2.decoding.products import Matrix, Product
 
 
 class Cache:
@@ -67,7 +68,7 @@ class GPT2Decoder:
         bytes_per_token: what it reads from memory for one token: every matrix once; keys and values do not count.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, weights: Weights = "fp32", *, copy_head: bool = False) -> None:
+    def __init__(self, model: GPT2LMHeadModel, weights: DecodingWeights = "fp32", *, copy_head: bool = False) -> None:
         transformer, head = model.transformer, model.lm_head.weight
         self.positions, self.vocabulary = int(model.config.n_positions), int(model.config.vocab_size)
         self.device: torch.device = head.device

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GPT2LMHeadModel, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GPT2LMHeadModel, LogitsProcessorList, PreTrainedModel
 
+from tinygpt2.config.decoding import DecodingWeights
 from tinygpt2.decoding.gpt2 import GPT2Decoder
-from tinygpt2.decoding.products import Weights
 from tinygpt2.errors import ConfigError, ModelError
+from tinygpt2.models.compatibility import positions_of
 
 
 class Kept(Protocol):
@@ -37,11 +39,11 @@ class LibraryDecoder:
         if "past_key_values" not in taken:
             raise ModelError(f"{name}: {type(model).__name__} keeps no keys and values, so it cannot be decoded here")
         self._model, self._places = model, "position_ids" in taken
-        self.positions = int(getattr(model.config, "max_position_embeddings", None) or 2**31)
-        self.vocabulary = int(model.config.vocab_size)
+        self.positions = positions_of(model.config.get_text_config()) or 2**31
+        self.vocabulary = len(model.get_output_embeddings().weight)
         self.device: torch.device = model.device
         embeddings = model.get_input_embeddings().weight
-        tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embeddings
+        tied = model.get_output_embeddings().weight is embeddings
         total = sum(weight.nbytes for weight in model.parameters())
         self.bytes_per_token = total if tied else total - embeddings.nbytes
 
@@ -84,7 +86,7 @@ Decoder = GPT2Decoder | LibraryDecoder
 
 
 def make_decoder(
-    model: PreTrainedModel, weights: Weights = "fp32", *, copy_head: bool = False, name: str = "model"
+    model: PreTrainedModel, weights: DecodingWeights = "fp32", *, copy_head: bool = False, name: str = "model"
 ) -> Decoder:
     """Return what decodes a model: our own loop for GPT-2, else the model's own forward pass.
 
@@ -105,3 +107,56 @@ def make_decoder(
     if weights != "fp32":
         raise ConfigError(f"--weights {weights} is for GPT-2, and {name} is a {type(model).__name__}")
     return LibraryDecoder(model, name)
+
+
+def best_beams(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    beams: int,
+    ends: Sequence[int],
+    count: int,
+    name: str,
+) -> list[list[int]]:
+    """Return the tokens that follow a prompt in the best `count` of some beams.
+
+    Args:
+        ends: the tokens that end a text; shorter texts are filled up with the first one.
+        name: what error messages call the model.
+
+    Raises:
+        ModelError: the model's logits are NaN or infinite.
+    """
+
+    def check(input_ids: Tensor, scores: Tensor) -> Tensor:
+        require_finite(scores, name)
+        return scores
+
+    given = torch.tensor([list(prompt)], device=model.device)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, num_beams=beams, num_return_sequences=count, do_sample=False,
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,  # without an end, all texts have the same length: nothing is padded
+    )  # fmt: skip
+    with torch.no_grad():
+        out: Any = model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([check]),
+        )
+    return [row[len(prompt) :] for row in out.tolist()]
+
+
+def require_finite(logits: Tensor, name: str) -> None:
+    """Check logits, or the largest of each row, in which NaN is larger than any number.
+
+    Raises:
+        ModelError: they are NaN or infinite.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            f"model {name}: its logits are NaN or infinite, although its weights are finite",
+            "check the model with tinygpt2 verify",
+        )

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinygpt2.decoding.library import Decoder
+from tinygpt2.decoding.library import Decoder, require_finite
 from tinygpt2.decoding.sampling import Sampling, drawn
-from tinygpt2.errors import ConfigError, ModelError
+from tinygpt2.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,7 @@ def next_tokens(logits: Tensor, sampling: Sampling | None, generator: torch.Gene
         ModelError: the logits are NaN or infinite.
     """
     likeliest = logits.max(-1)
-    if not bool(torch.isfinite(likeliest.values).all()):  # NaN is larger than any number here
-        raise ModelError(
-            f"model {name}: its logits are NaN or infinite, although its weights are finite",
-            "check the model with tinygpt2 verify",
-        )
+    require_finite(likeliest.values, name)
     return likeliest.indices if sampling is None else drawn(sampling.probabilities(logits), generator)
 
 

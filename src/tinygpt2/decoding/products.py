@@ -9,15 +9,17 @@ is copied if a caller wants it. Fewer bytes are the other way: bfloat16, or int8
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-Weights = Literal["fp32", "bf16", "int8"]
+from tinygpt2.config.decoding import DecodingWeights
+
 Product = Callable[[Tensor], Tensor]
 """From (R, in) to (R, out)."""
+
+INT8_ROWS = 16  # for more rows, a product of matrices in bfloat16 is faster than torch's kernel for int8 weights
 
 
 class Matrix:
@@ -28,7 +30,9 @@ class Matrix:
         bytes: what one call reads from memory: weights, scales and bias.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, weights: Weights, *, transposed: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, weights: DecodingWeights, *, transposed: bool = False
+    ) -> None:
         """Lay the matrix out.
 
         Args:
@@ -48,9 +52,10 @@ class Matrix:
 def _in_place(weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Product:
     if transposed:
         return lambda x: F.linear(x, weight, bias)
+    rows = weight.mT  # one row times (in, out) is this matrix times a vector, which BLAS reads fastest
     if bias is None:
-        return lambda x: torch.mm(x, weight)
-    return lambda x: torch.addmm(bias, x, weight)
+        return lambda x: torch.mv(rows, x[0])[None] if len(x) == 1 else torch.mm(x, weight)
+    return lambda x: torch.addmv(bias, rows, x[0])[None] if len(x) == 1 else torch.addmm(bias, x, weight)
 
 
 def _bf16(rows: Tensor, bias: Tensor | None) -> tuple[Product, int]:
@@ -63,13 +68,16 @@ def _int8(rows: Tensor, bias: Tensor | None) -> tuple[Product, int]:
     """Round each row to 255 steps of its own size.
 
     Torch's kernel multiplies bfloat16 activations with the integers. It is made for few rows: for many, the integers
-    become bfloat16 first.
+    become bfloat16 first. It takes 16 inputs at a time and does not check the end, so zeros fill up the last ones.
     """
-    quantised, scales = rounded_to_int8(rows)
+    missing = -rows.shape[1] % 16
+    quantised, scales = rounded_to_int8(F.pad(rows, (0, missing)))
     scales = scales.to(torch.bfloat16)
     offset = None if bias is None else bias.detach().to(torch.bfloat16)
 
     def product(x: Tensor) -> Tensor:
+        if missing:
+            x = F.pad(x, (0, missing))
         if len(x) <= INT8_ROWS:
             y = torch._weight_int8pack_mm(x, quantised, scales)
         else:
@@ -77,9 +85,6 @@ def _int8(rows: Tensor, bias: Tensor | None) -> tuple[Product, int]:
         return y if offset is None else y.add_(offset)
 
     return product, quantised.nbytes + scales.nbytes
-
-
-INT8_ROWS = 16  # up to here, torch's kernel for int8 weights is faster than a product of matrices in bfloat16
 
 
 def rounded_to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
