@@ -79,7 +79,8 @@ class LibraryCache:
 
     @length.setter
     def length(self, value: int) -> None:
-        self.kept.crop(value)
+        if value < self.length:
+            self.kept.crop(value - self.length)  # negative: how many to remove
 
 
 Decoder = GPT2Decoder | LibraryDecoder
