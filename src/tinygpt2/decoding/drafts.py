@@ -94,11 +94,10 @@ def decode_with_draft(
                 break
         ours.length, theirs.length = min(ours.length, len(text) - 1), min(theirs.length, len(text) - 1)
     seconds = time.perf_counter() - started
-    new = text[len(prompt) :]
+    new, device = text[len(prompt) :], teacher.device
     steps = [_single_step(teacher, ours, text, sampling) for _ in range(timed_steps)]
     alone = read_prompt + len(new) * statistics.median(steps) if steps else 0.0
-    tokens, length = torch.tensor([new], device=teacher.device), torch.tensor([len(new)], device=teacher.device)
-    decoded = Decoded(tokens, length, torch.tensor([ended], device=teacher.device))
+    decoded = Decoded(*(torch.tensor([value], device=device) for value in (new, len(new), ended)))
     return decoded, Drafting(proposed, accepted, seconds, alone)
 
 
