@@ -28,7 +28,7 @@ def completed(shell: str, line: str) -> str:
         ("tinygpt2 pretrain --model-config gpt2-", {"gpt2-large", "gpt2-medium", "gpt2-xl"}),
         ("tinygpt2 distill --student tiny", {"tinygpt2-4l-312"}),
         ("tinygpt2 distill --recipe t", {"tinygpt2", "truncation"}),
-        ("tinygpt2 ppl --task a", {"all"}),
+        ("tinygpt2 ppl --task a", {"all", "arc-challenge", "arc-easy"}),
         ("tinygpt2 ppl --task cbt", {"cbt-cn", "cbt-ne"}),
         ("tinygpt2 truncate-student --strategy ", {"uniform", "alternate", "distilgpt2", "first", "middle", "last",
                                                    "importance"}),

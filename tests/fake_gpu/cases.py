@@ -21,12 +21,15 @@ from tests.fake_gpu.device import fake_gpu
 from tests.fake_gpu.recorder import Counts, Recorder
 from tinygpt2.compression.calibration import calibration_batches, mean_loss
 from tinygpt2.compression.cut import KeptParts, cut_model
-from tinygpt2.compression.importance import active_dimensions, depth_importance, important_dimensions, width_importance
+from tinygpt2.compression.importance import active_dimensions, depth_importance, important_dimensions
 from tinygpt2.compression.least_squares import refit
+from tinygpt2.compression.rotation import stream_moments
+from tinygpt2.compression.selection import projection_moments
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.data.dataset import Blocks, PackedDataset
 from tinygpt2.evaluation.scoring import Scorer, windows
 from tinygpt2.models.loading import random_model
+from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.objectives import logits
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.planning.batch_size import fit_batch
@@ -194,7 +197,9 @@ def bench(case: Case, sizes: Sizes | None = None, *, cached: bool = False, compi
         Path(config.out).mkdir()
         data = dataset(sizes, case.padded)
         student = sizes.model("student", device)
-        teacher = sizes.model("teacher", device).eval().requires_grad_(False) if config.needs_teacher else None
+        teacher = None
+        if config.needs_teacher:
+            teacher = as_teacher(sizes.model("teacher", device).eval().requires_grad_(False))
         job = Job("distill", config, "", student, data, data.test, LossWeights.of(config), teacher)
         accelerator = make_accelerator(case.precision, device)
         accelerator.gradient_accumulation_steps = case.accumulation
@@ -295,7 +300,8 @@ def cut(one: Bench) -> None:
     batches = calibration_batches(one.job.data.train, 4, one.device)
     mean_loss(teacher, batches)
     depth_importance(teacher, batches, layers - 1)
-    width_importance(teacher, batches)
+    stream_moments(teacher, batches, tied=True)
+    list(projection_moments(teacher, batches, list(range(layers))))
     important_dimensions(teacher, batches, width // 2)
     active_dimensions(teacher, batches, width // 2)
     kept = KeptParts(
@@ -305,7 +311,7 @@ def cut(one: Bench) -> None:
     student = cut_model(teacher.cpu(), kept)
     for model in (student, teacher):
         model.to(one.device)
-    refit(student, teacher, kept.layers, kept.dimensions.to(one.device), batches)
+    refit(student, teacher, kept, batches)
     for parameter in student.parameters():
         one.recorder.check("a refitted weight", parameter)
 

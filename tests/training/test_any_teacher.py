@@ -207,3 +207,18 @@ def test_what_cannot_be_done_is_said(
         assert "Traceback" not in result.err
     allowed = cli(*arguments(pickled, student, data, out), "--allow-pickle")
     assert allowed.code == 0, allowed.err
+
+
+def test_generate_continues_with_a_llama_as_the_library_does(cli: Callable, straight: Path) -> None:
+    result = cli("generate", "--model", straight, "--prompt", "the", "--max-new-tokens", 6, "--json")
+    assert result.code == 0, result.err
+    model, tokenizer = load_causal_lm(str(straight))[0], load_tokenizer(str(straight))
+    ids = torch.tensor([tokenizer("the")["input_ids"]])
+    for _ in range(6):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    (found,) = result.json["results"]
+    assert found["tokens"] == 6
+    assert "the" + found["text"] == tokenizer.decode(ids[0])
+    beyond = cli("generate", "--model", straight, "--prompt", "the", "--max-new-tokens", 64)
+    assert beyond.code == 2
+    assert "has 64 positions" in beyond.err

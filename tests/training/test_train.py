@@ -221,11 +221,16 @@ def test_finetuning_a_text_packs_it_with_the_models_tokenizer(teacher: Path, tmp
 
 def test_a_trained_model_is_measured_on_tasks(teacher: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "lambada_test.txt").write_text("the cat sat on the mat\nthe dog ran\n", encoding="utf-8")
-    asked = {"eval_task": ["lambada", str(data)], "task_data": str(tmp_path)}
+    questions = '{"context": "the cat", "choices": [" sat", " ran on"], "answer": 0}\n' * 3
+    (tmp_path / "q.jsonl").write_text(questions, encoding="utf-8")
+    asked = {"eval_task": ["lambada", str(data), f"choice:{tmp_path / 'q.jsonl'}"], "task_data": str(tmp_path)}
     base = {"model": str(teacher), "data": str(data), **FAST}
     result = finetune(FinetuneConfig(**base, **asked, out=str(tmp_path / "f")))
     rows = ppl(PplConfig(model=[str(tmp_path / "f")], task=asked["eval_task"], task_data=str(tmp_path))).results
-    assert result.tasks == {"lambada": rows[0].perplexity, data.name: rows[1].perplexity}
+    assert result.tasks == {"lambada": rows[0].perplexity, data.name: rows[1].perplexity, "q.jsonl": rows[2].perplexity}
+    right = {"lambada": rows[0].accuracy, "q.jsonl": rows[2].accuracy, "q.jsonl, normalised": rows[2].accuracy_norm}
+    assert result.accuracies == right
+    assert f"| accuracy on q.jsonl | {rows[2].accuracy:.2%} |" in (tmp_path / "f/README.md").read_text()
     assert rows[1].loss == pytest.approx(result.eval.loss, rel=1e-6)
     assert f"| perplexity on lambada (per token) | {rows[0].perplexity:.2f} |" in (tmp_path / "f/README.md").read_text()
     with pytest.raises(ConfigError, match="unknown task"):  # before a step is taken

@@ -183,9 +183,9 @@ class DistillConfig(TrainOptions):
         states = r"\d+(=\d+)?"
         if self.hidden_map not in ("all", "inner") and not re.fullmatch(f"{states}(,{states})*", str(self.hidden_map)):
             yield f"--hidden-map: expected all, inner or numbers such as 0,3 or 0,3=10, got {self.hidden_map!r}"
-        if "skew" in self.model_fields_set and not self.prediction_loss.startswith("skewed"):
+        if self.skew != type(self).model_fields["skew"].default and not self.prediction_loss.startswith("skewed"):
             yield f"--skew has no effect on --prediction-loss {self.prediction_loss}"
-        if "jsd_beta" in self.model_fields_set and self.prediction_loss != "jsd":
+        if self.jsd_beta != type(self).model_fields["jsd_beta"].default and self.prediction_loss != "jsd":
             yield f"--jsd-beta has no effect on --prediction-loss {self.prediction_loss}"
         if self.head_map != "equal" and not self.attention_weight:
             yield "--head-map average has no effect while --attention-weight is 0"

@@ -65,14 +65,19 @@ def fidelity_charts(rows: Sequence[PplRow]) -> list[Chart]:
     for task, name in tasks.items():
         found = sorted((row for row in rows if row.task == task), key=lambda row: (row.parameters, row.perplexity))
         compared = [(names[row.model], row.fidelity) for row in found if row.fidelity is not None]
-        for parts, x in (("by_position", "position in the window"), ("by_confidence", "reference's confidence")):
+        for parts, x in (
+            ("by_position", "position in the window"),
+            ("by_confidence", "probability of the reference's likeliest token"),
+        ):
             for key, y in (("kl", "KL (nats per token)"), ("same_top", "share with the same likeliest token")):
                 series = [
                     Series(model, [((part.low + part.high) / 2, getattr(part, key)) for part in getattr(one, parts)])
                     for model, one in compared
                 ]
                 if series:
-                    charts.append(Chart(f"{name}: {'KL' if key == 'kl' else 'agreement'} by {x}", x, y, series))
+                    charts.append(
+                        Chart(f"{name}: {'KL' if key == 'kl' else 'agreement'} {parts.replace('_', ' ')}", x, y, series)
+                    )
     return charts
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.activations import NewGELUActivation
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinygpt2.data.tokenizer import has_tokenizer, load_tokenizer
@@ -22,6 +23,7 @@ from tinygpt2.utils.progress import say
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
 
+AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 RUN_STATE = "state.json"  # in the directory of a training checkpoint
 
 
@@ -32,10 +34,10 @@ def random_model(config: GPT2Config, seed: int, *, hollow: bool = False) -> GPT2
     """
     if hollow:
         with torch.device("meta"):
-            return _fast(GPT2LMHeadModel(config))
+            return fast_activations(GPT2LMHeadModel(config))
     with torch.random.fork_rng(devices=[]):  # it is made on the CPU, so the GPUs' generators stay as they are
         torch.default_generator.manual_seed(seed)
-        return _fast(GPT2LMHeadModel(config))
+        return fast_activations(GPT2LMHeadModel(config))
 
 
 def load_model(
@@ -83,7 +85,7 @@ def load_model(
     )  # fmt: skip
     # two different matrices in the files are not tied, whatever config.json says
     model.config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
-    return _fast(model), directory
+    return fast_activations(model), directory
 
 
 def load_causal_lm(
@@ -128,7 +130,7 @@ def load_causal_lm(
         attn_implementation="eager" if getattr(config, "attn_logit_softcapping", None) else None,
         trust_remote_code=False,
     )
-    return model, directory
+    return fast_activations(model), directory
 
 
 def load_weights(
@@ -193,11 +195,12 @@ def model_config(directory: Path, role: str = "model") -> GPT2Config:
     return make_model_config(values, str(directory / "config.json"), ModelError)
 
 
-def _fast(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Run GPT-2's tanh GELU as a single torch kernel. The configuration keeps the activation's original name."""
-    if model.config.activation_function == "gelu_new":
-        for block in model.transformer.h:
-            block.mlp.act = nn.GELU(approximate="tanh")
+def fast_activations(model: AnyModel) -> AnyModel:
+    """Run tanh GELUs as a single torch kernel, the same function. The configuration keeps the activation's name."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
     return model
 
 

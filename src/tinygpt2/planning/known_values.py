@@ -12,7 +12,7 @@ from tinygpt2.config.training import TrainOptions, dataset_shares, length_option
 from tinygpt2.config.yaml_files import load_yaml
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.errors import TinyGPT2Error
-from tinygpt2.models.configuration import is_model_config, model_config_file, parameters_of
+from tinygpt2.models.configuration import is_gpt2, is_model_config, model_config_file, parameters_of
 from tinygpt2.training.schedule import passes_over_data, peak_learning_rate
 
 
@@ -53,7 +53,8 @@ def _student(config: DistillConfig) -> dict[str, Any]:
     name = config.student or ""
     if not is_model_config(name):
         return _values(Path(name) / "config.json")
-    sizes = [_values(Path(config.teacher or "") / "config.json").get("vocab_size"), *_manifest(config, "vocab_size")]
+    teacher = _values(Path(config.teacher or "") / "config.json")
+    sizes = [teacher.get("vocab_size") if is_gpt2(teacher) else None, *_manifest(config, "vocab_size")]
     vocabulary = next((size for size in sizes if size), None)
     return {**({"vocab_size": vocabulary} if vocabulary else {}), **_values(model_config_file(name))}
 

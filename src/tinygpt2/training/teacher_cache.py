@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -156,8 +156,8 @@ def cache_name(teacher: Teacher | PreTrainedModel, data: PackedDataset, precisio
             digest.update(name.encode())
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        values: Array = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-        digest.update(values.data)
+        values: Any = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(memoryview(values))
     return digest.hexdigest()[:16]
 
 

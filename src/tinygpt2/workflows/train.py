@@ -54,6 +54,7 @@ class TrainResult:
         eval_by_data: the last evaluation on each dataset, if --data named several; else None.
         tokens_by_data: tokens of each dataset that the run trained on, if --data gave them shares; else None.
         tasks: perplexity on each --eval-task, in the default convention of `ppl`; None without --eval-task.
+        accuracies: accuracy on those of them that have answers, also normalised by their characters; None if none has.
     """
 
     model: str
@@ -68,6 +69,7 @@ class TrainResult:
     eval_by_data: dict[str, Evaluation] | None = None
     tokens_by_data: dict[str, int] | None = None
     tasks: dict[str, float] | None = None
+    accuracies: dict[str, float] | None = None
 
 
 def pretrain(config: PretrainConfig, data: PackedDataset | None = None) -> TrainResult:
@@ -206,7 +208,10 @@ def _measured(job: Job, result: TrainResult, state: RunState, accelerator: Accel
     accelerator.wait_for_everyone()  # until the main process has saved the model
     rows = ppl(PplConfig(model=[config.out], task=config.eval_task, task_data=config.task_data)).results
     names = short_names([row.task for row in rows])
-    result = replace(result, tasks={names[row.task]: row.perplexity for row in rows})
+    accuracies = {names[row.task]: row.accuracy for row in rows if row.accuracy is not None}
+    accuracies |= {f"{names[row.task]}, normalised": row.accuracy_norm for row in rows if row.accuracy_norm is not None}
+    tasks = {names[row.task]: row.perplexity for row in rows}
+    result = replace(result, tasks=tasks, accuracies=accuracies or None)
     if accelerator.is_main_process:
         write_text(Path(config.out) / "README.md", _card(job, result, state))
     return result
@@ -300,6 +305,7 @@ def _card(job: Job, result: TrainResult, state: RunState) -> str:
     for name, tokens in (result.tokens_by_data or {}).items():
         figures[f"tokens of {name}"] = f"{tokens:,}"
     figures |= {f"perplexity on {name} (per token)": f"{value:.2f}" for name, value in (result.tasks or {}).items()}
+    figures |= {f"accuracy on {name}": f"{value:.2%}" for name, value in (result.accuracies or {}).items()}
     figures["fingerprint of the data"] = f"`{job.data.content[:16]}`"
     figures["fingerprint of its tokenizer"] = f"`{job.data.manifest['tokenizer_fingerprint'][:16]}`"
     command = f"{job.command} {job.config.flags(shared=True)}"

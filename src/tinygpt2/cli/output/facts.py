@@ -17,7 +17,7 @@ _LABELS = {
     "memory_available_bytes": "available", "disk_bytes": "needed", "disk_free_bytes": "free", "bytes": "text",
     "test_bytes": "held-out text", "seconds": "time", "tokens_per_second": "tokens/s", "eval": "on held-out blocks",
     "eval_by_data": "on held-out blocks, by dataset", "tokens_by_data": "tokens, by dataset",
-    "tasks": "perplexity on tasks",
+    "tasks": "perplexity on tasks", "accuracies": "accuracy on tasks",
     "sequences": "blocks", "train_sequences": "training blocks", "eval_sequences": "blocks per evaluation",
     "sequence_length": "tokens in a block", "vocab_size": "vocabulary", "encoding_errors": "documents not UTF-8",
     "stderr": "standard error", "loss": "last training loss",
