@@ -72,7 +72,8 @@ class GPT2Decoder:
         transformer, head = model.transformer, model.lm_head.weight
         self.positions, self.vocabulary = int(model.config.n_positions), int(model.config.vocab_size)
         self.device: torch.device = head.device
-        self._embeddings, self._places = transformer.wte.weight, transformer.wpe.weight
+        self._embeddings: Tensor = transformer.wte.weight
+        self._places: Tensor = transformer.wpe.weight
         self._dtype = head.dtype if weights == "fp32" else torch.bfloat16
         matrices: list[Matrix] = []
 

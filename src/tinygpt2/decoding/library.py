@@ -23,6 +23,25 @@ class Kept(Protocol):
     """The number of tokens that were read. To forget the last ones, set a smaller number."""
 
 
+class Decoder(Protocol):
+    """Reads tokens and returns the logits of the next ones; see `GPT2Decoder` for its attributes and methods."""
+
+    positions: int
+    vocabulary: int
+    device: torch.device
+    bytes_per_token: int
+
+    def cache(self, rows: int, columns: int, pads: Tensor | None = None) -> Kept:
+        """Return an empty cache for `rows` texts of up to `columns` tokens each."""
+
+    def read(self, cache: Any, tokens: Tensor, *, every: bool = False) -> Tensor:
+        """Read the next tokens of each text, and return the logits of the tokens after them.
+
+        Args:
+            cache: from this decoder's `cache`.
+        """
+
+
 class LibraryDecoder:
     """A model of any architecture behind the interface of `GPT2Decoder`: its own forward pass, and the library's cache.
 
@@ -81,9 +100,6 @@ class LibraryCache:
     def length(self, value: int) -> None:
         if value < self.length:
             self.kept.crop(value - self.length)  # negative: how many to remove
-
-
-Decoder = GPT2Decoder | LibraryDecoder
 
 
 def make_decoder(

@@ -59,8 +59,12 @@ def _in_place(weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Produ
 
 
 def _bf16(rows: Tensor, bias: Tensor | None) -> tuple[Product, int]:
+    """Round to bfloat16, and let oneDNN lay the matrix out once: torch's own call does it again for every product."""
     weight = rows.to(torch.bfloat16).contiguous()
     offset = None if bias is None else bias.detach().to(torch.bfloat16)
+    if weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed, multiply = torch.ops.mkldnn._reorder_linear_weight(weight, 1), torch.ops.mkldnn._linear_pointwise
+        return lambda x: multiply(x, packed, offset, "none", [], ""), weight.nbytes
     return lambda x: F.linear(x, weight, offset), weight.nbytes
 
 
