@@ -21,6 +21,8 @@ PredictionLoss = Literal[
 HiddenScale = Literal["none", "variance"]
 HeadMap = Literal["equal", "average"]
 TeacherDtype = Literal["fp32", "bf16"]
+SparseKind = Literal["samples", "top"]
+CacheKind = Literal["states", "samples", "top"]
 
 
 class DistillConfig(TrainOptions):
@@ -58,10 +60,16 @@ class DistillConfig(TrainOptions):
         panel=OPTIMISATION,
     )
     teacher_cache: str | None = option(
-        "Cache the teacher's final hidden states here, so that later epochs and other students can reuse them.",
+        "Cache what the teacher says here, so that later epochs and other students can reuse it.",
         default=None,
         panel=RUN,
         path=True,
+    )
+    teacher_cache_kind: CacheKind = option(
+        "What the cache holds: final hidden states, sampled tokens, or the likeliest tokens. The last two take 200 "
+        "bytes a token, serve forward KL at one temperature, and when complete need no --teacher.",
+        default="states",
+        panel=RUN,
     )
     recipe: str = option(
         "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.",
@@ -159,6 +167,12 @@ class DistillConfig(TrainOptions):
         weights = (self.attention_weight, self.relation_weight, self.hidden_weight)
         return any((*weights, self.prediction_weight, self.cosine_weight))
 
+    @property
+    def from_cache_alone(self) -> bool:
+        """Whether the run has no teacher but a cache of what one said."""
+        sparse = self.teacher_cache is not None and self.teacher_cache_kind != "states"
+        return sparse and self.teacher is None and self.needs_teacher
+
     @classmethod
     def layered(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Lay the given values over the recipe's."""
@@ -171,7 +185,7 @@ class DistillConfig(TrainOptions):
             yield "--teacher is required: --plan times cuts of it"
         if self.student is None and not self.plan:
             yield f"--student is required: {summary(type(self).model_fields['student'])}"
-        if self.needs_teacher and self.teacher is None:
+        if self.needs_teacher and self.teacher is None and not self.from_cache_alone:
             yield "--teacher is required: an objective with a weight above 0 compares the student with it"
         if not self.needs_teacher and not self.ce_weight:
             yield "all objectives have a weight of 0: there is nothing to learn"
@@ -196,6 +210,24 @@ class DistillConfig(TrainOptions):
         if self.teacher_cache is not None and (inside or not self.needs_teacher):
             why = f"{inside[0]} needs other states" if inside else "no objective uses the teacher"
             yield f"--teacher-cache holds only the teacher's final hidden states: {why}"
+        yield from self._cache_conflicts()
+
+    def _cache_conflicts(self) -> Iterator[str]:
+        """Check that the objectives can be computed from a cache of tokens."""
+        kind = self.teacher_cache_kind
+        if kind == "states":
+            return
+        if self.teacher_cache is None:
+            yield f"--teacher-cache-kind {kind} has no effect without --teacher-cache"
+        if self.prediction_loss != "forward_kl":
+            yield (
+                f"--teacher-cache-kind {kind} serves --prediction-loss forward_kl alone: for {self.prediction_loss}, "
+                "the probabilities of all tokens are needed"
+            )
+        if self.cosine_weight:
+            yield f"--teacher-cache-kind {kind} holds no hidden states, which --cosine-weight compares"
+        if self.plan and self.teacher is None:
+            yield f"--plan times the teacher: give --teacher, or leave out --teacher-cache-kind {kind}"
 
 
 def built_in_recipes() -> dict[str, Path]:

@@ -17,6 +17,7 @@ from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.planning.memory_estimate import step_memory
 from tinygpt2.runtime.devices import device_peak, measured_rate
@@ -167,7 +168,9 @@ def _cached(job: Job) -> int:
     config, teacher = job.config, job.teacher
     if teacher is None or not isinstance(config, DistillConfig) or config.teacher_cache is None:
         return 0
-    return cache_bytes(teacher, job.data)
+    kind, vocabulary = config.teacher_cache_kind, job.model.config.vocab_size
+    form = None if kind == "states" else SparseForm(kind, vocabulary, config.temperature)
+    return cache_bytes(teacher, job.data, form)
 
 
 def _existing(path: Path) -> Path:

@@ -168,7 +168,9 @@ def changed_mathematics(config: TrainOptions, earlier: dict[str, Any], content: 
         changed += [flag_name(key) for key in {**content, **found} if content.get(key) != found.get(key)]
     # the cache's directory may change, but not whether there is one: cached states are rounded
     cached = [bool(options.get("teacher_cache")) for options in (earlier, now)]
-    return changed + ["--teacher-cache"] * (cached[0] != cached[1])
+    changed += ["--teacher-cache"] * (cached[0] != cached[1])
+    kinds = [options.get("teacher_cache_kind", "states") for options in (earlier, now)]
+    return changed + ["--teacher-cache-kind"] * (kinds[0] != kinds[1])
 
 
 def _command(config: TrainOptions) -> str:

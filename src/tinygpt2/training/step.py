@@ -17,13 +17,14 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import Batch, Blocks, to_device
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
 from tinygpt2.models.lm_head import Head, head_operand, target_losses
 from tinygpt2.models.teachers.loading import as_teacher
-from tinygpt2.models.teachers.teacher import Teacher
+from tinygpt2.models.teachers.teacher import Shape, Teacher
 from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
+from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.runtime.devices import current_device, float32_products, float64_device
 from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
 from tinygpt2.utils.progress import follow
@@ -52,7 +53,8 @@ class Step(nn.Module):
         student, teacher: the teacher, or the model that is one, may be None if no objective needs one.
         weights: the objectives and their weights.
         config: for compilation, gradient checkpointing and the size of a chunk of logits.
-        cache: of the teacher's last hidden states; only for objectives that need no other states of the teacher.
+        cache: of the teacher's last hidden states, for objectives that need no other states of the teacher; or of its
+            predictions, which need no teacher.
     """
 
     def __init__(
@@ -66,10 +68,13 @@ class Step(nn.Module):
         super().__init__()
         self.student = student
         teacher = None if teacher is None else as_teacher(teacher)
-        self.objectives = Objectives(weights, student.config, teacher and teacher.shape, config.logit_chunk)
+        # of a teacher that is not here, no objective reads the sizes
+        alone = None if cache is None or cache.form is None else Shape.of_gpt2(student.config)
+        shape = alone if teacher is None else teacher.shape
+        self.objectives = Objectives(weights, student.config, shape, config.logit_chunk)
         # in a tuple and a list, so that nn.Module does not register them: they are not trained, wrapped or saved
         self._teacher = (teacher,)
-        self._teacher_head: list[Head] = []
+        self._teacher_head: list[Head | SparseForm] = []
         self.cache = cache
         self._collect: Callable[..., Activations] = collect_activations
         if config.compile or config.compile_only:
@@ -111,13 +116,14 @@ class Step(nn.Module):
         )
         head = self.student.lm_head.weight
         (teacher,) = self._teacher
-        if teacher is None:
+        if teacher is None and self.cache is None:
             loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
         else:
             with torch.no_grad():
                 activations = self._teacher_activations(teacher, input_ids, cached)
                 if wanted.weights.prediction and not self._teacher_head:
-                    self._teacher_head = [teacher.head()]
+                    form = None if self.cache is None else self.cache.form
+                    self._teacher_head = [_some(teacher).head() if form is None else form]
             loss, terms = wanted(
                 input_ids, student, head, activations, *self._teacher_head, lengths=lengths, share=share
             )
@@ -125,19 +131,23 @@ class Step(nn.Module):
             raise ConfigError("no objective depends on a trainable parameter", "freeze fewer parameters (--freeze)")
         return loss, terms
 
-    def _teacher_activations(self, teacher: Teacher, input_ids: Tensor, cached: CachedStates | None) -> Activations:
+    def _teacher_activations(
+        self, teacher: Teacher | None, input_ids: Tensor, cached: CachedStates | None
+    ) -> Activations:
         """Run the teacher up to the last layer that an objective needs, or take its states from the cache."""
         wanted = self.objectives
         if self.cache is None or cached is None:
-            return teacher.collect(input_ids, wanted.teacher_states, wanted.teacher_attention)
+            return _some(teacher).collect(input_ids, wanted.teacher_states, wanted.teacher_attention)
         (last,) = wanted.teacher_states
         if cached.states is not None:
             return Activations({last: cached.states})
 
         def compute(ids: Tensor) -> Tensor:
-            teacher.to(ids.device)  # with a full cache it stays on the host, until a block turns out to be damaged
-            return teacher.collect(ids, [last]).states[last]
+            own = _some(teacher).to(ids.device)  # with a full cache it is on the host, until a block is damaged
+            states: Tensor = own.collect(ids, [last]).states[last]
+            return states if form is None else form.records(own.head(), states, ids)
 
+        form = self.cache.form
         return Activations({last: self.cache.states(cached.rows, input_ids, compute)})
 
     def place_teacher(self, device: torch.device) -> None:
@@ -149,7 +159,19 @@ class Step(nn.Module):
     def covered(self, length: int) -> int:
         """Return for how many positions of a block there is a teacher: see `Teacher.covered`."""
         (teacher,) = self._teacher
-        return length if teacher is None else teacher.covered(length)
+        if teacher is None:
+            return length if self.cache is None else self.cache.covered
+        return teacher.covered(length)
+
+
+def _some(teacher: Teacher | None) -> Teacher:
+    """Return the teacher of a run that needs it now."""
+    if teacher is None:
+        raise DataError(
+            "a block in --teacher-cache is missing or damaged, and there is no --teacher to compute it",
+            "run tinygpt2 teach again: it makes only such blocks",
+        )
+    return teacher
 
 
 class TeacherEvaluation(nn.Module):

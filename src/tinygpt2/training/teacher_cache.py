@@ -1,5 +1,6 @@
-"""A cache on disk for a teacher's last hidden states: they are computed once and serve several epochs and students.
+"""A cache on disk for what a teacher says of each block: it is computed once and serves several epochs and students.
 
+It holds the teacher's last hidden states, or its predictions as `SparseForm` makes records of them.
 The states are stored in bfloat16, which takes a fraction of the space that logits would take; each step computes the
 logits from them, chunk by chunk. States are rounded to bfloat16 whether they were read or have just been computed. So
 a run that fills the cache and a run that reads it learn the same, if the teacher computed the same products: with
@@ -9,12 +10,14 @@ another micro-batch or device, or with --compile, a few values are rounded diffe
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,26 +27,37 @@ from transformers import PreTrainedModel
 
 from tinygpt2.config.common import Precision
 from tinygpt2.data.dataset import PackedDataset, to_device
-from tinygpt2.errors import os_failure
+from tinygpt2.errors import ConfigError, DataError, os_failure
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import Teacher
+from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.utils.files import write_json
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
 from tinygpt2.utils.units import size
 
+_Mode = Literal["r", "r+"]
+
 
 class TeacherCache:
-    """The last hidden states of one teacher on the training split of one dataset.
+    """The last hidden states of one teacher on the training split of one dataset, or its predictions.
 
-    states.bin holds the states of all blocks, one after another. checksums.bin holds a CRC-32 for each block, or 0 if
-    its states are not computed yet. A block whose states do not match the checksum, after a crash or on a bad disk, is
-    computed again. For the same reason, several processes may fill a cache at the same time.
+    states.bin holds the states (or the records of predictions) of all blocks, one after another. checksums.bin holds
+    a CRC-32 for each block, or 0 if its states are not computed yet. A block whose states do not match the checksum,
+    after a crash or on a bad disk, is computed again. For the same reason, several processes may fill a cache at the
+    same time.
 
     Args:
         root: the directory of all caches; this one gets a subdirectory.
         teacher, data, precision: the subdirectory's name is computed from the teacher's weights and their type, how it
-            reads the student's tokens, the content of the blocks, and the precision of the products.
+            reads the student's tokens, the content of the blocks, and the precision of the products; for predictions,
+            also from the form and the weights of the output matrix.
+        form: of the teacher's predictions, if the cache holds them and not states.
+
+    Attributes:
+        path: the directory with the files.
+        form: as the argument.
+        covered: for how many positions of each block the cache has something.
 
     Raises:
         MachineError: there is too little space for the files.
@@ -51,27 +65,76 @@ class TeacherCache:
     """
 
     def __init__(
-        self, root: Path, teacher: Teacher | PreTrainedModel, data: PackedDataset, precision: Precision
+        self,
+        root: Path,
+        teacher: Teacher | PreTrainedModel,
+        data: PackedDataset,
+        precision: Precision,
+        form: SparseForm | None = None,
     ) -> None:
         teacher = as_teacher(teacher)
-        self._shape = _stored_shape(teacher, data)
-        self.path = root / cache_name(teacher, data, precision)
-        needed = cache_bytes(teacher, data)
+        shape = _stored_shape(teacher, data, form)
+        path = root / cache_name(teacher, data, precision, form)
+        needed = cache_bytes(teacher, data, form)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _reserve(self.path / "states.bin", needed)
-            _reserve(self.path / "checksums.bin", 4 * len(data.train))
-            about = {"sequences": self._shape[0], "length": self._shape[1], "width": self._shape[2]}
-            write_json(self.path / "about.json", {**about, "dtype": "bfloat16", "data": data.content})
+            path.mkdir(parents=True, exist_ok=True)
+            _reserve(path / "states.bin", needed)
+            _reserve(path / "checksums.bin", 4 * len(data.train))
+            about = {"sequences": shape[0], "length": shape[1], "width": shape[2]}
+            about |= {"dtype": "bfloat16"} if form is None else asdict(form)
+            write_json(path / "about.json", {**about, "data": data.content})
         except OSError as error:
             raise os_failure(
                 error,
                 f"--teacher-cache {root}: {size(needed)} cannot be reserved there",
                 "or give another directory, or leave out --teacher-cache",
             ) from error
-        self._states: Array = np.memmap(self.path / "states.bin", np.int16, "r+", shape=self._shape)
-        self._checksums: Array = np.memmap(self.path / "checksums.bin", np.uint32, "r+", shape=self._shape[:1])
-        self._checked = np.zeros(len(data.train), np.bool_)
+        self._open(path, shape, form)
+
+    def _open(self, path: Path, shape: tuple[int, int, int], form: SparseForm | None, mode: _Mode = "r+") -> None:
+        self.path, self.form, self._shape, self.covered = path, form, shape, shape[1]
+        self._states: Array = np.memmap(path / "states.bin", np.int16, mode, shape=shape)
+        self._checksums: Array = np.memmap(path / "checksums.bin", np.uint32, mode, shape=shape[:1])
+        self._checked = np.zeros(shape[0], np.bool_)
+        self._type = torch.bfloat16 if form is None else torch.int16
+
+    @classmethod
+    def of_predictions(cls, root: Path, data: PackedDataset, form: SparseForm) -> TeacherCache:
+        """Open the cache of predictions on a dataset, without their teacher.
+
+        Args:
+            root: the directory of all caches, or of this one.
+
+        Raises:
+            ConfigError: there is none on these blocks in this form, or there are several.
+            DataError: some blocks are missing, or a file is too short.
+        """
+        wanted = {"data": data.content, **asdict(form)}
+        found = []
+        for file in sorted({root / "about.json", *root.glob("*/about.json")}):
+            about = _read_about(file)
+            if all(about.get(key) == value for key, value in wanted.items()):
+                found.append((file.parent, about))
+        what = f"{form.kind} at temperature {form.temperature:g} of {form.vocabulary:,} tokens on {data.name}"
+        if not found:
+            raise ConfigError(
+                f"--teacher-cache {root} holds no {what}",
+                "fill it with tinygpt2 teach and the same --temperature, or give --teacher",
+            )
+        if len(found) > 1:
+            names = ", ".join(path.name for path, _ in found)
+            raise ConfigError(f"--teacher-cache {root} holds {what} of several teachers: {names}", "name one of them")
+        [(path, about)] = found
+        cache, length = cls.__new__(cls), int(about["length"])
+        shape = (len(data.train), length, form.width)
+        sizes = {"states.bin": 2 * math.prod(shape), "checksums.bin": 4 * shape[0]}
+        for name, wanted_size in sizes.items():
+            if not (path / name).is_file() or (path / name).stat().st_size != wanted_size:
+                raise DataError(f"{path / name} does not have {wanted_size:,} bytes", "make it again: tinygpt2 teach")
+        cache._open(path, shape, form, "r")
+        if cache.filled < 1:
+            raise DataError(f"{path} holds {cache.filled:.1%} of the blocks", "run tinygpt2 teach again: it continues")
+        return cache
 
     @property
     def filled(self) -> float:
@@ -86,7 +149,7 @@ class TeacherCache:
         """
         if not all(self._checksums[row] for row in rows):
             return CachedStates(list(rows), None)
-        blocks = torch.empty((len(rows), *self._shape[1:]), dtype=torch.bfloat16, pin_memory=device.type == "cuda")
+        blocks = torch.empty((len(rows), *self._shape[1:]), dtype=self._type, pin_memory=device.type == "cuda")
         for row, block in zip(rows, blocks.view(torch.int16).numpy(), strict=True):
             block[:] = self._states[row]
             if not self._matches(row, block):
@@ -96,25 +159,29 @@ class TeacherCache:
     def states(
         self, rows: Sequence[int], input_ids: Int[Tensor, "B T"], compute: Callable[[Tensor], Float[Tensor, "B T D"]]
     ) -> Float[Tensor, "B T D"]:
-        """Return the states of some blocks in bfloat16. States that are not in the cache are computed and stored.
+        """Return the states of some blocks in bfloat16, or their records. What the cache lacks is computed and stored.
 
         Args:
             rows: the numbers of the blocks.
             input_ids: their tokens.
-            compute: runs the teacher on tokens and returns its last hidden states.
+            compute: runs the teacher on tokens and returns its last hidden states, or records.
         """
         kept = [self._states[row] for row in rows]
         lost = [i for i, row in enumerate(rows) if not self._matches(row, kept[i])]
         if not lost:
-            return torch.from_numpy(np.stack(kept)).view(torch.bfloat16).to(input_ids.device)
-        fresh = compute(input_ids if len(lost) == len(rows) else input_ids[lost]).to(torch.bfloat16)
+            return torch.from_numpy(np.stack(kept)).view(self._type).to(input_ids.device)
+        fresh = compute(input_ids if len(lost) == len(rows) else input_ids[lost]).to(self._type)
         for i, block in zip(lost, fresh.cpu().contiguous().view(torch.int16).numpy(), strict=True):
             self._states[rows[i]] = kept[i] = block
             self._checksums[rows[i]] = _checksum(block)
             self._checked[rows[i]] = True
         if len(lost) == len(rows):
             return fresh
-        return torch.from_numpy(np.stack(kept)).view(torch.bfloat16).to(input_ids.device)
+        return torch.from_numpy(np.stack(kept)).view(self._type).to(input_ids.device)
+
+    def holds(self, row: int) -> bool:
+        """Return whether a block is in the cache and undamaged."""
+        return bool(self._checksums[row]) and self._matches(row, self._states[row])
 
     def _matches(self, row: int, block: Array) -> bool:
         """Return whether a block's states are in the cache and undamaged; they are checked once."""
@@ -128,30 +195,36 @@ class CachedStates(NamedTuple):
 
     Attributes:
         rows: the numbers of the blocks.
-        states: in bfloat16 (B, T, D); None if the cache lacks any of them.
+        states: in bfloat16 (B, T, D), or records (B, T, R); None if the cache lacks any of them.
     """
 
     rows: list[int]
-    states: Float[Tensor, "B T D"] | None
+    states: Tensor | None
 
     def to(self, device: torch.device) -> CachedStates:
         """Return them with their states on another device, which is not waited for."""
         return CachedStates(self.rows, None if self.states is None else to_device(self.states, device))
 
 
-def _stored_shape(teacher: Teacher, data: PackedDataset) -> tuple[int, int, int]:
-    return len(data.train), teacher.covered(data.sequence_length), teacher.shape.last_width
+def _stored_shape(teacher: Teacher, data: PackedDataset, form: SparseForm | None) -> tuple[int, int, int]:
+    width = teacher.shape.last_width if form is None else form.width
+    return len(data.train), teacher.covered(data.sequence_length), width
 
 
-def cache_bytes(teacher: Teacher, data: PackedDataset) -> int:
-    """Return the size of all states in bytes."""
-    return 2 * math.prod(_stored_shape(teacher, data))
+def cache_bytes(teacher: Teacher, data: PackedDataset, form: SparseForm | None = None) -> int:
+    """Return the size of all states or records in bytes."""
+    return 2 * math.prod(_stored_shape(teacher, data, form))
 
 
-def cache_name(teacher: Teacher | PreTrainedModel, data: PackedDataset, precision: Precision) -> str:
-    """Return a name that depends only on the teacher, the precision and the content of the blocks."""
+def cache_name(
+    teacher: Teacher | PreTrainedModel, data: PackedDataset, precision: Precision, form: SparseForm | None = None
+) -> str:
+    """Return a name that depends only on the teacher, the precision, the content of the blocks, and the form."""
     digest = hashlib.sha256(f"{data.content} {precision}".encode())
-    for name, tensor in as_teacher(teacher).identity():
+    parts = list(as_teacher(teacher).identity())
+    if form is not None:
+        parts += [(repr(form), None), *((f"output {name}", x) for name, x in teacher_output(teacher).items())]
+    for name, tensor in parts:
         if tensor is None:
             digest.update(name.encode())
             continue
@@ -159,6 +232,20 @@ def cache_name(teacher: Teacher | PreTrainedModel, data: PackedDataset, precisio
         values: Any = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
         digest.update(memoryview(values))
     return digest.hexdigest()[:16]
+
+
+def teacher_output(teacher: Teacher | PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights of a teacher's output matrix, on which its predictions depend in addition to its states."""
+    found: dict[str, Tensor] = as_teacher(teacher).output.state_dict()
+    return found
+
+
+def _read_about(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _checksum(block: Array) -> int:

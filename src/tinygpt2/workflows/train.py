@@ -23,6 +23,7 @@ from tinygpt2.evaluation.results import short_names
 from tinygpt2.models.card import held_out_table, model_card
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.models.saving import save_model
+from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.runtime.devices import chosen_precision, device_chosen
 from tinygpt2.runtime.launch import check_number, launch
@@ -190,12 +191,17 @@ def _cache(job: Job) -> TeacherCache | None:
     config = job.config
     if not isinstance(config, DistillConfig) or config.teacher_cache is None:
         return None
-    assert job.teacher is not None  # DistillConfig refuses a cache without a teacher
     if not isinstance(job.data.made_with, Path):
         raise ConfigError("--teacher-cache needs a pregenerated dataset, because only its content has a fingerprint")
-    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, chosen_precision(config.precision))
+    kind, root = config.teacher_cache_kind, Path(config.teacher_cache)
+    form = None if kind == "states" else SparseForm(kind, job.model.config.vocab_size, config.temperature)
+    if job.teacher is not None:
+        cache = TeacherCache(root, job.teacher, job.data, chosen_precision(config.precision), form)
+    else:
+        assert form is not None  # DistillConfig refuses a cache of states without a teacher
+        cache = TeacherCache.of_predictions(root, job.data, form)
     job.cached = cache.filled
-    say(f"{cache.path} holds {job.cached:.0%} of the teacher's states")
+    say(f"{cache.path} holds {job.cached:.0%} of the teacher's {'states' if form is None else 'predictions'}")
     return cache
 
 
