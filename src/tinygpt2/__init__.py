@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from tinygpt2.config.evaluation import PplConfig
     from tinygpt2.config.models import PresetsConfig
     from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-    from tinygpt2.config.workflows import PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
+    from tinygpt2.config.workflows import (
+        PushConfig,
+        QuickstartConfig,
+        RunsConfig,
+        ShowConfig,
+        TeachConfig,
+        VerifyConfig,
+    )
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
@@ -49,6 +56,7 @@ if TYPE_CHECKING:
     from tinygpt2.workflows.quickstart_report import Gain, ModelSummary, QuickstartResult, QuickstartSizes
     from tinygpt2.workflows.runs import RunList, RunStatus, runs
     from tinygpt2.workflows.show import ShowResult, show
+    from tinygpt2.workflows.teach import TeachResult, teach
     from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
     from tinygpt2.workflows.verification import VerifyResult, verify
 
@@ -64,7 +72,7 @@ _HOME = {
     "config.evaluation": ["PplConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
-    "config.workflows": ["PushConfig", "QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
+    "config.workflows": ["PushConfig", "QuickstartConfig", "RunsConfig", "ShowConfig", "TeachConfig", "VerifyConfig"],
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
@@ -93,6 +101,7 @@ _HOME = {
     "workflows.push": ["PushResult", "PushedFile", "push"],
     "workflows.runs": ["RunList", "RunStatus", "runs"],
     "workflows.show": ["ShowResult", "show"],
+    "workflows.teach": ["TeachResult", "teach"],
     "workflows.train": ["TrainResult", "distill", "finetune", "pretrain"],
     "workflows.verification": ["VerifyResult", "verify"],
 }
@@ -147,6 +156,8 @@ __all__ = [
     "ShowResult",
     "TaskInfo",
     "TaskList",
+    "TeachConfig",
+    "TeachResult",
     "TinyGPT2Error",
     "TrainResult",
     "TrainTokenizerConfig",
@@ -172,6 +183,7 @@ __all__ = [
     "reference",
     "runs",
     "show",
+    "teach",
     "train_tokenizer",
     "truncate_student",
     "verify",

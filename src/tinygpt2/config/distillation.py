@@ -40,7 +40,7 @@ class DistillConfig(TrainOptions):
         default=None,
         path=True,
         metavar="PATH|ID",
-        required="unless only --ce-weight is above 0",
+        required="unless --teacher-cache holds its predictions, or only --ce-weight is above 0",
     )
     student: str | None = option(
         "Student: a model's directory or Hub id, or for random weights a preset or a configuration file.",
@@ -65,11 +65,12 @@ class DistillConfig(TrainOptions):
         panel=RUN,
         path=True,
     )
-    teacher_cache_kind: CacheKind = option(
-        "What the cache holds: final hidden states, sampled tokens, or the likeliest tokens. The last two take 200 "
-        "bytes a token, serve forward KL at one temperature, and when complete need no --teacher.",
-        default="states",
+    teacher_cache_kind: CacheKind | None = option(
+        "What the cache holds: final hidden states, sampled tokens or the likeliest tokens. The last two take 200 "
+        "bytes a token and serve forward KL at one temperature. When they are complete, --teacher is not needed.",
+        default=None,
         panel=RUN,
+        shown="states; without --teacher, what is there",
     )
     recipe: str = option(
         "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.",
@@ -169,9 +170,14 @@ class DistillConfig(TrainOptions):
 
     @property
     def from_cache_alone(self) -> bool:
-        """Whether the run has no teacher but a cache of what one said."""
-        sparse = self.teacher_cache is not None and self.teacher_cache_kind != "states"
-        return sparse and self.teacher is None and self.needs_teacher
+        """Whether the run has no teacher but a cache of one's predictions."""
+        given = self.teacher_cache is not None and self.teacher_cache_kind != "states"
+        return given and self.teacher is None and self.needs_teacher
+
+    @property
+    def caches_predictions(self) -> bool:
+        """Whether the teacher's cache holds predictions and not hidden states."""
+        return self.teacher_cache_kind in ("samples", "top") or self.from_cache_alone
 
     @classmethod
     def layered(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -209,25 +215,25 @@ class DistillConfig(TrainOptions):
             yield f"--teacher-dtype {self.teacher_dtype} has no effect: no objective uses the teacher"
         if self.teacher_cache is not None and (inside or not self.needs_teacher):
             why = f"{inside[0]} needs other states" if inside else "no objective uses the teacher"
-            yield f"--teacher-cache holds only the teacher's final hidden states: {why}"
+            held = "predictions" if self.caches_predictions else "final hidden states"
+            yield f"--teacher-cache holds only the teacher's {held}: {why}"
         yield from self._cache_conflicts()
 
     def _cache_conflicts(self) -> Iterator[str]:
-        """Check that the objectives can be computed from a cache of tokens."""
-        kind = self.teacher_cache_kind
-        if kind == "states":
+        """Check that the objectives can be computed from a cache of predictions."""
+        if self.teacher_cache is None and self.teacher_cache_kind is not None:
+            yield f"--teacher-cache-kind {self.teacher_cache_kind} has no effect without --teacher-cache"
+        if self.from_cache_alone and self.teacher_dtype != "fp32":
+            yield f"--teacher-dtype {self.teacher_dtype} has no effect without --teacher"
+        if not self.caches_predictions:
             return
-        if self.teacher_cache is None:
-            yield f"--teacher-cache-kind {kind} has no effect without --teacher-cache"
         if self.prediction_loss != "forward_kl":
             yield (
-                f"--teacher-cache-kind {kind} serves --prediction-loss forward_kl alone: for {self.prediction_loss}, "
-                "the probabilities of all tokens are needed"
+                "--teacher-cache with samples or top serves --prediction-loss forward_kl alone: "
+                f"{self.prediction_loss} needs the probabilities of all tokens"
             )
         if self.cosine_weight:
-            yield f"--teacher-cache-kind {kind} holds no hidden states, which --cosine-weight compares"
-        if self.plan and self.teacher is None:
-            yield f"--plan times the teacher: give --teacher, or leave out --teacher-cache-kind {kind}"
+            yield "--teacher-cache with samples or top holds no hidden states, which --cosine-weight compares"
 
 
 def built_in_recipes() -> dict[str, Path]:

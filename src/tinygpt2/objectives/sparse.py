@@ -1,11 +1,11 @@
 """A teacher's predictions in at most 200 bytes a position, and forward KL from them.
 
-`samples`: with p the teacher's distribution and K tokens to keep, a threshold c is chosen so that sum(min(1, p / c))
-is K. Tokens with p > c are kept with their probabilities. Of the others, systematic sampling draws each with
-probability p / c, and gives it the weight c. So the expected weight of every token is its probability, the weights add
-up to 1, and no other choice of K tokens with this property has a smaller squared error. Sampling targets for
-distillation: arXiv:2503.16870, section 4. The threshold: Fearnhead and Clifford 2003, "On-line inference for hidden
-Markov models via particle filters", section 3.
+`samples`: K tokens stand for the teacher's distribution p. Likely tokens are kept with their probabilities. The others
+are drawn: with a threshold c, each with probability p / c, and a drawn token gets the weight c. So the expected weight
+of every token is its probability, and the gradient of forward KL is estimated without bias. A token is kept for certain
+if p > c, and c makes K tokens in all. Sampled targets for distillation: Anshumann et al. 2025, arXiv:2503.16870. The
+threshold, with which no other such choice of K tokens has a smaller squared error: Fearnhead and Clifford 2003,
+"On-line inference for hidden Markov models via particle filters".
 
 `top`: the K likeliest tokens with their probabilities, and the mass of the rest. The rest counts as one more token,
 whose probability under the student is what its K tokens leave. The loss is the KL between these K + 1 events, which is
@@ -23,10 +23,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tinygpt2.config.distillation import SparseKind
+from tinygpt2.config.distillation import CacheKind, SparseKind
 from tinygpt2.models.lm_head import Head, default_chunk, rows_at_once
 
-BYTES = 200  # for each position
+BYTES = 200  # for each position, with the part of a block's checksum (4 bytes) that falls on it
 _STEPS = 2048  # a stored logarithm is a multiple of 1 / 2048, so a weight is off by at most 0.025 %
 _NONE = 2**16 - 1  # stands for the weight 0
 _SHIFT = 2**15  # int16 holds numbers from 0 to 65535 minus this
@@ -61,14 +61,14 @@ def sparse_kl(student: Float[Tensor, "N V"], teacher: SparseTargets) -> tuple[Fl
         student: logits, divided by the temperature at which the targets were made.
     """
     tokens, weights, extra = teacher.tokens, teacher.weights.to(student.dtype), teacher.extra.to(student.dtype)
-    total = student.logsumexp(-1, keepdim=True)
-    chosen = student.gather(-1, tokens) - total
+    chosen = student.gather(-1, tokens) - student.logsumexp(-1, keepdim=True)
     gradient = student.softmax(-1)
     value = -(weights * chosen).sum()
     if teacher.kind == "samples":
         return value - extra.sum(), gradient.scatter_add_(-1, tokens, -weights)
     known = gradient.gather(-1, tokens)
-    rest = (1 - known.sum(-1)).clamp(min=torch.finfo(student.dtype).eps)
+    # a sum, because 1 minus the others would be inexact for a student that is nearly certain
+    rest = gradient.scatter_(-1, tokens, 0.0).sum(-1).clamp(min=torch.finfo(student.dtype).tiny)
     value = value + torch.xlogy(weights, weights).sum() + (torch.xlogy(extra, extra) - extra * rest.log()).sum()
     gradient = gradient.mul_((1 - extra / rest)[:, None])
     return value, gradient.scatter_(-1, tokens, known - weights)
@@ -88,10 +88,15 @@ class SparseForm:
     vocabulary: int
     temperature: float = 1.0
 
+    @classmethod
+    def of(cls, kind: CacheKind | None, vocabulary: int, temperature: float) -> SparseForm | None:
+        """Return the form of the predictions that a cache of some kind holds; None if it holds hidden states."""
+        return None if kind is None or kind == "states" else cls(kind, vocabulary, temperature)
+
     @property
     def kept(self) -> int:
-        """K: a number takes 2 bytes in a vocabulary of up to 65536 tokens, else 4, a weight 2, and `extra` 4."""
-        return min((BYTES - 4) // (4 if self._short else 6), self.vocabulary - (self.kind == "top"))
+        """K: a number takes 2 bytes in a vocabulary of up to 65536 tokens, else 4; a weight takes 2, and `extra` 4."""
+        return min((BYTES - 8) // (4 if self._short else 6), self.vocabulary - (self.kind == "top"))
 
     @property
     def width(self) -> int:

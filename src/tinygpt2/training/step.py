@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -138,23 +137,22 @@ class Step(nn.Module):
         wanted = self.objectives
         if self.cache is None or cached is None:
             return _some(teacher).collect(input_ids, wanted.teacher_states, wanted.teacher_attention)
-        (last,) = wanted.teacher_states
+        (last,), cache = wanted.teacher_states, self.cache
         if cached.states is not None:
             return Activations({last: cached.states})
-
-        def compute(ids: Tensor) -> Tensor:
-            own = _some(teacher).to(ids.device)  # with a full cache it is on the host, until a block is damaged
-            states: Tensor = own.collect(ids, [last]).states[last]
-            return states if form is None else form.records(own.head(), states, ids)
-
-        form = self.cache.form
-        return Activations({last: self.cache.states(cached.rows, input_ids, compute)})
+        return Activations(
+            {last: cache.states(cached.rows, input_ids, lambda ids: cache.computed(_some(teacher), ids))}
+        )
 
     def place_teacher(self, device: torch.device) -> None:
-        """Leave on a GPU what the steps need of the teacher: with a full cache, only its output matrix."""
+        """Leave on a GPU what the steps need of the teacher: with a full cache, only its output matrix, or nothing."""
         (teacher,) = self._teacher
-        if teacher is not None and self.cache is not None and self.cache.filled == 1:
+        if teacher is None or self.cache is None or self.cache.filled < 1:
+            return
+        if self.cache.form is None:
             teacher.place_head(device)
+        else:
+            teacher.to("cpu")
 
     def covered(self, length: int) -> int:
         """Return for how many positions of a block there is a teacher: see `Teacher.covered`."""
@@ -268,40 +266,6 @@ def gradients(
     return dict(zip(names, means, strict=True))
 
 
-def step_seconds(
-    accelerator: Accelerator,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    blocks: Blocks,
-    sequences: int,
-    size: int,
-    steps: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[float]:
-    """Take some steps and return the seconds of each. The first ones are slower than the rest.
-
-    Args:
-        module, optimizer: as Accelerate prepared them; without an optimizer, no weight changes.
-        blocks: used in their order, and from the first one again after the last.
-        sequences: blocks in a global batch.
-        size: blocks in a process's micro-batch.
-        steps: how many to take.
-        clock: returns the time in seconds.
-    """
-    seconds = []
-    for step in range(steps):
-        started = clock()
-        rows = [index % len(blocks) for index in range(step * sequences, (step + 1) * sequences)]
-        gradients(accelerator, module, blocks, rows, size)
-        if optimizer is not None:
-            optimizer.step()
-        module.zero_grad(set_to_none=True)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(clock() - started)
-    return seconds
-
-
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: int) -> Evaluation:
     """Measure the cross-entropy on held-out blocks in float32; each process evaluates a share of them.
@@ -345,24 +309,3 @@ def joined(by_data: Mapping[str, Evaluation], blocks: Mapping[str, Blocks]) -> E
     errors = [(one.stderr, targets[name] / whole) for name, one in by_data.items()]
     known = [error * share for error, share in errors if error is not None]
     return Evaluation(loss, perplexity_of(loss), math.hypot(*known) if len(known) == len(errors) else None)
-
-
-@torch.no_grad()
-def evaluation_seconds(
-    accelerator: Accelerator,
-    module: nn.Module,
-    blocks: Blocks,
-    size: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Estimate the seconds of `evaluate` from those of one batch, after one that warms up."""
-    if not len(blocks):
-        return 0.0
-    was_training = module.training
-    module.eval()
-    rows, marks = range(min(size, len(blocks))), list[float]()
-    for _ in range(2):
-        module(blocks.batch(rows).to(accelerator.device).input_ids)[0].sum().item()
-        marks.append(clock())
-    module.train(was_training)
-    return (marks[1] - marks[0]) * len(blocks) / (len(rows) * int(accelerator.num_processes))

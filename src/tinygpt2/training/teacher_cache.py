@@ -1,6 +1,6 @@
 """A cache on disk for what a teacher says of each block: it is computed once and serves several epochs and students.
 
-It holds the teacher's last hidden states, or its predictions as `SparseForm` makes records of them.
+It holds the teacher's last hidden states, or its predictions in the records of `SparseForm`, which need no teacher.
 The states are stored in bfloat16, which takes a fraction of the space that logits would take; each step computes the
 logits from them, chunk by chunk. States are rounded to bfloat16 whether they were read or have just been computed. So
 a run that fills the cache and a run that reads it learn the same, if the teacher computed the same products: with
@@ -10,7 +10,6 @@ another micro-batch or device, or with --compile, a few values are rounded diffe
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import zlib
@@ -26,17 +25,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tinygpt2.config.common import Precision
+from tinygpt2.config.distillation import CacheKind, DistillConfig
 from tinygpt2.data.dataset import PackedDataset, to_device
-from tinygpt2.errors import ConfigError, DataError, os_failure
+from tinygpt2.errors import DataError, ModelError, os_failure
+from tinygpt2.models.lm_head import Head
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import Teacher
 from tinygpt2.objectives.sparse import SparseForm
-from tinygpt2.utils.files import write_json
+from tinygpt2.objectives.stored import ABOUT, find_predictions
+from tinygpt2.utils.files import shared_name, write_json
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
 from tinygpt2.utils.units import size
-
-_Mode = Literal["r", "r+"]
 
 
 class TeacherCache:
@@ -53,10 +53,12 @@ class TeacherCache:
             reads the student's tokens, the content of the blocks, and the precision of the products; for predictions,
             also from the form and the weights of the output matrix.
         form: of the teacher's predictions, if the cache holds them and not states.
+        name: of the teacher, for the model cards of students that learn from the cache alone.
 
     Attributes:
         path: the directory with the files.
         form: as the argument.
+        name: the teacher's name without its directories; empty if it is not known.
         covered: for how many positions of each block the cache has something.
 
     Raises:
@@ -71,6 +73,7 @@ class TeacherCache:
         data: PackedDataset,
         precision: Precision,
         form: SparseForm | None = None,
+        name: str = "",
     ) -> None:
         teacher = as_teacher(teacher)
         shape = _stored_shape(teacher, data, form)
@@ -81,64 +84,62 @@ class TeacherCache:
             _reserve(path / "states.bin", needed)
             _reserve(path / "checksums.bin", 4 * len(data.train))
             about = {"sequences": shape[0], "length": shape[1], "width": shape[2]}
-            about |= {"dtype": "bfloat16"} if form is None else asdict(form)
-            write_json(path / "about.json", {**about, "data": data.content})
+            about |= {"dtype": "bfloat16"} if form is None else {**asdict(form), "teacher": shared_name(name)}
+            write_json(path / ABOUT, {**about, "data": data.content})
         except OSError as error:
             raise os_failure(
                 error,
                 f"--teacher-cache {root}: {size(needed)} cannot be reserved there",
                 "or give another directory, or leave out --teacher-cache",
             ) from error
-        self._open(path, shape, form)
+        self._open(path, shape, form, shared_name(name), "r+")
 
-    def _open(self, path: Path, shape: tuple[int, int, int], form: SparseForm | None, mode: _Mode = "r+") -> None:
-        self.path, self.form, self._shape, self.covered = path, form, shape, shape[1]
+    def _open(
+        self, path: Path, shape: tuple[int, int, int], form: SparseForm | None, name: str, mode: Literal["r", "r+"]
+    ) -> None:
+        self.path, self.form, self.name, self._shape, self.covered = path, form, name, shape, shape[1]
         self._states: Array = np.memmap(path / "states.bin", np.int16, mode, shape=shape)
         self._checksums: Array = np.memmap(path / "checksums.bin", np.uint32, mode, shape=shape[:1])
         self._checked = np.zeros(shape[0], np.bool_)
         self._type = torch.bfloat16 if form is None else torch.int16
+        self._head: list[Head] = []
 
     @classmethod
-    def of_predictions(cls, root: Path, data: PackedDataset, form: SparseForm) -> TeacherCache:
-        """Open the cache of predictions on a dataset, without their teacher.
+    def of_predictions(
+        cls, root: Path, data: PackedDataset, kind: CacheKind | None, temperature: float
+    ) -> TeacherCache:
+        """Open a complete cache of predictions, without their teacher and only for reading.
 
-        Args:
-            root: the directory of all caches, or of this one.
-
-        Raises:
-            ConfigError: there is none on these blocks in this form, or there are several.
-            DataError: some blocks are missing, or a file is too short.
+        Args, Raises:
+            As `find_predictions`; also DataError if some blocks are missing, or a file has the wrong size.
         """
-        wanted = {"data": data.content, **asdict(form)}
-        found = []
-        for file in sorted({root / "about.json", *root.glob("*/about.json")}):
-            about = _read_about(file)
-            if all(about.get(key) == value for key, value in wanted.items()):
-                found.append((file.parent, about))
-        what = f"{form.kind} at temperature {form.temperature:g} of {form.vocabulary:,} tokens on {data.name}"
-        if not found:
-            raise ConfigError(
-                f"--teacher-cache {root} holds no {what}",
-                "fill it with tinygpt2 teach and the same --temperature, or give --teacher",
-            )
-        if len(found) > 1:
-            names = ", ".join(path.name for path, _ in found)
-            raise ConfigError(f"--teacher-cache {root} holds {what} of several teachers: {names}", "name one of them")
-        [(path, about)] = found
-        cache, length = cls.__new__(cls), int(about["length"])
-        shape = (len(data.train), length, form.width)
-        sizes = {"states.bin": 2 * math.prod(shape), "checksums.bin": 4 * shape[0]}
-        for name, wanted_size in sizes.items():
-            if not (path / name).is_file() or (path / name).stat().st_size != wanted_size:
-                raise DataError(f"{path / name} does not have {wanted_size:,} bytes", "make it again: tinygpt2 teach")
-        cache._open(path, shape, form, "r")
+        found = find_predictions(root, data.content, kind, temperature)
+        cache, shape = cls.__new__(cls), (len(data.train), found.length, found.form.width)
+        for name, wanted in (("states.bin", 2 * math.prod(shape)), ("checksums.bin", 4 * shape[0])):
+            file = found.path / name
+            if not file.is_file() or file.stat().st_size != wanted:
+                raise DataError(f"{file} does not have {wanted:,} bytes", "remove it, and run tinygpt2 teach again")
+        cache._open(found.path, shape, found.form, found.teacher, "r")
         if cache.filled < 1:
-            raise DataError(f"{path} holds {cache.filled:.1%} of the blocks", "run tinygpt2 teach again: it continues")
+            raise DataError(
+                f"{found.path} holds only {cache.filled:.1%} of the teacher's predictions",
+                "run tinygpt2 teach again, which continues, or give --teacher",
+            )
         return cache
 
     @property
+    def kind(self) -> str:
+        """What the cache holds: `states`, `samples` or `top`."""
+        return "states" if self.form is None else self.form.kind
+
+    @property
+    def bytes(self) -> int:
+        """The size of states or records and of the checksums."""
+        return int(self._states.nbytes + self._checksums.nbytes)
+
+    @property
     def filled(self) -> float:
-        """The share of the blocks whose states are in the cache."""
+        """The share of the blocks for which something is in the cache."""
         return float((self._checksums != 0).mean())
 
     def read(self, rows: Sequence[int], device: torch.device) -> CachedStates:
@@ -179,6 +180,19 @@ class TeacherCache:
             return fresh
         return torch.from_numpy(np.stack(kept)).view(self._type).to(input_ids.device)
 
+    def computed(self, teacher: Teacher, input_ids: Int[Tensor, "B T"]) -> Tensor:
+        """Return what the cache is to hold of some blocks: see `states`.
+
+        Args:
+            teacher: is moved to the blocks' device. With a full cache it is on the host, until a block is damaged.
+        """
+        last = teacher.shape.layers
+        states = teacher.to(input_ids.device).collect(input_ids, [last]).states[last]
+        if self.form is None:
+            return states
+        self._head = self._head or [teacher.head()]
+        return self.form.records(self._head[0], states, input_ids)
+
     def holds(self, row: int) -> bool:
         """Return whether a block is in the cache and undamaged."""
         return bool(self._checksums[row]) and self._matches(row, self._states[row])
@@ -204,6 +218,27 @@ class CachedStates(NamedTuple):
     def to(self, device: torch.device) -> CachedStates:
         """Return them with their states on another device, which is not waited for."""
         return CachedStates(self.rows, None if self.states is None else to_device(self.states, device))
+
+
+def open_without_teacher(config: DistillConfig, data: PackedDataset, vocabulary: int) -> TeacherCache:
+    """Open the cache of predictions of a run that has no teacher.
+
+    Args:
+        vocabulary: the student's number of tokens.
+
+    Raises:
+        ConfigError, DataError: see `TeacherCache.of_predictions`.
+        ModelError: the cache has more tokens than the student.
+    """
+    root, kind = Path(config.teacher_cache or ""), config.teacher_cache_kind
+    cache = TeacherCache.of_predictions(root, data, kind, config.temperature)
+    if cache.form is not None and cache.form.vocabulary > vocabulary:
+        raise ModelError(
+            f"{cache.path} has predictions of {cache.form.vocabulary:,} tokens, and student {config.student} has "
+            f"{vocabulary:,}",
+            f"give a student with {cache.form.vocabulary:,} tokens; a preset takes that many from the dataset",
+        )
+    return cache
 
 
 def _stored_shape(teacher: Teacher, data: PackedDataset, form: SparseForm | None) -> tuple[int, int, int]:
@@ -238,14 +273,6 @@ def teacher_output(teacher: Teacher | PreTrainedModel) -> dict[str, Tensor]:
     """Return the weights of a teacher's output matrix, on which its predictions depend in addition to its states."""
     found: dict[str, Tensor] = as_teacher(teacher).output.state_dict()
     return found
-
-
-def _read_about(file: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _checksum(block: Array) -> int:

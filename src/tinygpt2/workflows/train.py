@@ -187,19 +187,15 @@ def _say_share_of_evaluation(config: TrainOptions, state: RunState) -> None:
 
 
 def _cache(job: Job) -> TeacherCache | None:
-    """Open the cache of the teacher's states, if the run uses one."""
+    """Open the cache of what the teacher says, if the run uses one."""
     config = job.config
-    if not isinstance(config, DistillConfig) or config.teacher_cache is None:
-        return None
+    if not isinstance(config, DistillConfig) or config.teacher_cache is None or job.teacher is None:
+        return job.cache
     if not isinstance(job.data.made_with, Path):
         raise ConfigError("--teacher-cache needs a pregenerated dataset, because only its content has a fingerprint")
-    kind, root = config.teacher_cache_kind, Path(config.teacher_cache)
-    form = None if kind == "states" else SparseForm(kind, job.model.config.vocab_size, config.temperature)
-    if job.teacher is not None:
-        cache = TeacherCache(root, job.teacher, job.data, chosen_precision(config.precision), form)
-    else:
-        assert form is not None  # DistillConfig refuses a cache of states without a teacher
-        cache = TeacherCache.of_predictions(root, job.data, form)
+    form = SparseForm.of(config.teacher_cache_kind, job.model.config.vocab_size, config.temperature)
+    precision = chosen_precision(config.precision)
+    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, precision, form, config.teacher or "")
     job.cached = cache.filled
     say(f"{cache.path} holds {job.cached:.0%} of the teacher's {'states' if form is None else 'predictions'}")
     return cache
