@@ -32,7 +32,7 @@ def naive(student: Tensor, targets: SparseTargets) -> Tensor:
             total = total - extra.double()
         else:
             kept = set(tokens.tolist())
-            rest = sum(q[token] for token in range(len(q)) if token not in kept)
+            rest = q[[token for token in range(len(q)) if token not in kept]].sum()
             total = total + extra.double() * (extra.double().log() - rest.log())
     return total
 

@@ -111,10 +111,9 @@ class _ChunkedLoss(torch.autograd.Function):
         matrix = head_operand(head)
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         head_grad = torch.zeros_like(matrix, dtype=wide(head)) if needs_head else None
-        states, teacher = hidden.to(matrix.dtype), None
-        if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
-            known = isinstance(teacher_head, SparseForm)
-            teacher = (teacher_hidden if known else teacher_hidden.to(teacher_head.matrix.dtype), teacher_head)
+        states, judged = hidden.to(matrix.dtype), teacher_hidden if objective.prediction_weight else None
+        if judged is not None and isinstance(teacher_head, Head):
+            judged = judged.to(teacher_head.matrix.dtype)
         # Numbers of the host become tensors by filling, because a copy would wait for a GPU.
         counts = torch.stack([torch.full((), count, device=hidden.device), (targets != IGNORED).sum()])
         means = 1 / counts.clamp(min=1).to(wide(hidden))
@@ -128,11 +127,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 part = slice(start, start + chunk)
                 logits = states[part] @ matrix.mT
                 soft: Tensor | SparseTargets | None = None
-                if teacher is not None and isinstance(teacher[1], SparseForm):
-                    soft = teacher[1].unpack(teacher[0][part])
-                elif teacher is not None:
-                    soft = teacher[1].logits(teacher[0][part])
-                    left_out += teacher[1].left_out(teacher[0][part], soft)
+                if judged is not None and isinstance(teacher_head, SparseForm):
+                    soft = teacher_head.unpack(judged[part])
+                elif judged is not None and teacher_head is not None:
+                    soft = teacher_head.logits(judged[part])
+                    left_out += teacher_head.left_out(judged[part], soft)
                 wanted = targets[part] if objective.ce_weight else None
                 found, gradient = _differentiate(logits, soft, wanted, objective, factors, vocabulary)
                 values += found
@@ -266,8 +265,10 @@ def _weighted(
     values, gradients = [student.new_zeros(()), student.new_zeros(())], []
     if softened is not None:
         own, other = softened
-        sparse = isinstance(other, SparseTargets)
-        value, gradient = sparse_kl(own, other) if sparse else divergence(loss, own, other, amount)
+        if isinstance(other, SparseTargets):
+            value, gradient = sparse_kl(own, other)
+        else:
+            value, gradient = divergence(loss, own, other, amount)
         values[0] = value * tau**2
         gradients.append(gradient if factors[0] is None else gradient.mul_(factors[0]))
     if targets is not None:

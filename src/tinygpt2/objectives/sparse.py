@@ -140,9 +140,10 @@ class SparseForm:
         flat, start = states.flatten(0, 1), _random(ids, states.shape[1]).flatten().to(states.device)
         device = states.device.type
         rows = min(default_chunk(self.vocabulary, device), 4 * rows_at_once(self.vocabulary, device))
+        parts = (slice(first, first + rows) for first in range(0, len(flat), rows))
         found = [
-            self.pack(self.targets(head.logits(some)[:, : self.vocabulary].float(), u))
-            for some, u in zip(flat.split(rows), start.split(rows), strict=True)
+            self.pack(self.targets(head.logits(flat[part])[:, : self.vocabulary].float(), start[part]))
+            for part in parts
         ]
         return torch.cat(found).view(*states.shape[:2], self.width)
 
@@ -157,7 +158,7 @@ class SparseForm:
     def unpack(self, records: Int[Tensor, "N R"]) -> SparseTargets:
         """Return the targets that records hold. The rounded weights are scaled to their right sum."""
         size = self.width - 2 - self.kept
-        ids, logs, extra = records.split([size, self.kept, 2], -1)
+        ids, logs, extra = records[:, :size], records[:, size:-2], records[:, -2:]
         tokens = ids.long() + _SHIFT if self._short else ids.contiguous().view(torch.int32).long()
         steps = logs.to(torch.int32) + _SHIFT
         weights = (steps.float() / -_STEPS).exp().masked_fill(steps == _NONE, 0.0)

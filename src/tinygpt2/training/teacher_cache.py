@@ -83,7 +83,7 @@ class TeacherCache:
             path.mkdir(parents=True, exist_ok=True)
             _reserve(path / "states.bin", needed)
             _reserve(path / "checksums.bin", 4 * len(data.train))
-            about = {"sequences": shape[0], "length": shape[1], "width": shape[2]}
+            about: dict[str, Any] = {"sequences": shape[0], "length": shape[1], "width": shape[2]}
             about |= {"dtype": "bfloat16"} if form is None else {**asdict(form), "teacher": shared_name(name)}
             write_json(path / ABOUT, {**about, "data": data.content})
         except OSError as error:
