@@ -129,7 +129,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 soft: Tensor | SparseTargets | None = None
                 if judged is not None and isinstance(teacher_head, SparseForm):
                     soft = teacher_head.unpack(judged[part])
-                elif judged is not None and teacher_head is not None:
+                elif judged is not None and isinstance(teacher_head, Head):
                     soft = teacher_head.logits(judged[part])
                     left_out += teacher_head.left_out(judged[part], soft)
                 wanted = targets[part] if objective.ce_weight else None
