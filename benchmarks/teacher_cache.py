@@ -3,7 +3,7 @@
     python benchmarks/teacher_cache.py --teacher TEACHER --student STUDENT --data DATA --json
 
 - `steps`: a step with cross-entropy alone, with exact KL from the running teacher, and with KL from a full cache of
-  each kind. They take turns, a few steps each. The optimizer is AdamW, whose step is shorter than Muon's and hides less.
+  each kind. They take turns, a few steps each. The optimizer is AdamW, whose short step hides least.
 - `disk`: bytes for each token, and gigabytes for 1 billion tokens, by kind.
 - `teach`: tokens per second of filling a cache, by kind.
 - `epochs`: the default recipe over 1, 2 and 4 epochs, with and without a cache of states that is empty at first.
