@@ -42,8 +42,9 @@ from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.schedule import peak_learning_rate
-from tinygpt2.training.step import Step, step_seconds
+from tinygpt2.training.step import Step
 from tinygpt2.training.teacher_cache import TeacherCache
+from tinygpt2.training.throughput import step_seconds
 
 HERE = Path(__file__).parent / "recipes"
 CLOSE = 0.01  # nats per token: recipes that are closer than this may change places on another machine

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         QuickstartConfig,
         RunsConfig,
         ShowConfig,
+        TeachConfig,
         VerifyConfig,
     )
     from tinygpt2.data.dataset import PackedDataset, from_map_style
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from tinygpt2.workflows.quickstart_report import Gain, ModelSummary, QuickstartResult, QuickstartSizes
     from tinygpt2.workflows.runs import RunList, RunStatus, runs
     from tinygpt2.workflows.show import ShowResult, show
+    from tinygpt2.workflows.teach import TeachResult, teach
     from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
     from tinygpt2.workflows.verification import VerifyResult, verify
 
@@ -74,7 +76,15 @@ _HOME = {
     "config.evaluation": ["PplConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
-    "config.workflows": ["ExportConfig", "PushConfig", "QuickstartConfig", "RunsConfig", "ShowConfig", "VerifyConfig"],
+    "config.workflows": [
+        "ExportConfig",
+        "PushConfig",
+        "QuickstartConfig",
+        "RunsConfig",
+        "ShowConfig",
+        "TeachConfig",
+        "VerifyConfig",
+    ],
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
@@ -106,6 +116,7 @@ _HOME = {
     "workflows.push": ["PushResult", "PushedFile", "push"],
     "workflows.runs": ["RunList", "RunStatus", "runs"],
     "workflows.show": ["ShowResult", "show"],
+    "workflows.teach": ["TeachResult", "teach"],
     "workflows.train": ["TrainResult", "distill", "finetune", "pretrain"],
     "workflows.verification": ["VerifyResult", "verify"],
 }
@@ -167,6 +178,8 @@ __all__ = [
     "ShowResult",
     "TaskInfo",
     "TaskList",
+    "TeachConfig",
+    "TeachResult",
     "TinyGPT2Error",
     "TrainResult",
     "TrainTokenizerConfig",
@@ -194,6 +207,7 @@ __all__ = [
     "reference",
     "runs",
     "show",
+    "teach",
     "train_tokenizer",
     "truncate_student",
     "verify",

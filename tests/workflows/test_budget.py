@@ -18,7 +18,8 @@ from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.training.optimizers import make_optimizer
-from tinygpt2.training.step import Step, step_seconds
+from tinygpt2.training.step import Step
+from tinygpt2.training.throughput import step_seconds
 from tinygpt2.workflows import budget
 from tinygpt2.workflows.budget import cuts, plan_budget
 

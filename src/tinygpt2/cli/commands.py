@@ -19,7 +19,15 @@ from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.models import PresetsConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig
-from tinygpt2.config.workflows import ExportConfig, PushConfig, QuickstartConfig, RunsConfig, ShowConfig, VerifyConfig
+from tinygpt2.config.workflows import (
+    ExportConfig,
+    PushConfig,
+    QuickstartConfig,
+    RunsConfig,
+    ShowConfig,
+    TeachConfig,
+    VerifyConfig,
+)
 from tinygpt2.runtime.processes import rank
 from tinygpt2.utils import progress
 from tinygpt2.utils.terminal import printable
@@ -184,6 +192,17 @@ COMMANDS = [
             "attention_weight",
             "ce_weight",
         ),
+    ),
+    Command(
+        "teach",
+        TeachConfig,
+        "Keep what a teacher says of a dataset, so that distill can learn from it without the teacher.",
+        [
+            "teach --teacher gpt2 --data data --out taught",
+            "teach --teacher gpt2 --data data --out taught --part 2/8",
+            "distill --teacher-cache taught --student cut --data data --out student",
+        ],
+        _public("teach"),
     ),
     Command(
         "finetune",

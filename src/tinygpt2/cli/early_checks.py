@@ -18,7 +18,7 @@ from tinygpt2.config.decoding import BenchConfig, GenerateConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
-from tinygpt2.config.workflows import ExportConfig, VerifyConfig
+from tinygpt2.config.workflows import ExportConfig, TeachConfig, VerifyConfig
 from tinygpt2.errors import DataError, ModelError
 
 
@@ -51,6 +51,9 @@ def check_early(config: Config) -> None:
     elif isinstance(config, BenchConfig):
         for name in config.model:
             _local_causal_lm(config, name)
+    elif isinstance(config, TeachConfig):
+        _check_datasets(config.data)
+        _local_causal_lm(config, config.teacher, "teacher")
     elif isinstance(config, VerifyConfig):
         _check_verify(config)
 
@@ -81,16 +84,22 @@ def _check_student(config: DistillConfig, name: str) -> None:
 
 
 def _check_data(config: TrainOptions) -> None:
-    from tinygpt2.data.layout import dataset_folders, is_packed_dataset
+    from tinygpt2.data.layout import is_packed_dataset
 
     names = list(dataset_shares(getattr(config, "data", [])))
     if isinstance(config, FinetuneConfig) and len(names) == 1 and not is_packed_dataset(Path(names[0])):
         _check_sources(names)
     else:
-        for name in names:
-            dataset_folders(name)
+        _check_datasets(names)
     if config.eval_data is not None and not is_packed_dataset(Path(config.eval_data)):
         _check_sources([config.eval_data])
+
+
+def _check_datasets(names: str | list[str]) -> None:
+    from tinygpt2.data.layout import dataset_folders
+
+    for name in dataset_shares(names):
+        dataset_folders(name)
 
 
 def _check_cut(config: TruncateStudentConfig) -> None:

@@ -21,6 +21,8 @@ PredictionLoss = Literal[
 HiddenScale = Literal["none", "variance"]
 HeadMap = Literal["equal", "average"]
 TeacherDtype = Literal["fp32", "bf16"]
+SparseKind = Literal["samples", "top"]
+CacheKind = Literal["states", "samples", "top"]
 
 
 class DistillConfig(TrainOptions):
@@ -38,7 +40,7 @@ class DistillConfig(TrainOptions):
         default=None,
         path=True,
         metavar="PATH|ID",
-        required="unless only --ce-weight is above 0",
+        required="unless --teacher-cache holds its predictions, or only --ce-weight is above 0",
     )
     student: str | None = option(
         "Student: a model's directory or Hub id, or for random weights a preset or a configuration file.",
@@ -58,10 +60,17 @@ class DistillConfig(TrainOptions):
         panel=OPTIMISATION,
     )
     teacher_cache: str | None = option(
-        "Cache the teacher's final hidden states here, so that later epochs and other students can reuse them.",
+        "Cache what the teacher says here, so that later epochs and other students can reuse it.",
         default=None,
         panel=RUN,
         path=True,
+    )
+    teacher_cache_kind: CacheKind | None = option(
+        "What the cache holds: final hidden states, sampled tokens or the likeliest tokens. The last two take 200 "
+        "bytes a token and serve forward KL at one temperature. When they are complete, --teacher is not needed.",
+        default=None,
+        panel=RUN,
+        shown="states; without --teacher, what is there",
     )
     recipe: str = option(
         "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.",
@@ -159,6 +168,17 @@ class DistillConfig(TrainOptions):
         weights = (self.attention_weight, self.relation_weight, self.hidden_weight)
         return any((*weights, self.prediction_weight, self.cosine_weight))
 
+    @property
+    def from_cache_alone(self) -> bool:
+        """Whether the run has no teacher but a cache of one's predictions."""
+        given = self.teacher_cache is not None and self.teacher_cache_kind != "states"
+        return given and self.teacher is None and self.needs_teacher
+
+    @property
+    def caches_predictions(self) -> bool:
+        """Whether the teacher's cache holds predictions and not hidden states."""
+        return self.teacher_cache_kind in ("samples", "top") or self.from_cache_alone
+
     @classmethod
     def layered(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Lay the given values over the recipe's."""
@@ -171,7 +191,7 @@ class DistillConfig(TrainOptions):
             yield "--teacher is required: --plan times cuts of it"
         if self.student is None and not self.plan:
             yield f"--student is required: {summary(type(self).model_fields['student'])}"
-        if self.needs_teacher and self.teacher is None:
+        if self.needs_teacher and self.teacher is None and not self.from_cache_alone:
             yield "--teacher is required: an objective with a weight above 0 compares the student with it"
         if not self.needs_teacher and not self.ce_weight:
             yield "all objectives have a weight of 0: there is nothing to learn"
@@ -195,7 +215,25 @@ class DistillConfig(TrainOptions):
             yield f"--teacher-dtype {self.teacher_dtype} has no effect: no objective uses the teacher"
         if self.teacher_cache is not None and (inside or not self.needs_teacher):
             why = f"{inside[0]} needs other states" if inside else "no objective uses the teacher"
-            yield f"--teacher-cache holds only the teacher's final hidden states: {why}"
+            held = "predictions" if self.caches_predictions else "final hidden states"
+            yield f"--teacher-cache holds only the teacher's {held}: {why}"
+        yield from self._cache_conflicts()
+
+    def _cache_conflicts(self) -> Iterator[str]:
+        """Check that the objectives can be computed from a cache of predictions."""
+        if self.teacher_cache is None and self.teacher_cache_kind is not None:
+            yield f"--teacher-cache-kind {self.teacher_cache_kind} has no effect without --teacher-cache"
+        if self.from_cache_alone and self.teacher_dtype != "fp32":
+            yield f"--teacher-dtype {self.teacher_dtype} has no effect without --teacher"
+        if not self.caches_predictions:
+            return
+        if self.prediction_loss != "forward_kl":
+            yield (
+                "--teacher-cache with samples or top serves --prediction-loss forward_kl alone: "
+                f"{self.prediction_loss} needs the probabilities of all tokens"
+            )
+        if self.cosine_weight:
+            yield "--teacher-cache with samples or top holds no hidden states, which --cosine-weight compares"
 
 
 def built_in_recipes() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Options of `quickstart`, `runs`, `show`, `verify`, `export` and `push`."""
+"""Options of `quickstart`, `teach`, `runs`, `show`, `verify`, `export` and `push`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 from tinygpt2.config.base import Config, option
-from tinygpt2.config.common import MAX_SEED
+from tinygpt2.config.common import MAX_SEED, RUN, TrainingPrecision
+from tinygpt2.config.distillation import CacheKind, TeacherDtype
 from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
+from tinygpt2.config.training import dataset_shares
 
 Format = Literal["gguf", "onnx", "safetensors"]
 NumberType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "int8"]
@@ -31,6 +33,59 @@ class QuickstartConfig(DeviceOptions):
         path=True,
     )
     seed: int = option("Seed of every random choice.", default=42, ge=0, le=MAX_SEED)
+
+
+class TeachConfig(ModelOptions, DeviceOptions):
+    """Options of `teach`."""
+
+    teacher: str = option("Teacher: a local directory or a Hub id.", path=True, metavar="PATH|ID")
+    data: str | list[str] = option(
+        "Pregenerated dataset: what distill will get as --data, with the same shares. Repeat it for several.",
+        repeated=True,
+        path=True,
+    )
+    out: str = option(
+        "Directory for caches: what distill will get as --teacher-cache. Blocks that are there are not computed again.",
+        path=True,
+    )
+    teacher_cache_kind: CacheKind = option(
+        "What to keep of each position: a few dozen sampled tokens, as many of the likeliest tokens, or the final "
+        "hidden state. Only the first two make the teacher unnecessary.",
+        default="samples",
+    )
+    temperature: float = option("Divide the logits by this, as distill will do.", default=1.0, gt=0)
+    part: str | None = option(
+        "Fill part I of N. All parts go to the same --out, one after another or at the same time.",
+        default=None,
+        metavar="I/N",
+    )
+    micro_batch_size: int = option("Blocks in a forward pass.", default=8, ge=1, panel=RUN)
+    precision: TrainingPrecision = option(
+        "Number format of the products. auto is bf16 on a GPU that has it, fp16 on an older one, and fp32 elsewhere.",
+        default="auto",
+        panel=RUN,
+    )
+    teacher_dtype: TeacherDtype = option("Number format of the teacher's weights.", default="fp32", panel=RUN)
+
+    @property
+    def part_numbers(self) -> tuple[int, int]:
+        """The number of the part to fill, counted from 1, and the number of parts."""
+        number, _, count = (self.part or "1/1").partition("/")
+        return int(number), int(count)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check part, temperature and shares."""
+        yield from super().conflicts()
+        try:
+            dataset_shares(self.data)
+        except ValueError as error:
+            yield str(error)
+        if self.part is not None and not re.fullmatch(r"\d{1,9}/\d{1,9}", self.part):
+            yield f"--part: expected I/N, such as 1/8, got {self.part!r}"
+        elif not 1 <= self.part_numbers[0] <= self.part_numbers[1]:
+            yield f"--part {self.part}: the first of N parts is 1/N, the last N/N"
+        if self.teacher_cache_kind == "states" and self.temperature != 1:
+            yield f"--temperature {self.temperature:g} has no effect on hidden states"
 
 
 class RunsConfig(Config):

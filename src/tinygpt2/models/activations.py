@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
@@ -28,12 +28,12 @@ class Activations:
 
     Attributes:
         states: hidden states by number, as `transformers` numbers them: 0 is the embeddings, i the output of layer i,
-            and N (the last one) the output of the final layer norm.
+            and N (the last one) the output of the final layer norm. A cache of predictions has records in its place.
         attention: the queries, keys and values of each layer, concatenated. Layers are counted from 1.
         scale: the factor by which each layer multiplies the products of queries and keys.
     """
 
-    states: dict[int, Float[Tensor, "B T D"]] = field(default_factory=dict)
+    states: dict[int, Shaped[Tensor, "B T D"]] = field(default_factory=dict)
     attention: dict[int, Float[Tensor, "B T 3*D"]] = field(default_factory=dict)
     scale: dict[int, float] = field(default_factory=dict)
 

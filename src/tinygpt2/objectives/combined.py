@@ -27,6 +27,7 @@ from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
+from tinygpt2.objectives.sparse import SparseForm
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Objectives(nn.Module):
         student: Activations,
         student_head: Float[Tensor, "V D"],
         teacher: Activations | None = None,
-        teacher_head: Float[Tensor, "W Dt"] | Head | None = None,
+        teacher_head: Float[Tensor, "W Dt"] | Head | SparseForm | None = None,
         *,
         lengths: Sequence[int] | None = None,
         share: Counts | None = None,
@@ -170,7 +171,8 @@ class Objectives(nn.Module):
         Args:
             student_head: the student's output matrix.
             teacher: its activations. If it has none of the last position of a block, no term compares that position.
-            teacher_head: the teacher's head, or its output matrix as `head_operand` returns it.
+            teacher_head: the teacher's head, or its output matrix as `head_operand` returns it. If it is the form of
+                records, these are in the place of the teacher's last state.
             lengths: number of real tokens in each row, known to the host; the rest is padding, which no term counts.
                 None if there is no padding.
             share: the counts that means divide by; None uses the counts of this batch. With the counts of a global

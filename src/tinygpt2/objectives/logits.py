@@ -22,6 +22,7 @@ from tinygpt2.config.distillation import PredictionLoss
 from tinygpt2.models.lm_head import Head, default_chunk, head_operand, rows_at_once, wide
 from tinygpt2.objectives.compilation import compiled_or_eager, compiles_losses
 from tinygpt2.objectives.divergences import IGNORED, MASKED, cross_entropy, divergence
+from tinygpt2.objectives.sparse import SparseForm, SparseTargets, sparse_kl
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def prediction_loss(
     hidden: Float[Tensor, "N D"],
     head: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
-    teacher: tuple[Float[Tensor, "N Dt"], Float[Tensor, "W Dt"] | Head] | None,
+    teacher: tuple[Tensor, Float[Tensor, "W Dt"] | Head | SparseForm] | None,
     objective: PredictionObjective,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return the weighted sum of the prediction loss and the next-token cross-entropy, and both terms unweighted.
@@ -62,8 +63,8 @@ def prediction_loss(
     Args:
         hidden, head: the student's final hidden states and output matrix.
         targets: next tokens; `IGNORED` at positions without one.
-        teacher: the teacher's final hidden states, and its head, or its output matrix as `head_operand` returns it;
-            None if only the cross-entropy is computed.
+        teacher: the teacher's final hidden states (N, Dt), and its head, or its output matrix as `head_operand`
+            returns it; or records of its predictions (N, R) and their form. None if only the cross-entropy is computed.
         objective: weights, loss, temperature and chunk.
 
     Returns:
@@ -87,7 +88,7 @@ def prediction_loss(
         terms["prediction"] = prediction
     if objective.ce_weight:
         terms["ce"] = ce
-    if objective.prediction_weight and teacher_head is not None and teacher_head.others is not None:
+    if objective.prediction_weight and isinstance(teacher_head, Head) and teacher_head.others is not None:
         terms["teacher/left_out"] = left_out
     return total, terms
 
@@ -102,7 +103,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Tensor,
         targets: Tensor,
         teacher_hidden: Tensor | None,
-        teacher_head: Head | None,
+        teacher_head: Head | SparseForm | None,
         objective: PredictionObjective,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         device, count, vocabulary = hidden.device.type, len(hidden), len(head)
@@ -110,9 +111,9 @@ class _ChunkedLoss(torch.autograd.Function):
         matrix = head_operand(head)
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         head_grad = torch.zeros_like(matrix, dtype=wide(head)) if needs_head else None
-        states, teacher = hidden.to(matrix.dtype), None
-        if teacher_hidden is not None and teacher_head is not None and objective.prediction_weight:
-            teacher = (teacher_hidden.to(teacher_head.matrix.dtype), teacher_head)
+        states, judged = hidden.to(matrix.dtype), teacher_hidden if objective.prediction_weight else None
+        if judged is not None and isinstance(teacher_head, Head):
+            judged = judged.to(teacher_head.matrix.dtype)
         # Numbers of the host become tensors by filling, because a copy would wait for a GPU.
         counts = torch.stack([torch.full((), count, device=hidden.device), (targets != IGNORED).sum()])
         means = 1 / counts.clamp(min=1).to(wide(hidden))
@@ -125,10 +126,12 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, count, chunk):
                 part = slice(start, start + chunk)
                 logits = states[part] @ matrix.mT
-                soft = None
-                if teacher is not None:
-                    soft = teacher[1].logits(teacher[0][part])
-                    left_out += teacher[1].left_out(teacher[0][part], soft)
+                soft: Tensor | SparseTargets | None = None
+                if judged is not None and isinstance(teacher_head, SparseForm):
+                    soft = teacher_head.unpack(judged[part])
+                elif judged is not None and isinstance(teacher_head, Head):
+                    soft = teacher_head.logits(judged[part])
+                    left_out += teacher_head.left_out(judged[part], soft)
                 wanted = targets[part] if objective.ce_weight else None
                 found, gradient = _differentiate(logits, soft, wanted, objective, factors, vocabulary)
                 values += found
@@ -176,7 +179,7 @@ def _add_product(total: Float[Tensor, "V D"], gradient: Float[Tensor, "n V"], st
 
 def _differentiate(
     logits: Float[Tensor, "n W"],
-    soft: Float[Tensor, "n W"] | None,
+    soft: Float[Tensor, "n W"] | SparseTargets | None,
     targets: Int[Tensor, " n"] | None,
     objective: PredictionObjective,
     factors: tuple[Tensor | None, Tensor],
@@ -187,12 +190,14 @@ def _differentiate(
     Softmax and sums use at least float32, whatever type the logits have. The gradient may overwrite the logits.
 
     Args:
-        logits, soft: of student and teacher; W is V, or more if the output matrices are padded.
+        logits, soft: of student and teacher; W is V, or more if the output matrices are padded. Of a teacher, it may
+            also be sparse targets.
         targets: next tokens, if the cross-entropy counts.
         factors: of the two losses' gradients; None stands for 1.
         vocabulary: V.
     """
-    if compiles_losses(logits.device.type) and not isinstance(logits, FakeTensor):
+    sparse = isinstance(soft, SparseTargets)
+    if compiles_losses(logits.device.type) and not isinstance(logits, FakeTensor) and not sparse:
         settings = objective.loss, objective.amount, objective.temperature
         return compiled_or_eager(_whole_chunk, logits, soft, targets, factors, *settings, vocabulary)
     tau, rows = objective.temperature, rows_at_once(vocabulary, logits.device.type)
@@ -200,8 +205,10 @@ def _differentiate(
     for start in range(0, len(logits), rows):
         part = slice(start, start + rows)
         student = logits[part, :vocabulary].to(values.dtype)
-        softened = None
-        if soft is not None:
+        softened: tuple[Tensor, Tensor | SparseTargets] | None = None
+        if isinstance(soft, SparseTargets):
+            softened = student if tau == 1 else student / tau, soft.part(part)
+        elif soft is not None:
             teacher = soft[part, :vocabulary].to(values.dtype)
             softened = (student, teacher) if tau == 1 else (student / tau, teacher / tau)
         right = None if targets is None else targets[part]
@@ -241,7 +248,7 @@ def _whole_chunk(
 
 def _weighted(
     student: Tensor,
-    softened: tuple[Tensor, Tensor] | None,
+    softened: tuple[Tensor, Tensor | SparseTargets] | None,
     targets: Tensor | None,
     loss: PredictionLoss,
     amount: float,
@@ -252,11 +259,16 @@ def _weighted(
 
     Args:
         student: its logits.
-        softened: the logits of student and teacher, divided by the temperature `tau`.
+        softened: the logits of student and teacher, divided by the temperature `tau`; or the student's, and targets
+            that were made at this temperature.
     """
     values, gradients = [student.new_zeros(()), student.new_zeros(())], []
     if softened is not None:
-        value, gradient = divergence(loss, *softened, amount)
+        own, other = softened
+        if isinstance(other, SparseTargets):
+            value, gradient = sparse_kl(own, other)
+        else:
+            value, gradient = divergence(loss, own, other, amount)
         values[0] = value * tau**2
         gradients.append(gradient if factors[0] is None else gradient.mul_(factors[0]))
     if targets is not None:

@@ -17,14 +17,15 @@ from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.planning.memory_estimate import step_memory
 from tinygpt2.runtime.devices import device_peak, measured_rate
 from tinygpt2.runtime.memory import free_memory, memory_in_use
 from tinygpt2.training.job import Job, prepared_job
-from tinygpt2.training.step import Step, step_seconds
+from tinygpt2.training.step import Step
 from tinygpt2.training.teacher_cache import cache_bytes
-from tinygpt2.training.throughput import step_operations
+from tinygpt2.training.throughput import step_operations, step_seconds
 from tinygpt2.utils.units import size
 
 _REACHED = 0.4  # share of a device's rate that a whole step reaches: small models reach less, large ones more
@@ -167,7 +168,8 @@ def _cached(job: Job) -> int:
     config, teacher = job.config, job.teacher
     if teacher is None or not isinstance(config, DistillConfig) or config.teacher_cache is None:
         return 0
-    return cache_bytes(teacher, job.data)
+    form = SparseForm.of(config.teacher_cache_kind, job.model.config.vocab_size, config.temperature)
+    return cache_bytes(teacher, job.data, form)
 
 
 def _existing(path: Path) -> Path:
@@ -188,7 +190,7 @@ def compile_step(config: TrainOptions, data: PackedDataset | None = None) -> Com
         set_seed(config.seed)
         if job.teacher is not None:
             job.teacher.to(accelerator.device)
-        module = accelerator.prepare(Step(job.model, job.teacher, job.weights, job.config))
+        module = accelerator.prepare(Step(job.model, job.teacher, job.weights, job.config, job.cache))
         module.train()
         blocks = config.micro_batch_size
         first, second = step_seconds(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,6 +118,8 @@ def step_memory(
     """
     short = chosen_precision(config.precision) != "fp32"
     teacher = None if teacher is None else as_teacher(teacher)
+    if teacher is None and weights.prediction:  # from a cache of predictions, which takes as much as cross-entropy
+        weights = replace(weights, prediction=0.0, ce=1.0)
     shape = None if teacher is None else teacher.shape
     each_weight = 20 if config.quantize else 16  # bytes
     fixed = each_weight * count_parameters(student) + _loss_bytes(student.config, shape, weights, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,11 +38,13 @@ from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak, on_cuda, repeatable
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.runtime.threads import tell_machine
+from tinygpt2.training.metrics import metrics_of
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, TeacherEvaluation, evaluate, joined
+from tinygpt2.training.teacher_cache import TeacherCache, open_without_teacher
 from tinygpt2.training.throughput import step_operations
 from tinygpt2.utils.files import shared_name
 from tinygpt2.utils.hub import at_commit, hub_revision
@@ -60,7 +62,8 @@ class Job:
         weights: the objectives and their weights.
         revisions: for each model that came from the Hub, its commit by its role.
         new: whether the model begins with random weights.
-        cached: share of the teacher's states that a cache holds when the run starts.
+        cached: share of what the teacher says that a cache holds when the run starts.
+        cache: of a teacher's predictions, if it is used without the teacher.
         clock: returns the time in seconds.
         started: the time at which the command began.
     """
@@ -76,6 +79,7 @@ class Job:
     revisions: dict[str, str] = field(default_factory=dict)
     new: bool = False
     cached: float = 0.0
+    cache: TeacherCache | None = None
     clock: Callable[[], float] = time.perf_counter
     started: float = field(default_factory=time.perf_counter)
 
@@ -86,7 +90,9 @@ class Job:
     def operations(self) -> int:
         """Return the floating-point operations of a training step, per token."""
         teacher = None if self.teacher is None else self.teacher.shape
-        return step_operations(self.model.config, teacher, self.weights, self.data.sequence_length, self.cached)
+        predictions = isinstance(self.config, DistillConfig) and self.config.caches_predictions
+        known = self.cached, self.cached if predictions else 0.0
+        return step_operations(self.model.config, teacher, self.weights, self.data.sequence_length, *known)
 
     def peak_tokens_per_second(self, accelerator: Accelerator) -> float | None:
         """Return the tokens per second at the peak rate of all devices, or None if it is not known."""
@@ -136,12 +142,6 @@ class Job:
             return one(self.evaluated), {}
         by_data = {name: one(part) for name, part in blocks.items()}
         return joined(by_data, blocks), by_data
-
-
-def metrics_of(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
-    """Return evaluations as metrics.jsonl has them: NAME/loss, NAME/perplexity and NAME/stderr."""
-    row = {f"{name}/{key}": value for name, one in evaluations.items() for key, value in asdict(one).items()}
-    return {key: value for key, value in row.items() if value is not None}
 
 
 def figures_before_training(job: Job, accelerator: Accelerator, module: nn.Module, state: RunState) -> dict[str, float]:
@@ -294,19 +294,22 @@ def distillation_job(
         loss, names = config.prediction_loss if config.prediction_weight else None, (config.teacher, config.student)
         read_as_student(teacher, data, student.config, model_tokenizer(source), names, loss)
     check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")
+    cache = open_without_teacher(config, data, student.config.vocab_size) if config.from_cache_alone else None
     how = (
-        f"A GPT-2 distilled from {_named(config, teacher)} with the recipe {config.recipe} on "
+        f"A GPT-2 distilled from {_named(config, teacher, cache)} with the recipe {config.recipe} on "
         f"{_sources(data)}. "
         f"The training started from {shared_name(start)}."
     )
     evaluated = setup.evaluated(data, student.config, config)
     revisions = _revisions(teacher=source, student=directory)
-    weights, new = LossWeights.of(config), directory is None
-    return Job("distill", config, how, student, data, evaluated, weights, teacher, revisions, new)
+    weights, new, cached = LossWeights.of(config), directory is None, float(cache is not None)
+    return Job("distill", config, how, student, data, evaluated, weights, teacher, revisions, new, cached, cache)
 
 
-def _named(config: DistillConfig, teacher: Teacher | None) -> str:
+def _named(config: DistillConfig, teacher: Teacher | None, cache: TeacherCache | None) -> str:
     """Return the teacher's name for the model card, with its class if it is no GPT-2."""
+    if cache is not None:
+        return f"{cache.kind} of the predictions of {cache.name or 'a teacher'}"
     name = shared_name(config.teacher or "no teacher")
     return name if teacher is None or isinstance(teacher, GPT2Teacher) else f"{name} ({teacher.shape.kind})"
 

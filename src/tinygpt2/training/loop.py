@@ -26,8 +26,8 @@ from tinygpt2.runtime.read_ahead import ReadAhead
 from tinygpt2.runtime.signals import stop_on_signals
 from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, step_explained
-from tinygpt2.training.job import Job, cast_teacher, figures_before_training, metrics_of, tell_choices
-from tinygpt2.training.metrics import MetricsLog
+from tinygpt2.training.job import Job, cast_teacher, figures_before_training, tell_choices
+from tinygpt2.training.metrics import MetricsLog, metrics_of
 from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
 from tinygpt2.training.preparation import tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
@@ -38,13 +38,11 @@ from tinygpt2.training.step import (
     Step,
     StepData,
     evaluate,
-    evaluation_seconds,
     gradients,
     read_step,
     seed_step,
-    step_seconds,
 )
-from tinygpt2.training.throughput import ThroughputMeter, TimeLimit
+from tinygpt2.training.throughput import ThroughputMeter, TimeLimit, evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import ProgressStage, say, track
 
 _SAVE_AFTER = 600.0  # seconds without a checkpoint, if --save-every is not given

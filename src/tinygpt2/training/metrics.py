@@ -7,7 +7,9 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tinygpt2.utils.files import write_text
 
@@ -57,3 +59,9 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def metrics_of(evaluations: Mapping[str, Any]) -> dict[str, float]:
+    """Return evaluations (`Evaluation`) as metrics.jsonl has them: NAME/loss, NAME/perplexity and NAME/stderr."""
+    row = {f"{name}/{key}": value for name, one in evaluations.items() for key, value in asdict(one).items()}
+    return {key: value for key, value in row.items() if value is not None}

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from tinygpt2.config.base import extra, flag_name
 from tinygpt2.config.common import RUN
+from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import TrainOptions, dataset_shares, length_options
 from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.data.layout import is_packed_dataset
@@ -17,6 +18,7 @@ from tinygpt2.data.mixture import content_of_datasets
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.configuration import is_model_config, preset_names
 from tinygpt2.models.directory import weight_files
+from tinygpt2.objectives.stored import find_predictions
 from tinygpt2.runtime.cpu import has_bf16_units
 from tinygpt2.runtime.devices import DTYPES, chosen_precision, current_device
 from tinygpt2.training.schedule import learning_rate, warmup_steps
@@ -168,7 +170,9 @@ def changed_mathematics(config: TrainOptions, earlier: dict[str, Any], content: 
         changed += [flag_name(key) for key in {**content, **found} if content.get(key) != found.get(key)]
     # the cache's directory may change, but not whether there is one: cached states are rounded
     cached = [bool(options.get("teacher_cache")) for options in (earlier, now)]
-    return changed + ["--teacher-cache"] * (cached[0] != cached[1])
+    changed += ["--teacher-cache"] * (cached[0] != cached[1] and "--teacher-cache" not in changed)
+    kinds = [options.get("teacher_cache_kind") or "states" for options in (earlier, now)]
+    return changed + ["--teacher-cache-kind"] * (kinds[0] != kinds[1] and now.get("teacher") is not None)
 
 
 def _command(config: TrainOptions) -> str:
@@ -195,6 +199,10 @@ def _contents(config: TrainOptions) -> dict[str, str]:
         for key, value in names.items()
         if all(is_packed_dataset(Path(name)) for name in dataset_shares(value))
     }
+    if isinstance(config, DistillConfig) and config.from_cache_alone and "data" in found:
+        root, kind = Path(config.teacher_cache or ""), config.teacher_cache_kind
+        cache = find_predictions(root, found["data"], kind, config.temperature)
+        found["teacher_cache"] = cache.path.name  # its fingerprint
     return found | {key: _model_content(given[key], key, config) for key in _MODELS if key in given}
 
 

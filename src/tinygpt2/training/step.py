@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,13 +16,14 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import Batch, Blocks, to_device
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
 from tinygpt2.models.lm_head import Head, head_operand, target_losses
 from tinygpt2.models.teachers.loading import as_teacher
-from tinygpt2.models.teachers.teacher import Teacher
+from tinygpt2.models.teachers.teacher import Shape, Teacher
 from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
+from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.runtime.devices import current_device, float32_products, float64_device
 from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
 from tinygpt2.utils.progress import follow
@@ -52,7 +52,8 @@ class Step(nn.Module):
         student, teacher: the teacher, or the model that is one, may be None if no objective needs one.
         weights: the objectives and their weights.
         config: for compilation, gradient checkpointing and the size of a chunk of logits.
-        cache: of the teacher's last hidden states; only for objectives that need no other states of the teacher.
+        cache: of the teacher's last hidden states, for objectives that need no other states of the teacher; or of its
+            predictions, which need no teacher.
     """
 
     def __init__(
@@ -66,10 +67,13 @@ class Step(nn.Module):
         super().__init__()
         self.student = student
         teacher = None if teacher is None else as_teacher(teacher)
-        self.objectives = Objectives(weights, student.config, teacher and teacher.shape, config.logit_chunk)
+        # of a teacher that is not here, no objective reads the sizes
+        alone = None if cache is None or cache.form is None else Shape.of_gpt2(student.config)
+        shape = alone if teacher is None else teacher.shape
+        self.objectives = Objectives(weights, student.config, shape, config.logit_chunk)
         # in a tuple and a list, so that nn.Module does not register them: they are not trained, wrapped or saved
         self._teacher = (teacher,)
-        self._teacher_head: list[Head] = []
+        self._teacher_head: list[Head | SparseForm] = []
         self.cache = cache
         self._collect: Callable[..., Activations] = collect_activations
         if config.compile or config.compile_only:
@@ -111,13 +115,14 @@ class Step(nn.Module):
         )
         head = self.student.lm_head.weight
         (teacher,) = self._teacher
-        if teacher is None:
+        if teacher is None and self.cache is None:
             loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
         else:
             with torch.no_grad():
                 activations = self._teacher_activations(teacher, input_ids, cached)
                 if wanted.weights.prediction and not self._teacher_head:
-                    self._teacher_head = [teacher.head()]
+                    form = None if self.cache is None else self.cache.form
+                    self._teacher_head = [_some(teacher).head() if form is None else form]
             loss, terms = wanted(
                 input_ids, student, head, activations, *self._teacher_head, lengths=lengths, share=share
             )
@@ -125,31 +130,46 @@ class Step(nn.Module):
             raise ConfigError("no objective depends on a trainable parameter", "freeze fewer parameters (--freeze)")
         return loss, terms
 
-    def _teacher_activations(self, teacher: Teacher, input_ids: Tensor, cached: CachedStates | None) -> Activations:
+    def _teacher_activations(
+        self, teacher: Teacher | None, input_ids: Tensor, cached: CachedStates | None
+    ) -> Activations:
         """Run the teacher up to the last layer that an objective needs, or take its states from the cache."""
         wanted = self.objectives
         if self.cache is None or cached is None:
-            return teacher.collect(input_ids, wanted.teacher_states, wanted.teacher_attention)
-        (last,) = wanted.teacher_states
+            return _some(teacher).collect(input_ids, wanted.teacher_states, wanted.teacher_attention)
+        (last,), cache = wanted.teacher_states, self.cache
         if cached.states is not None:
             return Activations({last: cached.states})
-
-        def compute(ids: Tensor) -> Tensor:
-            teacher.to(ids.device)  # with a full cache it stays on the host, until a block turns out to be damaged
-            return teacher.collect(ids, [last]).states[last]
-
-        return Activations({last: self.cache.states(cached.rows, input_ids, compute)})
+        return Activations(
+            {last: cache.states(cached.rows, input_ids, lambda ids: cache.computed(_some(teacher), ids))}
+        )
 
     def place_teacher(self, device: torch.device) -> None:
-        """Leave on a GPU what the steps need of the teacher: with a full cache, only its output matrix."""
+        """Leave on a GPU what the steps need of the teacher: with a full cache, only its output matrix, or nothing."""
         (teacher,) = self._teacher
-        if teacher is not None and self.cache is not None and self.cache.filled == 1:
+        if teacher is None or self.cache is None or self.cache.filled < 1:
+            return
+        if self.cache.form is None:
             teacher.place_head(device)
+        else:
+            teacher.to("cpu")
 
     def covered(self, length: int) -> int:
         """Return for how many positions of a block there is a teacher: see `Teacher.covered`."""
         (teacher,) = self._teacher
-        return length if teacher is None else teacher.covered(length)
+        if teacher is None:
+            return length if self.cache is None else self.cache.covered
+        return teacher.covered(length)
+
+
+def _some(teacher: Teacher | None) -> Teacher:
+    """Return the teacher of a run that needs it now."""
+    if teacher is None:
+        raise DataError(
+            "a block in --teacher-cache is missing or damaged, and there is no --teacher to compute it",
+            "run tinygpt2 teach again: it makes only such blocks",
+        )
+    return teacher
 
 
 class TeacherEvaluation(nn.Module):
@@ -246,40 +266,6 @@ def gradients(
     return dict(zip(names, means, strict=True))
 
 
-def step_seconds(
-    accelerator: Accelerator,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    blocks: Blocks,
-    sequences: int,
-    size: int,
-    steps: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[float]:
-    """Take some steps and return the seconds of each. The first ones are slower than the rest.
-
-    Args:
-        module, optimizer: as Accelerate prepared them; without an optimizer, no weight changes.
-        blocks: used in their order, and from the first one again after the last.
-        sequences: blocks in a global batch.
-        size: blocks in a process's micro-batch.
-        steps: how many to take.
-        clock: returns the time in seconds.
-    """
-    seconds = []
-    for step in range(steps):
-        started = clock()
-        rows = [index % len(blocks) for index in range(step * sequences, (step + 1) * sequences)]
-        gradients(accelerator, module, blocks, rows, size)
-        if optimizer is not None:
-            optimizer.step()
-        module.zero_grad(set_to_none=True)
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(clock() - started)
-    return seconds
-
-
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: int) -> Evaluation:
     """Measure the cross-entropy on held-out blocks in float32; each process evaluates a share of them.
@@ -323,24 +309,3 @@ def joined(by_data: Mapping[str, Evaluation], blocks: Mapping[str, Blocks]) -> E
     errors = [(one.stderr, targets[name] / whole) for name, one in by_data.items()]
     known = [error * share for error, share in errors if error is not None]
     return Evaluation(loss, perplexity_of(loss), math.hypot(*known) if len(known) == len(errors) else None)
-
-
-@torch.no_grad()
-def evaluation_seconds(
-    accelerator: Accelerator,
-    module: nn.Module,
-    blocks: Blocks,
-    size: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Estimate the seconds of `evaluate` from those of one batch, after one that warms up."""
-    if not len(blocks):
-        return 0.0
-    was_training = module.training
-    module.eval()
-    rows, marks = range(min(size, len(blocks))), list[float]()
-    for _ in range(2):
-        module(blocks.batch(rows).to(accelerator.device).input_ids)[0].sum().item()
-        marks.append(clock())
-    module.train(was_training)
-    return (marks[1] - marks[0]) * len(blocks) / (len(rows) * int(accelerator.num_processes))

@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import GPT2Config
 
+from tinygpt2.data.dataset import Blocks
 from tinygpt2.models.teachers.teacher import Shape
 from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.runtime.memory import memory_in_use
 from tinygpt2.training.state import RunState
+from tinygpt2.training.step import gradients
 from tinygpt2.utils.units import duration, size
 
 _MEMORY = 30.0  # seconds after which the time of a step counts a third in the mean
@@ -142,7 +147,12 @@ def layer_operations(shape: GPT2Config, length: int) -> int:
 
 
 def step_operations(
-    student: GPT2Config, teacher: Shape | GPT2Config | None, weights: LossWeights, length: int, cached: float = 0.0
+    student: GPT2Config,
+    teacher: Shape | GPT2Config | None,
+    weights: LossWeights,
+    length: int,
+    cached: float = 0.0,
+    predicted: float = 0.0,
 ) -> int:
     """Return the operations per token of one training step.
 
@@ -153,7 +163,8 @@ def step_operations(
 
     Args:
         length: of the blocks.
-        cached: share of the teacher's final states that a cache holds; for these, only its logits are computed.
+        cached: share of the blocks for which a cache holds the teacher's final states; its layers do not run for these.
+        predicted: share of the blocks for which it holds the predictions; no logits are computed for these, either.
     """
     logits = weights.ce or weights.prediction
     teacher = Shape.of_gpt2(teacher) if isinstance(teacher, GPT2Config) else teacher
@@ -161,7 +172,62 @@ def step_operations(
     total += 6 * student.n_embd * student.vocab_size if logits else 0
     if teacher is not None:
         total += round((1 - cached) * teacher.operations(length))
-        total += 2 * teacher.last_width * teacher.vocabulary if weights.prediction else 0
+        total += round((1 - predicted) * 2 * teacher.last_width * teacher.vocabulary) if weights.prediction else 0
     if teacher is not None and weights.attention:
         total += student.n_layer * length * (3 * student.n_embd + teacher.width)
     return total
+
+
+def step_seconds(
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    blocks: Blocks,
+    sequences: int,
+    size: int,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[float]:
+    """Take some steps and return the seconds of each. The first ones are slower than the rest.
+
+    Args:
+        module, optimizer: as Accelerate prepared them; without an optimizer, no weight changes.
+        blocks: used in their order, and from the first one again after the last.
+        sequences: blocks in a global batch.
+        size: blocks in a process's micro-batch.
+        steps: how many to take.
+        clock: returns the time in seconds.
+    """
+    seconds = []
+    for step in range(steps):
+        started = clock()
+        rows = [index % len(blocks) for index in range(step * sequences, (step + 1) * sequences)]
+        gradients(accelerator, module, blocks, rows, size)
+        if optimizer is not None:
+            optimizer.step()
+        module.zero_grad(set_to_none=True)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(clock() - started)
+    return seconds
+
+
+@torch.no_grad()
+def evaluation_seconds(
+    accelerator: Accelerator,
+    module: nn.Module,
+    blocks: Blocks,
+    size: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Estimate the seconds of `evaluate` from those of one batch, after one that warms up."""
+    if not len(blocks):
+        return 0.0
+    was_training = module.training
+    module.eval()
+    rows, marks = range(min(size, len(blocks))), list[float]()
+    for _ in range(2):
+        module(blocks.batch(rows).to(accelerator.device).input_ids)[0].sum().item()
+        marks.append(clock())
+    module.train(was_training)
+    return (marks[1] - marks[0]) * len(blocks) / (len(rows) * int(accelerator.num_processes))

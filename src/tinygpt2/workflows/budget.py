@@ -27,7 +27,8 @@ from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import MAX_PASSES, proposed_batch_tokens
-from tinygpt2.training.step import Step, TeacherEvaluation, evaluation_seconds, step_seconds
+from tinygpt2.training.step import Step, TeacherEvaluation
+from tinygpt2.training.throughput import evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import say
 
 DEFAULT_MINUTES = 60.0
@@ -167,7 +168,7 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
     set_dropout(job.model, config.dropout)
     if job.teacher is not None:
         job.teacher.to(accelerator.device)
-    step = Step(job.model, job.teacher, job.weights, config)
+    step = Step(job.model, job.teacher, job.weights, config, job.cache)
     module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
     module.train()
     sequences = job.sequences(accelerator.num_processes)

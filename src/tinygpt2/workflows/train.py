@@ -23,6 +23,7 @@ from tinygpt2.evaluation.results import short_names
 from tinygpt2.models.card import held_out_table, model_card
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.models.saving import save_model
+from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.runtime.devices import chosen_precision, device_chosen
 from tinygpt2.runtime.launch import check_number, launch
@@ -186,16 +187,17 @@ def _say_share_of_evaluation(config: TrainOptions, state: RunState) -> None:
 
 
 def _cache(job: Job) -> TeacherCache | None:
-    """Open the cache of the teacher's states, if the run uses one."""
+    """Open the cache of what the teacher says, if the run uses one."""
     config = job.config
-    if not isinstance(config, DistillConfig) or config.teacher_cache is None:
-        return None
-    assert job.teacher is not None  # DistillConfig refuses a cache without a teacher
+    if not isinstance(config, DistillConfig) or config.teacher_cache is None or job.teacher is None:
+        return job.cache
     if not isinstance(job.data.made_with, Path):
         raise ConfigError("--teacher-cache needs a pregenerated dataset, because only its content has a fingerprint")
-    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, chosen_precision(config.precision))
+    form = SparseForm.of(config.teacher_cache_kind, job.model.config.vocab_size, config.temperature)
+    precision = chosen_precision(config.precision)
+    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, precision, form, config.teacher or "")
     job.cached = cache.filled
-    say(f"{cache.path} holds {job.cached:.0%} of the teacher's states")
+    say(f"{cache.path} holds {job.cached:.0%} of the teacher's {'states' if form is None else 'predictions'}")
     return cache
 
 
