@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinygpt2.compression.importance import DepthImportance, RemovalRound
+    from tinygpt2.compression.sizes import Shape
     from tinygpt2.compression.truncate import CutPerplexity, TruncateStudentResult, truncate_student
     from tinygpt2.config.compression import TruncateStudentConfig
     from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
     from tinygpt2.training.step import Evaluation
     from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
+    from tinygpt2.workflows.cuts.results import CutCandidate, CutRounds, CutSearchResult
+    from tinygpt2.workflows.cuts.scoring import CutScore
+    from tinygpt2.workflows.cuts.search import cut_to_target
     from tinygpt2.workflows.model_verification import Agreement
     from tinygpt2.workflows.push import PushedFile, PushResult, push
     from tinygpt2.workflows.quickstart import quickstart
@@ -56,6 +60,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "compression.importance": ["DepthImportance", "RemovalRound"],
+    "compression.sizes": ["Shape"],
     "compression.truncate": ["CutPerplexity", "TruncateStudentResult", "truncate_student"],
     "config.compression": ["TruncateStudentConfig"],
     "config.data": ["PregenerateConfig", "TrainTokenizerConfig"],
@@ -87,6 +92,9 @@ _HOME = {
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
     "training.step": ["Evaluation"],
     "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
+    "workflows.cuts.results": ["CutCandidate", "CutRounds", "CutSearchResult"],
+    "workflows.cuts.scoring": ["CutScore"],
+    "workflows.cuts.search": ["cut_to_target"],
     "workflows.model_verification": ["Agreement"],
     "workflows.quickstart": ["quickstart"],
     "workflows.quickstart_report": ["Gain", "ModelSummary", "QuickstartResult", "QuickstartSizes"],
@@ -104,7 +112,11 @@ __all__ = [
     "Candidate",
     "CompiledStep",
     "ConfigError",
+    "CutCandidate",
     "CutPerplexity",
+    "CutRounds",
+    "CutScore",
+    "CutSearchResult",
     "DataError",
     "DepthImportance",
     "DistillConfig",
@@ -143,6 +155,7 @@ __all__ = [
     "RunPlan",
     "RunStatus",
     "RunsConfig",
+    "Shape",
     "ShowConfig",
     "ShowResult",
     "TaskInfo",
@@ -156,6 +169,7 @@ __all__ = [
     "VerifyConfig",
     "VerifyResult",
     "compile_step",
+    "cut_to_target",
     "distill",
     "finetune",
     "from_map_style",
