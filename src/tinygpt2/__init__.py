@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tinygpt2.compression.truncate import CutPerplexity, TruncateStudentResult, truncate_student
     from tinygpt2.config.compression import TruncateStudentConfig
     from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
-    from tinygpt2.config.decoding import GenerateConfig
+    from tinygpt2.config.decoding import BenchConfig, GenerateConfig
     from tinygpt2.config.distillation import DistillConfig
     from tinygpt2.config.evaluation import PplConfig
     from tinygpt2.config.models import PresetsConfig
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
-    from tinygpt2.decoding.generation import GenerateResult, Generation, generate
+    from tinygpt2.decoding.bench import BenchResult, BenchRow, bench
+    from tinygpt2.decoding.generation import DraftFigures, GenerateResult, Generation, generate
     from tinygpt2.errors import (
         ConfigError,
         DataError,
@@ -64,7 +65,7 @@ _HOME = {
     "compression.truncate": ["CutPerplexity", "TruncateStudentResult", "truncate_student"],
     "config.compression": ["TruncateStudentConfig"],
     "config.data": ["PregenerateConfig", "TrainTokenizerConfig"],
-    "config.decoding": ["GenerateConfig"],
+    "config.decoding": ["BenchConfig", "GenerateConfig"],
     "config.distillation": ["DistillConfig"],
     "config.evaluation": ["PplConfig"],
     "config.models": ["PresetsConfig"],
@@ -73,7 +74,8 @@ _HOME = {
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
-    "decoding.generation": ["GenerateResult", "Generation", "generate"],
+    "decoding.bench": ["BenchResult", "BenchRow", "bench"],
+    "decoding.generation": ["DraftFigures", "GenerateResult", "Generation", "generate"],
     "errors": [
         "ConfigError",
         "DataError",
@@ -108,6 +110,9 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "Agreement",
+    "BenchConfig",
+    "BenchResult",
+    "BenchRow",
     "BudgetPlan",
     "Candidate",
     "CompiledStep",
@@ -121,6 +126,7 @@ __all__ = [
     "DepthImportance",
     "DistillConfig",
     "DivergedError",
+    "DraftFigures",
     "Evaluation",
     "Fidelity",
     "FidelityPart",
@@ -168,6 +174,7 @@ __all__ = [
     "TruncateStudentResult",
     "VerifyConfig",
     "VerifyResult",
+    "bench",
     "compile_step",
     "cut_to_target",
     "distill",

@@ -17,7 +17,7 @@ from tests.conftest import make_model
 from tinygpt2 import GenerateConfig, generate
 from tinygpt2.cli import interactive
 from tinygpt2.cli.output import live_text
-from tinygpt2.decoding.generation import continue_prompt, load_with_tokenizer
+from tinygpt2.decoding.generation import continue_prompt, load_models
 from tinygpt2.decoding.prompts import prompt_tokens
 from tinygpt2.errors import ConfigError, DataError, ModelError
 
@@ -166,7 +166,7 @@ KINDS = [word_pieces, sentence_pieces, byte_fallback, bytes_alone]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", ["the quick", "the quick ", "it doesn't", "é"])
 def test_prompt_and_text_join_and_a_terminal_shows_the_same(kind: Callable, prompt: str, tmp_path: Path) -> None:
-    loaded = load_with_tokenizer(str(save_pair(tmp_path / "m", kind())))
+    (loaded,) = load_models(GenerateConfig(model=str(save_pair(tmp_path / "m", kind()))))
     tokenizer, model = loaded.tokenizer, loaded.model
     known = prompt_tokens(tokenizer, prompt)
     for seed in range(6):

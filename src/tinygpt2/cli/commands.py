@@ -14,7 +14,7 @@ from tinygpt2.cli.session import start_session
 from tinygpt2.config.base import Config
 from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
-from tinygpt2.config.decoding import GenerateConfig
+from tinygpt2.config.decoding import BenchConfig, GenerateConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.models import PresetsConfig
@@ -262,8 +262,16 @@ COMMANDS = [
         [
             "generate --model teacher --model student --prompt 'Once upon a time' --top-p 0.9",
             "generate --model student --interactive",
+            "generate --model teacher --draft student --prompt 'Once upon a time'",
         ],
         _generate,
+    ),
+    Command(
+        "bench",
+        BenchConfig,
+        "Measure how fast models decode, beside transformers and the machine's memory bandwidth.",
+        ["bench teacher student", "bench gpt2 --json"],
+        _public("bench"),
     ),
     Command(
         "runs",

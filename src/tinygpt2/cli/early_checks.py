@@ -14,7 +14,7 @@ from tinygpt2.config.base import Config
 from tinygpt2.config.common import OTHER_OUT, OTHER_OUT_OR_RESUME
 from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
-from tinygpt2.config.decoding import GenerateConfig
+from tinygpt2.config.decoding import BenchConfig, GenerateConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
@@ -42,10 +42,13 @@ def check_early(config: Config) -> None:
         for name in [*config.model, *([config.reference] if config.reference else [])]:
             _local_causal_lm(config, name)
     elif isinstance(config, GenerateConfig):
-        for name in config.model:
+        for name in [*config.model, *([config.draft] if config.draft else [])]:
             _local_causal_lm(config, name)
         if config.prompt_file is not None:
             _read_text(config.prompt_file)
+    elif isinstance(config, BenchConfig):
+        for name in config.model:
+            _local_causal_lm(config, name)
     elif isinstance(config, VerifyConfig):
         _check_verify(config)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinygpt2.cli.output.live_text import TextView, choose_view, render_generate
+from tinygpt2.cli.output.live_text import TextView, choose_view, render_draft, render_generate
 from tinygpt2.cli.output.render import print_error
 from tinygpt2.cli.output.tables import print_note
 from tinygpt2.config.base import extra, flag_name
@@ -20,8 +20,9 @@ from tinygpt2.decoding.generation import (
     Generation,
     LoadedModel,
     continue_prompt,
+    draft_figures,
     generate,
-    load_with_tokenizer,
+    load_models,
 )
 from tinygpt2.errors import ConfigError, TinyGPT2Error
 from tinygpt2.evaluation.results import short_names
@@ -50,7 +51,8 @@ def generate_on_terminal(config: GenerateConfig, *, as_json: bool) -> GenerateRe
     if as_json or not sys.stdout.isatty() or not _can_stream(config):
         return generate(config)
     with _view(config, headed=True) as view:
-        generate(config, lambda loaded, prompt: view.begin(loaded.name, prompt), view.finish)
+        result = generate(config, lambda loaded, prompt: view.begin(loaded.name, prompt), view.finish)
+    render_draft(result, open_console())
     return None
 
 
@@ -69,7 +71,7 @@ def _view(config: GenerateConfig, *, headed: bool) -> Iterator[TextView]:
 
 def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None:
     """Read prompts until end of input and continue each with every model. A line such as `/seed 1` changes settings."""
-    models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in dict.fromkeys(config.model)]
+    models = load_models(config)
     if sys.stdin.isatty():
         _greet(models)
     texts: list[Generation] = []
@@ -89,7 +91,7 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
             prompt, turn = line.removeprefix("/"), turn + 1
             # Each turn uses another seed, so that repeating a prompt gives another sample.
             texts += _answer(models, prompt, config.model_copy(update={"seed": config.seed + turn}), as_json=as_json)
-    return GenerateResult(texts) if as_json else None
+    return GenerateResult(texts, draft_figures(models)) if as_json else None
 
 
 def _greet(models: list[LoadedModel]) -> None:
@@ -114,8 +116,10 @@ def _answer(models: list[LoadedModel], prompt: str, config: GenerateConfig, *, a
             texts += added
             if live:
                 view.finish(added[0])
-    if not live and not as_json:
-        render_generate(GenerateResult(texts), open_console())
+    if live:
+        render_draft(GenerateResult(texts, draft_figures(models)), open_console())
+    elif not as_json:
+        render_generate(GenerateResult(texts, draft_figures(models)), open_console())
         sys.stdout.flush()
     return texts
 

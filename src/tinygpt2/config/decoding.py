@@ -1,12 +1,15 @@
-"""Options of `generate`."""
+"""Options of `generate` and `bench`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from tinygpt2.config.base import flag_name, option
 from tinygpt2.config.common import DECODING, MAX_SEED
 from tinygpt2.config.models import DeviceOptions, ModelOptions
+
+DecodingWeights = Literal["fp32", "bf16", "int8"]
 
 
 class GenerateConfig(ModelOptions, DeviceOptions):
@@ -21,6 +24,18 @@ class GenerateConfig(ModelOptions, DeviceOptions):
     prompt_file: str | None = option("UTF-8 file whose whole text is the prompt.", default=None, path=True)
     interactive: bool = option(
         "Start an interactive prompt. /temperature 0.7 changes a setting, Ctrl-D quits.", default=False
+    )
+    draft: str | None = option(
+        "Small model with the same tokenizer that drafts tokens, which the model checks several at a time. The text is "
+        "the model's own. Prints the share of accepted tokens and the speed-up.",
+        default=None,
+        path=True,
+        metavar="PATH|ID",
+    )
+    draft_tokens: int = option("Tokens to draft before each check, with --draft.", default=4, ge=1)
+    weights: DecodingWeights = option(
+        "Format of the weights in memory: fp32, or the smaller bf16 and int8, which a CPU reads faster.",
+        default="fp32",
     )
     max_new_tokens: int | None = option(
         "Most tokens to add to a prompt.", default=None, panel=DECODING, ge=1, shown="100, or fewer if positions end"
@@ -64,7 +79,24 @@ class GenerateConfig(ModelOptions, DeviceOptions):
             yield f"{' and '.join(map(flag_name, given))} cannot be combined: give one of them"
         if self.num_beams > 1 and self.samples:
             yield "--num-beams cannot be combined with --temperature, --top-k or --top-p: beam search does not sample"
+        if self.num_beams > 1:
+            for name in [name for name in ("draft", "weights") if getattr(self, name) not in (None, "fp32")]:
+                yield f"--num-beams cannot be combined with {flag_name(name)}: beam search runs in transformers"
         if self.temperature == 0 and self.num_beams == 1 and self.num_samples > 1:
             yield f"--temperature 0 is greedy, so --num-samples {self.num_samples} would give the same text every time"
         if 1 < self.num_beams < self.num_samples:
             yield f"--num-samples {self.num_samples} is more than --num-beams {self.num_beams}"
+
+
+class BenchConfig(ModelOptions, DeviceOptions):
+    """Options of `bench`."""
+
+    model: list[str] = option(
+        "Model: a local directory or a Hub id. Give several to compare them.",
+        path=True, metavar="PATH|ID", positional=True,
+    )  # fmt: skip
+    new_tokens: int = option("Tokens to decode in each turn, or fewer if positions end.", default=64, ge=2)
+    prompt_tokens: int = option("Tokens of the prompt, or fewer if positions end.", default=16, ge=1)
+    turns: int = option(
+        "How often each setting is measured, in turns with the others. The best one counts.", default=3, ge=1
+    )

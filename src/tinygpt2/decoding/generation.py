@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tinygpt2.config.decoding import GenerateConfig
-from tinygpt2.decoding.prompts import Continuation, LiveText, prompt_tokens, require_finite_logits, require_utf8
-from tinygpt2.errors import ConfigError
+from tinygpt2.data.tokenizer import fingerprint
+from tinygpt2.decoding.drafts import Drafting, decode_with_draft
+from tinygpt2.decoding.library import Decoder, best_beams, make_decoder
+from tinygpt2.decoding.loop import decode
+from tinygpt2.decoding.prompts import Continuation, LiveText, prompt_tokens, require_utf8
+from tinygpt2.decoding.sampling import Sampling
+from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.models.compatibility import first_token, require_tokenizer, text_sizes
 from tinygpt2.models.loading import load_causal_lm, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
-from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import computes_on_device, current_device
 from tinygpt2.runtime.threads import enough_threads, tell_machine
 from tinygpt2.utils.files import absolute, read_text
@@ -27,6 +31,20 @@ if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
 
 DEFAULT_NEW_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class DraftFigures:
+    """What a draft model was worth.
+
+    Attributes:
+        acceptance: the share of its tokens that the teacher accepted; None if it proposed none.
+        speedup: the time that the teacher alone would have taken, divided by the time taken. The first is that of
+            reading the prompt, and for each token the median time of some single steps at the end of the text.
+    """
+
+    acceptance: float | None
+    speedup: float
 
 
 @dataclass(frozen=True)
@@ -48,19 +66,32 @@ class Generation:
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """The texts of every model for every prompt, prompt by prompt."""
+    """The texts of every model for every prompt, prompt by prompt.
+
+    Attributes:
+        draft: figures of --draft over all texts; None without it.
+    """
 
     results: list[Generation]
+    draft: DraftFigures | None = None
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model of any architecture, with its tokenizer and its sizes: see `text_sizes`."""
+    """A loaded model with its tokenizer.
+
+    Attributes:
+        decoder: reads its tokens; see `make_decoder`.
+        draft: the decoder of the model that drafts for it, if there is one.
+        drafting: what drafting each text took, so far.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: Tokenizer
-    sizes: Any
+    decoder: Decoder
+    draft: Decoder | None
+    drafting: list[Drafting]
 
 
 OnText = Callable[[LoadedModel, str], Callable[[str], None] | None]
@@ -71,25 +102,57 @@ another, and with a line end after the last.
 """
 
 
-def load_with_tokenizer(name: str, *, allow_pickle: bool = False) -> LoadedModel:
-    """Load a model and its tokenizer.
+def load_models(config: GenerateConfig) -> list[LoadedModel]:
+    """Load every model of a configuration, each once, with its tokenizer, and the model that drafts for them.
 
     Raises:
-        ModelError: the model or its tokenizer was not found, they do not fit each other, or a weight is not finite.
+        ConfigError: a model cannot have such weights here.
+        ModelError: a model or its tokenizer was not found, they do not fit each other, a weight is not finite, or the
+            draft model has another tokenizer.
     """
-    model, directory = load_causal_lm(name, allow_pickle=allow_pickle)
-    sizes = text_sizes(model)
-    tokenizer = require_tokenizer(model_tokenizer(directory), sizes, name)
+    draft = _load(config.draft, config) if config.draft is not None else None
+    models = []
+    for name in dict.fromkeys(config.model):
+        model, tokenizer, decoder = _load(name, config)
+        if draft is not None:
+            _check_draft((config.draft or "", draft[0], draft[1]), (name, model, tokenizer))
+        models.append(LoadedModel(name, model, tokenizer, decoder, draft and draft[2], []))
+    tell_machine(current_device(), config.weights)
+    return models
+
+
+def _load(name: str, config: GenerateConfig) -> tuple[PreTrainedModel, Tokenizer, Decoder]:
+    model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle)
+    tokenizer = require_tokenizer(model_tokenizer(directory), text_sizes(model), name)
     model.generation_config = GenerationConfig()  # do not use the directory's generation_config.json
-    tell_machine(current_device(), "fp32")
-    on_device: Any = model.to(current_device())
-    return LoadedModel(name, on_device, tokenizer, sizes)
+    model.to(current_device())
+    return model, tokenizer, make_decoder(model, config.weights, copy_head=True, name=name)
+
+
+def _check_draft(
+    draft: tuple[str, PreTrainedModel, Tokenizer], teacher: tuple[str, PreTrainedModel, Tokenizer]
+) -> None:
+    """Check that a model can draft for another one.
+
+    Raises:
+        ModelError: their tokens differ.
+    """
+    same = fingerprint(draft[2]) == fingerprint(teacher[2])
+    if not same or text_sizes(draft[1]).vocab_size != text_sizes(teacher[1]).vocab_size:
+        how = "another vocabulary size" if same else "another tokenizer"
+        raise ModelError(
+            f"--draft {draft[0]} has {how} than {teacher[0]}",
+            "a student that was distilled from the model has the same",
+        )
 
 
 def continue_prompt(
     loaded: LoadedModel, prompt: str, config: GenerateConfig, show: Callable[[str], None] | None = None
 ) -> Iterator[Generation]:
-    """Yield `config.num_samples` continuations of a prompt. The same seed gives the same texts.
+    """Yield `config.num_samples` continuations of a prompt.
+
+    The same seed gives the same texts. On a CPU, without a draft, they are also those that `transformers` samples after
+    torch.manual_seed with that seed.
 
     Args:
         show: shows the text while it is generated; see `OnText`.
@@ -99,83 +162,96 @@ def continue_prompt(
             positions together with the new tokens.
         ModelError: the model's logits are NaN or infinite.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer
     ids = _prompt_ids(loaded, prompt)
-    room = loaded.sizes.n_positions - len(ids)
+    room = loaded.decoder.positions - len(ids)
     count = config.max_new_tokens or min(DEFAULT_NEW_TOKENS, room)
     if room < 1 or count > room:
         raise ConfigError(
-            f"{loaded.name} has {loaded.sizes.n_positions} positions: "
+            f"{loaded.name} has {loaded.decoder.positions} positions: "
             f"{len(ids)} prompt tokens leave no room for {max(count, 1)} more",
             "shorten the prompt" if room < 1 else f"use --max-new-tokens {room} or fewer",
         )
-    ends = _ends(loaded)
-    continuation = Continuation(tokenizer, ids, ends)
-    torch.manual_seed(config.seed)
+    ends = text_ends(loaded.model, loaded.tokenizer)
+    continuation = Continuation(loaded.tokenizer, ids, ends)
+    live = LiveText(continuation, show) if show else None
+    rows = (config.draft_tokens + 1) if loaded.draft is not None else config.num_samples * config.num_beams
     started = time.perf_counter()
-    prompts = torch.tensor([ids], device=model.device)
-    rows = config.num_samples * config.num_beams
-    with torch.no_grad(), enough_threads(2 * count_parameters(model) * rows):
-        out: Any = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            generation_config=_decoding(config, ends, count),
-            logits_processor=LogitsProcessorList([require_finite_logits(loaded.name)]),
-            streamer=LiveText(continuation, show) if show else None,
-        )
-    seconds = (time.perf_counter() - started) / len(out)
-    for row in out.tolist():
-        added = continuation.until_end(row[len(ids) :])
+    with enough_threads(2 * count_parameters(loaded.model) * rows):
+        texts = _new_tokens(loaded, ids, count, ends, config, live)
+    seconds = (time.perf_counter() - started) / len(texts)
+    if live is not None:
+        live.end()
+    for row in texts:
+        added = continuation.until_end(row)
         yield Generation(absolute(loaded.name), prompt, continuation.text(added), len(added), seconds)
+
+
+def _new_tokens(
+    loaded: LoadedModel, ids: list[int], count: int, ends: list[int], config: GenerateConfig, live: LiveText | None
+) -> list[list[int]]:
+    """Return the tokens that follow a prompt, in each of the texts that the configuration asks for."""
+    if config.num_beams > 1:
+        return best_beams(
+            loaded.model, ids, max_new_tokens=count, beams=config.num_beams, ends=ends, count=config.num_samples,
+            name=loaded.name,
+        )  # fmt: skip
+    sampling = Sampling(config.temperature or 1.0, config.top_k or 0, config.top_p or 1.0) if config.samples else None
+    how: dict[str, Any] = {
+        "max_new_tokens": count, "ends": ends, "sampling": sampling, "name": loaded.name,
+        "generator": torch.Generator(loaded.decoder.device).manual_seed(config.seed),
+        "on_tokens": live.add if live is not None else None,
+    }  # fmt: skip
+    if loaded.draft is None:
+        out = decode(loaded.decoder, torch.tensor([ids] * config.num_samples), **how)
+        return [row[:length] for row, length in zip(out.tokens.tolist(), out.lengths.tolist(), strict=True)]
+    texts = []
+    for _ in range(config.num_samples):
+        out, drafting = decode_with_draft(loaded.decoder, loaded.draft, ids, ahead=config.draft_tokens, **how)
+        loaded.drafting.append(drafting)
+        texts += out.tokens.tolist()
+    return texts
+
+
+def draft_figures(models: list[LoadedModel]) -> DraftFigures | None:
+    """Return what the draft model was worth in all texts so far; None if there is none."""
+    texts = [drafting for loaded in models for drafting in loaded.drafting]
+    if not texts:
+        return None
+    proposed = sum(text.proposed for text in texts)
+    return DraftFigures(
+        sum(text.accepted for text in texts) / proposed if proposed else None,
+        sum(text.alone_seconds for text in texts) / sum(text.seconds for text in texts),
+    )
 
 
 def _prompt_ids(loaded: LoadedModel, prompt: str) -> list[int]:
     """Return the token ids of a prompt; those of an empty one are the token that separates documents."""
-    model, tokenizer = loaded.model, loaded.tokenizer
+    config, tokenizer, sizes = loaded.model.config, loaded.tokenizer, text_sizes(loaded.model)
     ids = prompt_tokens(tokenizer, prompt)
     if not ids:
-        candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id)
-        start = first_token([*candidates, model.config.eos_token_id], loaded.sizes)
+        candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, config.bos_token_id)
+        start = first_token([*candidates, config.eos_token_id], sizes)
         if start is None:
             what = "an empty prompt" if not prompt else "the prompt has no tokens: it"
             raise ConfigError(f"{what} needs a start or end-of-text token that {loaded.name} knows", "give a --prompt")
         return [start]
-    unknown = next((index for index in ids if index >= loaded.sizes.vocab_size), None)
+    unknown = next((index for index in ids if index >= sizes.vocab_size), None)
     if unknown is not None:
         raise ConfigError(
-            f"model {loaded.name} has {loaded.sizes.vocab_size} tokens, so it does not know the prompt's token "
+            f"model {loaded.name} has {sizes.vocab_size} tokens, so it does not know the prompt's token "
             f"{tokenizer.convert_ids_to_tokens(unknown)!r} (id {unknown})",
             "leave it out of the prompt; if the tokenizer adds it, use the tokenizer that the model was trained with",
         )
     return ids
 
 
-def _ends(loaded: LoadedModel) -> list[int]:
+def text_ends(model: PreTrainedModel, tokenizer: Tokenizer) -> list[int]:
     """Return the tokens that end a text: the tokenizer's or, if the model does not have it, those of config.json."""
-    end = first_token([loaded.tokenizer.eos_token_id], loaded.sizes)
-    named = loaded.model.config.eos_token_id
+    sizes = text_sizes(model)
+    end = first_token([tokenizer.eos_token_id], sizes)
+    named = model.config.eos_token_id
     every = [end] if end is not None else named if isinstance(named, list) else [named]
-    return [one for one in every if first_token([one], loaded.sizes) is not None]
-
-
-def _decoding(config: GenerateConfig, ends: list[int], count: int) -> GenerationConfig:
-    sampling: dict[str, Any] = {"do_sample": False}
-    if config.samples:
-        # 0 keeps the whole vocabulary; without top_k, transformers would keep only the 50 likeliest tokens
-        sampling = {
-            "do_sample": True,
-            "temperature": config.temperature or 1.0,
-            "top_k": config.top_k or 0,
-            "top_p": config.top_p or 1.0,
-        }
-    return GenerationConfig(
-        max_new_tokens=count,
-        num_beams=config.num_beams,
-        num_return_sequences=config.num_samples,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,  # without an end, all texts have the same length: nothing is padded
-        **sampling,
-    )
+    return [one for one in every if first_token([one], sizes) is not None]
 
 
 def read_prompts(config: GenerateConfig) -> list[str]:
@@ -190,7 +266,6 @@ def read_prompts(config: GenerateConfig) -> list[str]:
 
 
 @computes_on_device
-@fast_products()
 def generate(
     config: GenerateConfig,
     on_text: OnText = lambda loaded, prompt: None,
@@ -215,11 +290,12 @@ def generate(
     prompts = read_prompts(config)
     for prompt in prompts:
         require_utf8(prompt)
-    models = [load_with_tokenizer(name, allow_pickle=config.allow_pickle) for name in config.model]
+    loaded_once = load_models(config)
+    models = [next(one for one in loaded_once if one.name == name) for name in config.model]
     texts = []
     for prompt in prompts:
         for loaded in models:
             for text in continue_prompt(loaded, prompt, config, on_text(loaded, prompt)):
                 texts.append(text)
                 on_end(text)
-    return GenerateResult(texts)
+    return GenerateResult(texts, draft_figures(loaded_once))

@@ -5,12 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from tinygpt2.data.encoding import parsed, token_bytes
 from tinygpt2.errors import ConfigError, ModelError, one_line
@@ -103,7 +99,7 @@ class Continuation:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-class LiveText(BaseStreamer):  # type: ignore[misc]
+class LiveText:
     """Shows the text of a continuation while it is generated, piece by piece, and a line end after it.
 
     The text is that of `Continuation`. If more tokens may change earlier text (WordPiece), it is shown at the end.
@@ -111,15 +107,12 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
 
     def __init__(self, continuation: Continuation, show: Callable[[str], None]) -> None:
         self._continuation, self._show = continuation, show
-        self._added: list[int] | None = None  # None until the prompt has passed
+        self._added: list[int] = []
         self._shown = ""
 
-    def put(self, value: Tensor) -> None:
-        """Take the prompt's tokens, then the next token."""
-        if self._added is None:
-            self._added = []
-            return
-        self._added += value.flatten().tolist()
+    def add(self, tokens: Iterable[int]) -> None:
+        """Take the next tokens."""
+        self._added += tokens
         if self._continuation.grows:
             self._advance()
 
@@ -129,21 +122,7 @@ class LiveText(BaseStreamer):  # type: ignore[misc]
         self._show("\n")
 
     def _advance(self) -> None:
-        text = self._continuation.text(self._continuation.until_end(self._added or []))
+        text = self._continuation.text(self._continuation.until_end(self._added))
         if len(text) > len(self._shown):
             self._show(text[len(self._shown) :])
             self._shown = text
-
-
-def require_finite_logits(name: str) -> Callable[[Any, Tensor], Tensor]:
-    """Return a logits processor that raises a ModelError if a model's logits are NaN or infinite."""
-
-    def check(input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not bool(torch.isfinite(scores).all()):
-            raise ModelError(
-                f"model {name}: its logits are NaN or infinite, although its weights are finite",
-                "check the model with tinygpt2 verify",
-            )
-        return scores
-
-    return check

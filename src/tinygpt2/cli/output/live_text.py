@@ -12,7 +12,7 @@ from tinygpt2.utils.terminal import open_console, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tinygpt2.decoding.generation import Generation
+    from tinygpt2.decoding.generation import GenerateResult, Generation
 
 _PIPED_RULE = 80  # columns of a rule in files and pipes
 _NARROWEST, _GAP = 36, 3  # columns of a text beside others, and between two texts
@@ -188,6 +188,16 @@ def render_generate(result: Any, console: Console) -> None:
                 title = [names[model], *([f"text {number} of {len(several)}"] if len(several) > 1 else [])]
                 _rule(", ".join([*title, _figures(text)]), console)
                 _print_text(text, console)
+    render_draft(result, console)
+
+
+def render_draft(result: GenerateResult, console: Console) -> None:
+    """Print what the draft model was worth, if there was one."""
+    if (draft := result.draft) is not None:
+        accepted = (
+            "no token was drafted" if draft.acceptance is None else f"{draft.acceptance:.0%} of its tokens accepted"
+        )
+        console.print(f"draft: {accepted}, {draft.speedup:.2f} times as fast as the model alone", markup=False)
 
 
 def _print_text(text: Generation, console: Console) -> None:

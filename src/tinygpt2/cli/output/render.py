@@ -236,6 +236,23 @@ def _render_budget(result: Any, console: Console) -> None:
     console.print(f"for a run of this length, try --batch-tokens {proposal} ({source})", markup=False, soft_wrap=True)
 
 
+def _render_bench(result: Any, console: Console) -> None:
+    rows = result.results
+    columns = [
+        Column("model", [short_path(one.model) for one in rows], left=True),
+        Column("weights", [one.precision for one in rows], left=True),
+        Column("batch", [number(one.batch) for one in rows]),
+        Column("first token", [f"{1000 * one.first_token_seconds:,.1f} ms" for one in rows], 2),
+        Column("tokens/s", [f"{one.tokens_per_second:,.0f}" for one in rows]),
+        Column("transformers", [f"{one.transformers_tokens_per_second:,.0f}" for one in rows], 1),
+        Column("ratio", [f"{one.tokens_per_second / one.transformers_tokens_per_second:.2f}" for one in rows], 1),
+        Column("read per token", [size(one.bytes_per_token) for one in rows], 4),
+        Column("of bandwidth", [f"{one.bandwidth_share:.0%}" for one in rows], 3),
+    ]
+    print_table(columns, console)
+    console.print(f"\nmemory bandwidth: {result.bandwidth / 1e9:,.1f} GB/s", markup=False)
+
+
 def _render_quickstart(result: Any, console: Console) -> None:
     console.print(result.summary, markup=False)
 
@@ -247,6 +264,7 @@ RENDER: dict[str, Callable[[Any, Console], None]] = {
     "CutSearchResult": _render_search,
     "PresetList": _render_presets,
     "GenerateResult": render_generate,
+    "BenchResult": _render_bench,
     "PushResult": _render_push,
     "VerifyResult": _render_verify,
     "QuickstartResult": _render_quickstart,
