@@ -50,8 +50,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of seconds."""
     for name, value in {"SHAPES": 6, "FINALISTS": 2, "STEPS": 3, "STEP_TOKENS": 128}.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(timing, "_TURNS", 1)
-    monkeypatch.setattr(timing, "_NEW", 4)
 
 
 def test_the_speedup_of_a_draft_is_what_a_simulation_gives() -> None:

@@ -240,7 +240,7 @@ class Search:
         save_model(student.model.cpu(), before, self._subject.tokenizer, "")
         config = self._config
         options = DistillConfig(
-            teacher=config.teacher, student=str(before), data=config.data, out=str(after), max_steps=steps,
+            teacher=config.teacher, student=str(before), data=config.data or "", out=str(after), max_steps=steps,
             micro_batch_size=self._step_blocks, eval_blocks=1, device=config.device, allow_pickle=config.allow_pickle,
         )  # fmt: skip
         with without_notes():
@@ -286,8 +286,8 @@ def between(space: Space, shape: Shape, rounds: int) -> list[Shape]:
         part = number / rounds
 
         def size(name: str, multiple: int = 1, part: float = part) -> int:
-            old, new = getattr(whole, name), getattr(shape, name)
-            return min(int(old), multiple * math.ceil(old * (new / old) ** part / multiple))
+            old, new = int(getattr(whole, name)), int(getattr(shape, name))
+            return min(old, multiple * math.ceil(old * (new / old) ** part / multiple))
 
         found.append(Shape(size("n_layer"), size("n_embd", whole.n_head), whole.n_head, size("n_inner")))
     return [*found, shape]

@@ -6,33 +6,35 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.compression.sizes import Shape, Space
+from tinygpt2.config.decoding import BenchConfig
+from tinygpt2.decoding.library import make_decoder
+from tinygpt2.decoding.loop import decode
 from tinygpt2.models.loading import random_model
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.devices import current_device
 from tinygpt2.runtime.threads import enough_threads
 from tinygpt2.utils.progress import follow
 
-_PROMPT, _NEW, _TURNS = 16, 32, 4  # tokens, tokens, and turns of which the fastest counts; one more warms up
-
 
 def token_milliseconds(model: GPT2LMHeadModel) -> float:
-    """Return the time for each of 32 tokens that a model decodes greedily after 16, without others beside it."""
-    device = current_device()
-    model = model.to(device)
-    positions = model.config.n_positions
-    width = min(_PROMPT, positions - 1)
-    count = min(_NEW, positions - width)
+    """Return the time for each token that a model decodes greedily, one text at a time and with float32 weights.
+
+    It is measured as by `bench`, and includes the prompt: the inverse of its tokens per second.
+    """
+    decoder = make_decoder(model.to(current_device()), copy_head=True)
+    usual = BenchConfig(model=[])
+    width = min(usual.prompt_tokens, decoder.positions - 1)
+    count = min(usual.new_tokens, decoder.positions - width)
     seeded = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (1, width), generator=seeded).to(device)
-    how = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    prompt = torch.randint(0, decoder.vocabulary, (1, width), generator=seeded).to(decoder.device)
     best = float("inf")
-    with torch.no_grad(), enough_threads(2.0 * count_parameters(model)):
-        for turn in range(_TURNS + 1):
+    with enough_threads(2.0 * count_parameters(model)):
+        for turn in range(usual.turns + 1):  # the first turn warms up
             started = time.perf_counter()
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=how)[0, -1].item()
+            decode(decoder, prompt, max_new_tokens=count).tokens[0, -1].item()
             best = min(best, time.perf_counter() - started) if turn else best
     return 1000 * best / count
 
