@@ -149,9 +149,16 @@ def _render_search(result: Any, console: Console) -> None:
         "model": "student", "parameters": "parameters", "teacher_parameters": "teacher's parameters", "n_embd": "width",
         "n_head": "heads", "n_inner": "inner units", "bytes": "weights", "milliseconds": "ms per token",
         "teacher_milliseconds": "teacher's ms per token", "perplexity": "held-out perplexity",
-        "score": "beside the teacher", "loss": "loss above the teacher's", "rounds": "rounds, after equally many steps",
+        "score": "beside the teacher", "loss": "loss", "steps": "steps of distillation",
+        "tokens": "tokens of distillation",
     }  # fmt: skip
-    print_facts(dataclasses.replace(result, candidates=None), console, labels)
+    print_facts(result, console, labels, hidden=("candidates", "rounds"))
+    if (rounds := result.rounds) is not None:
+        print_note(
+            f"cut in one round its loss is {rounds.one.loss:.4f}, in {rounds.rounds} rounds {rounds.several.loss:.4f}, "
+            f"after {result.steps} steps in both cases: the better one was kept",
+            console,
+        )
 
 
 def _render_presets(result: Any, console: Console) -> None:

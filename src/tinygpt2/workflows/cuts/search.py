@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.compression.calibration import Batches, calibration_batches, tokens_of
+from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
 from tinygpt2.compression.cut import cut_model
 from tinygpt2.compression.least_squares import refit
 from tinygpt2.compression.measurements import Measurements
@@ -181,9 +181,10 @@ class Search:
 
     def _quickly(self, shapes: Sequence[Shape]) -> list[CutCandidate]:
         """Cut, fit, time and score every shape, with a quarter of the texts; return them, the best first."""
+        self._measured.projections(range(self._space.teacher.n_layer))  # of all blocks in one pass
         found: list[CutCandidate] = []
-        started = time.perf_counter()
         for number, shape in enumerate(follow(shapes, "cut, fit and score shapes", "shapes")):
+            started = time.perf_counter()
             student = self._cut(shape, self._measured, quick=True)
             milliseconds = token_milliseconds(student.model)
             score = self._judge.score(student.model, milliseconds, _QUICK)
@@ -194,21 +195,28 @@ class Search:
                     milliseconds, score,
                 )
             )  # fmt: skip
-            if number == min(2, len(shapes) - 1):
-                self._say_time(len(shapes), (time.perf_counter() - started) / (number + 1))
+            if number == min(1, len(shapes) - 1):  # the first one also measured the stream
+                self._say_time(len(shapes), time.perf_counter() - started, parameters)
         return sorted(found, key=self._order)
 
-    def _say_time(self, shapes: int, each: float) -> None:
+    def _say_time(self, shapes: int, each: float, parameters: int) -> None:
         """Say about how long the search will take.
 
-        A fit reads each token about as often as a training step computes with it, so the time that a token takes in a
-        quick fit is roughly that of a step.
+        Args:
+            each: seconds for each of the shapes.
+            parameters: of a student.
         """
-        token = each / max(1, tokens_of(self._fit[::_QUICK]))
-        finals = FINALISTS * (tokens_of(self._fit) + STEPS * self._step_blocks * self._length) * token
+        tokens = tokens_of(self._fit[::_QUICK])
+        started = time.perf_counter()
+        mean_loss(self._teacher, self._fit[::_QUICK])
+        forward = (time.perf_counter() - started) / tokens  # of the teacher, for a token
+        share = parameters / self._space.parameters(self._space.teacher)
+        step = STEPS * self._step_blocks * self._length * forward * (1 + 3 * share)
+        finalists = min(FINALISTS, shapes)
+        runs = finalists + (4 if 2 * share < 1 else 0)  # one round of as many steps as two others have together
         say(
-            f"{shapes} shapes, then {FINALISTS} of them distilled for {STEPS} steps each: about "
-            f"{duration(shapes * each + finals)}"
+            f"{shapes} shapes, then {finalists} of them distilled for {STEPS} steps each: about "
+            f"{duration((shapes + finalists * _QUICK) * each + runs * step)}"
         )
 
     def _thoroughly(self, candidate: CutCandidate) -> tuple[CutCandidate, Student, Student]:
