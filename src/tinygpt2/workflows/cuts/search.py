@@ -47,6 +47,7 @@ from tinygpt2.workflows.train import distill
 
 SHAPES, FINALISTS, STEPS = 48, 8, 50
 STEP_TOKENS = 2048  # in each step of the short distillation
+_SEED = 42  # of the order of the blocks
 _QUICK = 4  # the first ranking uses every fourth batch of the texts
 _OF_A_DEPTH = 2  # finalists that may have the same number of layers, while others are left
 
@@ -242,14 +243,19 @@ class Search:
         refit(student, source.to(device), kept, self._fit[::_QUICK] if quick else self._fit, announce=False)
         return Student(student, kept.layers)
 
-    def _distilled(self, student: Student, steps: int) -> Student:
-        """Return a student after some steps of distillation with the default recipe."""
+    def _distilled(self, student: Student, steps: int, number: int = 0) -> Student:
+        """Return a student after some steps of distillation with the default recipe.
+
+        Args:
+            number: another number gives other blocks of the data.
+        """
         before, after = self._scratch / "start", self._scratch / "student"
         save_model(student.model.cpu(), before, self._subject.tokenizer, "")
         config = self._config
         options = DistillConfig(
             teacher=config.teacher, student=str(before), data=config.data or "", out=str(after), max_steps=steps,
             micro_batch_size=self._step_blocks, eval_blocks=1, device=config.device, allow_pickle=config.allow_pickle,
+            seed=_SEED + number,
         )  # fmt: skip
         with without_notes():
             distill(options)
@@ -278,9 +284,9 @@ class Search:
         say(f"the student keeps {share:.0%} of the parameters: cutting it in {rounds} rounds, too")
         one = self._distilled(start, rounds * STEPS)
         source, measured = Student(self._teacher, list(range(self._teacher.config.n_layer))), self._measured
-        for shape in follow(shapes, "cut and distil in rounds", "rounds"):
+        for number, shape in enumerate(follow(shapes, "cut and distil in rounds", "rounds")):
             cut = self._cut(shape, measured)
-            source = self._distilled(Student(cut.model, [source.layers[layer] for layer in cut.layers]), STEPS)
+            source = self._distilled(Student(cut.model, [source.layers[layer] for layer in cut.layers]), STEPS, number)
             measured = Measurements(source.model, self._fit)
         scores = [self._judge.score(student.model, winner.milliseconds) for student in (one, source)]
         self.best = one if scores[0].rank <= scores[1].rank else source
@@ -294,8 +300,9 @@ def between(space: Space, shape: Shape, rounds: int) -> list[Shape]:
         part = number / rounds
 
         def size(name: str, multiple: int = 1, part: float = part) -> int:
-            old, new = int(getattr(whole, name)), int(getattr(shape, name))
-            return min(old, multiple * math.ceil(old * (new / old) ** part / multiple))
+            old, new = (int(getattr(one, name)) for one in (whole, shape))
+            shrunk = old * math.pow(new / old, part)
+            return min(old, multiple * math.ceil(shrunk / multiple))
 
         found.append(Shape(size("n_layer"), size("n_embd", whole.n_head), whole.n_head, size("n_inner")))
     return [*found, shape]
