@@ -25,6 +25,7 @@ from tinygpt2 import TruncateStudentConfig
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss
 from tinygpt2.compression.cut import KeptParts, cut_model
 from tinygpt2.compression.least_squares import refit
+from tinygpt2.compression.measurements import Measurements
 from tinygpt2.compression.rotation import principal_rotation, stream_moments
 from tinygpt2.compression.taps import tap
 from tinygpt2.compression.truncate import choose_parts
@@ -74,7 +75,7 @@ def measure(
     active = options.pop("units", None)
     config = TruncateStudentConfig(teacher="", out="", data="data", refit=True, **options)
     begun = time.perf_counter()
-    kept, _ = choose_parts(config, teacher, batches, (teacher.config.n_positions, "first"))
+    kept, _ = choose_parts(config, Measurements(teacher, batches), (teacher.config.n_positions, "first"))
     if "turned only" in name:
         tied = not config.untie_head
         moments = stream_moments(teacher, batches, tied=tied)

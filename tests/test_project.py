@@ -132,7 +132,7 @@ def test_every_command_is_a_public_function() -> None:
 def test_a_configurations_signature_lists_its_options() -> None:
     for command in COMMANDS:
         parameters = inspect.signature(command.config).parameters
-        assert set(parameters) == set(command.config.options())
+        assert set(parameters) == set(command.config.arguments())
     found = inspect.signature(tinygpt2.DistillConfig).parameters
     assert found["data"].default is inspect.Parameter.empty
     assert found["temperature"].default == 1.0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinygpt2.compression.importance import DepthImportance, RemovalRound
+    from tinygpt2.compression.sizes import Shape
     from tinygpt2.compression.truncate import CutPerplexity, TruncateStudentResult, truncate_student
     from tinygpt2.config.compression import TruncateStudentConfig
     from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
     from tinygpt2.training.step import Evaluation
     from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
+    from tinygpt2.workflows.cuts.results import CutCandidate, CutRounds, CutSearchResult
+    from tinygpt2.workflows.cuts.scoring import CutScore
+    from tinygpt2.workflows.cuts.search import cut_to_target
     from tinygpt2.workflows.model_verification import Agreement
     from tinygpt2.workflows.push import PushedFile, PushResult, push
     from tinygpt2.workflows.quickstart import quickstart
@@ -68,6 +72,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "compression.importance": ["DepthImportance", "RemovalRound"],
+    "compression.sizes": ["Shape"],
     "compression.truncate": ["CutPerplexity", "TruncateStudentResult", "truncate_student"],
     "config.compression": ["TruncateStudentConfig"],
     "config.data": ["PregenerateConfig", "TrainTokenizerConfig"],
@@ -110,6 +115,9 @@ _HOME = {
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
     "training.step": ["Evaluation"],
     "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
+    "workflows.cuts.results": ["CutCandidate", "CutRounds", "CutSearchResult"],
+    "workflows.cuts.scoring": ["CutScore"],
+    "workflows.cuts.search": ["cut_to_target"],
     "workflows.model_verification": ["Agreement"],
     "workflows.quickstart": ["quickstart"],
     "workflows.quickstart_report": ["Gain", "ModelSummary", "QuickstartResult", "QuickstartSizes"],
@@ -131,7 +139,11 @@ __all__ = [
     "Candidate",
     "CompiledStep",
     "ConfigError",
+    "CutCandidate",
     "CutPerplexity",
+    "CutRounds",
+    "CutScore",
+    "CutSearchResult",
     "DataError",
     "DepthImportance",
     "DistillConfig",
@@ -174,6 +186,7 @@ __all__ = [
     "RunPlan",
     "RunStatus",
     "RunsConfig",
+    "Shape",
     "ShowConfig",
     "ShowResult",
     "TaskInfo",
@@ -190,6 +203,7 @@ __all__ = [
     "VerifyResult",
     "bench",
     "compile_step",
+    "cut_to_target",
     "distill",
     "export",
     "finetune",

@@ -321,7 +321,7 @@ def test_a_narrow_student_opens_where_this_package_is_not(trained: Path, data: P
         ({"n_head": 5, "data": "DATA"}, "only 4 heads"),
         ({"n_embd": 20, "n_head": 5, "data": "DATA"}, "only 4 heads"),
         ({"n_embd": 40, "data": "DATA"}, "the teacher's hidden size is only 32"),
-        ({"num_layers": 2, "axes": "rotated"}, "--axes needs --n-embd or --n-head"),
+        ({"num_layers": 2, "axes": "rotated"}, "--axes needs --n-embd, --n-head or a target"),
         ({"n_head": 3, "n_embd": 16, "data": "DATA"}, "--n-head can be 1, 2, 4"),
         ({"n_inner": 200, "data": "DATA"}, "only 128 inner units"),
     ],

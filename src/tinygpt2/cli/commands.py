@@ -54,6 +54,10 @@ def _training(function: str) -> Run:
     return run
 
 
+def _cut(config: Any, as_json: bool) -> Any:
+    return _public("truncate_student" if config.target is None else "cut_to_target")(config, as_json)
+
+
 def _generate(config: Any, as_json: bool) -> Any:
     start_session()
     from tinygpt2.cli.interactive import generate_on_terminal
@@ -164,9 +168,24 @@ COMMANDS = [
         [
             "truncate-student --teacher gpt2 --num-layers 6 --out cut",
             "truncate-student --teacher gpt2 --n-embd 384 --refit --data data --out cut",
+            "truncate-student --teacher gpt2 --target-params 30M --data data --out cut",
         ],
-        _public("truncate_student"),
-        ("num_layers", "strategy", "layers", "n_embd", "axes", "n_head", "n_inner", "refit", "data"),
+        _cut,
+        (
+            "num_layers",
+            "strategy",
+            "layers",
+            "n_embd",
+            "axes",
+            "n_head",
+            "n_inner",
+            "refit",
+            "target_params",
+            "target_mb",
+            "target_ms",
+            "for",
+            "data",
+        ),
     ),
     Command(
         "distill",

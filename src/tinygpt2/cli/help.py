@@ -87,7 +87,7 @@ def sections(command: Any, ctx: Any, short: Collection[str] = ()) -> list[Sectio
         found[COMMANDS] = [(name, one.get_short_help_str(200)) for name, one in commands if not one.hidden]
     for parameter in command.get_params(ctx):
         heading = getattr(parameter, "rich_help_panel", None) or rest
-        if parameter.hidden or (short and parameter.name not in short and heading != REQUIRED):
+        if parameter.hidden or (short and parameter.name.rstrip("_") not in short and heading != REQUIRED):
             continue
         text = parameter.help or ""
         found.setdefault(heading, []).append((_names(parameter), _brief(text) if short else text))

@@ -7,6 +7,7 @@ and in YAML are reported together.
 from __future__ import annotations
 
 import inspect
+import keyword
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from tinygpt2.cli.output.render import print_result
 from tinygpt2.cli.session import choose_level
 from tinygpt2.config.base import OPTIONS, Config, extra, flag_name, plain_type
 from tinygpt2.config.cerebras import is_cerebras, options_of
-from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TEXT
+from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TARGET, TEXT
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.config.distillation import read_recipe
 from tinygpt2.config.training import length_options
@@ -46,7 +47,7 @@ from tinygpt2.utils.terminal import printable
 Run = Callable[[Any, bool], Any]
 """Called with the configuration and whether to print JSON. Returns the result, or None if it has printed it."""
 
-HEADINGS = (REQUIRED, COMMON, OPTIONS, OBJECTIVES, DECODING, TEXT, LENGTH, OPTIMISATION, RUN)
+HEADINGS = (REQUIRED, COMMON, OPTIONS, TARGET, OBJECTIVES, DECODING, TEXT, LENGTH, OPTIMISATION, RUN)
 """Headings of the options, in the order in which help lists them."""
 
 LETTERS = {"out": "-o", "model": "-m"}
@@ -78,7 +79,8 @@ def add_command(
         choose_level(quiet=given.pop("quiet"), verbose=given.pop("verbose"))
         if as_json and "output_format" in config_type.model_fields:
             given["json"] = True
-        config = resolve(config_type, file, {key: value for key, value in given.items() if value not in (None, [], ())})
+        given = {key.rstrip("_"): value for key, value in given.items() if value not in (None, [], ())}
+        config = resolve(config_type, file, given)
         as_json = as_json or getattr(config, "output_format", None) == "json"
         if print_config:
             typer.echo(_printed(config), nl=False)
@@ -199,7 +201,8 @@ def _parameter(key: str, field: FieldInfo, heading: str, known: str) -> inspect.
             about["autocompletion"] = completer(about["metavar"])
         names = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag]
         info = typer.Option(*names, *([LETTERS[key]] if key in LETTERS else []), **about)
-    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info])
+    name = f"{key}_" if keyword.iskeyword(key) else key  # --for
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, info])
 
 
 def _common(short: Sequence[str]) -> list[inspect.Parameter]:

@@ -31,13 +31,16 @@ RIDGE = 1e-2  # ridge penalty in units of the activations' mean square; it keeps
 
 
 @torch.no_grad()
-def refit(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, kept: KeptParts, batches: Batches) -> None:
+def refit(
+    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, kept: KeptParts, batches: Batches, *, announce: bool = True
+) -> None:
     """Fit the projections of the student's attention and MLPs, in place.
 
     Args:
         student: the model that `cut_model` made of the kept parts.
         batches: calibration texts, not longer than the student's positions. Both models' states for all of them are
             held in memory.
+        announce: whether to leave a trace of the progress; see `track`.
     """
     device = student.lm_head.weight.device
     encode = kept.encode(teacher.config.n_embd).to(student.lm_head.weight)
@@ -46,7 +49,7 @@ def refit(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, kept: KeptParts, b
     ends = [*kept.layers[1:], teacher.config.n_layer]
     parts = zip(student.transformer.h, kept.layers, ends, kept.head_maps(teacher), kept.inner, strict=True)
     # every block has four projections; fitting one of them reads all texts
-    with track("refit the projections", 4 * len(ends) * tokens_of(batches), "tokens") as stage:
+    with track("refit the projections", 4 * len(ends) * tokens_of(batches), "tokens", announce=announce) as stage:
         follow = partial(_followed, encode=encode, stage=stage)
         for block, layer, end, heads, units in parts:
             for other in teacher.transformer.h[reached:layer]:

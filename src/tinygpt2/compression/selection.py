@@ -88,12 +88,21 @@ def least_missed(
         keep: how many groups to keep.
         group: how many neighbouring columns make a group: 1 for inner units, a head's width for heads.
     """
+    return removal_order(covariance, weight, keep, group)[-keep:].sort().values
+
+
+@torch.no_grad()
+def removal_order(
+    covariance: Float[Tensor, "N N"], weight: Float[Tensor, "N Ds"], keep: int, group: int = 1
+) -> Int[Tensor, " G"]:
+    """Return the numbers of all groups: those that `least_missed` removes in their order, then those that it keeps."""
     if keep * group == len(weight):
         return torch.arange(keep)
     ridge = _RIDGE * covariance.diagonal().mean() + 1e-30
     inverse = torch.linalg.inv(covariance + torch.diag(ridge.expand(len(covariance))))
     weight = weight.to(covariance)
     left = torch.arange(len(weight) // group)
+    removed: list[Tensor] = []
     rounds = min(_ROUNDS, len(left) - keep)
     for number in range(rounds):
         count = (len(left) - keep) // (rounds - number)
@@ -101,10 +110,12 @@ def least_missed(
         rows = weight.view(len(left), group, -1)
         costs = (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
         gone = torch.zeros(len(left), dtype=torch.bool)
-        gone[costs.topk(count, largest=False).indices.cpu()] = True
+        cheapest = costs.topk(count, largest=False).indices.cpu()
+        gone[cheapest] = True
+        removed.append(left[cheapest])
         columns = gone.repeat_interleave(group).to(covariance.device)
         through = torch.linalg.solve(inverse[columns][:, columns], inverse[columns][:, ~columns]).T
         weight = weight[~columns] - through @ weight[columns]
         inverse = inverse[~columns][:, ~columns] - through @ inverse[columns][:, ~columns]
         left = left[~gone]
-    return left
+    return torch.cat([*removed, left])

@@ -1,11 +1,204 @@
-"""How large a student can be cut from a teacher: checks that need only the teacher's configuration."""
+"""Which sizes a student of a teacher can have, from the teacher's configuration alone."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tinygpt2.config.compression import Position, TruncateStudentConfig
+from tinygpt2.config.compression import Position, Target, TruncateStudentConfig
 from tinygpt2.errors import ConfigError
+
+TOLERANCE = 0.02  # a student is at most this share smaller than its target, and never larger
+_WIDTHS = 16  # hidden sizes to look at, up to the teacher's
+_MULTIPLES = (32, 16, 8, 4, 2)  # of inner units, in this order; blocks of 32 fit every number format of an export
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a GPT-2, by the names of its configuration; `n_inner` counts the inner units of each MLP."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_inner: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """The students that the search for a target looks at.
+
+    They have up to as many layers as the teacher, a hidden size in 16 steps up to the teacher's, all of the teacher's
+    heads or as many of the old width as fill the hidden size, and at least half as many inner units as dimensions.
+
+    Attributes:
+        teacher: its sizes.
+        vocab_size, n_positions: of the student.
+        tied: whether the student's output matrix is its embedding.
+    """
+
+    teacher: Shape
+    vocab_size: int
+    n_positions: int
+    tied: bool
+
+    def embeddings(self, width: int) -> int:
+        """Return the number of weights of the embeddings and the output matrix."""
+        return width * (self.vocab_size * (1 if self.tied else 2) + self.n_positions)
+
+    def parameters(self, shape: Shape) -> int:
+        """Return the number of parameters of a student."""
+        width, inner = shape.n_embd, shape.n_inner
+        block = 4 * width * width + 2 * width * inner + inner + 9 * width  # matrices, biases and two norms
+        return self.embeddings(width) + shape.n_layer * block + 2 * width
+
+    def bytes(self, shape: Shape) -> int:
+        """Return the size of model.safetensors with float32 weights; the file can be a few bytes smaller.
+
+        The file begins with the length of a header (8 bytes) and the header itself: JSON with the name, the type, the
+        shape and the place of each tensor, filled up to a multiple of 8.
+        """
+        weights = 4 * self.parameters(shape)
+        place = [weights, weights]  # no number has more digits
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        for name, size in self._tensors(shape):
+            header[name] = {"dtype": "F32", "shape": size, "data_offsets": place}
+        return 8 + math.ceil(len(json.dumps(header, separators=(",", ":"))) / 8) * 8 + weights
+
+    def _tensors(self, shape: Shape) -> Iterator[tuple[str, list[int]]]:
+        """Yield the names and shapes of the tensors that are stored."""
+        width, inner = shape.n_embd, shape.n_inner
+        yield "transformer.wte.weight", [self.vocab_size, width]
+        yield "transformer.wpe.weight", [self.n_positions, width]
+        if not self.tied:
+            yield "lm_head.weight", [self.vocab_size, width]
+        products = {
+            "attn.c_attn": [width, 3 * width], "attn.c_proj": [width, width], "mlp.c_fc": [width, inner],
+            "mlp.c_proj": [inner, width],
+        }  # fmt: skip
+        blocks = [f"transformer.h.{layer}" for layer in range(shape.n_layer)]
+        for norm in ["transformer.ln_f", *(f"{block}.{name}" for block in blocks for name in ("ln_1", "ln_2"))]:
+            yield from ((f"{norm}.{kind}", [width]) for kind in ("weight", "bias"))
+        for block in blocks:
+            for name, size in products.items():
+                yield f"{block}.{name}.weight", size
+                yield f"{block}.{name}.bias", size[1:]
+
+    def grid(self) -> Iterator[Shape]:
+        """Yield every depth, width and number of heads, each with all of the teacher's inner units."""
+        whole = self.teacher
+        old = whole.n_embd // whole.n_head
+        step = whole.n_head * max(1, round(old / _WIDTHS))
+        widths = sorted({*range(step, whole.n_embd, step), whole.n_embd})
+        for layers in range(1, whole.n_layer + 1):
+            for width in widths:
+                for heads in sorted({whole.n_head, width // old if width % old == 0 else whole.n_head}):
+                    yield Shape(layers, width, heads, whole.n_inner)
+
+    def smallest(self, cost: Callable[[Shape], float]) -> Shape:
+        """Return the student that costs least."""
+        return min((replace(shape, n_inner=_least_inner(shape)) for shape in self.grid()), key=cost)
+
+    def fitting(self, cost: Callable[[Shape], float], limit: float) -> list[Shape]:
+        """Return the students that cost at most `limit`, and at most 2 % less.
+
+        Args:
+            cost: of a student; it must grow with the inner units.
+        """
+        found = []
+        for shape in self.grid():
+            inner = _most_inner(shape, cost, limit)
+            fits = replace(shape, n_inner=inner)
+            if inner and fits != self.teacher and cost(fits) >= (1 - TOLERANCE) * limit:
+                found.append(fits)
+        return found
+
+
+def _least_inner(shape: Shape) -> int:
+    return max(1, min(shape.n_inner, shape.n_embd // 2))
+
+
+def _most_inner(shape: Shape, cost: Callable[[Shape], float], limit: float) -> int:
+    """Return the largest number of inner units with which a student costs at most `limit`; 0 if there is none.
+
+    It is a multiple of 32 or of a smaller power of two if that is within the tolerance.
+    """
+
+    def with_units(units: int) -> float:
+        return cost(replace(shape, n_inner=units))
+
+    low, high = _least_inner(shape), shape.n_inner
+    if with_units(low) > limit:
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if with_units(middle) <= limit else (low, middle - 1)
+    rounded = (low // multiple * multiple for multiple in _MULTIPLES)
+    return next((units for units in rounded if units and with_units(units) >= (1 - TOLERANCE) * limit), low)
+
+
+def spread(shapes: Sequence[Shape], most: int) -> list[Shape]:
+    """Return at most about `most` of the shapes: evenly spaced depths, and of each depth evenly spaced shapes."""
+    depths = sorted({shape.n_layer for shape in shapes})
+    depths = _spaced(depths, max(1, most // 4))
+    each = max(1, most // len(depths)) if depths else 0
+    return [shape for depth in depths for shape in _spaced([shape for shape in shapes if shape.n_layer == depth], each)]
+
+
+def _spaced(items: Sequence[Any], count: int) -> list[Any]:
+    if len(items) <= count:
+        return list(items)
+    if count == 1:
+        return [items[len(items) // 2]]
+    return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
+
+
+def space_of(config: TruncateStudentConfig, teacher: Any) -> Space:
+    """Return the students that the search looks at.
+
+    Args:
+        teacher: the teacher's configuration, or an object with the same sizes.
+    """
+    whole = Shape(teacher.n_layer, teacher.n_embd, teacher.n_head, teacher.n_inner or 4 * teacher.n_embd)
+    tied = getattr(teacher, "tie_word_embeddings", True) and not config.untie_head
+    return Space(whole, teacher.vocab_size, config.n_positions or teacher.n_positions, tied)
+
+
+def shapes_within(target: Target, space: Space, cost: Callable[[Shape], float]) -> list[Shape]:
+    """Return the students whose cost is within 2 % below the target.
+
+    Raises:
+        ConfigError: there is none; the message says what the smallest student costs, and what the teacher does.
+    """
+    smallest, teacher = space.smallest(cost), cost(space.teacher)
+    if (least := cost(smallest)) > target.limit:
+        whole = space.embeddings(smallest.n_embd)
+        part = f", {whole:,} of them in the embeddings" if target.measure == "parameters" else ""
+        raise ConfigError(
+            f"{target.option} is too small: the smallest student of this teacher has {said(target, least)}{part}",
+            f"that is 1 layer with a hidden size of {smallest.n_embd}; a smaller vocabulary makes smaller students",
+        )
+    if target.limit >= teacher:
+        raise ConfigError(
+            f"{target.option} is not smaller than the teacher, which has {said(target, teacher)}",
+            "give a smaller target",
+        )
+    if found := space.fitting(cost, target.limit):
+        return found
+    ends = (replace(one, n_inner=inner) for one in space.grid() for inner in (_least_inner(one), one.n_inner))
+    near = max((one for one in map(cost, ends) if one <= target.limit), default=least)
+    raise ConfigError(
+        f"{target.option}: no student has between {1 - TOLERANCE:.0%} and 100 % of it", f"one has {said(target, near)}"
+    )
+
+
+def said(target: Target, cost: float) -> str:
+    """Return a cost in the unit of a target."""
+    if target.measure == "bytes":
+        return f"{cost / 1e6:,.4g} MB"
+    return f"{cost:,.3g} milliseconds" if target.measure == "milliseconds" else f"{cost:,.0f} parameters"
 
 
 def check_sizes(config: TruncateStudentConfig, teacher: Any) -> None:
@@ -18,6 +211,10 @@ def check_sizes(config: TruncateStudentConfig, teacher: Any) -> None:
         ConfigError: the teacher has no such parts, or they do not fit together, or an option has no effect.
     """
     sizes_of(config, teacher)
+    target = config.target
+    if target is not None and target.measure != "milliseconds":
+        space = space_of(config, teacher)
+        shapes_within(target, space, getattr(space, target.measure))
     if config.untie_head and not getattr(teacher, "tie_word_embeddings", True):
         raise ConfigError("--untie-head has no effect: the teacher has an output matrix of its own already")
     _check_depth(config, teacher.n_layer)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
-from tinygpt2.compression.conversion import Conversion, load_teacher, measured
+from tinygpt2.compression.conversion import Conversion, LoadedTeacher, load_teacher, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
 from tinygpt2.compression.heads import head_moments, narrow_heads
 from tinygpt2.compression.importance import (
@@ -24,14 +24,15 @@ from tinygpt2.compression.importance import (
     important_dimensions,
 )
 from tinygpt2.compression.least_squares import refit
-from tinygpt2.compression.rotation import Rotation, principal_rotation, stream_moments
-from tinygpt2.compression.selection import least_missed, projection_moments
+from tinygpt2.compression.measurements import Measurements
+from tinygpt2.compression.rotation import Rotation, principal_rotation
+from tinygpt2.compression.selection import least_missed
 from tinygpt2.compression.sizes import check_sizes, position_count, sizes_of
 from tinygpt2.config.common import OTHER_OUT
 from tinygpt2.config.compression import Position, TruncateStudentConfig
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import DataError
+from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.card import HubMetadata, model_card
 from tinygpt2.models.compatibility import check_fits
@@ -46,6 +47,9 @@ from tinygpt2.utils.hub import at_commit, hub_revision
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.plotting import paint
 from tinygpt2.utils.progress import track
+
+if TYPE_CHECKING:
+    from tinygpt2.utils.types import Tokenizer
 
 PICTURE = "importance.png"
 
@@ -93,8 +97,63 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         DataError: the calibration data is missing or empty, or was made with another tokenizer.
         ModelError: the teacher cannot be loaded, or GPT-2 does not have its parts.
     """
+    if config.target is not None:
+        raise ConfigError(
+            f"truncate_student makes a student of given sizes, and {config.target.option} asks for a search",
+            "call tinygpt2.cut_to_target instead",
+        )
+    subject = load_subject(config)
+    teacher, positions, batches = subject.loaded.model, subject.positions, subject.batches
+    kept, importance = choose_parts(config, Measurements(teacher, batches), positions)
+    student = cut_model(teacher.cpu(), kept)
+    if config.refit:
+        device = current_device()
+        short = [ids[:, : positions[0]] for ids in batches]
+        refit(student.to(device), teacher.to(device), kept, short)
     out = Path(config.out)
-    require_free(out, OTHER_OUT)
+    result = TruncateStudentResult(
+        str(out.resolve()),
+        kept.layers,
+        count_parameters(student),
+        subject.loaded.parameters,
+        importance,
+        held_out_perplexity(config, subject, student),
+        subject.conversion,
+    )
+    save_student(config, subject, student, _card(config, kept, result, subject.commit))
+    if importance is not None:
+        _plot(importance, out / PICTURE)
+    return result
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A teacher that is loaded and fits the options, and what it is measured on.
+
+    Attributes:
+        data: the dataset of --data, if it is given.
+        batches: calibration texts on the device; empty if nothing has to be measured.
+        positions: number of the student's positions, and how their embeddings are chosen.
+        conversion: how a teacher of another architecture became a GPT-2.
+        commit: of a teacher from the Hub.
+    """
+
+    loaded: LoadedTeacher
+    tokenizer: Tokenizer | None
+    data: PackedDataset | None
+    batches: Batches
+    positions: tuple[int, Position]
+    conversion: Conversion | None
+    commit: str | None
+
+
+def load_subject(config: TruncateStudentConfig) -> Subject:
+    """Check `config.out`, load the teacher and the data, and check that they fit the options and each other.
+
+    Raises:
+        As `truncate_student`.
+    """
+    require_free(Path(config.out), OTHER_OUT)
     loaded = load_teacher(config.teacher, allow_pickle=config.allow_pickle)
     teacher, directory = loaded.model, loaded.directory
     require_cuttable(teacher, config.teacher)
@@ -113,43 +172,30 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         teacher.to(current_device())
         tell_machine(current_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
-    kept, importance = choose_parts(config, teacher, batches, positions)
-    student = cut_model(teacher.cpu(), kept)
-    if config.refit:
-        device = current_device()
-        short = [ids[:, : positions[0]] for ids in batches]
-        refit(student.to(device), teacher.to(device), kept, short)
-    perplexity = None
-    if data is not None:
-        before = None if conversion is None else conversion.original_loss
-        perplexity = _perplexity(student, teacher, data, config.calibration_sequences, before)
-    result = TruncateStudentResult(
-        str(out.resolve()),
-        kept.layers,
-        count_parameters(student),
-        loaded.parameters,
-        importance,
-        perplexity,
-        conversion,
-    )
-    commit = hub_revision(directory)
-    pinned = {} if commit is None else {"teacher": at_commit(config.teacher, commit)}
+    return Subject(loaded, tokenizer, data, batches, positions, conversion, hub_revision(directory))
+
+
+def save_student(config: TruncateStudentConfig, subject: Subject, student: GPT2LMHeadModel, card: str) -> None:
+    """Save a student in `config.out`, with the teacher's tokenizer and the options that made it."""
+    pinned = {} if subject.commit is None else {"teacher": at_commit(config.teacher, subject.commit)}
     run = config.model_copy(update=pinned).to_yaml()
-    save_model(student.cpu(), out, tokenizer, _card(config, kept, result, commit), run=run)
-    if importance is not None:
-        _plot(importance, out / PICTURE)
-    return result
+    save_model(student.cpu(), Path(config.out), subject.tokenizer, card, run=run)
 
 
 def choose_parts(
-    config: TruncateStudentConfig, teacher: GPT2LMHeadModel, batches: Batches, positions: tuple[int, Position]
+    config: TruncateStudentConfig, measurements: Measurements, positions: tuple[int, Position], *, quick: bool = False
 ) -> tuple[KeptParts, DepthImportance | None]:
-    """Return the parts to keep, and the importance of the blocks if --strategy importance measured it."""
+    """Return the parts to keep, and the importance of the blocks if --strategy importance measured it.
+
+    Args:
+        quick: take the inner units from an order that is found once for all students (`Measurements.unit_order`).
+    """
+    teacher = measurements.teacher
     shape, importance = teacher.config, None
     if config.layers is not None:
         layers = [int(number) for number in config.layers.split(",")]
     elif config.strategy == "importance":
-        importance = depth_importance(teacher, batches, config.num_layers or shape.n_layer)
+        importance = depth_importance(teacher, measurements.batches, config.num_layers or shape.n_layer)
         layers = importance.kept
     else:
         layers = choose_layers(shape.n_layer, config.num_layers or shape.n_layer, config.strategy or "uniform")
@@ -158,48 +204,54 @@ def choose_parts(
         whole = [torch.arange(size) for size in (width, heads, inner)]
         kept = KeptParts(layers, whole[0], [whole[1]] * len(layers), [whole[2]] * len(layers), positions)
         return dataclasses.replace(kept, untied=config.untie_head), importance
-    dimensions = _dimensions(config, teacher, batches, layers)
+    dimensions = _dimensions(config, measurements, layers)
     kept = KeptParts(layers, dimensions, [], [], positions, untied=config.untie_head)
     encode, head_width = kept.encode(shape.n_embd), shape.n_embd // shape.n_head
     narrowed = []
-    for layer, (read, mixed, units) in zip(layers, projection_moments(teacher, batches, layers), strict=True):
+    for layer, (read, mixed, units) in zip(layers, measurements.projections(layers), strict=True):
         block = teacher.transformer.h[layer]
         attention, mlp = (
             projection.weight.cpu().double() @ encode for projection in (block.attn.c_proj, block.mlp.c_proj)
         )
         kept.heads.append(least_missed(mixed.covariance, attention, heads, head_width))
-        kept.inner.append(least_missed(units.covariance, mlp, inner))
+        if quick:
+            kept.inner.append(measurements.unit_order(layer)[-inner:].sort().values)
+        else:
+            kept.inner.append(least_missed(units.covariance, mlp, inner))
         if width // heads != head_width:
             narrowed.append(narrow_heads(head_moments(block, read, mixed), attention, kept.heads[-1], width // heads))
     return dataclasses.replace(kept, narrowed=narrowed or None), importance
 
 
 def _dimensions(
-    config: TruncateStudentConfig, teacher: GPT2LMHeadModel, batches: Batches, layers: list[int]
+    config: TruncateStudentConfig, measurements: Measurements, layers: list[int]
 ) -> Int[Tensor, " Ds"] | Rotation:
     """Return what a student keeps of its teacher's residual stream."""
+    teacher, batches = measurements.teacher, measurements.batches
     width = sizes_of(config, teacher.config)[0]
     if width == teacher.config.n_embd:
         return torch.arange(width)
     if not config.rotated:
         return (active_dimensions if config.refit else important_dimensions)(teacher, batches, width)
     tied = teacher.config.tie_word_embeddings and not config.untie_head
-    return principal_rotation(teacher, stream_moments(teacher, batches, tied=tied), layers, width, tied=tied)
+    return principal_rotation(teacher, measurements.stream(tied=tied), layers, width, tied=tied)
 
 
-def _perplexity(
-    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, data: PackedDataset, count: int, before: float | None
+def held_out_perplexity(
+    config: TruncateStudentConfig, subject: Subject, student: GPT2LMHeadModel
 ) -> CutPerplexity | None:
-    """Measure both models on blocks of the test split, shortened to the student's positions.
+    """Measure student and teacher on blocks of the test split, shortened to the student's positions.
 
-    Args:
-        before: the teacher's loss on these blocks if it is known.
+    Returns:
+        None without data, or if its test split is empty.
     """
-    if not len(data.test):
+    if subject.data is None or not len(subject.data.test):
         return None
+    before = None if subject.conversion is None else subject.conversion.original_loss
     device = current_device()
-    batches = [ids[:, : student.config.n_positions] for ids in calibration_batches(data.test, count, device)]
-    models = [model.to(device) for model in ([student, teacher] if before is None else [student])]
+    blocks = calibration_batches(subject.data.test, config.calibration_sequences, device)
+    batches = [ids[:, : student.config.n_positions] for ids in blocks]
+    models = [model.to(device) for model in ([student, subject.loaded.model] if before is None else [student])]
     with track("measure student and teacher", len(models) * tokens_of(batches), "tokens") as stage:
         losses = [mean_loss(model, batches, stage) for model in models]
     after, before = losses[0], losses[-1] if before is None else before

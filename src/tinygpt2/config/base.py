@@ -7,6 +7,7 @@ help are declared once. The command line, the YAML keys and `--print-config` fol
 from __future__ import annotations
 
 import inspect
+import keyword
 import re
 import shlex
 import types
@@ -127,7 +128,7 @@ class Config(BaseModel):
                     default=inspect.Parameter.empty if field.is_required() else field.default,
                     annotation=field.annotation,
                 )
-                for name, field in cls.options().items()
+                for name, field in cls.arguments().items()
             ]
         )
 
@@ -184,6 +185,14 @@ class Config(BaseModel):
     def options(cls) -> dict[str, FieldInfo]:
         """Return every option by its name, in the order of declaration."""
         return {field.alias or name: field for name, field in cls.model_fields.items()}
+
+    @classmethod
+    def arguments(cls) -> dict[str, FieldInfo]:
+        """Return the options by their names in Python: --for, which is a word of the language, by the field's name."""
+        return {
+            name if keyword.iskeyword(field.alias or name) else field.alias or name: field
+            for name, field in cls.model_fields.items()
+        }
 
     @classmethod
     def _problems(cls, error: ValidationError, values: Mapping[str, Any]) -> Iterator[str]:

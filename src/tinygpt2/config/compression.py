@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from tinygpt2.config.base import option
+from pydantic import field_validator
+
+from tinygpt2.config.base import flag_name, option
+from tinygpt2.config.common import TARGET
 from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
 
 Strategy = Literal["uniform", "alternate", "distilgpt2", "first", "middle", "last", "importance"]
 Position = Literal["first", "interpolate"]
 Axes = Literal["rotated", "coordinates"]
+Purpose = Literal["loss", "draft"]
+Measure = Literal["parameters", "bytes", "milliseconds"]
+
+_UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
+_TARGETS: dict[str, tuple[Measure, float]] = {
+    "target_params": ("parameters", 1), "target_mb": ("bytes", 1e6), "target_ms": ("milliseconds", 1)
+}  # fmt: skip
+"""For each option: what it limits, and how many of these its unit has."""
+
+
+class Target(NamedTuple):
+    """What a student may have at most: how many parameters, bytes of weights, or milliseconds for a token."""
+
+    measure: Measure
+    limit: float
+    option: str
 
 
 class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
@@ -61,12 +80,50 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         default=None,
         shown="first",
     )
+    target_params: int | None = option(
+        "Parameters of the student, such as 30M.", default=None, panel=TARGET, ge=1, metavar="N"
+    )
+    target_mb: float | None = option(
+        "Size of the student's weights (float32, as in model.safetensors) in MB of 1,000,000 bytes.",
+        default=None,
+        panel=TARGET,
+        gt=0,
+    )
+    target_ms: float | None = option(
+        "Time for each token that the student decodes on this machine, in milliseconds. It decodes one text, with "
+        "float32 weights.",
+        default=None,
+        panel=TARGET,
+        gt=0,
+    )
+    purpose: Purpose = option(
+        "What makes a student the best one. loss: the lowest loss. draft: the largest expected gain as the draft of "
+        "its teacher, from the tokens that the teacher would accept and the time that both take.",
+        default="loss",
+        panel=TARGET,
+        alias="for",
+    )
     data: str | None = option(
         "Pregenerated dataset. Importance is measured on its training split, perplexity on its test split.",
         default=None,
         path=True,
     )
     calibration_sequences: int = option("How many blocks of --data to measure on.", default=64, ge=1)
+
+    @field_validator("target_params", mode="before")
+    @classmethod
+    def _accept_units(cls, value: Any) -> Any:
+        """Accept 30M, 900k and 1.5B."""
+        found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)([kMB])", str(value))
+        return round(float(found[1]) * _UNITS[found[2]]) if found else value
+
+    @property
+    def target(self) -> Target | None:
+        """What the search must find a student for; None if the options give the sizes themselves."""
+        for name, (measure, unit) in _TARGETS.items():
+            if (value := getattr(self, name)) is not None:
+                return Target(measure, unit * value, f"{flag_name(name)} {value:.12g}")
+        return None
 
     @property
     def cuts_width(self) -> bool:
@@ -85,6 +142,7 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
             "--strategy importance": self.strategy == "importance",
             "a narrower student": self.cuts_width,
             "--refit": self.refit,
+            "the search for a target": self.target is not None,
         }
         return [name for name, needed in needs.items() if needed]
 
@@ -93,13 +151,18 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         yield from super().conflicts()
         if self.num_layers is not None and self.layers is not None:
             yield "--num-layers and --layers cannot be combined: give one of them"
-        if self.num_layers is None and self.layers is None and not self.cuts_width and self.n_positions is None:
-            yield "give --num-layers or --layers, a width (--n-embd, --n-head, --n-inner) or --n-positions"
+        yield from self._target_conflicts()
+        sized = self.cuts_width or self.n_positions is not None or self.target is not None
+        if self.num_layers is None and self.layers is None and not sized:
+            yield (
+                "give --num-layers or --layers, a width (--n-embd, --n-head, --n-inner) or --n-positions, or a target "
+                "(--target-params, --target-mb, --target-ms)"
+            )
         if self.strategy is not None and self.num_layers is None:
             why = ": --layers already names the layers" if self.layers else ""
             yield f"--strategy needs --num-layers{why}"
-        if self.axes is not None and self.n_embd is None and self.n_head is None:
-            yield "--axes needs --n-embd or --n-head"
+        if self.axes is not None and self.n_embd is None and self.n_head is None and self.target is None:
+            yield "--axes needs --n-embd, --n-head or a target"
         if self.position is not None and self.n_positions is None:
             yield "--position needs --n-positions"
         if self.data is None and self.calibration_sequences != type(self).model_fields["calibration_sequences"].default:
@@ -108,3 +171,16 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
             yield f"--data is required to measure on: {' and '.join(self.measures)}"
         if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
             yield f"--layers: expected layer numbers such as 0,2,4, got {self.layers!r}"
+
+    def _target_conflicts(self) -> Iterator[str]:
+        targets = [name for name in _TARGETS if getattr(self, name) is not None]
+        if len(targets) > 1:
+            yield f"{' and '.join(map(flag_name, targets))} cannot be combined: give one of them"
+        if not targets:
+            if self.purpose != "loss":
+                yield "--for needs --target-params, --target-mb or --target-ms"
+            return
+        sizes = ["num_layers", "strategy", "layers", "n_embd", "n_head", "n_inner", "refit"]
+        if found := [flag_name(name) for name in sizes if getattr(self, name)]:
+            why = "the search finds all sizes, and refits"
+            yield f"{flag_name(targets[0])} cannot be combined with {' and '.join(found)}: {why}"

@@ -3,7 +3,7 @@
 The library itself reports nothing. The command line calls `show()` once; from then on everything here is written to
 stderr. stdout is only for results.
 
-    say      a note that a person may want to know; --quiet hides it
+    say      a note that a person may want to know; --quiet hides it, and so does `without_notes`
     warn     something that may need an action
     detail   what was decided and why, with --verbose
     track    a stage of work that may take long
@@ -31,6 +31,7 @@ _mode: Literal["silent", "plain", "live"] = "silent"
 _level: Level = "normal"
 _bars: Progress | None = None  # of the stages that are running, the outer ones first
 _told: set[str] = set()
+_notes = True
 _clock = time.monotonic
 
 _EVERY = 30.0  # seconds from one line to the next where there is no terminal
@@ -54,8 +55,19 @@ def shown() -> bool:
 
 def say(message: str) -> None:
     """Print a note on stderr, unless --quiet was given or the library runs on its own."""
-    if shown():
+    if shown() and _notes:
         _print(message)
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Hide the notes and plain lines of a command that another one runs many times. Bars and warnings remain."""
+    global _notes
+    before, _notes = _notes, False
+    try:
+        yield
+    finally:
+        _notes = before
 
 
 def warn(message: str) -> None:

@@ -16,7 +16,7 @@ from tinygpt2.utils.progress import say, warn
 from tinygpt2.workflows.runs import is_run, run_status
 from tinygpt2.workflows.verification import verify
 
-CARD, PICTURES = "README.md", ("curves.png", "importance.png")
+CARD, PICTURES = "README.md", ("curves.png", "importance.png", "front.png")
 _TEXTS = (CARD, *DESCRIPTION_FILES, "tokenizer_config.json")  # the files that may name a folder of this machine
 _MESSAGE = "Upload a GPT-2 with tinygpt2"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tinygpt2.cli.output.tables import short_path
@@ -40,15 +40,20 @@ def fields_of(result: Any) -> list[dataclasses.Field[Any]]:
 
 
 def print_facts(
-    result: Any, console: Console, labels: Mapping[str, str] | None = None, group: Group | None = None
+    result: Any,
+    console: Console,
+    labels: Mapping[str, str] | None = None,
+    group: Group | None = None,
+    hidden: Collection[str] = (),
 ) -> None:
     """Print the fields of a result.
 
     Args:
         labels: names of fields in place of the usual ones.
         group: the heading of each field, if they are to stand in groups.
+        hidden: names of fields that are printed elsewhere.
     """
-    values = {field.name: getattr(result, field.name) for field in fields_of(result)}
+    values = {field.name: getattr(result, field.name) for field in fields_of(result) if field.name not in hidden}
     labels = {**_LABELS, **(labels or {})}
     if group is None:
         lines = list(_lines(values, labels))

@@ -117,6 +117,50 @@ def _render_cut(result: Any, console: Console) -> None:
     print_table(columns, console)
 
 
+def _render_search(result: Any, console: Console) -> None:
+    drafts = result.score.speedup is not None
+    found = result.candidates
+    last = [one.trained or one.fitted or one.quick for one in found]
+    columns = [
+        Column("layers", [str(one.n_layer) for one in found]),
+        *(
+            Column(heading, [number(getattr(one, key)) for one in found])
+            for heading, key in (("width", "n_embd"), ("heads", "n_head"), ("inner", "n_inner"))
+        ),
+        Column("parameters", [short_count(one.parameters) for one in found], 2),
+        Column("weights", [size(one.bytes) for one in found], 3),
+        Column("ms/token", [f"{one.milliseconds:.2f}" for one in found], 1),
+        *(
+            Column(heading, ["" if score is None else f"{score.loss:.4f}" for score in scores], rank)
+            for heading, scores, rank in (
+                ("quick fit", [one.quick for one in found], 4),
+                ("whole fit", [one.fitted for one in found], 1),
+                ("distilled", [one.trained for one in found], 0),
+            )
+        ),
+    ]
+    if drafts:
+        columns.append(Column("accepted", [f"{score.acceptance:.1%}" for score in last]))
+        columns.append(Column("speedup", [f"{score.speedup:.2f}" for score in last]))
+    print_table(columns, console)
+    print_note("losses in nats per token above the teacher's on the same blocks", console)
+    console.print()
+    labels = {
+        "model": "student", "parameters": "parameters", "teacher_parameters": "teacher's parameters", "n_embd": "width",
+        "n_head": "heads", "n_inner": "inner units", "bytes": "weights", "milliseconds": "ms per token",
+        "teacher_milliseconds": "teacher's ms per token", "perplexity": "held-out perplexity",
+        "score": "beside the teacher", "loss": "loss", "steps": "steps of distillation",
+        "tokens": "tokens of distillation",
+    }  # fmt: skip
+    print_facts(result, console, labels, hidden=("candidates", "rounds"))
+    if (rounds := result.rounds) is not None:
+        print_note(
+            f"cut in one round its loss is {rounds.one.loss:.4f}, in {rounds.rounds} rounds {rounds.several.loss:.4f}, "
+            f"after {result.steps} steps in both cases: the better one was kept",
+            console,
+        )
+
+
 def _render_presets(result: Any, console: Console) -> None:
     found = result.presets
     columns = [
@@ -240,6 +284,7 @@ RENDER: dict[str, Callable[[Any, Console], None]] = {
     "PplResult": render_ppl,
     "TaskList": _render_tasks,
     "TruncateStudentResult": _render_cut,
+    "CutSearchResult": _render_search,
     "PresetList": _render_presets,
     "GenerateResult": render_generate,
     "BenchResult": _render_bench,

@@ -1,0 +1,1 @@
+"""Cuts to a target: which student of a given size is the best one."""

@@ -1,0 +1,90 @@
+"""What the search for a target returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tinygpt2.compression.sizes import Shape
+from tinygpt2.compression.truncate import CutPerplexity
+from tinygpt2.workflows.cuts.scoring import CutScore
+
+
+@dataclass(frozen=True)
+class CutCandidate:
+    """A student that the search has looked at. Scores that it did not get are None.
+
+    Attributes:
+        bytes: of its weights in float32.
+        milliseconds: for a token that it decodes.
+        quick: its score after a fit on a quarter of the calibration texts, on a quarter of the texts to score on.
+        fitted: after a fit on all of them.
+        trained: after that and a short distillation.
+    """
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_inner: int
+    parameters: int
+    bytes: int
+    milliseconds: float
+    quick: CutScore
+    fitted: CutScore | None = None
+    trained: CutScore | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Its sizes."""
+        return Shape(self.n_layer, self.n_embd, self.n_head, self.n_inner)
+
+
+@dataclass(frozen=True)
+class CutRounds:
+    """The best shape cut in one round and in several, with distillation in between, after equally many steps.
+
+    Attributes:
+        rounds: how many there are if there are several.
+        shapes: after each of these rounds.
+        one, several: the scores.
+    """
+
+    rounds: int
+    shapes: list[Shape]
+    one: CutScore
+    several: CutScore
+
+
+@dataclass(frozen=True)
+class CutSearchResult:
+    """The result of `truncate-student` with a target.
+
+    Attributes:
+        layers: the teacher's blocks that were kept, counted from 0.
+        target: the option that gave it.
+        bytes: size of the weights (float32).
+        milliseconds, teacher_milliseconds: for a token that is decoded.
+        score: of the student.
+        steps, tokens: of the distillation that the student has seen.
+        candidates: all that were looked at, in the order of their last scores.
+        rounds: None if the student has at least half of the teacher's parameters.
+        perplexity: on the test split; None if it is empty.
+    """
+
+    model: str
+    layers: list[int]
+    parameters: int
+    teacher_parameters: int
+    n_embd: int
+    n_head: int
+    n_inner: int
+    target: str
+    bytes: int
+    milliseconds: float
+    teacher_milliseconds: float
+    score: CutScore
+    steps: int
+    tokens: int
+    candidates: list[CutCandidate]
+    seconds: float
+    rounds: CutRounds | None = None
+    perplexity: CutPerplexity | None = None
