@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
-    from tinygpt2.decoding.bench import BenchResult, BenchRow, bench
     from tinygpt2.decoding.generation import DraftFigures, GenerateResult, Generation, generate
+    from tinygpt2.decoding.speed import BenchRow
     from tinygpt2.errors import (
         ConfigError,
         DataError,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from tinygpt2.evaluation.named_tasks import TaskInfo, TaskList, list_tasks
     from tinygpt2.evaluation.perplexity import ppl
     from tinygpt2.evaluation.results import Paired, PplResult, PplRow
+    from tinygpt2.exporting.bench import BenchResult, bench
     from tinygpt2.exporting.checks import ExportChecks
     from tinygpt2.exporting.export import ExportResult, export
     from tinygpt2.models import reference
@@ -93,7 +94,7 @@ _HOME = {
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
-    "decoding.bench": ["BenchResult", "BenchRow", "bench"],
+    "decoding.speed": ["BenchRow"],
     "decoding.generation": ["DraftFigures", "GenerateResult", "Generation", "generate"],
     "errors": [
         "ConfigError",
@@ -108,6 +109,7 @@ _HOME = {
     "evaluation.named_tasks": ["TaskInfo", "TaskList", "list_tasks"],
     "evaluation.perplexity": ["ppl"],
     "evaluation.results": ["Paired", "PplResult", "PplRow"],
+    "exporting.bench": ["BenchResult", "bench"],
     "exporting.checks": ["ExportChecks"],
     "exporting.export": ["ExportResult", "export"],
     "models": ["reference"],

@@ -49,8 +49,7 @@ def check_early(config: Config) -> None:
     elif isinstance(config, ExportConfig):
         _check_export(config)
     elif isinstance(config, BenchConfig):
-        for name in config.model:
-            _local_causal_lm(config, name)
+        _check_bench(config)
     elif isinstance(config, TeachConfig):
         _check_datasets(config.data)
         _local_causal_lm(config, config.teacher, "teacher")
@@ -133,6 +132,16 @@ def _check_export(config: ExportConfig) -> None:
     _local_model(config, config.model)
     if config.data is not None and not is_packed_dataset(Path(config.data)):
         _check_sources([config.data])
+
+
+def _check_bench(config: BenchConfig) -> None:
+    from tinygpt2.exporting.outputs import exported_format, require_engine
+
+    for name in config.model:
+        if (to := exported_format(Path(name))) is not None:
+            require_engine(to)
+        else:
+            _local_causal_lm(config, name)
 
 
 def _check_verify(config: VerifyConfig) -> None:

@@ -34,7 +34,7 @@ class GenerateConfig(ModelOptions, DeviceOptions):
     )
     draft_tokens: int = option("Tokens to draft before each check, with --draft.", default=4, ge=1)
     weights: DecodingWeights = option(
-        "Format of the weights in memory. bf16 takes half of fp32's and int8 a quarter, and both change texts a little. "
+        "Format of the weights in memory. bf16 takes half of fp32's and int8 a quarter; both change texts a little. "
         "On CPUs with AVX-512 they are faster too; bench measures it.",
         default="fp32",
     )
@@ -93,7 +93,8 @@ class BenchConfig(ModelOptions, DeviceOptions):
     """Options of `bench`."""
 
     model: list[str] = option(
-        "Model: a local directory or a Hub id. Give several to compare them.",
+        "Model: a local directory, a Hub id, or what export wrote: a GGUF file or an ONNX folder. Give several to "
+        "compare them.",
         path=True, metavar="PATH|ID", positional=True,
     )  # fmt: skip
     new_tokens: int = option("Tokens to decode in each turn, or fewer if positions end.", default=64, ge=2)

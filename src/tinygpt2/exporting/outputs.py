@@ -35,6 +35,17 @@ def require_packages(to: Format) -> None:
         raise ConfigError(f"{to}: {' and '.join(missing)} {plural} not installed", f'run pip install "tinygpt2[{to}]"')
 
 
+def require_engine(to: Format) -> None:
+    """Check that what decodes a format on this machine is installed: llama.cpp for GGUF, onnxruntime for ONNX.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    require_packages(to)
+    if to == "gguf" and find_spec("xllamacpp") is None:
+        raise ConfigError("gguf: xllamacpp is not installed", 'run pip install "tinygpt2[llamacpp]"')
+
+
 def check_output(config: ExportConfig) -> None:
     """Check that the packages of the format are installed, and that nothing at --out would be lost.
 

@@ -263,6 +263,7 @@ def _render_bench(result: Any, console: Console) -> None:
     rows = result.results
     columns = [
         Column("model", [short_path(one.model) for one in rows], left=True),
+        Column("by", [one.engine for one in rows], 5, left=True),
         Column("weights", [one.precision for one in rows], left=True),
         Column("batch", [number(one.batch) for one in rows]),
         Column("first token", [f"{1000 * one.first_token_seconds:,.1f} ms" for one in rows], 2),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,28 @@ def test_rows_of_every_model(teacher: Path, tmp_path: Path, cli: Callable) -> No
 def test_few_positions_are_enough(tmp_path: Path) -> None:
     small = make_model(tmp_path / "m", None, n_positions=2)
     assert {row.batch for row in bench(BenchConfig(model=[str(small)], turns=1)).results} == {1, 8}
+
+
+@pytest.mark.parametrize(
+    ("to", "package", "engine"), [("gguf", "xllamacpp", "llama.cpp"), ("onnx", "onnxruntime", "onnxruntime")]
+)
+def test_exported_models_run_in_their_engines(
+    to: str, package: str, engine: str, teacher: Path, tmp_path: Path, cli: Callable
+) -> None:
+    pytest.importorskip(package)
+    pytest.importorskip(to)
+    out = tmp_path / "exported"
+    assert cli("export", teacher, "--to", to, "--type", "f32", "--out", out, "--no-check").code == 0
+    (row,) = cli("bench", out, "--new-tokens", 8, "--turns", 1, "--json").json["results"]
+    assert (row["model"], row["precision"], row["batch"], row["engine"]) == (str(out), "f32", 1, engine)
+    assert row["bytes_per_token"] > 4 * 320 * 32
+    assert min(row[key] for key in ("first_token_seconds", "tokens_per_second", "transformers_tokens_per_second")) > 0
+
+
+def test_an_exported_model_without_its_engine_is_refused(teacher: Path, tmp_path: Path, cli: Callable) -> None:
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF" + bytes(20))
+    outcome = cli("bench", file, "--json")
+    found = [find_spec(name) is not None for name in ("gguf", "xllamacpp")]
+    assert outcome.code == (4 if all(found) else 2)
+    assert all(found) or "not installed" in outcome.json["error"]["message"]

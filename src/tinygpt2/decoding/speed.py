@@ -1,4 +1,4 @@
-"""`bench`: how fast models decode, beside `transformers` and the machine's memory bandwidth."""
+"""How fast a model in memory decodes, in turns with `transformers`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from tinygpt2.decoding.library import Decoder, make_decoder
 from tinygpt2.decoding.loop import decode
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.compatibility import text_sizes
-from tinygpt2.models.loading import load_causal_lm
 from tinygpt2.models.parameters import count_parameters
-from tinygpt2.runtime.bandwidth import memory_bandwidth
-from tinygpt2.runtime.devices import computes_on_device, current_device
 from tinygpt2.runtime.threads import enough_threads
 from tinygpt2.utils.files import absolute
-from tinygpt2.utils.progress import say
 
 SETTINGS: list[tuple[DecodingWeights, int]] = [
     ("fp32", 1), ("fp32", 8), ("bf16", 1), ("bf16", 8), ("int8", 1), ("int8", 8),
 ]  # fmt: skip
 """Formats of the weights and numbers of texts side by side that are measured."""
+
+Setting = tuple[str, int] | tuple[str, int, int]
+"""The format of the weights or the engine, the number of texts side by side, and the number of tokens."""
+
+Job = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ class BenchRow:
         batch: number of texts that are decoded side by side.
         first_token_seconds: time for reading the prompts and choosing the first token of each.
         tokens_per_second: tokens of all texts together, divided by the whole time.
-        bytes_per_token: what is read from memory for one token of each text: all matrices, but no keys and values.
+        bytes_per_token: what is read from memory for one token of each text: all matrices, but no keys and values. For
+            an exported model, the size of its file.
         bandwidth_share: the rate at which these bytes are read, divided by the memory bandwidth. It can be more than 1
             if the model fits into the CPU's cache.
         transformers_tokens_per_second: the same by `transformers`' generate with float32 weights and as many texts.
+        engine: what decoded: tinygpt2, or the engine of an exported model.
     """
 
     model: str
@@ -51,71 +54,66 @@ class BenchRow:
     bytes_per_token: int
     bandwidth_share: float
     transformers_tokens_per_second: float
+    engine: str = "tinygpt2"
 
 
-@dataclass(frozen=True)
-class BenchResult:
-    """The speed of every model in every setting.
-
-    Attributes:
-        bandwidth: bytes a second that the device reads from its memory.
-    """
-
-    results: list[BenchRow]
-    bandwidth: float
-
-
-@computes_on_device
-def bench(config: BenchConfig) -> BenchResult:
-    """Measure how fast models decode greedily, in turns with `transformers`.
+def speeds(name: str, model: PreTrainedModel, config: BenchConfig, bandwidth: float) -> Iterator[BenchRow]:
+    """Yield the speed of a model in every setting that is possible here.
 
     Args:
-        config: models, and how much is measured.
+        bandwidth: bytes a second that the device reads from its memory.
 
     Raises:
-        ConfigError: a model has fewer than two positions.
-        ModelError: a model was not found or cannot be decoded.
+        ConfigError: the model has fewer than two positions.
+        ModelError: it cannot be decoded.
     """
-    bandwidth = memory_bandwidth()
-    rows: list[BenchRow] = []
-    for name in config.model:
-        model, _ = load_causal_lm(name, allow_pickle=config.allow_pickle)
-        say(f"measuring {name}")
-        rows += _rows(name, model.to(current_device()), config, bandwidth)
-    return BenchResult(rows, bandwidth)
-
-
-def _rows(name: str, model: PreTrainedModel, config: BenchConfig, bandwidth: float) -> Iterator[BenchRow]:
-    sizes = text_sizes(model)
-    if sizes.n_positions < 2:
-        raise ConfigError(f"{name} has only {sizes.n_positions} position, so it decodes nothing")
-    width = min(config.prompt_tokens, sizes.n_positions - 1)
-    count = min(config.new_tokens, sizes.n_positions - width)
-    seeded = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, sizes.vocab_size, (max(batch for _, batch in SETTINGS), width), generator=seeded)
-    prompts = prompts.to(model.device)
+    prompts, count = bench_prompts(name, model, config, max(batch for _, batch in SETTINGS))
     settings = [one for one in SETTINGS if _possible(one[0], model)]
     decoders = {weights: make_decoder(model, weights, copy_head=True, name=name) for weights, _ in settings}
-    jobs: dict[object, Callable[[], None]] = {}
+    jobs: dict[Setting, Job] = {}
     for weights, batch in settings:
         for length in (1, count):
             jobs[weights, batch, length] = _own(decoders[weights], prompts[:batch], length, name)
-        jobs["transformers", batch] = _librarys(model, prompts[:batch], count)
-    work = 2.0 * count_parameters(model)
-    seconds = dict.fromkeys(jobs, float("inf"))
-    for turn in range(config.turns + 1):  # the first turn warms up
-        for key, job in jobs.items():
-            with enough_threads(work * (key[1] if isinstance(key, tuple) else 1)):
-                started = time.perf_counter()
-                job()
-                took = time.perf_counter() - started
-            seconds[key] = min(seconds[key], took) if turn else seconds[key]
+        jobs["transformers", batch] = library_job(model, prompts[:batch], count)
+    seconds = best_seconds(jobs, config.turns, 2.0 * count_parameters(model))
     for weights, batch in settings:
         taken, read = seconds[weights, batch, count], decoders[weights].bytes_per_token
         yield BenchRow(
             absolute(name), weights, batch, seconds[weights, batch, 1], batch * count / taken, read,
             read * count / taken / bandwidth, batch * count / seconds["transformers", batch],
         )  # fmt: skip
+
+
+def bench_prompts(name: str, model: PreTrainedModel, config: BenchConfig, rows: int) -> tuple[torch.Tensor, int]:
+    """Return random prompts (rows, T) on the model's device, and how many tokens are decoded after them.
+
+    Raises:
+        ConfigError: the model has fewer than two positions.
+    """
+    sizes = text_sizes(model)
+    if sizes.n_positions < 2:
+        raise ConfigError(f"{name} has only {sizes.n_positions} position, so it decodes nothing")
+    width = min(config.prompt_tokens, sizes.n_positions - 1)
+    prompts = torch.randint(0, sizes.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
+    return prompts.to(model.device), min(config.new_tokens, sizes.n_positions - width)
+
+
+def best_seconds(jobs: dict[Setting, Job], turns: int, operations: float) -> dict[Setting, float]:
+    """Run jobs in turns, and return the shortest time of each.
+
+    Args:
+        jobs: by their settings: the first two parts are a name and the number of texts side by side.
+        operations: floating-point operations of a forward pass of one token; they decide how many threads compute.
+    """
+    seconds = dict.fromkeys(jobs, float("inf"))
+    for turn in range(turns + 1):  # the first turn warms up
+        for setting, job in jobs.items():
+            with enough_threads(operations * setting[1]):
+                started = time.perf_counter()
+                job()
+                took = time.perf_counter() - started
+            seconds[setting] = min(seconds[setting], took) if turn else seconds[setting]
+    return seconds
 
 
 def _possible(weights: DecodingWeights, model: PreTrainedModel) -> bool:
@@ -125,11 +123,12 @@ def _possible(weights: DecodingWeights, model: PreTrainedModel) -> bool:
     )
 
 
-def _own(decoder: Decoder, prompts: torch.Tensor, count: int, name: str) -> Callable[[], None]:
+def _own(decoder: Decoder, prompts: torch.Tensor, count: int, name: str) -> Job:
     return lambda: _wait_for(decode(decoder, prompts, max_new_tokens=count, name=name).tokens)
 
 
-def _librarys(model: PreTrainedModel, prompts: torch.Tensor, count: int) -> Callable[[], None]:
+def library_job(model: PreTrainedModel, prompts: torch.Tensor, count: int) -> Job:
+    """Return a function that decodes prompts (B, T) with `transformers`' generate, greedily."""
     how = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
     mask = torch.ones_like(prompts)
 
