@@ -100,3 +100,42 @@ def test_the_benchmark_of_cuts_goes_on_where_it_stopped(
     assert own["case"] == "full: turned only, head of its own"
     assert own["cut"] == pytest.approx(own["teacher"], abs=1e-5)
     assert all(line["refit"] is not None for line in found[2][2:])
+
+
+def run_benchmark(
+    name: str, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> dict:
+    """Run a benchmark in this process, and return the JSON of its last line."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--json"])
+    module.main()
+    found: dict = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def test_the_benchmark_of_decoding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--models", "quickstart", "--new-tokens", "4", "--turns", "1"]
+    (found,) = run_benchmark("decoding", options, monkeypatch, capsys)["results"]
+    assert [(row["precision"], row["batch"]) for row in found["rows"]] == [
+        (kind, batch) for kind in ("fp32", "bf16", "int8") for batch in (1, 8)
+    ]
+    first = found["rows"][0]
+    assert first["bytes_per_second"] == pytest.approx(first["bytes_per_token"] * first["tokens_per_second"])
+    assert found["onnxruntime"] is None or found["onnxruntime"]["f32"] > 0
+
+
+def test_the_benchmark_of_drafts(
+    teacher: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(next(corpus.glob("*.txt")) if corpus.is_dir() else corpus)
+    sizes = ["--steps", "2", "--length", "32", "--prompts", "3", "--prompt-tokens", "4", "--new-tokens", "8"]
+    options = ["--teacher", str(teacher), "--train-text", text, "--text", text, "--ahead", "3", *sizes]
+    found = run_benchmark("drafts", options, monkeypatch, capsys)
+    greedy, sampled = found["results"]
+    assert greedy["different"] == 0
+    assert 0 <= sampled["acceptance"] <= 1
+    assert found["student_parameters"] < found["teacher_parameters"]

@@ -62,7 +62,10 @@ def test_distill_learns_from_a_llama_and_the_card_says_so(
     row = first_row(out)
     assert {"loss", "loss/prediction", "loss/hidden", "loss/ce", "teacher/loss"} <= row.keys()
     assert "teacher/left_out" not in row
-    assert "LlamaForCausalLM" in (out / "README.md").read_text(encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "LlamaForCausalLM" in card
+    assert "`tinygpt2 generate --model m --draft out`" in card
+    assert cli("generate", "--model", straight, "--draft", out, "--prompt", "the", "--max-new-tokens", 4).code == 0
     assert not any("teacher" in name for name in torch_names(out))
 
 

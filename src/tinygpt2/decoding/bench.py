@@ -22,7 +22,9 @@ from tinygpt2.runtime.threads import enough_threads
 from tinygpt2.utils.files import absolute
 from tinygpt2.utils.progress import say
 
-SETTINGS: list[tuple[DecodingWeights, int]] = [("fp32", 1), ("fp32", 8), ("bf16", 1), ("int8", 1)]
+SETTINGS: list[tuple[DecodingWeights, int]] = [
+    ("fp32", 1), ("fp32", 8), ("bf16", 1), ("bf16", 8), ("int8", 1), ("int8", 8),
+]  # fmt: skip
 """Formats of the weights and numbers of texts side by side that are measured."""
 
 

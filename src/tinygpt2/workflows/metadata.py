@@ -1,10 +1,14 @@
-"""What the card of a training run tells the Hub: where the model comes from, and how good it is."""
+"""What the card of a training run says beside its figures: to the Hub where the model is from, to people how to use it."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.data.corpus.sources import PYTHON_DOCS
-from tinygpt2.models.card import HubMetadata
+from tinygpt2.models.card import TRANSFORMERS, HubMetadata
 from tinygpt2.training.job import Job
+from tinygpt2.utils.files import shared_text
 
 
 def run_metadata(job: Job, perplexities: dict[str, float]) -> HubMetadata:
@@ -21,4 +25,22 @@ def run_metadata(job: Job, perplexities: dict[str, float]) -> HubMetadata:
         language=config.language or (["en"] if english else []),
         license=config.license,
         perplexities=perplexities,
+    )
+
+
+def how_to_load(job: Job) -> tuple[str | None, str]:
+    """Return the library that loads a run's model, and sentences for people: see `model_card`.
+
+    A student with the teacher's own tokens can draft for it.
+    """
+    library, loading = TRANSFORMERS
+    config, teacher = job.config, job.teacher
+    if not isinstance(config, DistillConfig) or config.teacher is None or teacher is None:
+        return TRANSFORMERS
+    if teacher.reading.rows is not None or teacher.vocabulary != job.model.config.vocab_size:
+        return TRANSFORMERS
+    name, out = shared_text(config.teacher), Path(config.out).name
+    return library, (
+        f"{loading} `tinygpt2 generate --model {out}` writes text with it. As a draft, it makes its teacher faster "
+        f"without changing what the teacher writes: `tinygpt2 generate --model {name} --draft {out}`."
     )

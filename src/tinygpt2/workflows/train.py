@@ -38,7 +38,7 @@ from tinygpt2.training.teacher_cache import TeacherCache
 from tinygpt2.utils.files import write_text
 from tinygpt2.utils.progress import say
 from tinygpt2.workflows.curves import PREDICTIONS, plot_curves
-from tinygpt2.workflows.metadata import run_metadata
+from tinygpt2.workflows.metadata import how_to_load, run_metadata
 from tinygpt2.workflows.report import write_run_report
 
 _LITTLE = 0.05  # share of the time that evaluations may take unsaid
@@ -315,7 +315,8 @@ def _card(job: Job, result: TrainResult, state: RunState) -> str:
     measured = {} if result.eval is None else {"held-out text": result.eval.perplexity}
     measured |= {f"held-out text of {name}": one.perplexity for name, one in (result.eval_by_data or {}).items()}
     metadata = run_metadata(job, measured | (result.tasks or {}))
-    return model_card(Path(job.config.out).name, job.how, figures, command, metadata, _held_out(job, state))
+    held_out = _held_out(job, state)
+    return model_card(Path(job.config.out).name, job.how, figures, command, metadata, held_out, how_to_load(job))
 
 
 def _rounding(config: TrainOptions) -> dict[str, str]:
