@@ -36,8 +36,9 @@ def main() -> None:
                 rows.append(
                     {
                         "model": Path(model).name, "format": to, "type": kind, "bytes": result.bytes,
-                        "loss": found.loss, "float_loss": found.float_loss, "kl": found.kl, "greedy_equal": found.greedy_equal,
-                        "engine": found.engine, "tokens_per_second": found.tokens_per_second,
+                        "loss": found.loss, "float_loss": found.float_loss, "kl": found.kl,
+                        "greedy_equal": found.greedy_equal, "engine": found.engine,
+                        "tokens_per_second": found.tokens_per_second,
                     }
                 )  # fmt: skip
     print(json.dumps(rows, indent=None if options.json else 2))
