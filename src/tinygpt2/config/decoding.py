@@ -34,8 +34,8 @@ class GenerateConfig(ModelOptions, DeviceOptions):
     )
     draft_tokens: int = option("Tokens to draft before each check, with --draft.", default=4, ge=1)
     weights: DecodingWeights = option(
-        "Format of the weights in memory. bf16 takes half of fp32's and int8 a quarter; both change texts a little. "
-        "On CPUs with AVX-512 they are faster too; bench measures it.",
+        "Format of the weights in memory. bf16 takes half of fp32's and int8 a quarter, and both change texts a "
+        "little. On CPUs with AVX-512 they are faster, too; bench measures it.",
         default="fp32",
     )
     max_new_tokens: int | None = option(

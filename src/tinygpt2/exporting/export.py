@@ -195,4 +195,4 @@ def _card(config: ExportConfig, source: ExportSource, result: ExportResult) -> s
         "safetensors": TRANSFORMERS,
     }[config.to]
     command = f"export {config.flags(shared=True)}"
-    return model_card(name, how, figures(result), command, source.metadata, engine=engine)
+    return model_card(name, how, figures(result), command, source.metadata, engine=engine, configured=False)

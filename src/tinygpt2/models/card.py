@@ -46,6 +46,8 @@ def model_card(
     metadata: HubMetadata | None = None,
     held_out: str = "",
     engine: tuple[str | None, str] = TRANSFORMERS,
+    *,
+    configured: bool = True,
 ) -> str:
     """Render a model card: what the model is, how it was made, what was measured, and the command that made it.
 
@@ -59,8 +61,13 @@ def model_card(
         metadata: for the block at the beginning of the card, which the Hub reads.
         held_out: a table, see `held_out_table`; empty if nothing was measured.
         engine: the library that loads the model, by its name on the Hub, and a sentence that says how.
+        configured: whether there is a config.yaml with the command's options.
     """
     library, loading = engine
+    origin = "The following command made this model"
+    if configured:
+        origin += f""". In the folder where it ran, config.yaml holds all its options, for
+`tinygpt2 {command.split()[0]} --config`"""
     rows = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in figures.items())
     shown = command.replace("\n", "\n    ")  # the lines of a code block are indented
     return f"""---
@@ -77,8 +84,7 @@ def model_card(
 |---|---|
 {rows}
 {held_out}
-The following command made this model. In the folder where it ran, config.yaml holds all its options, for
-`tinygpt2 {command.split()[0]} --config`:
+{origin}:
 
     tinygpt2 {shown}
 """

@@ -1,4 +1,4 @@
-"""What the card of a training run says beside its figures: where the model comes from, and how to use it."""
+"""What the card of a training run says beside its figures: where the model is from, and how to use it."""
 
 from __future__ import annotations
 
