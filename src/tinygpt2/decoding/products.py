@@ -2,7 +2,7 @@
 
 Decoding a token multiplies one row by every matrix, so each weight is read from memory for a single multiplication:
 the time is that of reading. GPT-2 stores its matrices as (in, out), and torch reads one row's product fastest in that
-layout (benchmarks/decoding.py). So float32 matrices are used where they are, and only the tied head, which is (V, D),
+layout. So float32 matrices are used where they are, and only the tied head, which is (V, D),
 is copied if a caller wants it. Fewer bytes are the other way: bfloat16, or int8 with a scale for each output.
 """
 
