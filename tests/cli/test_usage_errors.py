@@ -16,7 +16,7 @@ WRONG = [
     ("distill --epochs=3", "did you mean --num-epochs?"),
     ("pretrain --steps 3", "did you mean --max-steps?"),
     ("pregenerate --seq-len 3", "did you mean --sequence-length?"),
-    ("generate --max-tokens 3", "did you mean --max-new-tokens?"),
+    ("generate --max-tokens 3", "did you mean --max-new-tokens or --draft-tokens?"),
     ("ppl --batch 3", "did you mean --batch-size?"),
     ("finetune --output-dir x", "did you mean --out?"),
     ("distill --no-such-thing", "No such option: --no-such-thing\nhint: tinygpt2 distill --help-all lists the options"),
