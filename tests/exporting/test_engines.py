@@ -61,6 +61,8 @@ def test_llama_cpp_agrees_with_transformers(student: Path, shared_data: Path, tm
     found = engine.logits(ids).log_softmax(-1)
     exact, near = (found - expected).abs(), (found - as_ggml).abs()
     assert float(near.mean()) < float(exact.mean()) / 4  # so it is the GELU that differs
+    # a state that lies between two half-precision numbers may go to either: few values, so few log-probabilities, differ
+    assert float((near > 1e-3).double().mean()) < 5e-3
     assert float(near.max()) < 5e-3
     assert float(exact.max()) < 1e-2  # up to 5.6e-3 was seen
     # the last position with llama.cpp's own product with the output matrix
