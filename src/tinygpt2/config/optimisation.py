@@ -36,10 +36,31 @@ class OptimisationOptions(Config):
         default=None,
         panel=OPTIMISATION,
         gt=0,
-        shown="5e-4",
+        shown="from optimizer and width",
+    )
+    embedding_learning_rate: float | None = option(
+        "Peak learning rate of the embeddings and the output matrix.",
+        default=None,
+        panel=OPTIMISATION,
+        gt=0,
+        shown="that of --learning-rate",
+    )
+    vector_learning_rate: float | None = option(
+        "Peak learning rate of biases and layer norms.",
+        default=None,
+        panel=OPTIMISATION,
+        gt=0,
+        shown="that of --learning-rate",
     )
     lr_schedule: Schedule = option(
         "Learning rate after the warm-up; wsd is warmup-stable-decay.", default="cosine", panel=OPTIMISATION
+    )
+    decay_ratio: float = option(
+        "Share of the steps after the warm-up in which --lr-schedule wsd decays.",
+        default=0.2,
+        panel=OPTIMISATION,
+        gt=0,
+        le=1,
     )
     warmup_ratio: float = option(
         "Share of the steps in which the learning rate rises from 0 to its peak.",
@@ -120,5 +141,7 @@ class OptimisationOptions(Config):
         yield from super().conflicts()
         if self.lr_schedule == "plateau" and self.warmup_ratio + self.plateau_ratio > 1:
             yield "--warmup-ratio and --plateau-ratio add up to more than 1"
+        if self.lr_schedule != "wsd" and self.decay_ratio != type(self).model_fields["decay_ratio"].default:
+            yield f"--decay-ratio has no effect on --lr-schedule {self.lr_schedule}"
         if self.quantize is None and self.quantize_from != type(self).model_fields["quantize_from"].default:
             yield "--quantize-from has no effect without --quantize"

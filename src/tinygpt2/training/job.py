@@ -40,7 +40,7 @@ from tinygpt2.runtime.launch import check_number
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.metrics import metrics_of
 from tinygpt2.training.preparation import TrainingSetup, training_setup
-from tinygpt2.training.resuming import with_precision
+from tinygpt2.training.resuming import as_begun, with_precision
 from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, TeacherEvaluation, evaluate, joined
@@ -224,7 +224,7 @@ def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Ite
     with ExitStack() as stack:
         stack.enter_context(device_chosen(config.device))
         check_number(config.num_processes)
-        config = with_precision(config)
+        config = with_precision(as_begun(config))
         stack.enter_context(training_arithmetic(config))
         setup = stack.enter_context(training_setup(config, loss_weights(config)))
         job = make_job(config, data, setup)

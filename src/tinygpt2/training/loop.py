@@ -28,7 +28,7 @@ from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, step_explained
 from tinygpt2.training.job import Job, cast_teacher, figures_before_training, tell_choices
 from tinygpt2.training.metrics import MetricsLog, metrics_of
-from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
+from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, set_rates, unwrapped
 from tinygpt2.training.preparation import tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
 from tinygpt2.training.schedule import Plan, learning_rate, warmup_steps
@@ -269,9 +269,8 @@ class _Run:
         total = clip_gradients(accelerator, self._optimizer, self._parameters, config.grad_clip)
         terms, norm, stop, overdue, steps = _agree(accelerator, parts, total, stop, overdue, steps)
         self._replan(steps)
-        rate = learning_rate(self.plan.at(state.step), self.plan.length, config, self._peak_rate, state.warmup)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        now = partial(learning_rate, self.plan.at(state.step), self.plan.length, config, warmup=state.warmup)
+        rate = set_rates(self._optimizer, now, self._peak_rate)
         if may_step(accelerator, state, terms, norm, indices, config):
             with self._rounding.undone():
                 self._optimizer.step()

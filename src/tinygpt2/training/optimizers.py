@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from tinygpt2.config.training import TrainOptions
@@ -30,13 +30,16 @@ STACKED = 2**26  # largest number of weights that Muon stacks: all of a shape in
 def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     """Make AdamW for all trainable parameters, or Muon for the matrices of the layers and AdamW for the rest.
 
-    Weight decay applies to matrices and embeddings, and never to biases and layer norms.
+    Weight decay applies to matrices and embeddings, and never to biases and layer norms. Embeddings and vectors may
+    have peak learning rates of their own.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     layers = {m.weight for m in module.modules() if isinstance(m, Conv1D)} if options.optimizer == "muon" else set()
+    own = _embeddings(module) if options.embedding_learning_rate else set()
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2 and p not in layers], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        _group([p for p in trainable if p in own], options.weight_decay, options.embedding_learning_rate),
+        _group([p for p in trainable if p.ndim >= 2 and p not in own and p not in layers], options.weight_decay),
+        _group([p for p in trainable if p.ndim < 2], 0.0, options.vector_learning_rate),
     ]
     groups = [group for group in groups if group["params"]]
     rate = options.learning_rate or DEFAULT_RATE  # the loop sets the rate of each step
@@ -49,6 +52,29 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Adam
     ordered = [p for p in matrices if p not in attention] + [p for p in matrices if p in attention]
     parts: dict[Tensor, int] = {parameter: 3 if parameter in attention else 1 for parameter in ordered}
     return (ShardedMuon if shared else Muon)(parts, groups, rate, options.weight_decay)
+
+
+def _embeddings(module: nn.Module) -> set[Tensor]:
+    """Return the embeddings of tokens and positions, and the output matrix, which may be the former."""
+    heads = {m.lm_head.weight for m in module.modules() if isinstance(m, GPT2LMHeadModel)}
+    return heads | {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
+
+
+def _group(parameters: list[nn.Parameter], decay: float, peak: float | None = None) -> dict[str, Any]:
+    """Return a parameter group; `peak` is its own peak learning rate, if it has one (see `set_rates`)."""
+    return {"params": parameters, "weight_decay": decay, **({"peak": peak} if peak else {})}
+
+
+def set_rates(optimizer: Any, rate: Callable[[float], float], peak: float) -> float:
+    """Set the learning rate of every parameter group; return that of the groups without a peak of their own.
+
+    Args:
+        rate: returns the learning rate now, given its peak.
+        peak: of the groups without one of their own.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate(group.get("peak", peak))
+    return rate(peak)
 
 
 class FixedPositions:

@@ -32,6 +32,19 @@ T = TypeVar("T", bound=TrainOptions)
 _DATASETS, _MODELS = ("data", "eval_data"), ("model_config", "model", "student", "teacher")
 
 
+def as_begun(config: T) -> T:
+    """With --resume, return the options with the run's optimizer and learning rate in place of those not given.
+
+    So a run can be continued after a default or a rule has changed.
+    """
+    file = Path(config.out) / RUN_FILE
+    if not (config.resume and file.is_file()):
+        return config
+    earlier, given = read_yaml(file), {key for key in config.model_fields_set if getattr(config, key) is not None}
+    kept = {key: earlier[key] for key in ("optimizer", "learning_rate") if key in earlier and key not in given}
+    return config.model_copy(update=kept)
+
+
 def with_precision(config: T) -> T:
     """Return the options of a run with a precision in place of `auto`; call it once the device is chosen.
 
