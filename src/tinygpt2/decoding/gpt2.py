@@ -55,7 +55,7 @@ class GPT2Decoder:
     """Reads tokens and returns the logits of the next ones.
 
     With fp32 weights and without `copies`, the model's own tensors are used: the decoder is made at once, and follows
-    the weights while they are trained. Otherwise it holds copies. The sums of the layers and the layer norms stay in the
+    the weights while they are trained. Otherwise it holds copies. Sums of the layers and layer norms stay in the
     model's own format.
 
     Args:
