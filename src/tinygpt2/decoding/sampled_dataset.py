@@ -155,7 +155,7 @@ def _load(config: SampleConfig) -> _Writer:
     asked = (1, 1) if prompts is None else config.prompt_range
     lengths = Lengths.fitting(asked, config.max_new_tokens, room)
     model.to(current_device())
-    decoder = make_decoder(model, config.weights, copy_head=True, name=config.model)
+    decoder = make_decoder(model, config.weights, copies=True, name=config.model)
     tell_machine(current_device(), config.weights)
     return _Writer(model, tokenizer, decoder, end, vocabulary_size(tokenizer), prompts, lengths)
 
