@@ -26,8 +26,9 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.loading import load_model
 from tinygpt2.training import optimizers
-from tinygpt2.training.optimizers import BETAS, Muon, check_state, clip_gradients, make_optimizer, set_rates
+from tinygpt2.training.optimizers import BETAS, Muon, check_state, clip_gradients, make_optimizer
 from tinygpt2.training.preparation import _check_sharding
+from tinygpt2.training.schedule import set_rates
 
 RATE, DECAY = 1e-2, 0.1
 

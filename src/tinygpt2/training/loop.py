@@ -28,10 +28,10 @@ from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, step_explained
 from tinygpt2.training.job import Job, cast_teacher, figures_before_training, tell_choices
 from tinygpt2.training.metrics import MetricsLog, metrics_of
-from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, set_rates, unwrapped
+from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
 from tinygpt2.training.preparation import tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
-from tinygpt2.training.schedule import Plan, learning_rate, warmup_steps
+from tinygpt2.training.schedule import Plan, learning_rate, set_rates, warmup_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import (
     Evaluation,

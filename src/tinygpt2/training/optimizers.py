@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
@@ -61,20 +61,8 @@ def _embeddings(module: nn.Module) -> set[Tensor]:
 
 
 def _group(parameters: list[nn.Parameter], decay: float, peak: float | None = None) -> dict[str, Any]:
-    """Return a parameter group; `peak` is its own peak learning rate, if it has one (see `set_rates`)."""
+    """Return a parameter group; `peak` is its own peak learning rate, if it has one (see `schedule.set_rates`)."""
     return {"params": parameters, "weight_decay": decay, **({"peak": peak} if peak else {})}
-
-
-def set_rates(optimizer: Any, rate: Callable[[float], float], peak: float) -> float:
-    """Set the learning rate of every parameter group; return that of the groups without a peak of their own.
-
-    Args:
-        rate: returns the learning rate now, given its peak.
-        peak: of the groups without one of their own.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = rate(group.get("peak", peak))
-    return rate(peak)
 
 
 class FixedPositions:

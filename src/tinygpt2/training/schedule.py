@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.optimisation import Optimizer
@@ -145,6 +146,18 @@ def learning_rate(step: float, total: int, options: TrainOptions, peak: float, w
     else:
         factor = min(1.0, (1 - t) / options.decay_ratio)
     return peak * factor
+
+
+def set_rates(optimizer: Any, rate: Callable[[float], float], peak: float) -> float:
+    """Set the learning rate of every parameter group; return that of the groups without a peak of their own.
+
+    Args:
+        rate: returns the learning rate now, given its peak.
+        peak: of the groups without one of their own.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate(group.get("peak", peak))
+    return rate(peak)
 
 
 def batch_of(config: T, length: int, processes: int) -> T:
