@@ -118,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         student = options.student or make_student(options.teacher, [options.train_text], Path(folder), options)
         models = [load_model(name)[0].eval() for name in (options.teacher, student)]
-    teacher, draft = (make_decoder(model, copy_head=True) for model in models)
+    teacher, draft = (make_decoder(model, copies=True) for model in models)
     given, rows = prompts(options.teacher, Path(options.text), options), []
     for ahead in map(int, options.ahead.split(",")):
         for sampling in (None, Sampling()):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from tinygpt2.decoding import gpt2
 from tinygpt2.decoding.gpt2 import GPT2Decoder
 from tinygpt2.decoding.library import LibraryDecoder, make_decoder
 from tinygpt2.decoding.loop import decode
@@ -56,11 +57,32 @@ def librarys(model: PreTrainedModel, given: torch.Tensor, count: int, **how: obj
 def test_greedy_tokens_are_those_of_transformers(shape: str, rows: int) -> None:
     model, given = made(**SHAPES[shape]), prompts(rows, 7)
     expected = librarys(model, given, 33)  # all positions
-    for decoder in (GPT2Decoder(model), GPT2Decoder(model, copy_head=True), LibraryDecoder(model)):
+    for decoder in (GPT2Decoder(model), GPT2Decoder(model, copies=True), LibraryDecoder(model)):
         out = decode(decoder, given, max_new_tokens=33)
         assert torch.equal(out.tokens, expected)
         assert out.lengths.tolist() == [33] * rows
         assert not out.ended.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_layout_for_several_threads_changes_no_token(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpt2, "_layout", lambda model: "packed")
+    model = made(**SHAPES[shape])
+    for rows in (1, 3, 40):
+        given = prompts(rows, 7)
+        with torch.no_grad():
+            ours = (decoder := GPT2Decoder(model, copies=True)).read(decoder.cache(rows, 40), given, every=True)
+        torch.testing.assert_close(ours, model(given).logits, atol=1e-4, rtol=1e-4)
+        assert torch.equal(decode(decoder, given, max_new_tokens=33).tokens, librarys(model, given, 33))
+
+
+def test_matrices_are_copied_as_the_number_of_threads_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made()
+    monkeypatch.setattr(gpt2, "on_several_threads", lambda operations: False)
+    assert gpt2._layout(model) == "transposed head"
+    monkeypatch.setattr(gpt2, "on_several_threads", lambda operations: True)
+    assert gpt2._layout(model) == "packed"
+    assert gpt2._layout(model.half()) == "in place"
 
 
 @pytest.mark.parametrize("sampling", [None, Sampling(0.8, 20, 0.9)])

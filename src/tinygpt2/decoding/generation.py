@@ -126,7 +126,7 @@ def _load(name: str, config: GenerateConfig) -> tuple[PreTrainedModel, Tokenizer
     tokenizer = require_tokenizer(model_tokenizer(directory), text_sizes(model), name)
     model.generation_config = GenerationConfig()  # do not use the directory's generation_config.json
     model.to(current_device())
-    return model, tokenizer, make_decoder(model, config.weights, copy_head=True, name=name)
+    return model, tokenizer, make_decoder(model, config.weights, copies=True, name=name)
 
 
 def _check_draft(

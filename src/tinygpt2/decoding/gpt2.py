@@ -16,7 +16,9 @@ from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from tinygpt2.config.decoding import DecodingWeights
-from tinygpt2.decoding.products import Matrix, Product
+from tinygpt2.decoding.products import Layout, Matrix, Product
+from tinygpt2.models.parameters import count_parameters
+from tinygpt2.runtime.threads import on_several_threads
 
 
 class Cache:
@@ -52,14 +54,15 @@ class _Layer(NamedTuple):
 class GPT2Decoder:
     """Reads tokens and returns the logits of the next ones.
 
-    With fp32 weights, the model's own tensors are used: the decoder is made at once, and follows the weights while
-    they are trained. With bf16 or int8 it holds copies. The sums of the layers and the layer norms stay in the model's
-    own format.
+    With fp32 weights and without `copies`, the model's own tensors are used: the decoder is made at once, and follows
+    the weights while they are trained. Otherwise it holds copies. Sums of the layers and layer norms stay in the
+    model's own format.
 
     Args:
         model: on any device; its dropout is not applied.
         weights: the format of the matrices.
-        copy_head: with fp32 on a CPU, copy the output matrix into the layout that is faster for few rows.
+        copies: with fp32 on a CPU, copy matrices into the layouts that are faster for few rows: the output matrix, or
+            all of them where several threads compute.
 
     Attributes:
         positions: the most tokens of a text.
@@ -68,7 +71,7 @@ class GPT2Decoder:
         bytes_per_token: what it reads from memory for one token: every matrix once; keys and values do not count.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, weights: DecodingWeights = "fp32", *, copy_head: bool = False) -> None:
+    def __init__(self, model: GPT2LMHeadModel, weights: DecodingWeights = "fp32", *, copies: bool = False) -> None:
         transformer, head = model.transformer, model.lm_head.weight
         self.positions, self.vocabulary = int(model.config.n_positions), int(model.config.vocab_size)
         self.device: torch.device = head.device
@@ -76,17 +79,16 @@ class GPT2Decoder:
         self._places: Tensor = transformer.wpe.weight
         self._dtype = head.dtype if weights == "fp32" else torch.bfloat16
         matrices: list[Matrix] = []
+        layout = _layout(model) if copies else "in place"
 
         def product(weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> Product:
-            matrices.append(Matrix(weight, bias, weights, transposed=transposed))
+            matrices.append(Matrix(weight, bias, weights, layout, transposed=transposed))
             return matrices[-1].product
 
         self._layers = [self._layer(block, product, _activation(model, block)) for block in transformer.h]
         self._last_norm = self._norm(transformer.ln_f)
         if weights != "fp32":  # logits share a large offset, at which bfloat16 is coarse; the softmax needs none
             self._head = product(head - head.mean(0), None, transposed=True)
-        elif copy_head and head.device.type == "cpu":
-            self._head = product(head.detach().mT.contiguous(), None)
         else:
             self._head = product(head, None, transposed=True)
         self.bytes_per_token = sum(matrix.bytes for matrix in matrices)
@@ -155,6 +157,15 @@ class GPT2Decoder:
             return self._places[start:stop]
         columns = torch.arange(start, stop, device=self.device)
         return torch.embedding(self._places, (columns - cache.pads[:, None]).clamp_min_(0))
+
+
+def _layout(model: GPT2LMHeadModel) -> Layout:
+    """Return the layout of float32 matrices that is the fastest where a model decodes one text."""
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        return "in place"
+    several = on_several_threads(2.0 * count_parameters(model))
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return "packed" if several and known else "transposed head"
 
 
 def _mask(cache: Cache, start: int, stop: int) -> Tensor | None:

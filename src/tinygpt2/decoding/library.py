@@ -103,14 +103,14 @@ class LibraryCache:
 
 
 def make_decoder(
-    model: PreTrainedModel, weights: DecodingWeights = "fp32", *, copy_head: bool = False, name: str = "model"
+    model: PreTrainedModel, weights: DecodingWeights = "fp32", *, copies: bool = False, name: str = "model"
 ) -> Decoder:
     """Return what decodes a model: our own loop for GPT-2, else the model's own forward pass.
 
     Args:
-        model: in memory, on any device. With fp32 weights nothing is copied, unless `copy_head` is set.
+        model: in memory, on any device. With fp32 weights nothing is copied, unless `copies` is set.
         weights: the format of the matrices; int8 needs a CPU, and both other formats need a GPT-2.
-        copy_head: copy the output matrix into the layout that is faster for few rows.
+        copies: with fp32 on a CPU, copy a GPT-2's matrices into the layouts that are faster for few rows.
         name: what error messages call it.
 
     Raises:
@@ -120,7 +120,7 @@ def make_decoder(
     if weights == "int8" and model.device.type != "cpu":
         raise ConfigError(f"--weights int8 needs a CPU, but {name} is on {model.device.type}", "use --weights bf16")
     if isinstance(model, GPT2LMHeadModel):
-        return GPT2Decoder(model, weights, copy_head=copy_head)
+        return GPT2Decoder(model, weights, copies=copies)
     if weights != "fp32":
         raise ConfigError(f"--weights {weights} is for GPT-2, and {name} is a {type(model).__name__}")
     return LibraryDecoder(model, name)

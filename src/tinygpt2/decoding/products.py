@@ -1,14 +1,16 @@
 """A model's matrices as functions of rows of activations, in the layouts and formats that are fast with few rows.
 
 Decoding a token multiplies one row by every matrix, so each weight is read from memory for a single multiplication:
-the time is that of reading. GPT-2 stores its matrices as (in, out), and torch reads one row's product fastest in that
-layout. So float32 matrices are used where they are, and only the tied head, which is (V, D),
-is copied if a caller wants it. Fewer bytes are the other way: bfloat16, or int8 with a scale for each output.
+the time is that of reading. GPT-2 stores its matrices as (in, out), and on one thread torch reads one row's product
+fastest in that layout. So float32 matrices are used where they are, and only the tied head, which is (V, D), is copied
+if a caller wants it. Several threads read faster from oneDNN's own layout, which is a copy of every matrix. Fewer bytes
+are the other way: bfloat16, or int8 with a scale for each output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from tinygpt2.config.decoding import DecodingWeights
 
 Product = Callable[[Tensor], Tensor]
 """From (R, in) to (R, out)."""
+
+Layout = Literal["in place", "transposed head", "packed"]
+"""Which float32 matrices are copied into another layout: none, the output matrix, or all of them into oneDNN's."""
 
 INT8_ROWS = 16  # for more rows, a product of matrices in bfloat16 is faster than torch's kernel for int8 weights
 
@@ -31,18 +36,23 @@ class Matrix:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, weights: DecodingWeights, *, transposed: bool = False
+        self, weight: Tensor, bias: Tensor | None, weights: DecodingWeights, layout: Layout, *, transposed: bool = False
     ) -> None:
         """Lay the matrix out.
 
         Args:
-            weight: (in, out), or (out, in) if `transposed`.
+            weight: (in, out), or (out, in) if `transposed`, as the output matrix is.
             bias: (out,) or None.
-            weights: the format. fp32 keeps the tensor itself, in its own format; the others make a copy.
+            weights: the format. The tensor itself is used, in its own format, with fp32 in place; else a copy.
         """
         if weights == "fp32":
-            self.product = _in_place(weight, bias, transposed=transposed)
             self.bytes = weight.nbytes
+            if layout == "packed":
+                self.product = _packed((weight if transposed else weight.mT).detach(), bias)
+            elif layout == "transposed head" and transposed:
+                self.product = _in_place(weight.detach().mT.contiguous(), bias, transposed=False)
+            else:
+                self.product = _in_place(weight, bias, transposed=transposed)
         else:
             rows = weight if transposed else weight.mT  # (out, in)
             self.product, self.bytes = (_int8 if weights == "int8" else _bf16)(rows.detach(), bias)
@@ -58,13 +68,19 @@ def _in_place(weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Produ
     return lambda x: torch.addmv(bias, rows, x[0])[None] if len(x) == 1 else torch.addmm(bias, x, weight)
 
 
+def _packed(rows: Tensor, bias: Tensor | None) -> Product:
+    """Let oneDNN lay the matrix (out, in) out once: torch's own call does it again for every product."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(rows.contiguous(), 1)
+    offset, multiply = None if bias is None else bias.detach(), torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x, packed, offset, "none", [], "")
+
+
 def _bf16(rows: Tensor, bias: Tensor | None) -> tuple[Product, int]:
-    """Round to bfloat16, and let oneDNN lay the matrix out once: torch's own call does it again for every product."""
+    """Round to bfloat16."""
     weight = rows.to(torch.bfloat16).contiguous()
     offset = None if bias is None else bias.detach().to(torch.bfloat16)
     if weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        packed, multiply = torch.ops.mkldnn._reorder_linear_weight(weight, 1), torch.ops.mkldnn._linear_pointwise
-        return lambda x: multiply(x, packed, offset, "none", [], ""), weight.nbytes
+        return _packed(weight, offset), weight.nbytes
     return lambda x: F.linear(x, weight, offset), weight.nbytes
 
 

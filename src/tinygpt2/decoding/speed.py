@@ -69,11 +69,11 @@ def speeds(name: str, model: PreTrainedModel, config: BenchConfig, bandwidth: fl
     """
     prompts, count = bench_prompts(name, model, config, max(batch for _, batch in SETTINGS))
     settings = [one for one in SETTINGS if _possible(one[0], model)]
-    decoders = {weights: make_decoder(model, weights, copy_head=True, name=name) for weights, _ in settings}
+    decoders = {weights: make_decoder(model, weights, copies=True, name=name) for weights, _ in settings}
     jobs: dict[Setting, Job] = {}
     for weights, batch in settings:
         for length in (1, count):
-            jobs[weights, batch, length] = _own(decoders[weights], prompts[:batch], length, name)
+            jobs[weights, batch, length] = own_job(decoders[weights], prompts[:batch], length, name)
         jobs["transformers", batch] = library_job(model, prompts[:batch], count)
     seconds = best_seconds(jobs, config.turns, 2.0 * count_parameters(model))
     for weights, batch in settings:
@@ -123,7 +123,8 @@ def _possible(weights: DecodingWeights, model: PreTrainedModel) -> bool:
     )
 
 
-def _own(decoder: Decoder, prompts: torch.Tensor, count: int, name: str) -> Job:
+def own_job(decoder: Decoder, prompts: torch.Tensor, count: int, name: str) -> Job:
+    """Return a function that decodes prompts (B, T) with a decoder, greedily."""
     return lambda: _wait_for(decode(decoder, prompts, max_new_tokens=count, name=name).tokens)
 
 

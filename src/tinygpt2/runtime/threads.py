@@ -14,6 +14,13 @@ from tinygpt2.utils.progress import detail
 SHARED = 1e8  # operations of a forward pass below which one thread is faster than two: benchmarks/threads.py
 
 
+def on_several_threads(operations: float) -> bool:
+    """Return whether forward passes with that many operations are computed by several threads, see `enough_threads`."""
+    if current_device().type != "cpu" or torch.get_num_threads() == 1:
+        return False
+    return operations >= SHARED or bool(os.environ.get("OMP_NUM_THREADS"))
+
+
 @contextmanager
 def enough_threads(operations: float) -> Iterator[None]:
     """Compute on one thread in the block if its forward passes are too small for several.
@@ -26,7 +33,7 @@ def enough_threads(operations: float) -> Iterator[None]:
         operations: floating-point operations of one forward pass.
     """
     threads = torch.get_num_threads()
-    if current_device().type != "cpu" or threads == 1 or operations >= SHARED or os.environ.get("OMP_NUM_THREADS"):
+    if current_device().type != "cpu" or threads == 1 or on_several_threads(operations):
         yield
         return
     detail(

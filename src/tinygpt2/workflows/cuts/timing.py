@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,11 +10,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tinygpt2.compression.sizes import Shape, Space
 from tinygpt2.config.decoding import BenchConfig
 from tinygpt2.decoding.library import make_decoder
-from tinygpt2.decoding.loop import decode
+from tinygpt2.decoding.speed import bench_prompts, best_seconds, own_job
 from tinygpt2.models.loading import random_model
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.devices import current_device
-from tinygpt2.runtime.threads import enough_threads
 from tinygpt2.utils.progress import follow
 
 
@@ -24,19 +22,11 @@ def token_milliseconds(model: GPT2LMHeadModel) -> float:
 
     It is measured as by `bench`, and includes the prompt: the inverse of its tokens per second.
     """
-    decoder = make_decoder(model.to(current_device()), copy_head=True)
     usual = BenchConfig(model=[])
-    width = min(usual.prompt_tokens, decoder.positions - 1)
-    count = min(usual.new_tokens, decoder.positions - width)
-    seeded = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, decoder.vocabulary, (1, width), generator=seeded).to(decoder.device)
-    best = float("inf")
-    with enough_threads(2.0 * count_parameters(model)):
-        for turn in range(usual.turns + 1):  # the first turn warms up
-            started = time.perf_counter()
-            decode(decoder, prompt, max_new_tokens=count).tokens[0, -1].item()
-            best = min(best, time.perf_counter() - started) if turn else best
-    return 1000 * best / count
+    prompt, count = bench_prompts("student", model.to(current_device()), usual, 1)
+    job = own_job(make_decoder(model, copies=True), prompt, count, "student")
+    (seconds,) = best_seconds({("fp32", 1): job}, usual.turns, 2.0 * count_parameters(model)).values()
+    return 1000 * seconds / count
 
 
 def shape_milliseconds(config: GPT2Config) -> Callable[[Shape], float]:
