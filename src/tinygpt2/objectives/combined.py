@@ -213,7 +213,9 @@ class Objectives(nn.Module):
             parts = {"prediction": own.predictions / share.predictions, "ce": own.targets / share.targets}
             parts["teacher/left_out"] = parts["prediction"]
             hidden = kept(student.states[self._last[0]], predicting)
-            total, unweighted = prediction_loss(hidden, student_head, kept(targets, predicting), labels, self._objective(parts))
+            total, unweighted = prediction_loss(
+                hidden, student_head, kept(targets, predicting), labels, self._objective(parts)
+            )
             loss = loss + total
             terms |= {name: term * parts[name] for name, term in unweighted.items()}
         return loss, {name: term.detach() for name, term in terms.items()}
