@@ -7,15 +7,15 @@ The students `half` and `fifth`, the teacher, the texts and the number of tokens
 docs/recipes.md), and the recipe is the default of `distill`. All students of a size and seed see the same tokens in the
 same order. Every measured student is a line of benchmarks/quantization/results.jsonl and is not measured again.
 
-The order of the runs is such that an early stop leaves whole comparisons: for each size first the student that is
-rounded after training and those that are trained with rounding in the second half of the run, then other starts of the
-rounding.
+For each size, the order of the runs is: the student that is rounded after training, then those that are trained with
+rounding, from the first step on and in the second half of the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import shutil
@@ -37,8 +37,7 @@ from tinygpt2.runtime.cpu import fast_products
 
 RESULTS = Path(__file__).parent / "quantization" / "results.jsonl"
 SIZES = ("half", "fifth")
-TYPES = ("q4_0", "q8_0")
-LATE_STARTS = (0.0, 0.75, 0.9)  # values of --quantize-from besides its default, for q4_0
+STARTS = {"q4_0": (0.0, 0.5), "q8_0": (0.0,)}  # values of --quantize-from
 BLOCKS = 600  # held-out blocks, as in the finals of the study of recipes
 
 
@@ -57,20 +56,16 @@ class Run:
         """What is measured of it: names, and the type to which the trained student is rounded, if it is not yet."""
         if self.type is not None:
             return {f"{self.type}, trained with it from {self.start:.0%} of the steps on": None}
-        return {"float32": None} | {f"{kind}, rounded after training": kind for kind in TYPES}
+        return {"float32": None} | {f"{kind}, rounded after training": kind for kind in STARTS}
 
 
 def runs(sizes: Sequence[str], tokens: int, seeds: list[int]) -> Iterator[Run]:
     """Yield all runs, in the order in which they are done."""
-    default = DistillConfig.model_fields["quantize_from"].default
-    for seed in seeds:
-        for size in sizes:
-            yield Run(size, None, None, tokens, seed)
-            for kind in TYPES:
-                yield Run(size, kind, default, tokens, seed)
-        for size in sizes:
-            for start in LATE_STARTS:
-                yield Run(size, "q4_0", start, tokens, seed)
+    for seed, size in itertools.product(seeds, sizes):
+        yield Run(size, None, None, tokens, seed)
+        for kind, starts in STARTS.items():
+            for start in starts:
+                yield Run(size, kind, start, tokens, seed)
 
 
 def train(study: Study, run: Run, blocks: int) -> None:

@@ -153,7 +153,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     student = make_model(tmp_path / "student", tokenizer_dir, seed=1, n_layer=2, n_positions=64)  # twice the blocks'
     config = DistillConfig(
         teacher=str(teacher), student=str(student), data=str(data), out=str(tmp_path / "m"), optimizer=optimizer,
-        precision=precision, quantize="q4_0", save_every=2, keep=9, eval_every=3, weight_decay=0.1, **FAST,
+        precision=precision, quantize="q4_0", quantize_from=0.5, save_every=2, keep=9, eval_every=3, weight_decay=0.1, **FAST,
     )  # fmt: skip
     distill(config)
     shutil.copytree(tmp_path / "m", tmp_path / "whole")
@@ -192,7 +192,10 @@ def test_finetuning_rounds_frozen_matrices_too(teacher: Path, data: Path, tmp_pa
         ({"quantize_from": 0.3}, "--quantize-from has no effect without --quantize"),
         ({"quantize": "q5_0"}, "--quantize"),
         ({"quantize": "q4_0", "quantize_from": 1.5}, "--quantize-from"),
-        ({"quantize": "q4_0", "eval_every": 1, "early_stopping_patience": 2}, "needs --quantize-from 0"),
+        (
+            {"quantize": "q4_0", "quantize_from": 0.5, "eval_every": 1, "early_stopping_patience": 2},
+            "needs --quantize-from 0",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, object], message: str) -> None:

@@ -101,7 +101,7 @@ class OptimisationOptions(Config):
     )
     quantize_from: float = option(
         "Share of the steps after which --quantize begins to round: 0 for the whole run, 1 only after its last step.",
-        default=0.5,
+        default=0.0,
         panel=OPTIMISATION,
         ge=0,
         le=1,

@@ -320,7 +320,8 @@ def _card(job: Job, result: TrainResult, state: RunState) -> str:
 
 
 def _rounding(config: TrainOptions) -> dict[str, str]:
-    when = "after the last step" if config.quantize_from == 1 else f"after {config.quantize_from:.0%} of the steps"
+    named = {0: "from the first step on", 1: "after the last step"}
+    when = named.get(config.quantize_from, f"after {config.quantize_from:.0%} of the steps")
     return {} if config.quantize is None else {"matrices rounded to": f"{config.quantize} ({when})"}
 
 
