@@ -30,7 +30,8 @@ WITHOUT_TORCH = ("tests/config", "tests/data/test_corpus.py", "tests/test_withou
 # tests of what is computed with torch alone, whose version is the same in every environment
 TORCH_ALONE = (
     *(f"tests/compression/test_{name}.py" for name in ("heads", "rotation", "selection", "truncate")), "tests/fake_gpu",
-    "tests/objectives", "tests/planning", "tests/runtime", "tests/test_benchmarks.py", "tests/test_recipes_study.py", "tests/test_teacher_study.py",
+    "tests/objectives", "tests/planning", "tests/runtime",
+    "tests/test_benchmarks.py", "tests/test_recipes_study.py", "tests/test_teacher_study.py",
 )  # fmt: skip
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
 
