@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tinygpt2.compression.truncate import CutPerplexity, TruncateStudentResult, truncate_student
     from tinygpt2.config.compression import TruncateStudentConfig
     from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
-    from tinygpt2.config.decoding import BenchConfig, GenerateConfig
+    from tinygpt2.config.decoding import BenchConfig, GenerateConfig, SampleConfig
     from tinygpt2.config.distillation import DistillConfig
     from tinygpt2.config.evaluation import PplConfig
     from tinygpt2.config.models import PresetsConfig
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
     from tinygpt2.decoding.generation import DraftFigures, GenerateResult, Generation, generate
+    from tinygpt2.decoding.sampled_dataset import SampleResult, sample
     from tinygpt2.decoding.speed import BenchRow
     from tinygpt2.errors import (
         ConfigError,
@@ -77,7 +78,7 @@ _HOME = {
     "compression.truncate": ["CutPerplexity", "TruncateStudentResult", "truncate_student"],
     "config.compression": ["TruncateStudentConfig"],
     "config.data": ["PregenerateConfig", "TrainTokenizerConfig"],
-    "config.decoding": ["BenchConfig", "GenerateConfig"],
+    "config.decoding": ["BenchConfig", "GenerateConfig", "SampleConfig"],
     "config.distillation": ["DistillConfig"],
     "config.evaluation": ["PplConfig"],
     "config.models": ["PresetsConfig"],
@@ -94,6 +95,7 @@ _HOME = {
     "data.dataset": ["PackedDataset", "from_map_style"],
     "data.pregenerate": ["PregenerateResult", "pregenerate"],
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
+    "decoding.sampled_dataset": ["SampleResult", "sample"],
     "decoding.speed": ["BenchRow"],
     "decoding.generation": ["DraftFigures", "GenerateResult", "Generation", "generate"],
     "errors": [
@@ -188,6 +190,8 @@ __all__ = [
     "RunPlan",
     "RunStatus",
     "RunsConfig",
+    "SampleConfig",
+    "SampleResult",
     "Shape",
     "ShowConfig",
     "ShowResult",
@@ -222,6 +226,7 @@ __all__ = [
     "quickstart",
     "reference",
     "runs",
+    "sample",
     "show",
     "teach",
     "train_tokenizer",

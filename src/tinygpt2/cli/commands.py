@@ -14,7 +14,7 @@ from tinygpt2.cli.session import start_session
 from tinygpt2.config.base import Config
 from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
-from tinygpt2.config.decoding import BenchConfig, GenerateConfig
+from tinygpt2.config.decoding import BenchConfig, GenerateConfig, SampleConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.models import PresetsConfig
@@ -103,6 +103,10 @@ class Command(NamedTuple):
     short: tuple[str, ...] = ()
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 COMMANDS = [
     Command(
         "quickstart",
@@ -124,17 +128,7 @@ COMMANDS = [
         "Tokenize a corpus and pack it into blocks, with a training and a test split.",
         ["pregenerate novels/ pages.jsonl --tokenizer tokenizer --sequence-length 512 --out data"],
         _public("pregenerate"),
-        (
-            "sequence_length",
-            "test_fraction",
-            "test_source",
-            "document",
-            "text_column",
-            "num_workers",
-            "overwrite",
-            "resume",
-            "shard",
-        ),
+        _words("sequence_length test_fraction test_source document text_column num_workers overwrite resume shard"),
     ),
     Command(
         "pretrain",
@@ -145,20 +139,9 @@ COMMANDS = [
             "pretrain --model cut --data data --out model",
         ],
         _training("pretrain"),
-        (
-            "num_epochs",
-            "max_steps",
-            "micro_batch_size",
-            "gradient_accumulation_steps",
-            "optimizer",
-            "learning_rate",
-            "lr_schedule",
-            "precision",
-            "eval_data",
-            "eval_every",
-            "save_every",
-            "resume",
-            "validate_only",
+        _words(
+            "num_epochs max_steps micro_batch_size gradient_accumulation_steps optimizer learning_rate "
+            "lr_schedule precision eval_data eval_every save_every resume validate_only"
         ),
     ),
     Command(
@@ -171,20 +154,8 @@ COMMANDS = [
             "truncate-student --teacher gpt2 --target-params 30M --data data --out cut",
         ],
         _cut,
-        (
-            "num_layers",
-            "strategy",
-            "layers",
-            "n_embd",
-            "axes",
-            "n_head",
-            "n_inner",
-            "refit",
-            "target_params",
-            "target_mb",
-            "target_ms",
-            "for",
-            "data",
+        _words(
+            "num_layers strategy layers n_embd axes n_head n_inner refit target_params target_mb target_ms for data"
         ),
     ),
     Command(
@@ -197,19 +168,9 @@ COMMANDS = [
             "distill --recipe tinygpt2 --teacher gpt2 --student tinygpt2-4l-312 --data data --out student",
         ],
         _training("distill"),
-        (
-            "recipe",
-            "num_epochs",
-            "max_steps",
-            "micro_batch_size",
-            "learning_rate",
-            "precision",
-            "resume",
-            "plan",
-            "prediction_weight",
-            "hidden_weight",
-            "attention_weight",
-            "ce_weight",
+        _words(
+            "recipe num_epochs max_steps micro_batch_size learning_rate precision resume plan prediction_weight "
+            "hidden_weight attention_weight ce_weight"
         ),
     ),
     Command(
@@ -229,19 +190,9 @@ COMMANDS = [
         "Fine-tune any GPT-2 on a text or a pregenerated dataset.",
         ["finetune --model student --data mine.txt --out mine"],
         _training("finetune"),
-        (
-            "num_epochs",
-            "max_steps",
-            "micro_batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "precision",
-            "sequence_length",
-            "test_fraction",
-            "eval_data",
-            "eval_every",
-            "resume",
-            "validate_only",
+        _words(
+            "num_epochs max_steps micro_batch_size gradient_accumulation_steps learning_rate precision "
+            "sequence_length test_fraction eval_data eval_every resume validate_only"
         ),
     ),
     Command(
@@ -255,17 +206,7 @@ COMMANDS = [
             "ppl --list-tasks",
         ],
         _ppl,
-        (
-            "model",
-            "reference",
-            "task_data",
-            "list_tasks",
-            "convention",
-            "stride",
-            "batch_size",
-            "plot",
-            "output_format",
-        ),
+        _words("model reference task_data list_tasks convention stride batch_size plot output_format"),
     ),
     Command(
         "presets",
@@ -284,6 +225,17 @@ COMMANDS = [
             "generate --model teacher --draft student --prompt 'Once upon a time'",
         ],
         _generate,
+    ),
+    Command(
+        "sample",
+        SampleConfig,
+        "Write a dataset with texts that a model samples: a teacher's, for students to learn from.",
+        [
+            "sample --model teacher --prompts data --out sampled",
+            "sample --model gpt2 --tokens 10000000 --out gpt2-texts",
+        ],
+        _public("sample"),
+        _words("prompts tokens prompt_tokens max_new_tokens temperature sequence_length overwrite resume"),
     ),
     Command(
         "export",

@@ -14,7 +14,7 @@ from tinygpt2.config.base import Config
 from tinygpt2.config.common import OTHER_OUT, OTHER_OUT_OR_RESUME
 from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
-from tinygpt2.config.decoding import BenchConfig, GenerateConfig
+from tinygpt2.config.decoding import BenchConfig, GenerateConfig, SampleConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
@@ -46,6 +46,8 @@ def check_early(config: Config) -> None:
             _local_causal_lm(config, name)
         if config.prompt_file is not None:
             _read_text(config.prompt_file)
+    elif isinstance(config, SampleConfig):
+        _check_sample(config)
     elif isinstance(config, ExportConfig):
         _check_export(config)
     elif isinstance(config, BenchConfig):
@@ -122,6 +124,15 @@ def _check_pregenerate(config: PregenerateConfig) -> None:
     check_output(config)
     check_tokenizer(config.tokenizer)
     _check_sources([*config.source, *(config.test_source or [])])
+
+
+def _check_sample(config: SampleConfig) -> None:
+    from tinygpt2.data.pregenerate import check_output
+
+    check_output(config)
+    _local_causal_lm(config, config.model)
+    if config.prompts is not None:
+        _check_datasets(config.prompts)
 
 
 def _check_export(config: ExportConfig) -> None:

@@ -35,6 +35,7 @@ from tinygpt2.config.base import OPTIONS, Config, extra, flag_name, plain_type
 from tinygpt2.config.cerebras import is_cerebras, options_of
 from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TARGET, TEXT
 from tinygpt2.config.data import PregenerateConfig
+from tinygpt2.config.decoding import SampleConfig
 from tinygpt2.config.distillation import read_recipe
 from tinygpt2.config.training import length_options
 from tinygpt2.config.workflows import QuickstartConfig
@@ -124,7 +125,7 @@ def interrupted(config: Config) -> InterruptedRunError:
     values = config.model_dump()
     if "resume" in values or isinstance(config, QuickstartConfig):
         out = Path(values["out"]).resolve()
-        place = staging_path(out) if isinstance(config, PregenerateConfig) else out
+        place = staging_path(out) if isinstance(config, PregenerateConfig | SampleConfig) else out
         if place.is_dir() and any(place.iterdir()):
             again = "add --resume to continue" if "resume" in values else "run the same command again to continue"
             return InterruptedRunError(f"interrupted; the finished work is kept in {place}", again)

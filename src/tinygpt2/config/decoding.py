@@ -1,12 +1,15 @@
-"""Options of `generate` and `bench`."""
+"""Options of `generate`, `sample` and `bench`."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Literal
 
 from tinygpt2.config.base import flag_name, option
-from tinygpt2.config.common import DECODING, MAX_SEED
+from tinygpt2.config.common import DECODING, MAX_SEED, RUN, TEXT
+from tinygpt2.config.data import H5PY_HINT, Format
 from tinygpt2.config.models import DeviceOptions, ModelOptions
 
 DecodingWeights = Literal["fp32", "bf16", "int8"]
@@ -87,6 +90,89 @@ class GenerateConfig(ModelOptions, DeviceOptions):
             yield f"--temperature 0 is greedy, so --num-samples {self.num_samples} would give the same text every time"
         if 1 < self.num_beams < self.num_samples:
             yield f"--num-samples {self.num_samples} is more than --num-beams {self.num_beams}"
+
+
+def token_range(text: str) -> tuple[int, int]:
+    """Return the two numbers of MIN:MAX; a single number is both.
+
+    Raises:
+        ValueError: the text is not such a range.
+    """
+    found = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise ValueError(f"expected MIN:MAX, such as 16:64, got {text!r}")
+    return least, most
+
+
+class SampleConfig(ModelOptions, DeviceOptions):
+    """Options of `sample`."""
+
+    model: str = option("Model that writes: a local directory or a Hub id.", path=True, metavar="PATH|ID")
+    prompts: str | None = option(
+        "Pregenerated dataset: texts begin as its training blocks do.",
+        default=None,
+        path=True,
+        shown="every text begins after an end-of-text token",
+    )
+    out: str = option("Directory for the dataset.", path=True)
+    tokens: int | None = option(
+        "Tokens to sample; those of prompts do not count.",
+        default=None,
+        ge=1,
+        shown="one text for each block of --prompts; without, 1,000,000",
+    )
+    prompt_tokens: str = option(
+        "Fewest and most tokens of a prompt. Each prompt has a random length between them.",
+        default="16:64",
+        panel=DECODING,
+        metavar="MIN:MAX",
+    )
+    max_new_tokens: int | None = option(
+        "Most tokens to sample in a text.", default=None, panel=DECODING, ge=1, shown="until a block or positions end"
+    )
+    temperature: float = option("Sample with this temperature.", default=1.0, panel=DECODING, gt=0)
+    top_k: int = option("Sample from the K most likely tokens; 0 means all of them.", default=0, panel=DECODING, ge=0)
+    top_p: float = option(
+        "Sample from the most likely tokens that together have this probability.",
+        default=1.0,
+        panel=DECODING,
+        gt=0,
+        le=1,
+    )
+    weights: DecodingWeights = option("Format of the weights in memory: see generate.", default="fp32", panel=RUN)
+    batch_size: int = option("Texts side by side. The result does not depend on it.", default=32, panel=RUN, ge=1)
+    sequence_length: int | None = option(
+        "Tokens in a block.", default=None, panel=TEXT, ge=2, shown="the positions of the model"
+    )
+    test_fraction: float = option(
+        "Share of the texts to hold out for evaluation.", default=0.05, panel=TEXT, ge=0, lt=1
+    )
+    seed: int = option("Seed for sampling, and for the choice of held-out texts.", default=42, ge=0, le=MAX_SEED)
+    format: Format = option(
+        "Output format: arrow (Hugging Face datasets), hdf5 (Cerebras) or jsonl (TinyGPT2).", default="arrow"
+    )
+    overwrite: bool = option(
+        "Replace the dataset in --out, if there is one, when the new one is complete.", default=False
+    )
+    resume: bool = option("Continue an interrupted run, if there is one.", default=False)
+
+    @property
+    def prompt_range(self) -> tuple[int, int]:
+        """The fewest and the most tokens of a prompt."""
+        return token_range(self.prompt_tokens)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check the range of prompts, and the format."""
+        yield from super().conflicts()
+        try:
+            token_range(self.prompt_tokens)
+        except ValueError as error:
+            yield f"--prompt-tokens: {error}"
+        if self.prompts is None and self.prompt_tokens != type(self).model_fields["prompt_tokens"].default:
+            yield "--prompt-tokens has no effect without --prompts"
+        if self.format == "hdf5" and find_spec("h5py") is None:
+            yield f"--format hdf5: h5py is not installed; {H5PY_HINT}"
 
 
 class BenchConfig(ModelOptions, DeviceOptions):

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -268,6 +268,18 @@ class SplitWriter:
         if self._file is not None:
             self._close_file()
         self._format.finish(self._split, self._length, self._dtype, self.files)
+
+    def entry(self, documents: int, size: int) -> dict[str, Any]:
+        """Return what the manifest says of the finished split, whose documents have `size` bytes of text."""
+        return {
+            "documents": documents,
+            "bytes": size,
+            "tokens": self.tokens,
+            "sequences": self.sequences,
+            "dropped_tokens": self.dropped,
+            "padding_tokens": self.padding,
+            "files": [asdict(file) for file in self.files],
+        }
 
     def __enter__(self) -> Self:
         return self

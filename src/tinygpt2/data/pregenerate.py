@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygpt2.config.data import PregenerateConfig
+from tinygpt2.config.decoding import SampleConfig
 from tinygpt2.data.block_writers import MANIFEST, SplitWriter
 from tinygpt2.data.corpus.piecewise import joined_pieces, splits_at_white_space
 from tinygpt2.data.corpus.sources import Corpus, Piece
 from tinygpt2.data.encoding import Encoder, in_order, parsed
 from tinygpt2.data.external_sort import EncodedBatch, ExternalSort, content_hash
 from tinygpt2.data.splits import divide, training_tokens
-from tinygpt2.data.staging import discard, require_same, staging_directory, staging_path
+from tinygpt2.data.staging import discard, put_back, put_in_place, require_same, staging_directory, staging_path
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.runtime.cpu import usable_cores
@@ -63,7 +64,7 @@ class PregenerateResult:
     seconds: float
 
 
-def check_output(config: PregenerateConfig) -> tuple[Path, bool]:
+def check_output(config: PregenerateConfig | SampleConfig) -> tuple[Path, bool]:
     """Check that the dataset may be written, and return its directory and whether a complete one is there.
 
     Raises:
@@ -96,9 +97,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         ModelError: the tokenizer was not found or cannot be loaded.
     """
     started = time.perf_counter()
-    replaced = staging_path(Path(config.out).resolve()) / "replaced"
-    if replaced.exists() and not Path(config.out).exists():  # an earlier run was killed between its two renames
-        replaced.replace(Path(config.out).resolve())
+    put_back(Path(config.out).resolve())
     out, complete = check_output(config)
     tokenizer = load_tokenizer(config.tokenizer)
     if config.append_eos and tokenizer.eos_token_id is None:
@@ -129,10 +128,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
             manifest["hub_datasets"] = list(datasets)
         tokenizer.save_pretrained(str(result / "tokenizer"))
         write_json(result / MANIFEST, manifest)
-        if out.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            out.replace(replaced)
-        result.replace(out)
+        put_in_place(result, out)
     return _result(manifest, time.perf_counter() - started)
 
 
@@ -296,15 +292,7 @@ def _write(
             "give more text or a smaller --sequence-length",
         )
     splits = {
-        name: {
-            "documents": int(size[0]),
-            "bytes": int(size[1]),
-            "tokens": writer.tokens,
-            "sequences": writer.sequences,
-            "dropped_tokens": writer.dropped,
-            "padding_tokens": writer.padding,
-            "files": [asdict(file) for file in writer.files],
-        }
+        name: writer.entry(int(size[0]), int(size[1]))
         for (name, writer), size in zip({"train": train, "test": test}.items(), sizes, strict=True)
     }
     counts = {

@@ -82,6 +82,22 @@ def discard(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
+def put_in_place(result: Path, out: Path) -> None:
+    """Move a complete dataset to `out`, and what is there out of its way."""
+    replaced = staging_path(out) / "replaced"
+    if out.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        out.replace(replaced)
+    result.replace(out)
+
+
+def put_back(out: Path) -> None:
+    """Put the earlier dataset back, if a run was killed between the two renames of `put_in_place`."""
+    replaced = staging_path(out) / "replaced"
+    if replaced.exists() and not out.exists():
+        replaced.replace(out)
+
+
 def require_same(settings: dict[str, Any], before: dict[str, Any], where: Path) -> None:
     """Check that the run to continue has the same settings.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinygpt2.decoding.library import Decoder, require_finite
-from tinygpt2.decoding.sampling import Sampling, drawn
+from tinygpt2.decoding.sampling import Randomness, Sampling, drawn
 from tinygpt2.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def decode(
     max_new_tokens: int,
     ends: Sequence[int] = (),
     sampling: Sampling | None = None,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     on_tokens: Callable[[list[int]], None] | None = None,
     name: str = "the model",
 ) -> Decoded:
@@ -53,6 +53,7 @@ def decode(
         sampling: how tokens are sampled; None takes the likeliest ones.
         generator: its random numbers decide, on the device of the decoder; None takes torch's own. On a CPU, a
             generator with a seed gives the tokens that `transformers` samples after torch.manual_seed with that seed.
+            Numbers from 0 to below 1, (B, max_new_tokens), decide instead: then no text depends on those beside it.
         on_tokens: called with the next token of each text.
         name: what error messages call the model.
 
@@ -71,7 +72,8 @@ def decode(
         given, pads = _filled_up_before(prompts.to(decoder.device), lengths)
         cache = decoder.cache(rows, width + max_new_tokens, pads)
         while len(steps) < max_new_tokens and open_rows:
-            chosen = next_tokens(decoder.read(cache, given), sampling, generator, name)
+            now = generator[:, len(steps)] if isinstance(generator, Tensor) else generator
+            chosen = next_tokens(decoder.read(cache, given), sampling, now, name)
             steps.append(chosen.tolist())
             if on_tokens is not None:
                 on_tokens(steps[-1])
@@ -86,7 +88,7 @@ def decode(
     return Decoded(tokens.masked_fill(past, 0), counts, ended)
 
 
-def next_tokens(logits: Tensor, sampling: Sampling | None, generator: torch.Generator | None, name: str) -> Tensor:
+def next_tokens(logits: Tensor, sampling: Sampling | None, randomness: Randomness, name: str) -> Tensor:
     """Choose the next token of each text: (B,) from logits (B, V).
 
     Raises:
@@ -94,7 +96,7 @@ def next_tokens(logits: Tensor, sampling: Sampling | None, generator: torch.Gene
     """
     likeliest = logits.max(-1)
     require_finite(likeliest.values, name)
-    return likeliest.indices if sampling is None else drawn(sampling.probabilities(logits), generator)
+    return likeliest.indices if sampling is None else drawn(sampling.probabilities(logits), randomness)
 
 
 def _filled_up_before(prompts: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:

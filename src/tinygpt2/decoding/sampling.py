@@ -20,6 +20,8 @@ class Sampling:
         top_k: only the K most likely tokens remain (and those as likely as the last of them); 0 keeps all.
         top_p: of the remaining tokens, only the fewest most likely ones whose probabilities reach this sum remain.
             Source: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
+        vocabulary: only the first tokens, so many, are ever drawn: a model may have rows for which there is no token.
+            None takes all.
 
     Raises:
         ValueError: a setting is out of its bounds.
@@ -28,6 +30,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and self.top_k >= 0 and 0 < self.top_p <= 1):
@@ -40,9 +43,9 @@ class Sampling:
             logits: (B, V).
 
         Returns:
-            (B, V), float32.
+            (B, V), or as many columns as there are tokens to draw, float32.
         """
-        scores = logits.float() / self.temperature
+        scores = logits[:, : self.vocabulary].float() / self.temperature
         if 0 < self.top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[:, -1:], -math.inf)
         if self.top_p < 1:
@@ -61,14 +64,23 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     return torch.full_like(scores, -math.inf).scatter(-1, tokens, found)
 
 
-def drawn(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+Randomness = torch.Generator | Tensor | None
+"""What decides when tokens are drawn: a generator, torch's own (None), or a number from 0 to below 1 for each text."""
+
+
+def drawn(probabilities: Tensor, randomness: Randomness) -> Tensor:
     """Draw one token from each row.
 
     Args:
         probabilities: (B, V).
-        generator: its random numbers decide; None takes torch's own.
+        randomness: a generator for all rows, or numbers (B,), with which a row's token depends on its own number alone.
 
     Returns:
         (B,), int64.
     """
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    if not isinstance(randomness, Tensor):
+        return torch.multinomial(probabilities, 1, generator=randomness)[:, 0]
+    ends = probabilities.cumsum(-1)  # a token has the numbers from its predecessor's end to its own
+    total = ends[:, -1]
+    wanted = torch.minimum(randomness * total, total.nextafter(torch.zeros_like(total)))  # rounding may reach the total
+    return torch.searchsorted(ends, wanted[:, None], right=True)[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -109,3 +110,12 @@ class Rounding:
     def _round(self) -> None:
         for (one, master), name in zip(self._matrices(), self.masters, strict=True):
             one.copy_(rounded(name, master.float(), self._kind or "f32"))
+
+
+def fingerprint_of_weights(model: nn.Module) -> str:
+    """Return a SHA-256 of the names, types, shapes and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
