@@ -12,7 +12,7 @@ from tinygpt2.config.base import extra, flag_name, option, summary
 from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, RUN
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.config.yaml_files import read_yaml
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, listed
 from tinygpt2.utils.suggestions import did_you_mean
 
 PredictionLoss = Literal[
@@ -35,9 +35,11 @@ class DistillConfig(TrainOptions):
         "num_epochs": "1 to 4, from student and data",
         "learning_rate": "from the student's width",
     }
-    teacher: str | None = option(
-        "Teacher: a local directory or a Hub id.",
+    teacher: str | list[str] | None = option(
+        "Teacher: a local directory or a Hub id. Repeat it for several: the student learns the mean of their "
+        "probabilities.",
         default=None,
+        repeated=True,
         path=True,
         metavar="PATH|ID",
         required="unless --teacher-cache holds its predictions, or only --ce-weight is above 0",
@@ -163,6 +165,11 @@ class DistillConfig(TrainOptions):
     )
 
     @property
+    def teachers(self) -> list[str]:
+        """The teachers that are given."""
+        return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher or [])
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any objective with a weight above 0 uses the teacher."""
         weights = (self.attention_weight, self.relation_weight, self.hidden_weight)
@@ -207,6 +214,7 @@ class DistillConfig(TrainOptions):
             yield f"--skew has no effect on --prediction-loss {self.prediction_loss}"
         if self.jsd_beta != type(self).model_fields["jsd_beta"].default and self.prediction_loss != "jsd":
             yield f"--jsd-beta has no effect on --prediction-loss {self.prediction_loss}"
+        yield from self._several_teachers_conflicts(inside)
         if self.head_map != "equal" and not self.attention_weight:
             yield "--head-map average has no effect while --attention-weight is 0"
         if self.hidden_map != "all" and not self.hidden_weight:
@@ -218,6 +226,18 @@ class DistillConfig(TrainOptions):
             held = "predictions" if self.caches_predictions else "final hidden states"
             yield f"--teacher-cache holds only the teacher's {held}: {why}"
         yield from self._cache_conflicts()
+
+    def _several_teachers_conflicts(self, inside: list[str]) -> Iterator[str]:
+        """Several teachers share only their predictions."""
+        if len(self.teachers) < 2:
+            return
+        states = [*inside, *(["--cosine-weight"] if self.cosine_weight else [])]
+        if states:
+            yield f"several teachers share only their predictions, but {listed(states)} above 0 compares states"
+        if self.teacher_cache is not None:
+            yield "--teacher-cache holds what one teacher says, but --teacher is given several times"
+        if self.student is None:
+            yield "--student is required with several teachers: there is not one to cut"
 
     def _cache_conflicts(self) -> Iterator[str]:
         """Check that the objectives can be computed from a cache of predictions."""

@@ -82,6 +82,14 @@ class OptimisationOptions(Config):
         panel=OPTIMISATION,
         ge=0,
     )
+    average_tail: float = option(
+        "Share of the steps at the end whose weights are averaged. The mean is evaluated, and it is the trained model. "
+        "0 keeps the last weights.",
+        default=0.0,
+        panel=OPTIMISATION,
+        ge=0,
+        le=1,
+    )
     grad_clip: float = option(
         "Scale the gradient down to this norm if it is larger. 0 turns clipping off.",
         default=1.0,
@@ -143,5 +151,7 @@ class OptimisationOptions(Config):
             yield "--warmup-ratio and --plateau-ratio add up to more than 1"
         if self.lr_schedule != "wsd" and self.decay_ratio != type(self).model_fields["decay_ratio"].default:
             yield f"--decay-ratio has no effect on --lr-schedule {self.lr_schedule}"
+        if self.average_tail and self.quantize:
+            yield "--average-tail and --quantize cannot be combined: a mean of rounded weights is not rounded"
         if self.quantize is None and self.quantize_from != type(self).model_fields["quantize_from"].default:
             yield "--quantize-from has no effect without --quantize"

@@ -57,8 +57,9 @@ def _shape(config: TrainOptions) -> dict[str, Any]:
     name = (config.student if isinstance(config, DistillConfig) else getattr(config, "model", None)) or ""
     if not is_model_config(name):
         return _values(Path(name) / "config.json")
-    teacher = _values(Path(getattr(config, "teacher", None) or "") / "config.json")
-    sizes = [teacher.get("vocab_size") if is_gpt2(teacher) else None, *_manifest(config, "vocab_size")]
+    given = config.teachers if isinstance(config, DistillConfig) else []
+    teacher = next((one for name in given if is_gpt2(one := _values(Path(name) / "config.json"))), {})
+    sizes = [teacher.get("vocab_size"), *_manifest(config, "vocab_size")]
     vocabulary = next((size for size in sizes if size), None)
     return {**({"vocab_size": vocabulary} if vocabulary else {}), **_values(model_config_file(name))}
 

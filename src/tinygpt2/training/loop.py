@@ -19,12 +19,12 @@ from tinygpt2.config.training import SAVE_EVERY
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.mixture import training_order
 from tinygpt2.errors import InterruptedRunError
-from tinygpt2.models.parameters import Rounding, count_parameters
+from tinygpt2.models.parameters import Rounding, TailAverage, count_parameters
 from tinygpt2.models.saving import save_description
 from tinygpt2.runtime.profiling import profiled
 from tinygpt2.runtime.read_ahead import ReadAhead
 from tinygpt2.runtime.signals import stop_on_signals
-from tinygpt2.training.checkpoint import Checkpoints
+from tinygpt2.training.checkpoint import MASTERS, MEAN, Checkpoints
 from tinygpt2.training.failures import may_step, step_explained
 from tinygpt2.training.job import Job, cast_teacher, figures_before_training, tell_choices
 from tinygpt2.training.metrics import MetricsLog, metrics_of
@@ -33,15 +33,7 @@ from tinygpt2.training.preparation import tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
 from tinygpt2.training.schedule import Plan, learning_rate, set_rates, warmup_steps
 from tinygpt2.training.state import RunState
-from tinygpt2.training.step import (
-    Evaluation,
-    Step,
-    StepData,
-    evaluate,
-    gradients,
-    read_step,
-    seed_step,
-)
+from tinygpt2.training.step import Evaluation, Step, StepData, evaluate, gradients, read_step, seed_step
 from tinygpt2.training.throughput import ThroughputMeter, TimeLimit, evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import ProgressStage, say, track
 
@@ -52,8 +44,8 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     """Train to the last step; with --resume, start from the newest checkpoint.
 
     Returns:
-        The final state, and `module` as Accelerate wrapped it. Its weights are those of the last step; with early
-        stopping, those with the lowest evaluation loss.
+        The final state, and `module` as Accelerate wrapped it. Its weights are those of the last step or their mean
+        (--average-tail); with early stopping, those with the lowest evaluation loss.
 
     Raises:
         DivergedError: a loss or a gradient is NaN or infinite.
@@ -89,7 +81,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
                     f"add --resume to continue {run.out}",
                 )
         run.checkpoints.settle()
-    run.take_best_weights()
+    run.take_final_weights()
     run.module.eval()
     return run.state, run.module
 
@@ -133,13 +125,15 @@ class _Run:
         self._parameters = list(self.module.parameters())
         student = accelerator.unwrap_model(self.module).student
         self._rounding = Rounding(student, config.quantize, config.quantize_from)
+        self._average = TailAverage(student, config.average_tail)
         self._order = training_order(job.data, config.seed)
         self.data = ReadAhead(self._read)
         beside = None
         if accelerator.is_main_process:  # a checkpoint is a model, too
             beside = partial(save_description, job.model, tokenizer=job.data.tokenizer())
-        saved, how = (self.module, self._optimizer, self._rounding.masters), (config.keep, config.on_save_error)
-        self.checkpoints = Checkpoints(self.out, accelerator, *saved, *how, beside)
+        saved, how = (self.module, self._optimizer), (config.keep, config.on_save_error)
+        more = {MASTERS: self._rounding.masters, MEAN: self._average.mean}
+        self.checkpoints = Checkpoints(self.out, accelerator, *saved, more, *how, beside)
         self.state = RunState(self._sequences, job.data.content, warmup_steps(self.total, config))
         if config.resume:
             self.state = self.checkpoints.resume(self.state)
@@ -283,6 +277,7 @@ class _Run:
         state.tokens = state.step * self._step_tokens
         state.loss = terms["loss"] if math.isfinite(terms["loss"]) else None
         self._rounding.reach(self.plan.share(state.step))
+        self._average.reach(self.plan.share(state.step))
         self._meter.stepped()
         return _Outcome(terms, rate, norm, stop, overdue)
 
@@ -298,7 +293,7 @@ class _Run:
 
     def evaluate(self) -> tuple[dict[str, float], bool]:
         """Evaluate; return the metrics for metrics.jsonl, and whether the loss is the lowest so far."""
-        with self._meter.paused(evaluating=True):
+        with self._meter.paused(evaluating=True), self._average.used():
             self.data.wait()
             whole, by_data = self._job.measured(self._evaluate)
         self.state.eval_by_data = {name: asdict(one) for name, one in by_data.items()} or None
@@ -322,8 +317,9 @@ class _Run:
         self.checkpoints.save(self.state)
         self._saved = self._job.clock()
 
-    def take_best_weights(self) -> None:
-        """With early stopping, restore the weights that had the lowest evaluation loss."""
+    def take_final_weights(self) -> None:
+        """Take the mean of the tail; with early stopping, restore the weights that had the lowest evaluation loss."""
+        self._average.take()
         best = self.state.best
         if self._job.config.early_stopping_patience and best is not None and self.checkpoints.restore_best(self.state):
             say(f"Using the weights from step {best.step}, which had the lowest evaluation loss.")

@@ -41,7 +41,9 @@ def as_begun(config: T) -> T:
     if not (config.resume and file.is_file()):
         return config
     earlier, given = read_yaml(file), {key for key in config.model_fields_set if getattr(config, key) is not None}
-    kept = {key: earlier[key] for key in ("optimizer", "learning_rate") if key in earlier and key not in given}
+    kept: dict[str, Any] = {
+        key: earlier[key] for key in ("optimizer", "learning_rate") if key in earlier and key not in given
+    }
     return config.model_copy(update=kept)
 
 
@@ -216,7 +218,10 @@ def _contents(config: TrainOptions) -> dict[str, str]:
         root, kind = Path(config.teacher_cache or ""), config.teacher_cache_kind
         cache = find_predictions(root, found["data"], kind, config.temperature)
         found["teacher_cache"] = cache.path.name  # its fingerprint
-    return found | {key: _model_content(given[key], key, config) for key in _MODELS if key in given}
+    models = {key: [given[key]] for key in _MODELS if key in given}
+    if isinstance(config, DistillConfig) and len(config.teachers) > 1 and config.needs_teacher:
+        models["teacher"] = config.teachers
+    return found | {key: " ".join(_model_content(one, key, config) for one in names) for key, names in models.items()}
 
 
 def _model_content(name: str, role: str, config: TrainOptions) -> str:

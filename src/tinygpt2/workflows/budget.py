@@ -113,7 +113,7 @@ def _jobs(
     if not isinstance(config, DistillConfig) or config.student is not None:
         yield _given(config), None, make_job(config, data, setup)
         return
-    teacher, _ = load_causal_lm(config.teacher or "", "teacher", allow_pickle=config.allow_pickle, hollow=True)
+    teacher, _ = load_causal_lm(config.teachers[0], "teacher", allow_pickle=config.allow_pickle, hollow=True)
     if not isinstance(teacher, GPT2LMHeadModel):
         raise ConfigError(
             f"--plan without --student times cuts of a GPT-2, and the teacher is a {type(teacher).__name__}",
