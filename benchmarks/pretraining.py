@@ -33,6 +33,7 @@ from recipes import block_losses, grouped
 
 from tinygpt2 import PregenerateConfig, PretrainConfig, pregenerate, pretrain
 from tinygpt2.data.dataset import load_packed_dataset
+from tinygpt2.planning.scaling_law import Law
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.training.schedule import peak_learning_rate
 
@@ -217,7 +218,7 @@ def report(study: Study) -> str:
                 f"| {line['variant']} | {line['rate']:.3g} ({line['times']:g}) | {line['tokens']:,} | {line['seed']} | "
                 f"{line['loss']:.4f} | {gap} | {line['tokens_per_second']:,.0f} | {line['load']:g} |"
             ]
-        text += ["", *reaches(study, size, lines), ""]
+        text += ["", *reaches(study, size, lines), *foretold(study, size, lines), ""]
     return "\n".join(text)
 
 
@@ -244,6 +245,28 @@ def reaches(study: Study, size: str, lines: list[dict[str, Any]]) -> Iterator[st
         yield (
             f"- Muon has AdamW's loss of {tokens:,} tokens after about {needed:,.0f} tokens: {needed / tokens:.2f} of "
             f"the tokens, {needed * speed / tokens:.2f} of the time."
+        )
+
+
+def foretold(study: Study, size: str, lines: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield how far off the longest run of each optimizer is from its prediction by the shorter ones."""
+    for name in study.plan["stages"]["lengths"]["variants"]:
+        own = {
+            line["tokens"]: line["loss"]
+            for line in lines
+            if (line["variant"], line["times"], line["seed"]) == (name, study.best(name, size), 1)
+        }
+        if len(own) < 4:
+            continue
+        *known, longest = sorted(own)
+        try:
+            found = Law(known, [own[tokens] for tokens in known]).at(longest)
+        except ValueError as error:
+            yield f"- {name}, {longest:,} tokens: no prediction, {error}."
+            continue
+        yield (
+            f"- {name}, {longest:,} tokens: {found.loss:.3f} +- {found.error:.3f} predicted from the shorter runs, "
+            f"{own[longest]:.3f} measured: off by {own[longest] - found.loss:+.3f}."
         )
 
 

@@ -196,6 +196,8 @@ class DistillConfig(TrainOptions):
         yield from super().conflicts()
         if self.plan and self.teacher is None and self.student is None:
             yield "--teacher is required: --plan times cuts of it"
+        if self.pilot and self.student is None:
+            yield "--pilot needs --student: it trains it"
         if self.student is None and not self.plan:
             yield f"--student is required: {summary(type(self).model_fields['student'])}"
         if self.needs_teacher and self.teacher is None and not self.from_cache_alone:

@@ -172,6 +172,15 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
         "Time a few steps, report how many fit into --budget-minutes, and exit.", default=False, panel=RUN
     )
     budget_minutes: float | None = option("Minutes of training for --plan.", default=None, panel=RUN, gt=0, shown="60")
+    pilot: bool = option(
+        "With --plan: also train three short runs, and predict the held-out loss of the planned one from theirs. They "
+        "take about a seventh of its time.",
+        default=False,
+        panel=RUN,
+    )
+    target_perplexity: float | None = option(
+        "With --pilot: predict the time to this held-out perplexity, too.", default=None, panel=RUN, gt=1
+    )
 
     @field_validator("eval_blocks", mode="before")
     @classmethod
@@ -223,6 +232,10 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
     def _plan_conflicts(self) -> Iterator[str]:
         if self.budget_minutes is not None and not self.plan:
             yield "--budget-minutes has no effect without --plan"
+        if self.pilot and not self.plan:
+            yield "--pilot has no effect without --plan"
+        if self.target_perplexity is not None and not self.pilot:
+            yield "--target-perplexity has no effect without --pilot"
         if not self.plan:
             return
         others = ["validate_only", "compile_only", "auto_batch_size", *length_options()]
