@@ -54,7 +54,7 @@ class LongStudy(Study):
             }
 
     def fitting(self, options: dict[str, Any], size: str, *, cached: bool) -> DistillConfig:
-        """Adapt the options to the student's shape, without a cache: the states of ten million tokens take gigabytes."""
+        """Adapt the options to the student's shape, without a cache, which would take gigabytes."""
         return super().fitting(options, size, cached=False)
 
     def rate(self, size: str, recipe: str) -> float:

@@ -283,7 +283,13 @@ def _pilot(config: TrainOptions, data: PackedDataset | None, steps: int) -> Trai
     """Train a run of so many steps with a schedule of its own, in a directory that is deleted."""
     with tempfile.TemporaryDirectory() as scratch:
         changed = {**_NO_PLAN, "out": f"{scratch}/pilot", "max_steps": steps, "save_every": steps, "log_every": steps}
-        none = {"eval_every": None, "early_stopping_patience": None, "eval_task": [], "report_to": [], "profile": None}
+        none: dict[str, Any] = {
+            "eval_every": None,
+            "early_stopping_patience": None,
+            "eval_task": [],
+            "report_to": [],
+            "profile": None,
+        }
         short = config.model_copy(update={**changed, **none, "resume": False})
         if isinstance(short, DistillConfig):
             return distill(short, data)

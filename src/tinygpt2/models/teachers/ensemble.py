@@ -35,7 +35,8 @@ class MeanHead(Head):
     def logits(self, states: Float[Tensor, "N D"]) -> Float[Tensor, "N W"]:
         """Return log((p_1 + ... + p_K) / K) of some states, in which the heads' own lie side by side."""
         mean: Tensor | None = None
-        for (head, _), part in zip(self.heads, states.split([width for _, width in self.heads], -1), strict=True):
+        parts = torch.split_with_sizes(states, [width for _, width in self.heads], -1)
+        for (head, _), part in zip(self.heads, parts, strict=True):
             logits = head.logits(part)[:, : self.size]
             own = logits.to(wide(logits)).log_softmax(-1)
             mean = own if mean is None else torch.logaddexp(mean, own)
