@@ -276,9 +276,8 @@ GOOD = {"input_ids": [5, 6, 7, 8]}
         ({**GOOD, "attention_mask": [0, 0, 0, 0]}, "contains only padding"),
         ({**GOOD, "input_mask": [1, 1, 1, 1]}, "contains only padding"),
         ({**GOOD, "attention_mask": [1, 1, 1, 0], "input_mask": [1, 1, 1, 0]}, "contradict each other"),
-        ({**GOOD, "labels": [-100, 6, 7, 8]}, "labels are not its input_ids"),
-        ({**GOOD, "labels": [6, 7, 8, 5]}, "labels are not its input_ids"),
-        ({**GOOD, "attention_mask": [1, 1, 1, 0], "labels": [5, 6, 7, 8]}, "labels are not its input_ids"),
+        ({**GOOD, "labels": [6, 7, 8, 5]}, "labels are neither its input_ids nor -100"),
+        ({**GOOD, "attention_mask": [1, 1, 1, 0], "labels": [5, 6, 7, 8]}, "labels are neither its input_ids nor -100"),
     ],
 )
 def test_an_item_that_is_no_block_is_named(tokenizer_dir: Path, row: dict, message: str) -> None:

@@ -20,6 +20,7 @@ class BlockPart(Protocol):
     """A sequence of stored blocks that all have the same length."""
 
     padded: bool  # whether any block may be padded
+    marked: bool  # whether any block says which of its tokens count as targets
 
     def __len__(self) -> int: ...
 
@@ -29,8 +30,21 @@ class BlockPart(Protocol):
     def lengths(self) -> Array:
         """Return the number of real tokens in every block, as int32; `read` checks the blocks themselves."""
 
+    def counted(self, start: int, stop: int) -> Array:
+        """Return which tokens count as targets (rows, T), if blocks are marked."""
 
-class ArrowPart:
+
+class _Unmarked:
+    """All real tokens count as targets."""
+
+    marked = False
+
+    def counted(self, start: int, stop: int) -> Array:
+        """See `BlockPart`."""
+        raise NotImplementedError
+
+
+class ArrowPart(_Unmarked):
     """A memory-mapped Arrow record batch."""
 
     padded = False
@@ -50,7 +64,7 @@ class ArrowPart:
         return np.full(len(self._rows), self._rows.shape[1], np.int32)
 
 
-class Hdf5Part:
+class Hdf5Part(_Unmarked):
     """An HDF5 file that contains `input_ids` and `input_mask`."""
 
     def __init__(self, file: Path, length: int, padded: bool) -> None:
@@ -82,7 +96,7 @@ class Hdf5Part:
         return np.concatenate([(part == 0).sum(1, dtype=np.int32) for part in parts])
 
 
-class JsonPart:
+class JsonPart(_Unmarked):
     """A file of JSON lines. Opening it builds an index of the line ends."""
 
     def __init__(self, file: Path, length: int, padded: bool) -> None:
@@ -134,6 +148,8 @@ class JsonPart:
 class MapPart:
     """A map-style dataset. Its items hold `input_ids`, and if there is padding, `attention_mask` or `input_mask`.
 
+    `labels` may say which tokens count as targets. Whether any do is known when all items have been read.
+
     Args:
         items: the dataset.
         length: number of tokens in every item.
@@ -145,6 +161,7 @@ class MapPart:
 
     def __init__(self, items: Any, length: int, vocabulary: int, split: str) -> None:
         self._items, self._length, self._vocabulary, self._split = items, length, vocabulary, split
+        self.marked = False
         self._lengths = np.zeros(len(items), np.int32)
 
     def __len__(self) -> int:
@@ -158,8 +175,12 @@ class MapPart:
         """
         rows = [self._row(index) for index in range(start, stop)]
         shape = (len(rows), self._length)
-        ids = np.array([ids for ids, _ in rows], np.int64).reshape(shape)
-        return ids, np.array([mask for _, mask in rows], np.int64).reshape(shape)
+        ids = np.array([ids for ids, _, _ in rows], np.int64).reshape(shape)
+        return ids, np.array([mask for _, mask, _ in rows], np.int64).reshape(shape)
+
+    def counted(self, start: int, stop: int) -> Array:
+        """See `BlockPart`."""
+        return np.stack([self._row(index)[2] for index in range(start, stop)])
 
     def lengths(self) -> Array:
         """See `BlockPart`. Items that were read before are not read again."""
@@ -167,7 +188,8 @@ class MapPart:
             self._row(int(index))
         return self._lengths
 
-    def _row(self, index: int) -> tuple[Array, Array]:
+    def _row(self, index: int) -> tuple[Array, Array, Array]:
+        """Return an item's tokens, its padding, and which of its tokens count as targets."""
         row, where = self._items[index], f"{self._split}: item {index}"
         if "input_ids" not in row:
             raise DataError(f"{where} has no input_ids", "items are dictionaries with input_ids")
@@ -181,14 +203,17 @@ class MapPart:
                 f"{where}: the token {wrong} is outside the tokenizer's vocabulary of {self._vocabulary}",
                 "give the tokenizer that made the tokens",
             )
+        counted = mask == 0
         if "labels" in row:
             labels = self._numbers(row, "labels", where)
-            if not np.array_equal(labels, np.where(mask == 0, ids, -100)):
+            counted = labels != -100
+            if (counted & ((mask != 0) | (labels != ids))).any():
                 raise DataError(
-                    f"{where}: its labels are not its input_ids with -100 exactly on padding",
-                    "the objectives use every real token: leave labels out, and mark padding with attention_mask",
+                    f"{where}: its labels are neither its input_ids nor -100",
+                    "labels repeat input_ids, with -100 on padding and on every token that does not count",
                 )
-        return ids, mask
+            self.marked |= not np.array_equal(counted, mask == 0)
+        return ids, mask, counted
 
     def _padding(self, row: Any, where: str) -> Array:
         """Return the mask of an item: 1 on padding, 0 elsewhere. `attention_mask` has the opposite sense."""
@@ -212,6 +237,15 @@ class MapPart:
         if values.dtype.kind not in "iub":
             raise DataError(f"{where}: {key} are not whole numbers")
         return values.astype(np.int64)
+
+
+def targets_of(part: BlockPart) -> Array:
+    """Return the number of targets that count in every block of a part. The first token of a block never counts."""
+    if not part.marked:
+        every: Array = np.maximum(part.lengths() - 1, 0)
+        return every
+    steps = range(0, len(part), _AT_ONCE)
+    return np.concatenate([part.counted(i, min(i + _AT_ONCE, len(part)))[:, 1:].sum(1, dtype=np.int32) for i in steps])
 
 
 def real_tokens(mask: Array, first: int, where: str | None = None) -> list[int]:

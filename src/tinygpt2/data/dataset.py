@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt2.data.block_readers import ArrowPart, BlockPart, Hdf5Part, JsonPart, MapPart, real_tokens
+from tinygpt2.data.batches.batch import Batch
+from tinygpt2.data.block_readers import ArrowPart, BlockPart, Hdf5Part, JsonPart, MapPart, real_tokens, targets_of
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.layout import dataset_folders, shard_folders
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
@@ -22,40 +23,7 @@ from tinygpt2.utils.files import read_json
 from tinygpt2.utils.types import Array
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
-
     from tinygpt2.utils.types import Tokenizer
-
-
-class Batch(NamedTuple):
-    """A batch of blocks.
-
-    Attributes:
-        input_ids: the tokens (B, T).
-        lengths: the number of real tokens in each block, which padding follows. None if there is no padding. They stay
-            on the host, because reading them from a GPU would wait for it.
-    """
-
-    input_ids: Int[Tensor, "B T"]
-    lengths: list[int] | None
-
-    def to(self, device: Any) -> Batch:
-        """Return the batch with its tokens on another device."""
-        return Batch(to_device(self.input_ids, device), self.lengths)
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Return some of the blocks; if none of them is padded, without lengths."""
-        ids, lengths = self.input_ids[start:stop], self.lengths and self.lengths[start:stop]
-        return Batch(ids, lengths if lengths and min(lengths) < ids.shape[1] else None)
-
-
-def to_device(host: Tensor, device: Any) -> Tensor:
-    """Return a tensor on a device. A GPU is not waited for: it copies the tensor from memory that cannot be paged."""
-    import torch
-
-    pinned = torch.device(device).type == "cuda"
-    return (host.pin_memory() if pinned and not host.is_pinned() else host).to(device, non_blocking=pinned)
 
 
 class Blocks:
@@ -102,6 +70,16 @@ class Blocks:
         """Whether any block may be padded."""
         return any(part.padded for part in self._parts)
 
+    @property
+    def marked(self) -> bool:
+        """Whether any block says which of its tokens count as targets."""
+        return any(part.marked for part in self._parts)
+
+    def _place(self, index: int) -> tuple[BlockPart, int]:
+        """Return the part that holds a block, and the block's number in it."""
+        at = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[at], index - (int(self._ends[at - 1]) if at else 0)
+
     def _read(self, index: int) -> tuple[Array, int]:
         """Return a block as stored, and the number of its real tokens.
 
@@ -109,9 +87,8 @@ class Blocks:
             DataError: the block contains only padding, or has padding before its end.
         """
         index = self._number(index)
-        at = int(np.searchsorted(self._ends, index, side="right"))
-        first = index - (int(self._ends[at - 1]) if at else 0)
-        ids, mask = self._parts[at].read(first, first + 1)
+        part, first = self._place(index)
+        ids, mask = part.read(first, first + 1)
         return ids[0], self.sequence_length if mask is None else real_tokens(mask, index)[0]
 
     def row(self, index: int) -> Array:
@@ -130,18 +107,40 @@ class Blocks:
         """The number of real tokens in each block of the parts. They are read once: every step asks for some."""
         return np.concatenate([part.lengths() for part in self._parts])
 
+    def targets(self, indices: Sequence[int]) -> list[int]:
+        """Return the number of targets that count in each block."""
+        if not self.marked:
+            return [max(0, length - 1) for length in self.lengths(indices)]
+        return [int(self._targets[self._number(index)]) for index in indices]
+
+    @cached_property
+    def _targets(self) -> Array:
+        """The number of targets that count in each block of the parts, read once."""
+        return np.concatenate([targets_of(part) for part in self._parts])
+
+    def _counted(self, index: int, length: int) -> Array:
+        """Return which tokens of a block count as targets. Padding and the first token never do."""
+        part, first = self._place(self._number(index))
+        counted = np.ones(self.sequence_length, np.bool_)
+        if part.marked:
+            counted &= part.counted(first, first + 1)[0]
+        counted[0], counted[length:] = False, False
+        return counted
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return blocks as int64 tokens, one row per index."""
         import torch
 
         rows = [self._read(int(index)) for index in indices]
         ids = torch.from_numpy(np.stack([ids for ids, _ in rows]).astype(np.int64))
-        lengths = [length for _, length in rows]
+        lengths, counted = [length for _, length in rows], None
+        if self.marked:
+            counted = np.stack([self._counted(*pair) for pair in zip(map(int, indices), lengths, strict=True)])
         if min(lengths) == self.sequence_length:
-            return Batch(ids, None)
+            return Batch(ids, None, counted)
         for row, length in zip(ids, lengths, strict=True):
             row[length:] = 0  # the model looks up an embedding for padding too, so it must be a valid token
-        return Batch(ids, lengths)
+        return Batch(ids, lengths, counted)
 
 
 class Shuffle:
@@ -222,7 +221,8 @@ def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "cus
     Args:
         train, test: datasets whose items contain `input_ids`, all of one length. Padding is allowed only at the end,
             and is marked by `attention_mask` (1 on real tokens, 0 on padding) or `input_mask` (the opposite). `labels`
-            may be there if they say the same: they are `input_ids` with -100 exactly on padding. `test` may be empty.
+            say which tokens count as targets: they are `input_ids`, with -100 on padding and on all tokens that do
+            not. `test` may be empty.
         tokenizer: the tokenizer that made the tokens.
         name: a name for messages and the model card.
 
@@ -243,6 +243,7 @@ def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "cus
         for index in range(len(part)):
             for values in part.read(index, index + 1):
                 digest.update(b"" if values is None else values.tobytes())
+            digest.update(part.counted(index, index + 1).tobytes() if part.marked else b"")
     manifest = {
         "sources": [name],
         "sequence_length": length,

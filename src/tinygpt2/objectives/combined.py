@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
@@ -27,7 +26,9 @@ from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
+from tinygpt2.objectives.positions import Predicting, RealTokens, kept
 from tinygpt2.objectives.sparse import SparseForm
+from tinygpt2.utils.types import Array
 
 
 @dataclass(frozen=True)
@@ -77,21 +78,27 @@ class Counts(NamedTuple):
         positions: number of positions.
         targets: number of next tokens to predict.
         pairs: number of pairs of a position with itself or an earlier position.
+        predictions: number of positions whose predictions are compared: all, or those before targets that count.
     """
 
     positions: float
     targets: float
     pairs: float
+    predictions: float
 
     @classmethod
-    def of(cls, lengths: Sequence[int], covered: int | None = None) -> Counts:
+    def of(cls, lengths: Sequence[int], covered: int | None = None, targets: Sequence[int] | None = None) -> Counts:
         """Count them in blocks that have the given numbers of real tokens.
 
         Args:
             covered: for how many positions of each block there is a teacher, if not for all.
+            targets: how many targets of each block count, if not all do.
         """
         seen = lengths if covered is None else [min(length, covered) for length in lengths]
-        return cls(sum(seen), sum(max(0, length - 1) for length in lengths), sum(n * (n + 1) // 2 for n in seen))
+        pairs = sum(n * (n + 1) // 2 for n in seen)
+        if targets is None:
+            return cls(sum(seen), sum(max(0, length - 1) for length in lengths), pairs, sum(seen))
+        return cls(sum(seen), sum(targets), pairs, sum(targets))
 
     def over(self, count: int) -> Counts:
         """Divide all counts by a number. A count of 0 is replaced by 1, so that nothing is divided by 0."""
@@ -165,6 +172,7 @@ class Objectives(nn.Module):
         *,
         lengths: Sequence[int] | None = None,
         share: Counts | None = None,
+        counted: Array | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Return the weighted sum, and each active term by its name, unweighted and detached.
 
@@ -178,11 +186,14 @@ class Objectives(nn.Module):
             share: the counts that means divide by; None uses the counts of this batch. With the counts of a global
                 batch divided by its number of micro-batches, the mean of the micro-batches' terms is the global
                 batch's term.
+            counted: which tokens count as targets: see `Batch`. Cross-entropy and the loss between predictions read
+                the positions before them; the terms that compare hidden states and attention read all real tokens.
         """
         weights = self.weights
         size, length = input_ids.shape
         covered = (teacher and teacher.length) or length
-        own = Counts.of([length] * size if lengths is None else lengths, covered)
+        chosen = None if counted is None else [int(counted[:, 1:].sum())]
+        own = Counts.of([length] * size if lengths is None else lengths, covered, chosen)
         share = own.over(1) if share is None else share
         real = None if lengths is None else RealTokens(lengths, length, input_ids.device)
         targets = self._targets(input_ids, real)
@@ -193,27 +204,32 @@ class Objectives(nn.Module):
         terms: dict[str, Tensor] = {}
         if teacher is not None:
             terms = self._compare(student, teacher, real, own, share)
+        predicting = real if counted is None else Predicting(counted, covered, input_ids.device)
         loss = sum((getattr(weights, name) * term for name, term in terms.items()), student_head.new_zeros(()))
         if weights.prediction or weights.ce:
             labels = None
             if teacher is not None and teacher_head is not None and weights.prediction:
-                labels = (_kept(teacher.states[self._last[1]], real), teacher_head)
-            parts = {"prediction": own.positions / share.positions, "ce": own.targets / share.targets}
+                labels = (kept(teacher.states[self._last[1]], predicting), teacher_head)
+            parts = {"prediction": own.predictions / share.predictions, "ce": own.targets / share.targets}
             parts["teacher/left_out"] = parts["prediction"]
-            objective = PredictionObjective(
-                weights.prediction * parts["prediction"],
-                weights.ce * parts["ce"],
-                weights.loss,
-                weights.temperature,
-                self.chunk,
-                weights.skew,
-                weights.jsd_beta,
-            )
-            hidden = _kept(student.states[self._last[0]], real)
-            total, unweighted = prediction_loss(hidden, student_head, _kept(targets, real), labels, objective)
+            hidden = kept(student.states[self._last[0]], predicting)
+            total, unweighted = prediction_loss(hidden, student_head, kept(targets, predicting), labels, self._objective(parts))
             loss = loss + total
             terms |= {name: term * parts[name] for name, term in unweighted.items()}
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _objective(self, parts: dict[str, float]) -> PredictionObjective:
+        """Return the losses on predictions, whose means count with these factors."""
+        weights = self.weights
+        return PredictionObjective(
+            weights.prediction * parts["prediction"],
+            weights.ce * parts["ce"],
+            weights.loss,
+            weights.temperature,
+            self.chunk,
+            weights.skew,
+            weights.jsd_beta,
+        )
 
     @staticmethod
     def _targets(input_ids: Int[Tensor, "B T"], real: RealTokens | None) -> Int[Tensor, "B T"]:
@@ -240,10 +256,10 @@ class Objectives(nn.Module):
         for i, j in self._states:
             project = (self.last_projection if j == self._last[1] else None) or self.projection
             mapped = project(student.states[i])
-            pair = _kept(mapped, real), _kept(teacher.states[j], real)
+            pair = kept(mapped, real), kept(teacher.states[j], real)
             terms.setdefault("hidden", []).append(hidden_loss(*pair, self.weights.hidden_scale))
         if self.weights.cosine:
-            pair = _kept(student.states[self._last[0]], real), _kept(teacher.states[self._last[1]], real)
+            pair = kept(student.states[self._last[0]], real), kept(teacher.states[self._last[1]], real)
             terms["cosine"] = [cosine_loss(*pair)]
         whole = next(iter(student.attention.values())).shape[:2] if student.attention else (0, 0)
         full = Counts.of([whole[1]] * whole[0])
@@ -264,35 +280,6 @@ class Objectives(nn.Module):
         fused = fused if real is None else fused * real.mask.unsqueeze(-1)
         query, key, value = (by_head(part, self.heads) for part in fused.chunk(3, dim=-1))
         return query, key, value
-
-
-class RealTokens:
-    """Where the real tokens of padded blocks are, without waiting for a GPU: the host knows how many there are.
-
-    Args:
-        lengths: number of real tokens in each of the B rows.
-        length: T, the number of positions in a row.
-
-    Attributes:
-        mask: whether a position holds a real token (B, T).
-        index: the numbers of these positions, if all rows are counted through (N).
-    """
-
-    def __init__(self, lengths: Sequence[int], length: int, device: torch.device) -> None:
-        count, before = sum(lengths), [0, *accumulate(length - own for own in lengths)]  # padding in the rows before
-        # The only copy from the host: so small that no GPU is waited for.
-        known, shift = torch.tensor([list(lengths), before[:-1]]).to(device, non_blocking=True)
-        self.mask = torch.arange(length, device=device) < known[:, None]
-        self.index = torch.arange(count, device=device) + shift.repeat_interleave(known, output_size=count)
-
-    def of(self, x: Shaped[Tensor, "B T ..."]) -> Shaped[Tensor, "N ..."]:
-        """Return the positions with real tokens, one after another."""
-        return x.flatten(0, 1).index_select(0, self.index)
-
-
-def _kept(x: Shaped[Tensor, "B T ..."], real: RealTokens | None) -> Shaped[Tensor, "N ..."]:
-    """Return the positions that are not padding, one after another."""
-    return x.flatten(0, 1) if real is None else real.of(x)
 
 
 def _check_shapes(weights: LossWeights, student: GPT2Config, teacher: Shape) -> None:

@@ -106,11 +106,12 @@ def _try(job: Job, accelerator: Accelerator, module: Step, size: int) -> None:
     copies = 2 + (accelerator.num_processes > 1) + (job.config.quantize is not None)
     room = [torch.empty_like(one) for one in module.parameters() if one.requires_grad for _ in range(copies)]
     blocks = [index % len(job.data.train) for index in range(size)]
-    device, known = accelerator.device, dict[str, object]()
+    device = accelerator.device
+    batch, states = job.data.train.batch(blocks).to(device), None
     if job.cache is not None:
-        known["cached"] = job.cache.read(blocks, device).to(device)
+        states = job.cache.read(blocks, device).to(device)
     for _ in range(2):  # the second time, memory also holds all gradients
         with accelerator.autocast():
-            loss, _ = module(*job.data.train.batch(blocks).to(device), **known)
+            loss, _ = module(batch.input_ids, batch.lengths, None, states, batch.counted)
         loss.backward()
     del room

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.data.dataset import Batch, Blocks, to_device
+from tinygpt2.data.batches.batch import Batch, to_device
+from tinygpt2.data.dataset import Blocks
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
@@ -27,6 +28,7 @@ from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.runtime.devices import current_device, float32_products, float64_device
 from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
 from tinygpt2.utils.progress import follow
+from tinygpt2.utils.types import Array
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Step(nn.Module):
         lengths: Sequence[int] | None = None,
         share: Counts | None = None,
         cached: CachedStates | None = None,
+        counted: Array | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
 
@@ -113,19 +116,17 @@ class Step(nn.Module):
             wanted.student_attention,
             checkpointing=self._checkpointing,
         )
-        head = self.student.lm_head.weight
-        (teacher,) = self._teacher
+        head, (teacher,) = self.student.lm_head.weight, self._teacher
+        known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted}
         if teacher is None and self.cache is None:
-            loss, terms = wanted(input_ids, student, head, lengths=lengths, share=share)
+            loss, terms = wanted(input_ids, student, head, **known)
         else:
             with torch.no_grad():
                 activations = self._teacher_activations(teacher, input_ids, cached)
                 if wanted.weights.prediction and not self._teacher_head:
                     form = None if self.cache is None else self.cache.form
                     self._teacher_head = [_some(teacher).head() if form is None else form]
-            loss, terms = wanted(
-                input_ids, student, head, activations, *self._teacher_head, lengths=lengths, share=share
-            )
+            loss, terms = wanted(input_ids, student, head, activations, *self._teacher_head, **known)
         if not loss.requires_grad:
             raise ConfigError("no objective depends on a trainable parameter", "freeze fewer parameters (--freeze)")
         return loss, terms
@@ -203,7 +204,7 @@ class StepData(NamedTuple):
     Attributes:
         batch: the blocks of its micro-batches, one after another, on the host.
         rows: their numbers in the dataset.
-        share: the counts that means divide by, if blocks may be padded.
+        share: the counts that means divide by, if blocks may be padded or not all targets count.
         states: of each micro-batch, what the teacher's cache holds; empty without a cache.
     """
 
@@ -222,7 +223,10 @@ def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indic
     # micro-batches have different numbers of tokens, and the mean is over the global batch
     step: Any = getattr(module, "module", module)  # DDP and DeepSpeed wrap it
     covered = step.covered(blocks.sequence_length)
-    share = Counts.of(blocks.lengths(indices), covered).over(count) if blocks.padded else None
+    share = None
+    if blocks.padded or blocks.marked:
+        targets = blocks.targets(indices) if blocks.marked else None
+        share = Counts.of(blocks.lengths(indices), covered, targets).over(count)
     cache: TeacherCache | None = step.cache
     states = [] if cache is None else [cache.read(group, accelerator.device) for group in groups]
     return StepData(blocks.batch(rows), rows, share, states)
@@ -259,7 +263,7 @@ def gradients(
         # divides the loss by the number of micro-batches, and averages over processes only after the last one
         with accelerator.accumulate(module):
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
-                loss, terms = module(*batch, data.share, states)
+                loss, terms = module(batch.input_ids, batch.lengths, data.share, states, batch.counted)
             accelerator.backward(loss)
         names = ["loss", *(name if "/" in name else f"loss/{name}" for name in terms)]
         means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(starts)
@@ -288,6 +292,8 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
         real = [length if index < len(blocks) else 0 for index, length in zip(numbers, known, strict=True)]
         positions = torch.arange(1, losses.shape[1] + 1, device=losses.device)
         counted = positions < to_device(torch.tensor(real), losses.device)[:, None]
+        if batch.counted is not None:
+            counted &= to_device(torch.from_numpy(batch.counted[:, 1:]), losses.device)
         kept = torch.where(counted, losses, 0.0).to(sums.device).double()
         each, n = kept.sum(1), counted.to(sums.device).sum(1).double()  # of a block
         moments = [(each * each).sum(), (each * n).sum(), (n * n).sum(), (n > 0).sum()]
@@ -303,7 +309,7 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
 
 def joined(by_data: Mapping[str, Evaluation], blocks: Mapping[str, Blocks]) -> Evaluation:
     """Return the evaluation on the blocks of several datasets together, from those on each."""
-    targets = {name: sum(max(0, length - 1) for length in one.lengths(range(len(one)))) for name, one in blocks.items()}
+    targets = {name: sum(one.targets(range(len(one)))) for name, one in blocks.items()}
     whole = max(1, sum(targets.values()))
     loss = sum(one.loss * targets[name] for name, one in by_data.items()) / whole
     errors = [(one.stderr, targets[name] / whole) for name, one in by_data.items()]

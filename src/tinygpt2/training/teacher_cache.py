@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from tinygpt2.config.common import Precision
 from tinygpt2.config.distillation import CacheKind, DistillConfig
-from tinygpt2.data.dataset import PackedDataset, to_device
+from tinygpt2.data.batches.batch import to_device
+from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import DataError, ModelError, os_failure
 from tinygpt2.models.lm_head import Head
 from tinygpt2.models.teachers.loading import as_teacher

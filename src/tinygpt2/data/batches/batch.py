@@ -1,0 +1,53 @@
+"""A batch of blocks: tokens, how many of them are real, and which of them the loss counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tinygpt2.utils.types import Array
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """A batch of blocks.
+
+    Attributes:
+        input_ids: the tokens (B, T).
+        lengths: the number of real tokens in each block, which padding follows. None if there is no padding. They stay
+            on the host, because reading them from a GPU would wait for it.
+        counted: which tokens count as targets (B, T), as an array of the host; the first token of a block never does.
+            None if all real tokens but the first do.
+    """
+
+    input_ids: Int[Tensor, "B T"]
+    lengths: list[int] | None
+    counted: Array | None = None
+
+    def to(self, device: Any) -> Batch:
+        """Return the batch with its tokens on another device."""
+        return self._replace(input_ids=to_device(self.input_ids, device))
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Return some of the blocks; if none of them is padded, without lengths."""
+        ids, lengths = self.input_ids[start:stop], self.lengths and self.lengths[start:stop]
+        counted = None if self.counted is None else self.counted[start:stop]
+        return Batch(ids, lengths if lengths and min(lengths) < ids.shape[1] else None, counted)
+
+    @property
+    def targets(self) -> list[int]:
+        """The number of targets that count in each block."""
+        if self.counted is not None:
+            return [int(count) for count in self.counted[:, 1:].sum(1)]
+        size, length = self.input_ids.shape
+        return [max(0, own - 1) for own in self.lengths or [length] * size]
+
+
+def to_device(host: Tensor, device: Any) -> Tensor:
+    """Return a tensor on a device. A GPU is not waited for: it copies the tensor from memory that cannot be paged."""
+    import torch
+
+    pinned = torch.device(device).type == "cuda"
+    return (host.pin_memory() if pinned and not host.is_pinned() else host).to(device, non_blocking=pinned)
