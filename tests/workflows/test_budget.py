@@ -16,7 +16,7 @@ from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, trunc
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.step import Step
 from tinygpt2.training.throughput import step_seconds

@@ -10,6 +10,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 LENGTH, OPTIMISATION, RUN = "Length of training", "Optimisation", "Running, logging and saving"
 OBJECTIVES, TEXT, DECODING = "Objectives", "Text", "Decoding"
+OWN_TEXT = "Learning from sampled text"
 TARGET = "A size or a speed instead of layers and widths: the search finds them"
 MAX_SEED = 2**32 - 1  # the largest that every random generator accepts
 DEFAULT_SEQUENCE_LENGTH = 1024
