@@ -18,6 +18,7 @@ from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.dataset import PackedDataset, Shuffle, from_map_style, load_packed_dataset
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.models.loading import load_model
+from tinygpt2.models.parameters import set_dropout
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.training import loop
@@ -25,7 +26,6 @@ from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.own_text.figures import Figures, distinct_pairs, repeats_one
 from tinygpt2.training.own_text.source import OwnText
 from tinygpt2.training.step import Step
-from tinygpt2.utils import progress
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def naive(
                 sums["prediction"].append((t.exp() * (t - s)).sum())
                 sums["ce"].append(-s[batch.input_ids[row, place]])
                 total = total + prediction * sums["prediction"][-1] + ce * sums["ce"][-1]
-    return total / count, {name: float(torch.stack(part).mean()) for name, part in sums.items()}
+    return total / count, {name: float(torch.stack(part).mean().detach()) for name, part in sums.items()}
 
 
 def test_every_position_that_counts_weighs_the_same(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_every_position_that_counts_weighs_the_same(teacher: Path, student: Path
     expected, terms = naive(models, made, 0.5, 0.3, 0.8)
     (reference,) = torch.autograd.grad(expected, [models[0].transformer.h[0].mlp.c_fc.weight])
     again = [load_model(name)[0] for name in (how.student, how.teacher)]
+    set_dropout(again[0], 0.0)
     step = Step(*again, LossWeights.of(how), how).train()
-    whole, found = step(made.input_ids, made.lengths, None, None, made.counted, made.own)[0], []
     losses, sums = [], dict.fromkeys(terms, 0.0)
     for start in range(0, 6, 2):
         part = made.part(start, start + 2)
@@ -159,10 +159,9 @@ def test_every_position_that_counts_weighs_the_same(teacher: Path, student: Path
         assert set(values) == set(terms)
         sums = {name: sums[name] + float(values[name]) / 3 for name in sums}
     (gradient,) = torch.autograd.grad(torch.stack(losses).mean(), [again[0].transformer.h[0].mlp.c_fc.weight])
-    assert float(torch.stack(losses).mean()) == pytest.approx(float(expected), rel=1e-5)
+    assert float(torch.stack(losses).mean().detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert sums == pytest.approx(terms, rel=1e-5)
     torch.testing.assert_close(gradient.double(), reference, rtol=1e-3, atol=1e-7)
-    del whole, found
 
 
 def test_no_gradient_flows_through_sampling_and_a_run_is_logged(
@@ -265,12 +264,15 @@ def test_what_has_no_effect_is_refused(cli: Callable, teacher: Path, student: Pa
 
 
 def test_lengths_that_do_not_fit_are_said(
-    teacher: Path, student: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with progress.without_notes():
-        pass
     how = config(teacher, student, data, tmp_path, prompt_tokens="100:200", max_new_tokens=50)
+    said: list[str] = []
+    monkeypatch.setattr("tinygpt2.decoding.own_text.say", said.append)
     assert source(how, load_packed_dataset(str(data))).lengths == (16, 16, 16)
+    assert said == [
+        "32 tokens are a text's most: prompts of 16 to 16 tokens, and 16 after them, instead of 100 to 200 and 50"
+    ]
 
 
 def test_counts_of_no_sampled_text() -> None:
