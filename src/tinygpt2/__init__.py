@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
-    from tinygpt2.decoding.generation import DraftFigures, GenerateResult, Generation, generate
+    from tinygpt2.decoding.generation import DraftFigures, GenerateResult, Generation, ModelStatistics, generate
     from tinygpt2.decoding.sampled_dataset import SampleResult, sample
     from tinygpt2.decoding.speed import BenchRow
+    from tinygpt2.decoding.text_statistics import TextStatistics
     from tinygpt2.errors import (
         ConfigError,
         DataError,
@@ -97,7 +98,8 @@ _HOME = {
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
     "decoding.sampled_dataset": ["SampleResult", "sample"],
     "decoding.speed": ["BenchRow"],
-    "decoding.generation": ["DraftFigures", "GenerateResult", "Generation", "generate"],
+    "decoding.generation": ["DraftFigures", "GenerateResult", "Generation", "ModelStatistics", "generate"],
+    "decoding.text_statistics": ["TextStatistics"],
     "errors": [
         "ConfigError",
         "DataError",
@@ -167,6 +169,7 @@ __all__ = [
     "InterruptedRunError",
     "MachineError",
     "ModelError",
+    "ModelStatistics",
     "ModelSummary",
     "PackedDataset",
     "Paired",
@@ -199,6 +202,7 @@ __all__ = [
     "TaskList",
     "TeachConfig",
     "TeachResult",
+    "TextStatistics",
     "TinyGPT2Error",
     "TrainResult",
     "TrainTokenizerConfig",
