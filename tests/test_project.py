@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "tinygpt2"
 
 FLOORS = [
-    "errors", "utils", "config", "runtime", "data", "models", "objectives", "decoding", "evaluation", "compression",
-    "training", "planning", "exporting", "workflows", "cli", "__main__",
+    "errors", "utils", "config", "runtime", "data", "models", "alignment", "objectives", "decoding", "evaluation",
+    "compression", "training", "planning", "exporting", "workflows", "cli", "__main__",
 ]  # fmt: skip
 MAP = ROOT / "docs" / "architecture.md"
 

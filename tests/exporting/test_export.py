@@ -85,7 +85,7 @@ def test_without_llama_cpp_torch_runs_the_files_weights(
     model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf")
-    monkeypatch.setattr("tinygpt2.exporting.export.llama_available", lambda: False)
+    monkeypatch.setattr("tinygpt2.exporting.reading.llama_available", lambda: False)
     found = exported(model, "gguf", "f32", tmp_path / "x.gguf", text).checked
     assert "torch" in found.engine or "transformers" in found.engine
     assert found.tokens_per_second is None

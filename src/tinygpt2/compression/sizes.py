@@ -163,7 +163,7 @@ def space_of(config: TruncateStudentConfig, teacher: Any) -> Space:
     """
     whole = Shape(teacher.n_layer, teacher.n_embd, teacher.n_head, teacher.n_inner or 4 * teacher.n_embd)
     tied = getattr(teacher, "tie_word_embeddings", True) and not config.untie_head
-    return Space(whole, teacher.vocab_size, config.n_positions or teacher.n_positions, tied)
+    return Space(whole, config.vocab_size or teacher.vocab_size, config.n_positions or teacher.n_positions, tied)
 
 
 def shapes_within(target: Target, space: Space, cost: Callable[[Shape], float]) -> list[Shape]:
@@ -202,7 +202,7 @@ def said(target: Target, cost: float) -> str:
 
 
 def check_sizes(config: TruncateStudentConfig, teacher: Any) -> None:
-    """Check the layers, the width and the positions that the options ask for.
+    """Check the layers, the width, the positions and the vocabulary that the options ask for.
 
     Args:
         teacher: the teacher's configuration, or an object with the same sizes.
@@ -217,6 +217,8 @@ def check_sizes(config: TruncateStudentConfig, teacher: Any) -> None:
         shapes_within(target, space, getattr(space, target.measure))
     if config.untie_head and not getattr(teacher, "tie_word_embeddings", True):
         raise ConfigError("--untie-head has no effect: the teacher has an output matrix of its own already")
+    if (config.vocab_size or 0) > teacher.vocab_size:
+        raise ConfigError(f"--vocab-size {config.vocab_size}: the teacher has only {teacher.vocab_size} tokens")
     _check_depth(config, teacher.n_layer)
     position_count(config, teacher.n_positions)
 

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
+from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, cut_vocabulary
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
 from tinygpt2.compression.conversion import Conversion, LoadedTeacher, load_teacher, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
@@ -32,7 +33,7 @@ from tinygpt2.config.common import OTHER_OUT
 from tinygpt2.config.compression import Position, TruncateStudentConfig
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.card import HubMetadata, model_card
 from tinygpt2.models.compatibility import check_fits
@@ -58,12 +59,18 @@ PICTURE = "importance.png"
 class CutPerplexity:
     """Held-out perplexity per token of the student right after the cut and of the teacher.
 
-    Both are measured on the same blocks; `sequences` is their number.
+    Both are measured on the same blocks; `sequences` is their number. A smaller vocabulary is cut afterwards, because
+    perplexities per token need equal tokens.
     """
 
     student: float
     teacher: float
     sequences: int
+
+    def described(self, config: TruncateStudentConfig) -> str:
+        """Return on what both were measured, for the model card."""
+        tokens = ", in the teacher's tokens" if config.vocab_size is not None else ""
+        return f"{self.sequences} blocks of the test split of {shared_name(config.data or '')}{tokens}"
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         device = current_device()
         short = [ids[:, : positions[0]] for ids in batches]
         refit(student.to(device), teacher.to(device), kept, short)
+    perplexity = held_out_perplexity(config, subject, student)
+    student = subject.finished(student)
     out = Path(config.out)
     result = TruncateStudentResult(
         str(out.resolve()),
@@ -117,7 +126,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         count_parameters(student),
         subject.loaded.parameters,
         importance,
-        held_out_perplexity(config, subject, student),
+        perplexity,
         subject.conversion,
     )
     save_student(config, subject, student, _card(config, kept, result, subject.commit))
@@ -136,6 +145,7 @@ class Subject:
         positions: number of the student's positions, and how their embeddings are chosen.
         conversion: how a teacher of another architecture became a GPT-2.
         commit: of a teacher from the Hub.
+        vocabulary: the student's tokens, if they are fewer. All that is measured is in the teacher's.
     """
 
     loaded: LoadedTeacher
@@ -145,6 +155,11 @@ class Subject:
     positions: tuple[int, Position]
     conversion: Conversion | None
     commit: str | None
+    vocabulary: RankCut | None = None
+
+    def finished(self, student: GPT2LMHeadModel) -> GPT2LMHeadModel:
+        """Return a student with its own vocabulary, which is cut last."""
+        return student if self.vocabulary is None else cut_vocabulary(student, self.vocabulary)
 
 
 def load_subject(config: TruncateStudentConfig) -> Subject:
@@ -160,6 +175,11 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
     tokenizer = model_tokenizer(directory)
     check_sizes(config, teacher.config)  # before anything is measured
     positions = position_count(config, teacher.config.n_positions)
+    vocabulary = None
+    if config.vocab_size is not None:
+        if tokenizer is None:
+            raise ModelError(f"teacher {config.teacher} has no tokenizer, which --vocab-size cuts")
+        vocabulary = cut_by_rank(tokenizer, config.vocab_size, teacher.config.vocab_size)
     data = None
     if config.data is not None:
         data = load_packed_dataset(config.data)
@@ -172,14 +192,15 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
         teacher.to(current_device())
         tell_machine(current_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
-    return Subject(loaded, tokenizer, data, batches, positions, conversion, hub_revision(directory))
+    return Subject(loaded, tokenizer, data, batches, positions, conversion, hub_revision(directory), vocabulary)
 
 
 def save_student(config: TruncateStudentConfig, subject: Subject, student: GPT2LMHeadModel, card: str) -> None:
-    """Save a student in `config.out`, with the teacher's tokenizer and the options that made it."""
+    """Save a student in `config.out`, with its tokenizer and the options that made it."""
     pinned = {} if subject.commit is None else {"teacher": at_commit(config.teacher, subject.commit)}
     run = config.model_copy(update=pinned).to_yaml()
-    save_model(student.cpu(), Path(config.out), subject.tokenizer, card, run=run)
+    tokenizer = subject.tokenizer if subject.vocabulary is None else subject.vocabulary.tokenizer
+    save_model(student.cpu(), Path(config.out), tokenizer, card, run=run)
 
 
 def choose_parts(
@@ -267,7 +288,7 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
     figures |= dict(_reasons(config, kept, result))
     if (perplexity := result.perplexity) is not None:
         figures["perplexity before any training"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"
-        figures["measured on"] = f"{perplexity.sequences} blocks of the test split of {shared_name(config.data or '')}"
+        figures["measured on"] = perplexity.described(config)
     plural = "" if len(kept.layers) == 1 else "s"
     how = (
         f"A GPT-2 with {len(kept.layers)} layer{plural} and hidden size {kept.width}, cut from "
@@ -280,7 +301,7 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
         base_model=[] if commit is None else [config.teacher.partition("@")[0]],
         language=config.language,
         license=config.license,
-        perplexities={} if perplexity is None else {"held-out text": perplexity.student},
+        perplexities={} if perplexity is None or config.vocab_size else {"held-out text": perplexity.student},
     )
     return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags(shared=True)}", metadata)
 
@@ -305,6 +326,8 @@ def _reasons(
             yield "dimensions kept", ", ".join(map(str, kept.dimensions.tolist()))
         for new, heads in enumerate(kept.heads):
             yield f"heads kept in block {new}", ", ".join(map(str, heads.tolist()))
+    if config.vocab_size is not None:
+        yield "tokens", f"{config.vocab_size:,}: the first ones of the teacher's by merge rank"
     if config.n_positions is not None:
         yield "positions", f"{kept.positions[0]} ({kept.positions[1]})"
 

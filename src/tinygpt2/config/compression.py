@@ -80,6 +80,13 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         default=None,
         shown="first",
     )
+    vocab_size: int | None = option(
+        "Tokens of the student. Keeps the first ones by the rank of their merges, with all bytes and special tokens. "
+        "The student's tokenizer is the one that results; --data stays in the teacher's tokens.",
+        default=None,
+        ge=1,
+        shown="as the teacher",
+    )
     target_params: int | None = option(
         "Parameters of the student, such as 30M.", default=None, panel=TARGET, ge=1, metavar="N"
     )
@@ -152,11 +159,12 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         if self.num_layers is not None and self.layers is not None:
             yield "--num-layers and --layers cannot be combined: give one of them"
         yield from self._target_conflicts()
-        sized = self.cuts_width or self.n_positions is not None or self.target is not None
+        sized = self.cuts_width or self.target is not None
+        sized = sized or self.n_positions is not None or self.vocab_size is not None
         if self.num_layers is None and self.layers is None and not sized:
             yield (
-                "give --num-layers or --layers, a width (--n-embd, --n-head, --n-inner) or --n-positions, or a target "
-                "(--target-params, --target-mb, --target-ms)"
+                "give --num-layers or --layers, a width (--n-embd, --n-head, --n-inner) or --n-positions, fewer tokens "
+                "(--vocab-size), or a target (--target-params, --target-mb, --target-ms)"
             )
         if self.strategy is not None and self.num_layers is None:
             why = ": --layers already names the layers" if self.layers else ""
@@ -180,6 +188,8 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
             if self.purpose != "loss":
                 yield "--for needs --target-params, --target-mb or --target-ms"
             return
+        if self.purpose == "draft" and self.vocab_size is not None:
+            yield "--for draft cannot be combined with --vocab-size: a draft has its teacher's tokens"
         sizes = ["num_layers", "strategy", "layers", "n_embd", "n_head", "n_inner", "refit"]
         if found := [flag_name(name) for name in sizes if getattr(self, name)]:
             why = "the search finds all sizes, and refits"

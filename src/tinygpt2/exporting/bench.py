@@ -7,21 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import GPT2LMHeadModel
-
 from tinygpt2.config.decoding import BenchConfig
 from tinygpt2.decoding.speed import BenchRow, Job, Setting, bench_prompts, best_seconds, library_job, speeds
-from tinygpt2.exporting.engines import Engine, LlamaEngine, OnnxEngine
-from tinygpt2.exporting.outputs import exported_format, onnx_folder, require_engine
+from tinygpt2.exporting.outputs import exported_format, require_engine
+from tinygpt2.exporting.reading import engine_of, read_exported
 from tinygpt2.models.loading import load_causal_lm
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.bandwidth import memory_bandwidth
 from tinygpt2.runtime.devices import computes_on_device, current_device
 from tinygpt2.utils.files import absolute
 from tinygpt2.utils.progress import say
-
-Opened = tuple[str, Engine, GPT2LMHeadModel, int]
-"""The type of a file's weights, its engine, its weights in float32 for `transformers`, and its size in bytes."""
 
 
 @dataclass(frozen=True)
@@ -76,38 +71,21 @@ def exported_speed(path: Path, to: Literal["gguf", "onnx"], config: BenchConfig,
         ModelError: the file cannot be read, or the engine cannot load it.
     """
     require_engine(to)
-    kind, engine, model, read = (_gguf if to == "gguf" else _onnx)(path)
-    prompts, count = bench_prompts(str(path), model, config, 1)
+    found = read_exported(path)
+    engine = engine_of(to, found.file, found.model)
+    prompts, count = bench_prompts(str(path), found.model, config, 1)
     prompt: list[int] = prompts[0].tolist()
     first: list[float] = []
     rates: list[float] = []
     jobs: dict[Setting, Job] = {
         (engine.name, 1, 1): lambda: first.append(engine.greedy(prompt, 1)[1]),
         (engine.name, 1, count): lambda: rates.append(engine.greedy(prompt, count)[1]),
-        ("transformers", 1): library_job(model, prompts, count),
+        ("transformers", 1): library_job(found.model, prompts, count),
     }
-    seconds = best_seconds(jobs, config.turns, 2.0 * count_parameters(model))
+    seconds = best_seconds(jobs, config.turns, 2.0 * count_parameters(found.model))
     engine.close()
     rate = max(rates)
     return BenchRow(
-        absolute(str(path)), kind, 1, seconds[engine.name, 1, 1], rate, read, read * rate / bandwidth,
-        count / seconds["transformers", 1], engine.name,
+        absolute(str(path)), found.type, 1, seconds[engine.name, 1, 1], rate, found.bytes,
+        found.bytes * rate / bandwidth, count / seconds["transformers", 1], engine.name,
     )  # fmt: skip
-
-
-def _gguf(path: Path) -> Opened:
-    from tinygpt2.exporting.gguf import file_type, read_gguf
-
-    kind, model = file_type(path), read_gguf(path)
-    engine = LlamaEngine(path.resolve(), model.lm_head.weight.detach(), model.config.n_positions)
-    return kind, engine, model, path.stat().st_size
-
-
-def _onnx(path: Path) -> Opened:
-    from tinygpt2.exporting.onnx_folder import onnx_file, read_onnx
-
-    folder = onnx_folder(path)
-    assert folder is not None
-    file, kind = onnx_file(folder)
-    read = sum(one.stat().st_size for one in (file, file.with_name(f"{file.name}_data")) if one.is_file())
-    return kind, OnnxEngine(file), read_onnx(folder), read

@@ -13,8 +13,8 @@ from transformers import GPT2LMHeadModel
 from tinygpt2.config.workflows import ExportConfig, Format, NumberType
 from tinygpt2.errors import ModelError, explained
 from tinygpt2.exporting.checks import CheckText, ExportChecks, check_text, run_checks
-from tinygpt2.exporting.engines import Engine, LlamaEngine, OnnxEngine, TorchEngine, llama_available
 from tinygpt2.exporting.outputs import ONNX_FILES, card_path, check_output
+from tinygpt2.exporting.reading import engine_of
 from tinygpt2.exporting.source import ExportSource, load_source
 from tinygpt2.models.card import TRANSFORMERS, model_card
 from tinygpt2.models.loading import load_model
@@ -24,7 +24,7 @@ from tinygpt2.models.weights import write_checksums
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.utils.files import atomic_path, write_text
 from tinygpt2.utils.locks import writes_out
-from tinygpt2.utils.progress import say, track, warn
+from tinygpt2.utils.progress import track, warn
 from tinygpt2.utils.units import size
 
 EXACT = ("f32", "f16", "bf16")  # types whose export computes nearly what the model computes
@@ -136,23 +136,11 @@ def run_export(
     Raises:
         ModelError: the engine cannot load the file.
     """
-    engine = _engine(to, file, model)
+    engine = engine_of(to, file, model)
     try:
         return run_checks(source, engine, text)
     finally:
         engine.close()
-
-
-def _engine(to: Format, file: Path, model: GPT2LMHeadModel | None) -> Engine:
-    if to == "onnx":
-        return OnnxEngine(file)
-    assert model is not None
-    if to == "safetensors":
-        return TorchEngine(model, own=True)
-    if llama_available():
-        return LlamaEngine(file.resolve(), model.lm_head.weight.detach(), model.config.n_positions)
-    say('llama.cpp is not installed, so torch runs the file\'s weights: pip install "tinygpt2[llamacpp]"')
-    return TorchEngine(model, own=False)
 
 
 def disagreements(checked: ExportChecks, kind: NumberType) -> Iterator[str]:

@@ -320,7 +320,7 @@ def _card(job: Job, result: TrainResult, state: RunState) -> str:
 
 
 def _rounding(config: TrainOptions) -> dict[str, str]:
-    named = {0: "from the first step on", 1: "after the last step"}
+    named = {0.0: "from the first step on", 1.0: "after the last step"}
     when = named.get(config.quantize_from, f"after {config.quantize_from:.0%} of the steps")
     return {} if config.quantize is None else {"matrices rounded to": f"{config.quantize} ({when})"}
 

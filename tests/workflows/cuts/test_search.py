@@ -24,6 +24,7 @@ from tinygpt2 import (
     verify,
 )
 from tinygpt2.compression.sizes import Shape, Space
+from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.models.loading import load_model
 from tinygpt2.workflows.cuts import search as module
@@ -158,6 +159,18 @@ def test_a_target_is_met(trained: Path, data: Path, tmp_path: Path, cli: Callabl
     shown = cli(*given[:-1], tmp_path / "t", "--config", out / "config.yaml")
     assert shown.code == 0, shown.err
     assert "losses in nats per token above the teacher's" in shown.out
+
+
+def test_a_target_is_met_with_fewer_tokens(trained: Path, data: Path, tmp_path: Path, small: None) -> None:
+    out = tmp_path / "s"
+    config = TruncateStudentConfig(
+        teacher=str(trained), data=str(data), out=str(out), target_params=38_000, vocab_size=270
+    )
+    result = cut_to_target(config)
+    plain = GPT2LMHeadModel.from_pretrained(str(out))
+    assert plain.config.vocab_size == len(load_tokenizer(str(out))) == 270
+    assert 0.98 * 38_000 <= plain.num_parameters() == result.parameters <= 38_000
+    assert verify(VerifyConfig(path=str(out))).ok
 
 
 def test_small_students_are_also_cut_in_rounds_and_the_better_one_stays(

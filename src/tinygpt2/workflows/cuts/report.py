@@ -46,7 +46,7 @@ def search_card(config: TruncateStudentConfig, result: CutSearchResult, commit: 
         figures["expected speedup as the teacher's draft"] = f"{result.score.speedup:.2f}"
     if (perplexity := result.perplexity) is not None:
         figures["held-out perplexity"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"
-        figures["measured on"] = f"{perplexity.sequences} blocks of the test split of {shared_name(config.data or '')}"
+        figures["measured on"] = perplexity.described(config)
     plural = "" if len(result.layers) == 1 else "s"
     rounds = result.rounds
     several = rounds is not None and rounds.several is result.score
@@ -61,7 +61,7 @@ def search_card(config: TruncateStudentConfig, result: CutSearchResult, commit: 
         base_model=[] if commit is None else [config.teacher.partition("@")[0]],
         language=config.language,
         license=config.license,
-        perplexities={} if perplexity is None else {"held-out text": perplexity.student},
+        perplexities={} if perplexity is None or config.vocab_size else {"held-out text": perplexity.student},
     )
     return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags(shared=True)}", metadata)
 

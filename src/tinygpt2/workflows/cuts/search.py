@@ -95,7 +95,7 @@ def cut_to_target(config: TruncateStudentConfig) -> CutSearchResult:
             raise InterruptedRunError("the search was stopped; nothing was written", "run it again") from None
     perplexity = held_out_perplexity(config, subject, search.best.model)
     result = replace(found, perplexity=perplexity, seconds=time.perf_counter() - began)
-    save_student(config, subject, search.best.model, search_card(config, result, subject.commit))
+    save_student(config, subject, subject.finished(search.best.model), search_card(config, result, subject.commit))
     write_pictures(config, result)
     return result
 
@@ -115,7 +115,11 @@ class Search:
         self._fit, judged = _halves(config, subject)
         self._space = space_of(config, self._teacher.config)
         config_of_students = type(self._teacher.config).from_dict(
-            {**self._teacher.config.to_dict(), "n_positions": subject.positions[0]}
+            {
+                **self._teacher.config.to_dict(),
+                "n_positions": subject.positions[0],
+                "vocab_size": self._space.vocab_size,
+            }
         )
         self._measure = shape_milliseconds(config_of_students)
         self._teacher_milliseconds = token_milliseconds(self._teacher)
@@ -142,7 +146,7 @@ class Search:
         assert score is not None
         shown = {one.shape: one for one in [*ranked, *done]}.values()
         return CutSearchResult(
-            str(Path(self._config.out).resolve()), self.best.layers, count_parameters(self.best.model),
+            str(Path(self._config.out).resolve()), self.best.layers, winner.parameters,
             self._subject.loaded.parameters, winner.n_embd, winner.n_head, winner.n_inner, self._target.option,
             winner.bytes, winner.milliseconds, self._teacher_milliseconds, score, steps,
             steps * self._step_blocks * self._length, sorted(shown, key=self._order), 0.0, rounds,
@@ -187,9 +191,10 @@ class Search:
         for number, shape in enumerate(follow(shapes, "cut, fit and score shapes", "shapes")):
             started = time.perf_counter()
             student = self._cut(shape, self._measured, quick=True)
-            milliseconds = token_milliseconds(student.model)
+            finished = self._subject.finished(student.model)
+            milliseconds = token_milliseconds(finished)
             score = self._judge.score(student.model, milliseconds, _QUICK)
-            parameters = count_parameters(student.model)
+            parameters = count_parameters(finished)
             found.append(
                 CutCandidate(
                     shape.n_layer, shape.n_embd, shape.n_head, shape.n_inner, parameters, self._space.bytes(shape),

@@ -1,0 +1,1 @@
+"""Teacher and student that read the same text in different tokens."""

@@ -1,0 +1,122 @@
+"""A tokenizer cut by rank: the first merges of a byte-level BPE, with all bytes and special tokens.
+
+A BPE joins the pair whose merge has the lowest rank. So up to the last merge that is kept, both tokenizers do the same,
+and afterwards the whole one only joins further. Every border of its tokens is therefore a border of the cut one's, and
+its tokens consist of the cut one's: of those that the kept merges alone make of their bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer as Backend
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.data.encoding import LETTERS, is_plain_bpe, missing_bytes
+from tinygpt2.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from tinygpt2.utils.types import Tokenizer
+
+_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class RankCut:
+    """A tokenizer that was cut by rank.
+
+    Attributes:
+        tokenizer: the smaller one. The order of the tokens is the old one.
+        rows: for each token that a model has a row for, its number in the whole vocabulary.
+    """
+
+    tokenizer: Tokenizer
+    rows: tuple[int, ...]
+
+
+def cut_by_rank(tokenizer: Tokenizer, size: int, rows: int) -> RankCut:
+    """Keep the first tokens of a tokenizer by the rank of their merges, with all bytes and special tokens.
+
+    Args:
+        size: number of tokens to keep. Special tokens that the model has no row for are kept, too, and do not count.
+        rows: number of tokens that the model has rows for.
+
+    Raises:
+        ModelError: the tokenizer is no byte-level BPE that vocabulary and merges define alone.
+        ConfigError: the size is too small for the bytes and special tokens, or larger than the vocabulary.
+    """
+    content, vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab()
+    model = content["model"]
+    if not is_byte_level(content, vocabulary.__contains__):
+        raise ModelError(
+            "--vocab-size needs a byte-level BPE, such as GPT-2's, and the teacher's tokenizer is none",
+            "leave out --vocab-size",
+        )
+    always = {item["content"] for item in content["added_tokens"]} | {model.get("unk_token")}
+    always |= {chr(letter) for letter in LETTERS.values()}
+    kept = {vocabulary[token] for token in always if token in vocabulary}
+    least = sum(token < rows for token in kept)
+    if size < least:
+        raise ConfigError(f"--vocab-size {size} is too small: the bytes and special tokens alone are {least} tokens")
+    merges = []
+    for merge in model["merges"]:
+        made = vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)]
+        if made not in kept and least == size:
+            break
+        least += made not in kept
+        kept.add(made)
+        merges.append(merge)
+    if least < size:
+        raise ConfigError(f"--vocab-size {size}: the teacher's tokenizer has only {least} tokens that texts can have")
+    numbers = {old: new for new, old in enumerate(sorted(kept))}
+    model["vocab"] = {token: numbers[old] for token, old in vocabulary.items() if old in kept}
+    model["merges"] = merges
+    for item in content["added_tokens"]:
+        item["id"] = numbers[item["id"]]
+    _renumber(content["post_processor"], lambda token: numbers[vocabulary[token]])
+    smaller = copy.deepcopy(tokenizer)
+    smaller._tokenizer = Backend.from_str(json.dumps(content))
+    return RankCut(smaller, tuple(old for old in numbers if old < rows))
+
+
+def is_byte_level(content: dict[str, Any], is_token: Callable[[str], bool]) -> bool:
+    """Return whether a tokenizer is a byte-level BPE that vocabulary and merges define alone, without a normalizer.
+
+    Args:
+        content: of its tokenizer.json.
+    """
+    byte_level = '"ByteLevel"' in json.dumps(content["pre_tokenizer"]) and not missing_bytes(is_token)
+    return byte_level and is_plain_bpe(content["model"]) and not content["normalizer"]
+
+
+def _renumber(processor: dict[str, Any] | None, number: Callable[[str], int]) -> None:
+    """Give the special tokens that a post-processor adds their new numbers, in place."""
+    if processor is None:
+        return
+    for part in processor.get("processors", []):
+        _renumber(part, number)
+    for one in (processor.get("special_tokens") or {}).values():
+        one["ids"] = [number(token) for token in one["tokens"]]
+    for name in ("sep", "cls"):
+        if name in processor:
+            processor[name] = [processor[name][0], number(processor[name][0])]
+
+
+@torch.no_grad()
+def cut_vocabulary(model: GPT2LMHeadModel, cut: RankCut) -> GPT2LMHeadModel:
+    """Return a model with some rows of the embeddings and of the output matrix, in evaluation mode."""
+    numbers = {old: new for new, old in enumerate(cut.rows)}
+    ends = {name: numbers.get(getattr(model.config, name, -1)) for name in _ENDS}
+    changed = {**model.config.to_dict(), "vocab_size": len(cut.rows), **ends}
+    smaller = GPT2LMHeadModel(type(model.config).from_dict(changed))
+    weights = model.state_dict()
+    rows = torch.tensor(cut.rows, device=model.lm_head.weight.device)
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = weights[name][rows]
+    smaller.load_state_dict(weights)
+    return smaller.to(rows.device).eval()
