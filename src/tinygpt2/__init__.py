@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
     from tinygpt2.config.decoding import BenchConfig, GenerateConfig, SampleConfig
     from tinygpt2.config.distillation import DistillConfig
-    from tinygpt2.config.evaluation import PplConfig
+    from tinygpt2.config.evaluation import EvaluateTextConfig, PplConfig
     from tinygpt2.config.models import PresetsConfig
     from tinygpt2.config.training import FinetuneConfig, PretrainConfig
     from tinygpt2.config.workflows import (
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from tinygpt2.evaluation.named_tasks import TaskInfo, TaskList, list_tasks
     from tinygpt2.evaluation.perplexity import ppl
     from tinygpt2.evaluation.results import Paired, PplResult, PplRow
+    from tinygpt2.evaluation.texts.own_text import EvaluateTextResult, ExcessError, TextEvaluation, evaluate_text
     from tinygpt2.exporting.bench import BenchResult, bench
     from tinygpt2.exporting.checks import ExportChecks
     from tinygpt2.exporting.export import ExportResult, export
@@ -81,7 +82,7 @@ _HOME = {
     "config.data": ["PregenerateConfig", "TrainTokenizerConfig"],
     "config.decoding": ["BenchConfig", "GenerateConfig", "SampleConfig"],
     "config.distillation": ["DistillConfig"],
-    "config.evaluation": ["PplConfig"],
+    "config.evaluation": ["EvaluateTextConfig", "PplConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
     "config.workflows": [
@@ -113,6 +114,7 @@ _HOME = {
     "evaluation.named_tasks": ["TaskInfo", "TaskList", "list_tasks"],
     "evaluation.perplexity": ["ppl"],
     "evaluation.results": ["Paired", "PplResult", "PplRow"],
+    "evaluation.texts.own_text": ["EvaluateTextResult", "ExcessError", "TextEvaluation", "evaluate_text"],
     "exporting.bench": ["BenchResult", "bench"],
     "exporting.checks": ["ExportChecks"],
     "exporting.export": ["ExportResult", "export"],
@@ -155,7 +157,10 @@ __all__ = [
     "DistillConfig",
     "DivergedError",
     "DraftFigures",
+    "EvaluateTextConfig",
+    "EvaluateTextResult",
     "Evaluation",
+    "ExcessError",
     "ExportChecks",
     "ExportConfig",
     "ExportResult",
@@ -202,6 +207,7 @@ __all__ = [
     "TaskList",
     "TeachConfig",
     "TeachResult",
+    "TextEvaluation",
     "TextStatistics",
     "TinyGPT2Error",
     "TrainResult",
@@ -215,6 +221,7 @@ __all__ = [
     "compile_step",
     "cut_to_target",
     "distill",
+    "evaluate_text",
     "export",
     "finetune",
     "from_map_style",

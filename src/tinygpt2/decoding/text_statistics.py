@@ -48,14 +48,16 @@ class TextStatistics:
 def text_statistics(texts: Sequence[Written]) -> TextStatistics:
     """Return the statistics of some texts."""
     rows, whole = [text.tokens for text in texts], [len(text.tokens) for text in texts if text.ended]
-    distinct = [_share(len({*_grams(rows, n)}), len(_grams(rows, n))) for n in (1, 2, 3)]
+    one, two, three = (_share(len({*_grams(rows, n)}), len(_grams(rows, n))) for n in (1, 2, 3))
     every = sum(len(_grams([row], 4)) for row in rows)
     different = sum(len({*_grams([row], 4)}) for row in rows)
     tokens = sum(map(len, rows))
     return TextStatistics(
         len(rows),
         tokens,
-        *distinct,
+        one,
+        two,
+        three,
         _share(every - different, every),
         _share(tokens, len(rows)),
         _share(sum(whole), len(whole)),

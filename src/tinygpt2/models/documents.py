@@ -88,7 +88,8 @@ class Documents:
     ) -> Float[Tensor, "B H T K"]:
         """Return causal attention inside each document."""
         sides = [x.transpose(1, 2) for x in (query, key, value)]
-        kernel = varlen_kernel() if query.device.type == "cuda" and query.dtype != torch.float32 else None
+        short = query.dtype in (torch.float16, torch.bfloat16)
+        kernel = varlen_kernel() if short and query.device.type == "cuda" else None
         if kernel is not None and not dropout:
             flat = [x.flatten(0, 1) for x in sides]
             ends = self.ends, self.ends, self.longest, self.longest
