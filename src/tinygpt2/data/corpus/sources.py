@@ -82,9 +82,7 @@ class Corpus:
     def of(cls, sources: list[str], options: TextOptions, split: tuple[str, ...] = ("train",)) -> Corpus:
         """Return the corpus of these sources, read with a command's options."""
         read = (options.document, options.text_column, options.encoding_errors, split, options.input_format)
-        pairs = None
-        if isinstance(options, PairOptions) and options.prompt_column is not None:
-            pairs = PairReader.of(options)
+        pairs = PairReader.of(options) if isinstance(options, PairOptions) and options.prompt_column else None
         return cls(sources, *read, pairs)
 
     def pieces(self) -> Iterator[Piece]:
@@ -95,8 +93,8 @@ class Corpus:
                 is broken or lacks the field (the message gives file and row).
         """
         lenient = self.errors != "strict"
-        read = (self.document or "file", self.text_column, lenient, self.format)
-        how = ReadOptions(*read, pairs=self.pairs, notes=self.notes)
+        read = (self.document or "file", self.text_column, lenient, self.format, (), self.pairs)
+        how = ReadOptions(*read, notes=self.notes)
         number = 0
         for item in self.items:
             for parts in _by_document(item.rows(how)):
