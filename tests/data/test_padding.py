@@ -14,7 +14,7 @@ from tests.objectives.test_objectives import RUN, T, V, gpt2
 from tinygpt2 import PregenerateConfig, distill, pregenerate
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.data.dataset import load_packed_dataset
-from tinygpt2.objectives.combined import Counts, LossWeights
+from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.training.step import Step, evaluate
 
 LENGTHS = [T, 9, 1, 14]
@@ -148,7 +148,7 @@ def test_distilling_on_padded_blocks(teacher: Path, corpus: Path, tokenizer_dir:
 def test_evaluation_leaves_padding_out(stored_padded: tuple[list[list[int]], list[int]]) -> None:
     from accelerate import Accelerator
 
-    from tinygpt2.data.block_readers import MapPart
+    from tinygpt2.data.batches.block_readers import MapPart
     from tinygpt2.data.dataset import Blocks
 
     rows, lengths = stored_padded

@@ -34,13 +34,13 @@ from tinygpt2.models.parameters import count_parameters, freeze
 from tinygpt2.models.teachers.ensemble import as_one, pinned
 from tinygpt2.models.teachers.loading import load_teacher, read_as_student
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak, on_cuda, repeatable
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.metrics import metrics_of
-from tinygpt2.training.preparation import TrainingSetup, training_setup
+from tinygpt2.training.preparation import TrainingSetup, documents_apart, training_setup
 from tinygpt2.training.resuming import as_begun, with_precision
 from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
@@ -244,12 +244,10 @@ def loss_weights(config: TrainOptions) -> LossWeights:
 
 def make_job(config: TrainOptions, data: PackedDataset | None, setup: TrainingSetup) -> Job:
     """Set up the job of `pretrain`, `distill` or `finetune`, whichever the configuration is for."""
-    if isinstance(config, PretrainConfig):
-        return pretraining_job(config, data, setup)
-    if isinstance(config, DistillConfig):
-        return distillation_job(config, data, setup)
-    assert isinstance(config, FinetuneConfig)
-    return finetuning_job(config, data, setup)
+    makers = {PretrainConfig: pretraining_job, DistillConfig: distillation_job, FinetuneConfig: finetuning_job}
+    job: Job = makers[type(config)](config, data, setup)  # type: ignore[operator]
+    job.data, job.evaluated = documents_apart(job.data, job.evaluated, config, job.weights)
+    return job
 
 
 def pretraining_job(config: PretrainConfig, data: PackedDataset | None, setup: TrainingSetup) -> Job:
@@ -288,9 +286,8 @@ def distillation_job(
         student, directory = random_model(shape, config.seed, hollow=hollow), None
     else:
         student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
-    loss = config.prediction_loss if config.prediction_weight else None
     for name, (one, source) in zip(names, loaded, strict=True):
-        read_as_student(one, data, student.config, model_tokenizer(source), (name, config.student), loss)
+        read_as_student(one, data, student.config, model_tokenizer(source), (name, config.student), config.losses)
     teacher, sources = as_one([one for one, _ in loaded]), [source for _, source in loaded]
     if len(loaded) > 1:
         config = config.model_copy(update={"teacher": pinned(names, sources)})

@@ -31,8 +31,7 @@ STACKED = 2**26  # largest number of weights that Muon stacks: all of a shape in
 def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     """Make AdamW for all trainable parameters, or Muon for the matrices of the layers and AdamW for the rest.
 
-    Weight decay applies to matrices and embeddings, and never to biases and layer norms. Embeddings and vectors may
-    have peak learning rates of their own.
+    Weight decay applies to matrices and embeddings, and never to biases and layer norms.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     layers = {m.weight for m in module.modules() if isinstance(m, Conv1D)} if options.optimizer == "muon" else set()

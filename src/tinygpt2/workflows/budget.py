@@ -14,6 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tinygpt2.config.common import FINALISTS, ROUND_RUNS, STEP_TOKENS, STEPS
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
 from tinygpt2.data.dataset import PackedDataset
@@ -39,6 +40,8 @@ _TIMED = 3  # steps to time, after one that warms up
 _NO_PLAN = {"plan": False, "budget_minutes": None, "pilot": False, "target_perplexity": None}
 _PILOTS = (1 / 48, 1 / 24, 1 / 12)  # of the planned steps
 _KEPT = 0.9  # share of the time for steps and evaluations; start, checkpoints and slower steps need the rest
+_SEARCHING = 0.25  # largest share of the time for a search for the student's shape
+_FITTING = 2.0  # time of a whole search, divided by that of its training steps: a rule of thumb
 _DEPTHS = (3 / 4, 1 / 2, 1 / 3, 1 / 6)  # shares of the teacher's layers
 
 
@@ -94,6 +97,8 @@ class BudgetPlan:
     """The models that were timed in a precision, the chosen one, and the commands that train it within the time.
 
     Attributes:
+        search_seconds: about how long the first command looks for the best student with as many parameters as the
+            chosen cut; None if the time is too short for that, and the student is the cut itself.
         prediction: with --pilot.
     """
 
@@ -102,6 +107,7 @@ class BudgetPlan:
     candidates: list[Candidate]
     chosen: str
     commands: list[str]
+    search_seconds: float | None = None
     prediction: LossPrediction | None = None
 
 
@@ -119,7 +125,8 @@ def plan_budget(config: TrainOptions, data: PackedDataset | None = None) -> Budg
     Its choice is the largest student that sees at least as many tokens as it has parameters. A student that is cut from
     the teacher starts with the teacher's weights, so a larger one is better from the first step. One token for each
     parameter (a rule of thumb) makes sure that it also learns. If no student sees that many tokens, the smallest is
-    chosen. At most four passes over the data are planned (see `schedule.passes_over_data`).
+    chosen. Where the time allows it, the first command looks for the best student with as many parameters, which need
+    not be a cut in depth. At most four passes over the data are planned (see `schedule.passes_over_data`).
 
     With `pilot`, three short runs follow, and from their held-out losses a prediction of that of the planned run.
 
@@ -190,7 +197,27 @@ def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerato
         )
     seeing = [candidate for candidate in able if candidate.tokens >= candidate.parameters]
     chosen = max(seeing, key=lambda one: one.parameters) if seeing else min(able, key=lambda one: one.parameters)
-    return BudgetPlan(minutes, config.precision, candidates, chosen.student, _commands(command, config, chosen))
+    searching = _search_seconds(chosen, minutes)
+    commands = _commands(command, config, chosen, _steps_after(chosen, minutes, searching), searching is not None)
+    return BudgetPlan(minutes, config.precision, candidates, chosen.student, commands, searching)
+
+
+def _search_seconds(chosen: Candidate, minutes: float) -> float | None:
+    """Return the time for finding the best shape of a cut's size; None if the training could not do without it."""
+    if chosen.num_layers is None:
+        return None
+    seconds = _FITTING * (FINALISTS + ROUND_RUNS) * STEPS * STEP_TOKENS / chosen.tokens_per_second
+    steps = _steps_after(chosen, minutes, seconds)
+    enough = steps * chosen.tokens / chosen.steps >= min(chosen.tokens, chosen.parameters)
+    return seconds if enough and seconds <= _SEARCHING * 60 * minutes else None
+
+
+def _steps_after(chosen: Candidate, minutes: float, searching: float | None) -> int:
+    """Return the steps that fit into the time after a search."""
+    if searching is None:
+        return chosen.steps
+    each = chosen.tokens / chosen.steps / chosen.tokens_per_second
+    return min(chosen.steps, int((_KEPT * 60 * minutes - chosen.evaluation_seconds - searching) / each))
 
 
 def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, minutes: float) -> Candidate:
@@ -239,14 +266,16 @@ def _before_training(job: Job, accelerator: Accelerator, size: int, evaluation: 
     return teacher + (0.0 if job.new and not cut else evaluation)
 
 
-def _commands(command: str, config: TrainOptions, chosen: Candidate) -> list[str]:
+def _commands(command: str, config: TrainOptions, chosen: Candidate, steps: int, search: bool) -> list[str]:
     commands: list[str] = []
-    changed: dict[str, Any] = {**_NO_PLAN, "max_steps": chosen.steps}
+    changed: dict[str, Any] = {**_NO_PLAN, "max_steps": steps}
     if isinstance(config, DistillConfig) and chosen.num_layers is not None:
         changed["student"] = student = f"{Path(config.out)}-start"
         data = next(iter(dataset_shares(config.data)))
-        words = ["--teacher", str(config.teacher), "--num-layers", str(chosen.num_layers), "--out", student]
-        commands.append(f"tinygpt2 truncate-student {shlex.join([*words, '--refit', '--data', data])}")
+        how = ["--num-layers", str(chosen.num_layers), "--refit"]
+        how = ["--target-params", str(chosen.parameters)] if search else how
+        words = ["--teacher", str(config.teacher), *how, "--data", data, "--out", student]
+        commands.append(f"tinygpt2 truncate-student {shlex.join(words)}")
     return [*commands, f"tinygpt2 {command} {config.model_copy(update=changed).flags()}"]
 
 
