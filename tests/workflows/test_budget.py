@@ -194,8 +194,9 @@ def test_pilots_predict_the_loss_of_the_planned_run(teacher: Path, data: Path, t
     assert "--pilot" not in plan.commands[0]
     short = pretrain(PretrainConfig(**base, max_steps=max(2, round(one.steps / 48))))
     assert short.eval.loss == losses[0]  # a pilot is a plain run of its length
+    other = {**base, "out": str(tmp_path / "other")}
     printed = cli(
-        "pretrain", *(f"--{name.replace('_', '-')}={value}" for name, value in base.items()), "--plan", "--pilot",
+        "pretrain", *(f"--{name.replace('_', '-')}={value}" for name, value in other.items()), "--plan", "--pilot",
         "--budget-minutes", 0.001,
     )  # fmt: skip
     assert printed.code == 0, printed.err

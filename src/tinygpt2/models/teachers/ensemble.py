@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tinygpt2.models.activations import Activations
+from tinygpt2.models.documents import Documents
 from tinygpt2.models.lm_head import Head, wide
 from tinygpt2.models.teachers.teacher import Shape, Teacher
 from tinygpt2.models.teachers.vocabularies import Reading
@@ -84,7 +85,11 @@ class Ensemble(Teacher):
         return min(one.covered(length) for one in self._each())
 
     def collect(
-        self, input_ids: Int[Tensor, "B T"], states: Iterable[int], attention: Iterable[int] = ()
+        self,
+        input_ids: Int[Tensor, "B T"],
+        states: Iterable[int],
+        attention: Iterable[int] = (),
+        documents: Documents | None = None,
     ) -> Activations:
         """See `Teacher`. There is only the last state.
 
@@ -94,7 +99,10 @@ class Ensemble(Teacher):
         if set(states) != {self.shape.layers} or set(attention):
             raise ValueError("several teachers have only the last hidden state")
         covered = self.covered(input_ids.shape[1])
-        last = [one.collect(input_ids, [one.shape.layers]).states[one.shape.layers] for one in self._each()]
+        last = [
+            one.collect(input_ids, [one.shape.layers], documents=documents).states[one.shape.layers]
+            for one in self._each()
+        ]
         return Activations({self.shape.layers: torch.cat([state[:, :covered] for state in last], -1)})
 
     def compile_passes(self) -> None:
