@@ -256,8 +256,14 @@ def test_what_has_no_effect_is_refused(cli: Callable, teacher: Path, student: Pa
         ("expected MIN:MAX", ["--on-policy-fraction", 1, "--prompt-tokens", "0:2"]),
         ("while --on-policy-weight is 0", ["--on-policy-fraction", 1, "--on-policy-weight", 0]),
         ("excludes --on-policy-fraction", ["--on-policy-fraction", 0.5, "--teacher-cache", tmp_path / "c"]),
+        ("use --sampler teacher", ["--on-policy-fraction", 0.5, "--on-policy-loss", "ce"]),
+        ("have to be 1", ["--on-policy-fraction", 0.5, "--sampler", "mixture", "--sample-temperature", 2]),
+        ("no effect on --sampler student", ["--on-policy-fraction", 0.5, "--teacher-share", 0.5]),
+        ("without --on-policy-loss policy_gradient", ["--on-policy-fraction", 0.5, "--no-normalise-returns"]),
+        ("use --sampler student or mixture",
+         ["--on-policy-fraction", 0.5, "--sampler", "teacher", "--on-policy-loss", "policy_gradient"]),
         ("the data's blocks", ["--on-policy-fraction", 1, "--ce-weight", 1]),
-    ]
+    ]  # fmt: skip
     for message, more in cases:
         result = cli(*base, *more)
         assert (result.code, message in result.err) == (2, True), result.err
@@ -279,3 +285,44 @@ def test_counts_of_no_sampled_text() -> None:
     assert Counts.of([4, 4]).over(2).own_text == 0
     with pytest.raises(ConfigError):
         DistillConfig(teacher="t", student="s", data="d", out="o", on_policy_fraction=2)
+
+
+@pytest.mark.parametrize("sampler", ["teacher", "mixture"])
+def test_the_teacher_writes_or_helps(teacher: Path, student: Path, data: Path, tmp_path: Path, sampler: str) -> None:
+    """The teacher's loss on its own text is lower than on the student's, and a mixture is between."""
+    packed = load_packed_dataset(str(data))
+    losses = []
+    for kind in (sampler, "student"):
+        share = {"teacher_share": 0.5} if kind == "mixture" else {}
+        how = config(teacher, student, data, tmp_path, on_policy_fraction=1, sampler=kind, micro_batch_size=32, **share)
+        own = source(how, packed)
+        own.into(packed.train.batch(range(32)), range(32), 0)
+        losses.append(own.metrics()["own_text/teacher_loss"])
+    assert losses[0] < losses[1] - 0.1
+
+
+def test_a_mixture_is_the_mean_of_both_distributions(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
+    how = config(teacher, student, data, tmp_path, sampler="mixture", teacher_share=0.3)
+    decoder = source(how, load_packed_dataset(str(data)))._decoder()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with torch.no_grad():
+        found = decoder.read(decoder.cache(2, 4), ids, every=True).exp()
+        other, mine = (load_model(str(name))[0](ids).logits.softmax(-1) for name in (teacher, student))
+    torch.testing.assert_close(found, 0.3 * other + 0.7 * mine, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "teacher", "on_policy_loss": "ce", "on_policy_fraction": 1.0},
+        {"sampler": "mixture", "on_policy_loss": "policy_gradient", "prediction_weight": 0, "ce_weight": 1,
+         "on_policy_weight": 1},
+        {"sampler": "mixture", "on_policy_loss": "jsd", "precision": "bf16"},
+    ],
+)  # fmt: skip
+def test_the_papers_settings_run(teacher: Path, student: Path, data: Path, tmp_path: Path, options: dict) -> None:
+    distill(config(teacher, student, data, tmp_path / "o", max_steps=2, **options))
+    row = read_metrics(tmp_path / "o")[-1]
+    assert row["loss/own_text"] > 0
+    assert ("own_text/student_loss" in row) == (options["on_policy_loss"] == "policy_gradient")
+    assert ("loss/ce" in row) == ("ce_weight" in options)

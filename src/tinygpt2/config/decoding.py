@@ -13,6 +13,7 @@ from tinygpt2.config.data import H5PY_HINT, Format
 from tinygpt2.config.models import DeviceOptions, ModelOptions
 
 DecodingWeights = Literal["fp32", "bf16", "int8"]
+Sampler = Literal["student", "teacher", "mixture"]
 
 
 class GenerateConfig(ModelOptions, DeviceOptions):
@@ -199,6 +200,18 @@ class OwnTextOptions(Config):
         "Sample with this temperature. The losses have their own, --temperature.", default=1.0, panel=OWN_TEXT, gt=0
     )
     samples_per_prompt: int = option("Continuations of each beginning.", default=1, panel=OWN_TEXT, ge=1)
+    sampler: Sampler = option(
+        "Who writes: the student, the teacher (sequence-level distillation), or both: each token from a mixture of "
+        "their distributions, with importance weights.",
+        default="student",
+        panel=OWN_TEXT,
+    )
+    teacher_share: float = option("Share of the teacher in the mixture.", default=0.2, panel=OWN_TEXT, gt=0, lt=1)
+    normalise_returns: bool = option(
+        "With policy_gradient, divide what later tokens say about a token by their number.",
+        default=True,
+        panel=OWN_TEXT,
+    )
 
     @property
     def prompt_range(self) -> tuple[int, int]:
@@ -214,6 +227,8 @@ class OwnTextOptions(Config):
             yield f"--prompt-tokens: {error}"
         fields = {name: field for name, field in type(self).options().items() if extra(field, "panel") == OWN_TEXT}
         given = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        if self.sampler != "mixture" and self.teacher_share != type(self).model_fields["teacher_share"].default:
+            yield f"--teacher-share has no effect on --sampler {self.sampler}"
         if given and not self.on_policy_fraction and "on_policy_fraction" not in self.model_fields_set:
             yield f"{' and '.join(map(flag_name, given))} has no effect without --on-policy-fraction"
 

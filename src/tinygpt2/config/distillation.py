@@ -20,8 +20,9 @@ PredictionLoss = Literal[
     "soft_ce", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"
 ]
 OwnTextLoss = Literal[
-    "soft_ce", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation", "ce"
-]
+    "soft_ce", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation", "ce",
+    "policy_gradient",
+]  # fmt: skip
 HiddenScale = Literal["none", "variance"]
 HeadMap = Literal["equal", "average"]
 TeacherDtype = Literal["fp32", "bf16"]
@@ -153,7 +154,11 @@ class DistillConfig(OwnTextOptions, TrainOptions):
         ge=0,
     )
     on_policy_loss: OwnTextLoss | None = option(
-        "Loss on sampled text.", default=None, panel=OWN_TEXT, shown="--prediction-loss"
+        "Loss on sampled text: one between predictions, ce (the cross-entropy of a teacher's text), or "
+        "policy_gradient (MiniLLM: the reverse KL of whole texts).",
+        default=None,
+        panel=OWN_TEXT,
+        shown="--prediction-loss",
     )
     on_policy_weight: float | None = option(
         "Weight of this loss. Each position of sampled text counts as much as one of the data.",
@@ -253,6 +258,15 @@ class DistillConfig(OwnTextOptions, TrainOptions):
             yield "--on-policy-fraction has no effect while --on-policy-weight is 0"
         if self.teacher_cache is not None:
             yield "--teacher-cache holds nothing of text that is sampled later: it excludes --on-policy-fraction"
+        loss, ours = self.on_policy_loss, (self.sample_temperature, self.temperature)
+        if loss == "ce" and self.sampler != "teacher":
+            yield "--on-policy-loss ce learns nothing from text of the student: use --sampler teacher"
+        if loss == "policy_gradient" and self.sampler == "teacher":
+            yield "--on-policy-loss policy_gradient judges text of the student: use --sampler student or mixture"
+        if loss != "policy_gradient" and not self.normalise_returns:
+            yield "--no-normalise-returns has no effect without --on-policy-loss policy_gradient"
+        if (loss == "policy_gradient" or self.sampler == "mixture") and ours != (1, 1):
+            yield "--sample-temperature and --temperature have to be 1 with policy_gradient and --sampler mixture"
         if self.on_policy_fraction == 1 and self.ce_weight:
             yield "--ce-weight has no effect with --on-policy-fraction 1: it is the cross-entropy of the data's blocks"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,13 @@ from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.decoding.library import Decoder, make_decoder
+from tinygpt2.decoding.mixture import MixedDecoder
 from tinygpt2.decoding.own_text import Lengths, continued
 from tinygpt2.decoding.sampling import Sampling
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.compatibility import first_token
-from tinygpt2.models.teachers.teacher import Teacher
+from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
+from tinygpt2.models.teachers.vocabularies import Reading
 from tinygpt2.objectives.weights import Counts
 from tinygpt2.runtime.devices import float64_device
 from tinygpt2.training.own_text.figures import Figures, SampleLog
@@ -51,12 +54,12 @@ class OwnText:
     Args:
         config: of the run, with an `on_policy_fraction` above 0.
         student: its current weights sample.
-        teacher: judges the samples in the metrics.
+        teacher: judges the samples in the metrics, and may sample, too.
         data: the dataset. If its blocks mark which targets count, a prompt is what stands before the first of them.
         clock: returns the time in seconds.
 
     Raises:
-        ConfigError: the student is divided among the processes.
+        ConfigError: the student is divided among the processes, or the teacher cannot sample.
 
     Attributes:
         lengths: of prompts and continuations.
@@ -79,13 +82,17 @@ class OwnText:
                 "--on-policy-fraction needs the whole student in every process, which FSDP and DeepSpeed divide",
                 "leave them out: each process then holds the student and the teacher",
             )
+        vocabulary = min(data.vocab_size, int(student.config.vocab_size))
+        if config.sampler != "student" and teacher is not None:
+            check_sampler(teacher, accelerator, config.sampler)
+            vocabulary = min(vocabulary, teacher.shape.vocabulary)
         room = min(data.sequence_length, int(student.config.n_positions))
         self.lengths = Lengths.fitting(config.prompt_range, config.max_new_tokens, room)
         tokenizer = data.tokenizer()
         end = first_token([tokenizer.eos_token_id, student.config.eos_token_id], student.config)
         self._ends = [] if end is None else [end]
-        known = min(data.vocab_size, int(student.config.vocab_size))
-        self._sampling = Sampling(config.sample_temperature, vocabulary=known)
+        self._sampling = Sampling(config.sample_temperature, vocabulary=vocabulary)
+        self._teachers: Decoder | None = None
         self.figures = Figures()
         self._last: tuple[list[_Text], Batch] | None = None
         self._text: Callable[[list[int]], str] = lambda tokens: str(tokenizer.decode(tokens))
@@ -145,23 +152,34 @@ class OwnText:
     def _sampled(self, prompts: list[list[int]], numbers: list[int]) -> list[_Text]:
         texts: list[_Text] = []
         decoder = self._decoder() if prompts else None
+        plain = self._config.sampler == "student" or isinstance(self._teacher, GPT2Teacher)
         for start in range(0, len(prompts), _TOGETHER):
             part = slice(start, start + _TOGETHER)
             assert decoder is not None
-            made = continued(
-                decoder, prompts[part], numbers[part], seed=self._config.seed, new=self.lengths.new, ends=self._ends,
-                sampling=self._sampling, name="the student",
-            )  # fmt: skip
+            with nullcontext() if plain else self._accelerator.autocast():
+                made = continued(
+                    decoder, prompts[part], numbers[part], seed=self._config.seed, new=self.lengths.new,
+                    ends=self._ends, sampling=self._sampling, name=f"the {self._config.sampler}",
+                )  # fmt: skip
             found = zip(prompts[part], made.tokens.tolist(), made.lengths.tolist(), made.ended.tolist(), strict=True)
             texts += [_Text(prompt, row[:count], end) for prompt, row, count, end in found]
         return texts
 
     def _decoder(self) -> Decoder:
-        """Return what decodes with the student's weights of now.
+        """Return what decodes with the student's weights of now, or with the teacher's, or with both.
 
-        In float32 it uses the weights where they are. In bfloat16 it rounds them, as each pass of training does.
+        In float32 it uses the weights where they are. In bfloat16 it rounds them: the student's each time, as each pass
+        of training does, and the teacher's once.
         """
-        return make_decoder(self._student, "bf16" if self._accelerator.mixed_precision == "bf16" else "fp32")
+        config, sixteen = self._config, self._accelerator.mixed_precision == "bf16"
+        if config.sampler != "student" and self._teachers is None:
+            assert self._teacher is not None
+            gpt2 = isinstance(self._teacher, GPT2Teacher)
+            self._teachers = make_decoder(self._teacher.model, "bf16" if sixteen and gpt2 else "fp32", name="teacher")
+        if config.sampler == "teacher" and self._teachers is not None:
+            return self._teachers
+        students = make_decoder(self._student, "bf16" if sixteen else "fp32")
+        return students if self._teachers is None else MixedDecoder(self._teachers, students, config.teacher_share)
 
     def _counts(self, batch: Batch) -> Counts:
         """Return the counts of all processes' batches."""
@@ -207,6 +225,21 @@ class OwnText:
         out = Path(self._config.out)
         self._log = self._log or SampleLog(out, step - 1, self._text)
         self._log.write(self._accelerator, step, [(text.prompt, text.added) for text in self._last[0]])
+
+
+def check_sampler(teacher: Teacher, accelerator: Accelerator, sampler: str) -> None:
+    """Check that a teacher can write the student's tokens.
+
+    Raises:
+        ConfigError: its tokens are others, or the run computes in fp16.
+    """
+    if teacher.reading != Reading():
+        raise ConfigError(
+            f"--sampler {sampler} needs a teacher with the student's own tokens, and this one's have other numbers",
+            "use --sampler student: such a teacher still judges what the student writes",
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError(f"--sampler {sampler} cannot decode the teacher in fp16", "use --precision bf16 or fp32")
 
 
 def _own(batch: Batch) -> Array:
