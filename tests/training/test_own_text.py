@@ -24,7 +24,8 @@ from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.training import loop
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.own_text.figures import Figures, distinct_pairs, repeats_one
-from tinygpt2.training.own_text.source import OwnText
+from tinygpt2.training.own_text.replay import Replay, Text, grown
+from tinygpt2.training.own_text.source import OwnText, becomes_text
 from tinygpt2.training.step import Step
 
 
@@ -82,11 +83,8 @@ def test_some_blocks_become_continuations_of_their_beginnings(
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 1.0])
-def test_the_share_is_kept_over_steps(
-    teacher: Path, student: Path, data: Path, tmp_path: Path, fraction: float
-) -> None:
-    own = source(config(teacher, student, data, tmp_path, on_policy_fraction=fraction), load_packed_dataset(str(data)))
-    assert sum(own.writes(position) for position in range(1000)) == 1000 * fraction
+def test_the_share_is_kept_over_steps(fraction: float) -> None:
+    assert sum(becomes_text(position, fraction) for position in range(1000)) == 1000 * fraction
 
 
 def test_samples_of_one_prompt_share_its_beginning(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
@@ -257,6 +255,8 @@ def test_what_has_no_effect_is_refused(cli: Callable, teacher: Path, student: Pa
         ("while --on-policy-weight is 0", ["--on-policy-fraction", 1, "--on-policy-weight", 0]),
         ("excludes --on-policy-fraction", ["--on-policy-fraction", 0.5, "--teacher-cache", tmp_path / "c"]),
         ("use --sampler teacher", ["--on-policy-fraction", 0.5, "--on-policy-loss", "ce"]),
+        ("needs --eval-every", ["--fraction-growth", 0.1]),
+        ("without --replay", ["--on-policy-fraction", 0.5, "--replay-schedule", "rising"]),
         ("have to be 1", ["--on-policy-fraction", 0.5, "--sampler", "mixture", "--sample-temperature", 2]),
         ("no effect on --sampler student", ["--on-policy-fraction", 0.5, "--teacher-share", 0.5]),
         ("without --on-policy-loss policy_gradient", ["--on-policy-fraction", 0.5, "--no-normalise-returns"]),
@@ -326,3 +326,53 @@ def test_the_papers_settings_run(teacher: Path, student: Path, data: Path, tmp_p
     assert row["loss/own_text"] > 0
     assert ("own_text/student_loss" in row) == (options["on_policy_loss"] == "policy_gradient")
     assert ("loss/ce" in row) == ("ce_weight" in options)
+
+
+def test_old_texts_stand_for_new_ones_once_there_are_enough() -> None:
+    replay = Replay(3, 8, "falling", seed=1)
+    texts = [Text([number], [number, 0], True) for number in range(5)]
+    replay.add(texts[:2])
+    assert replay.chosen(0, 1.0) is None
+    replay.add(texts[2:])
+    found = [replay.chosen(number, 1.0) for number in range(100)]
+    assert {text.prompt[0] for text in found if text} == {2, 3, 4}  # the last three
+    assert found[0] == texts[found[0].prompt[0]]
+    assert [replay.chosen(number, 1.0) for number in range(100)] == found
+    assert not any(replay.chosen(number, 0.0) for number in range(100))
+    assert 30 < sum(replay.chosen(number, 0.5) is None for number in range(100)) < 70
+
+
+def test_the_share_grows_when_the_held_out_loss_has_risen() -> None:
+    state = (0.0, None)
+    shares = []
+    for loss in (3.0, 2.5, 3.05, 3.2, 3.25, 3.4):
+        state = grown(*state, loss, 0.4)
+        shares.append(state[0])
+    assert shares == [0.0, 0.0, 0.0, 0.4, 0.4, 0.8]
+    assert grown(0.8, 1.0, 2.0, 0.4)[0] == 1.0
+
+
+def test_a_run_with_old_texts_resumes_and_two_processes_keep_the_same(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"replay": 4, "max_steps": 6, "save_every": 2, "eval_every": 1, "fraction_growth": 0.25}
+    monkeypatch.setattr("tinygpt2.training.own_text.replay._RISE", -10.0)  # every evaluation counts as a rise
+    distill(config(teacher, student, data, tmp_path / "whole", **options))
+    original = loop._Run.step
+
+    def stopped(self: loop._Run, *, stop: bool) -> object:
+        return original(self, stop=stop or self.state.step == 3)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "step", stopped)
+        with pytest.raises(InterruptedRunError):
+            distill(config(teacher, student, data, tmp_path / "parts", **options))
+    assert list((tmp_path / "parts" / "checkpoints").glob("*/replay.safetensors"))
+    distill(config(teacher, student, data, tmp_path / "parts", resume=True, **options))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    distill(config(teacher, student, data, tmp_path / "one", replay=4, max_steps=6))
+    distill(
+        config(teacher, student, data, tmp_path / "two", replay=4, max_steps=6, micro_batch_size=2, num_processes=2)
+    )
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)

@@ -14,6 +14,7 @@ from tinygpt2.config.models import DeviceOptions, ModelOptions
 
 DecodingWeights = Literal["fp32", "bf16", "int8"]
 Sampler = Literal["student", "teacher", "mixture"]
+ReplaySchedule = Literal["constant", "rising", "falling"]
 
 
 class GenerateConfig(ModelOptions, DeviceOptions):
@@ -213,6 +214,31 @@ class OwnTextOptions(Config):
         panel=OWN_TEXT,
     )
 
+    replay: int = option(
+        "Keep the last N sampled sequences, and use them again in the place of new ones.",
+        default=0,
+        panel=OWN_TEXT,
+        ge=0,
+    )
+    replay_schedule: ReplaySchedule = option(
+        "With --replay, the share that is sampled anew: constant (half), rising from none to all, or falling from all "
+        "to none over the run.",
+        default="falling",
+        panel=OWN_TEXT,
+    )
+    fraction_growth: float = option(
+        "Raise --on-policy-fraction by this whenever the held-out loss has risen by more than 0.1 since the last rise.",
+        default=0.0,
+        panel=OWN_TEXT,
+        ge=0,
+        le=1,
+    )
+
+    @property
+    def samples_text(self) -> bool:
+        """Whether sequences are sampled, now or later."""
+        return bool(self.on_policy_fraction or self.fraction_growth)
+
     @property
     def prompt_range(self) -> tuple[int, int]:
         """The fewest and the most tokens of a prompt."""
@@ -229,7 +255,11 @@ class OwnTextOptions(Config):
         given = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if self.sampler != "mixture" and self.teacher_share != type(self).model_fields["teacher_share"].default:
             yield f"--teacher-share has no effect on --sampler {self.sampler}"
-        if given and not self.on_policy_fraction and "on_policy_fraction" not in self.model_fields_set:
+        if not self.replay and self.replay_schedule != type(self).model_fields["replay_schedule"].default:
+            yield f"--replay-schedule {self.replay_schedule} has no effect without --replay"
+        if self.replay and self.sampler == "mixture":
+            yield "--replay cannot be combined with --sampler mixture: the importance weights are of new text"
+        if given and not self.samples_text and "on_policy_fraction" not in self.model_fields_set:
             yield f"{' and '.join(map(flag_name, given))} has no effect without --on-policy-fraction"
 
 

@@ -191,7 +191,7 @@ class DistillConfig(OwnTextOptions, TrainOptions):
     def own_text_weight(self) -> float:
         """The weight of the loss on sampled text; 0 without such text."""
         weight = self.prediction_weight if self.on_policy_weight is None else self.on_policy_weight
-        return weight if self.on_policy_fraction else 0.0
+        return weight if self.samples_text else 0.0
 
     @property
     def losses(self) -> set[str]:
@@ -250,7 +250,7 @@ class DistillConfig(OwnTextOptions, TrainOptions):
             held = "predictions" if self.caches_predictions else "final hidden states"
             yield f"--teacher-cache holds only the teacher's {held}: {why}"
         yield from self._cache_conflicts()
-        if self.on_policy_fraction:
+        if self.samples_text:
             yield from self._own_text_conflicts()
 
     def _own_text_conflicts(self) -> Iterator[str]:
@@ -261,6 +261,10 @@ class DistillConfig(OwnTextOptions, TrainOptions):
         loss, ours = self.on_policy_loss, (self.sample_temperature, self.temperature)
         if loss == "ce" and self.sampler != "teacher":
             yield "--on-policy-loss ce learns nothing from text of the student: use --sampler teacher"
+        if loss == "policy_gradient" and self.replay:
+            yield "--on-policy-loss policy_gradient judges new text of the student: leave --replay out"
+        if self.fraction_growth and not self.eval_every:
+            yield "--fraction-growth reacts to the held-out loss: it needs --eval-every"
         if loss == "policy_gradient" and self.sampler == "teacher":
             yield "--on-policy-loss policy_gradient judges text of the student: use --sampler student or mixture"
         if loss != "policy_gradient" and not self.normalise_returns:
