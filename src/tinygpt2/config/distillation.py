@@ -78,7 +78,8 @@ class DistillConfig(OwnTextOptions, TrainOptions):
         shown="states; without --teacher, what is there",
     )
     recipe: str = option(
-        "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.",
+        "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation, gkd, distillm, minillm, seqkd or a "
+        "YAML file.",
         default="default",
         path=True,
         metavar="RECIPE|PATH",
