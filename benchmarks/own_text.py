@@ -1,7 +1,7 @@
 """What learning from sampled text is worth: equal seconds of each recipe after the default one.
 
     python benchmarks/own_text.py --work WORK --minutes 20   # continues where it stopped
-    python benchmarks/own_text.py --work WORK --check        # 60 steps of reverse KL on own text beside 60 default steps
+    python benchmarks/own_text.py --work WORK --check        # 60 steps of reverse KL on own text, and 60 default ones
 
 Texts, teacher and students are those of the study of recipes (benchmarks/recipes.py, which makes them in WORK). Every
 finished run is a line of --results and is not run again.
@@ -41,7 +41,7 @@ from tinygpt2.training.step import Step
 HERE = Path(__file__).parent / "own_text"
 RUNS: dict[str, dict[str, Any]] = {
     "more of the same": {},
-    "gkd 0.5, reverse KL": {"recipe": "gkd", "prediction_loss": "reverse_kl", "jsd_beta": 0.5},
+    "gkd 0.5, reverse KL": {"recipe": "gkd", "prediction_loss": "reverse_kl"},
     "gkd 0.5, jsd": {"recipe": "gkd"},
     "gkd 1.0, reverse KL": {"recipe": "gkd", "prediction_loss": "reverse_kl", "on_policy_fraction": 1.0},
     "gkd 1.0, jsd": {"recipe": "gkd", "on_policy_fraction": 1.0},
