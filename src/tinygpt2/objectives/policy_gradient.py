@@ -33,8 +33,8 @@ def token_log_probs(
         hidden, head: the student's final hidden states and output matrix.
         teacher: the teacher's final hidden states (N, Dt) and head.
     """
+    matrix, (states, other) = head_operand(head.detach()), teacher
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        matrix, (states, other) = head_operand(head), teacher
         own, _ = losses_of(hidden.to(matrix.dtype), targets, lambda part: part @ matrix.mT, len(head))
         its, _ = losses_of(states.to(other.matrix.dtype), targets, other.logits, len(head))
         return -own, -its
@@ -58,7 +58,7 @@ def later_returns(log_ratio: Float[Tensor, " N"], lengths: Sequence[int], *, nor
         lengths: number of tokens of each text; they add up to N.
         normalised: divide by the number of later tokens, so that long texts weigh no more than short ones.
     """
-    most, counts = max(lengths, default=0), np.array(lengths)
+    most, counts = max(lengths, default=0), np.array(lengths, np.int64)
     places = np.concatenate([np.arange(count) + row * most for row, count in enumerate(lengths)] or [np.arange(0)])
     index = to_device(torch.from_numpy(places), log_ratio.device)
     padded = log_ratio.new_zeros(len(lengths) * most).index_copy(0, index, log_ratio).view(len(lengths), most)

@@ -178,7 +178,7 @@ class OwnText:
             counted = self._blocks.batch([index]).counted
             places = [] if counted is None else np.flatnonzero(counted[0]).tolist()
             begin = places[0] if places else len(row) - 1
-            return [int(token) for token in row[: max(1, min(begin, self.lengths.most))]]
+            return [int(token) for token in row[max(0, begin - self.lengths.most) : max(1, begin)]]
         return self.lengths.beginning(row, self._config.seed, position)
 
     def _sampled(self, prompts: list[list[int]], numbers: list[int]) -> list[Text]:
