@@ -120,9 +120,8 @@ class OwnText:
         chosen = [place for place in range(len(indices)) if becomes_text(first + place, share)]
         if not chosen:
             return batch, None
-        own = self._own_places(len(indices))
-        rows = {place: row for row, place in enumerate(own) if place in set(chosen)}
         origins = {place: chosen[at - at % self._config.samples_per_prompt] for at, place in enumerate(chosen)}
+        rows = {place: row for row, place in enumerate(self._own_places(len(indices))) if place in origins}
         old = {place: text for place in chosen if (text := self._replay.chosen(first + place, done)) is not None}
         new = [place for place in rows if place not in old]
         prompts = [self._prompt(indices[origins[place]], first + origins[place]) for place in new]
