@@ -68,12 +68,12 @@ def ours(
 ) -> torch.Tensor:
     """The gradient of the program's loss on a batch of one text; its mean over positions is made a sum."""
     weights = LossWeights(
-        ce=0, own_text=1, own_text_loss="policy_gradient", mixture=share, normalise_returns=normalised
+        ce=0.0, own_text=1.0, own_text_loss="policy_gradient", mixture=share, normalise_returns=normalised
     )
     config = DistillConfig(teacher="t", student="s", data="d", out="o", logit_chunk=2)
     step = Step(student, teacher, weights, config).train()
     counted = np.array([[False, True, True, True]])
-    loss, terms = step(torch.tensor([[PROMPT, *text]]), None, None, None, counted, np.array([True]))
+    loss, terms = step(torch.tensor([[PROMPT, *text]]), None, None, None, counted, None, np.array([True]))
     assert set(terms) == {"own_text", "own_text/student_loss"}
     return N * gradient(student, loss)
 

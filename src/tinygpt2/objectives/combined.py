@@ -121,6 +121,8 @@ class Objectives(nn.Module):
         covered = (teacher and teacher.length) or length
         chosen = None if counted is None else [int(counted[:, 1:].sum())]
         own = Counts.of([length] * size if lengths is None else lengths, covered, chosen)
+        if counted is not None and own_text is not None:
+            own = own._replace(own_text=int(counted[own_text, 1:].sum()))
         share = own.over(1) if share is None else share
         real = None if lengths is None else RealTokens(lengths, length, input_ids.device)
         targets = self._targets(input_ids, real)
