@@ -152,7 +152,7 @@ def test_every_position_that_counts_weighs_the_same(teacher: Path, student: Path
     losses, sums = [], dict.fromkeys(terms, 0.0)
     for start in range(0, 6, 2):
         part = made.part(start, start + 2)
-        loss, values = step(part.input_ids, part.lengths, share, None, part.counted, part.own)
+        loss, values = step(part.input_ids, part.lengths, share, None, part.counted, None, part.own)
         losses.append(loss)
         assert set(values) == set(terms)
         sums = {name: sums[name] + float(values[name]) / 3 for name in sums}

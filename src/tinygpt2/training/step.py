@@ -20,6 +20,7 @@ from tinygpt2.data.dataset import Blocks
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
+from tinygpt2.models.documents import Documents, without_last
 from tinygpt2.models.lm_head import Head, head_operand, target_losses
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import Shape, Teacher
@@ -96,6 +97,7 @@ class Step(nn.Module):
         share: Counts | None = None,
         cached: CachedStates | None = None,
         counted: Array | None = None,
+        documents: list[list[int]] | None = None,
         own_text: Array | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
@@ -104,19 +106,22 @@ class Step(nn.Module):
 
         Args:
             cached: what the teacher's cache holds of these blocks.
+            documents: the lengths of the documents in each block: see `Batch`.
         """
         if not self.training:
             with torch.autocast(input_ids.device.type, enabled=False), float32_products(tf32=False):
                 head = head_operand(self.student.lm_head.weight)  # the weight is in 16 bits under DeepSpeed
-                losses, _ = target_losses(self.student, head, input_ids)
+                inside = _documents(documents and without_last(documents), input_ids.device)
+                losses, _ = target_losses(self.student, head, input_ids, documents=inside)
                 return losses.view(len(input_ids), -1), {}
-        wanted = self.objectives
+        wanted, inside = self.objectives, _documents(documents, input_ids.device)
         student = self._collect(
             self.student,
             input_ids,
             wanted.student_states,
             wanted.student_attention,
             checkpointing=self._checkpointing,
+            documents=inside,
         )
         head, (teacher,) = self.student.lm_head.weight, self._teacher
         known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted, "own_text": own_text}
@@ -124,7 +129,7 @@ class Step(nn.Module):
             loss, terms = wanted(input_ids, student, head, **known)
         else:
             with torch.no_grad():
-                activations = self._teacher_activations(teacher, input_ids, cached)
+                activations = self._teacher_activations(teacher, input_ids, cached, inside)
                 if wanted.weights.compares and not self._teacher_head:
                     form = None if self.cache is None else self.cache.form
                     self._teacher_head = [_some(teacher).head() if form is None else form]
@@ -134,12 +139,12 @@ class Step(nn.Module):
         return loss, terms
 
     def _teacher_activations(
-        self, teacher: Teacher | None, input_ids: Tensor, cached: CachedStates | None
+        self, teacher: Teacher | None, input_ids: Tensor, cached: CachedStates | None, documents: Documents | None
     ) -> Activations:
         """Run the teacher up to the last layer that an objective needs, or take its states from the cache."""
         wanted = self.objectives
         if self.cache is None or cached is None:
-            return _some(teacher).collect(input_ids, wanted.teacher_states, wanted.teacher_attention)
+            return _some(teacher).collect(input_ids, wanted.teacher_states, wanted.teacher_attention, documents)
         (last,), cache = wanted.teacher_states, self.cache
         if cached.states is not None:
             return Activations({last: cached.states})
@@ -165,6 +170,10 @@ class Step(nn.Module):
         return teacher.covered(length)
 
 
+def _documents(lengths: list[list[int]] | None, device: torch.device) -> Documents | None:
+    return None if lengths is None else Documents(lengths, device)
+
+
 def _some(teacher: Teacher | None) -> Teacher:
     """Return the teacher of a run that needs it now."""
     if teacher is None:
@@ -183,11 +192,14 @@ class TeacherEvaluation(nn.Module):
         self.teacher, self._head = teacher, list[Head]()
 
     @torch.no_grad()
-    def forward(self, input_ids: Int[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], *, documents: list[list[int]] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms."""
         with torch.autocast(input_ids.device.type, enabled=False), float32_products(tf32=False):
             self._head = self._head or [self.teacher.head()]
-            losses, _ = self.teacher.losses(self._head[0], input_ids)
+            inside = _documents(documents and without_last(documents), input_ids.device)
+            losses, _ = self.teacher.losses(self._head[0], input_ids, documents=inside)
             return losses.view(len(input_ids), -1), {}
 
 
@@ -265,7 +277,7 @@ def gradients(
         # divides the loss by the number of micro-batches, and averages over processes only after the last one
         with accelerator.accumulate(module):
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
-                loss, terms = module(batch.input_ids, batch.lengths, data.share, states, batch.counted, batch.own)
+                loss, terms = module(*batch[:2], data.share, states, *batch[2:])
             accelerator.backward(loss)
         names = ["loss", *(name if "/" in name else f"loss/{name}" for name in terms)]
         means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(starts)
@@ -289,7 +301,7 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
     for start in follow(range(0, math.ceil(len(blocks) / world), size), "evaluate", "batches", announce=False):
         numbers = range(start * world + rank, min(start + size, math.ceil(len(blocks) / world)) * world, world)
         batch = blocks.batch([min(index, len(blocks) - 1) for index in numbers]).to(accelerator.device)
-        losses, _ = module(batch.input_ids)  # (B, T - 1)
+        losses, _ = module(batch.input_ids, documents=batch.documents)  # (B, T - 1)
         known = batch.lengths or [blocks.sequence_length] * len(numbers)
         real = [length if index < len(blocks) else 0 for index, length in zip(numbers, known, strict=True)]
         positions = torch.arange(1, losses.shape[1] + 1, device=losses.device)

@@ -301,4 +301,5 @@ def _with(batch: Batch, rows: Sequence[int], texts: Sequence[Text]) -> Batch:
     if len(rows) == size:  # no block of the data needs the whole width
         width = min(width, -(-max(lengths) // _WIDTH) * _WIDTH)
     shorter = lengths if min(lengths) < width else None
-    return Batch(ids[:, :width], shorter, counted[:, :width], own)
+    documents = batch.documents and [[width] if own[row] else each for row, each in enumerate(batch.documents)]
+    return Batch(ids[:, :width], shorter, counted[:, :width], documents, own)
