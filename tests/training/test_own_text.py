@@ -15,7 +15,8 @@ from tests.conftest import LENGTH, make_model
 from tinygpt2 import DistillConfig, distill
 from tinygpt2.config.decoding import token_range
 from tinygpt2.data.batches.batch import Batch
-from tinygpt2.data.dataset import PackedDataset, Shuffle, from_map_style, load_packed_dataset
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import PackedDataset, from_map_style, load_packed_dataset
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.parameters import set_dropout
