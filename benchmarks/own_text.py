@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=307_200, help="of the default recipe before")
     parser.add_argument("--steps", type=int, default=60, help="of --check")
     parser.add_argument("--texts", type=int, default=256, help="judged texts")
+    parser.add_argument("--blocks", type=int, default=600, help="held-out blocks")
     parser.add_argument("--sizes", nargs="+", default=["half", "fifth"])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
@@ -87,6 +88,7 @@ def compare(study: Study, size: str, name: str, seed: int, options: argparse.Nam
         return
     data, folder = str(study.work / "data"), study.work / "own-text"
     common = {"teacher": study.teacher, "data": data, "precision": "bf16", "micro_batch_size": 4}
+    common["eval_blocks"] = options.blocks
     start = folder / f"start-{size}-{options.tokens}"
     if not (start / "run.json").is_file():
         shutil.rmtree(start, ignore_errors=True)
@@ -96,10 +98,14 @@ def compare(study: Study, size: str, name: str, seed: int, options: argparse.Nam
     run = {**common, **RUNS[name], "student": str(start), "out": str(out), "seed": seed}
     result = distill(DistillConfig(**run, max_minutes=options.minutes))
     test = load_packed_dataset(data).test
-    losses = block_losses(str(out), test, 600)
+    losses = block_losses(str(out), test, options.blocks)
     line = {**key, "steps": result.steps, "seconds": round(result.seconds, 1), "loss": statistics.mean(losses)}
     study.write(
-        {**line, "forward_kl": divergence(str(out), study.teacher, test), **judged(str(out), study, test, options)}
+        {
+            **line,
+            "forward_kl": divergence(str(out), study.teacher, test, options.blocks // 3),
+            **judged(str(out), study, test, options),
+        }
     )
 
 
@@ -122,7 +128,16 @@ def check(study: Study, size: str, options: argparse.Namespace) -> None:
             out = study.work / "own-text" / f"check-{size}-{name.replace(' ', '-')}"
             shutil.rmtree(out, ignore_errors=True)
             base = {"teacher": study.teacher, "student": str(study.work / size), "data": str(data), "out": str(out)}
-            distill(DistillConfig(**base, **more, micro_batch_size=16, max_steps=options.steps, precision="bf16"))
+            distill(
+                DistillConfig(
+                    **base,
+                    **more,
+                    micro_batch_size=16,
+                    max_steps=options.steps,
+                    precision="bf16",
+                    eval_blocks=options.blocks,
+                )
+            )
             line = {**key, **judged(str(out), study, load_packed_dataset(str(data)).test, options)}
             study.write(line)
         found[name] = line
@@ -167,7 +182,7 @@ def repeated(tokens: Sequence[int], length: int = 4) -> float:
 
 
 @torch.no_grad()
-def divergence(model: str, teacher: str, blocks: Blocks, count: int = 200) -> float:
+def divergence(model: str, teacher: str, blocks: Blocks, count: int) -> float:
     """Return forward KL from the teacher to a student on held-out blocks, in nats per token."""
     student: GPT2LMHeadModel = load_model(model)[0]
     weights = LossWeights(ce=0.0, prediction=1.0)

@@ -6,7 +6,6 @@ Source: MiniLLM, arXiv:2306.08543, section 2.2 (teacher-mixed sampling).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,16 +13,20 @@ from torch import Tensor
 from tinygpt2.decoding.library import Decoder, Kept
 
 
-class _Caches(NamedTuple):
+class _Caches:
     """What both decoders keep of the texts that they read."""
 
-    first: Kept
-    second: Kept
+    def __init__(self, first: Kept, second: Kept) -> None:
+        self.first, self.second = first, second
 
     @property
     def length(self) -> int:
-        """The number of tokens that were read."""
+        """The number of tokens that were read. To forget the last ones, set a smaller number."""
         return self.first.length
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self.first.length = self.second.length = value
 
 
 class MixedDecoder:
