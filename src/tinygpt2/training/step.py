@@ -24,8 +24,9 @@ from tinygpt2.models.documents import Documents, without_last
 from tinygpt2.models.lm_head import Head, head_operand, target_losses
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import Shape, Teacher
-from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
+from tinygpt2.objectives.combined import Objectives
 from tinygpt2.objectives.sparse import SparseForm
+from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.runtime.devices import current_device, float32_products, float64_device
 from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
 from tinygpt2.utils.progress import follow
@@ -97,6 +98,7 @@ class Step(nn.Module):
         cached: CachedStates | None = None,
         counted: Array | None = None,
         documents: list[list[int]] | None = None,
+        own_text: Array | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
 
@@ -122,13 +124,13 @@ class Step(nn.Module):
             documents=inside,
         )
         head, (teacher,) = self.student.lm_head.weight, self._teacher
-        known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted}
+        known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted, "own_text": own_text}
         if teacher is None and self.cache is None:
             loss, terms = wanted(input_ids, student, head, **known)
         else:
             with torch.no_grad():
                 activations = self._teacher_activations(teacher, input_ids, cached, inside)
-                if wanted.weights.prediction and not self._teacher_head:
+                if wanted.weights.compares and not self._teacher_head:
                     form = None if self.cache is None else self.cache.form
                     self._teacher_head = [_some(teacher).head() if form is None else form]
             loss, terms = wanted(input_ids, student, head, activations, *self._teacher_head, **known)
