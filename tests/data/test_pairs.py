@@ -186,11 +186,11 @@ def test_a_teachers_cache_of_pairs_holds_what_the_teacher_says(
         "student": str(model), "data": packed.name, "max_steps": 4, "micro_batch_size": 2, "learning_rate": 0.01,
         "log_every": 1, "dropout": 0.0,
     }  # fmt: skip
-    teach(TeachConfig(teacher=str(wide), data=packed.name, out=str(tmp_path / "top"), teacher_cache_kind="top"))
+    teach(TeachConfig(teacher=str(wide), data=packed.name, out=str(tmp_path / "taught"), teacher_cache_kind="top"))
     several = {
         "none": {"teacher": str(wide)},
-        "states": {"teacher": str(wide), "teacher_cache": str(tmp_path / "states")},
-        "top": {"teacher_cache": str(tmp_path / "top")},
+        "states": {"teacher": str(wide), "teacher_cache": str(tmp_path / "cached")},
+        "top": {"teacher_cache": str(tmp_path / "taught")},
     }
     losses = {}
     for name, how in several.items():
