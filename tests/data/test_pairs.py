@@ -190,7 +190,8 @@ def test_a_teachers_cache_of_pairs_holds_what_the_teacher_says(
     several = {
         "none": {"teacher": str(wide)},
         "states": {"teacher": str(wide), "teacher_cache": str(tmp_path / "cached")},
-        "top": {"teacher_cache": str(tmp_path / "taught")},
+        "filled": {"teacher": str(wide), "teacher_cache": str(tmp_path / "c"), "teacher_cache_kind": "top"},
+        "alone": {"teacher_cache": str(tmp_path / "taught")},
     }
     losses = {}
     for name, how in several.items():
@@ -198,7 +199,7 @@ def test_a_teachers_cache_of_pairs_holds_what_the_teacher_says(
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [row["loss"] for row in rows if row["step"]]
     assert losses["states"] == pytest.approx(losses["none"], rel=0.02)  # bfloat16
-    assert losses["top"] == pytest.approx(losses["none"], rel=0.1)
+    assert losses["alone"] == pytest.approx(losses["filled"], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
