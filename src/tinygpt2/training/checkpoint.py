@@ -39,7 +39,7 @@ from tinygpt2.utils.files import flush_to_disk, read_json, sha256_of, write_json
 from tinygpt2.utils.progress import say, warn
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
-MASTERS, MEAN = "masters.safetensors", "mean.safetensors"
+MASTERS, MEAN, REPLAY = "masters.safetensors", "mean.safetensors", "replay.safetensors"
 
 
 class Checkpoints:
@@ -48,8 +48,8 @@ class Checkpoints:
     Args:
         out: the run's directory.
         module, optimizer: as Accelerate prepared them.
-        more: further tensors to keep, by the names of their files: the weights before rounding (`Rounding.masters`) and
-            the mean of the tail (`TailAverage.mean`); there is no file while there are none.
+        kept: more tensors, by the file that holds them: the weights before rounding (`Rounding`), the mean of the tail
+            (`TailAverage`), sampled texts.
         keep: how many of the newest to keep; the one with the lowest evaluation loss is always kept.
         on_error: whether the run stops or continues if a checkpoint cannot be written.
         beside: writes the files that make a checkpoint's directory a model, besides its weights.
@@ -61,13 +61,13 @@ class Checkpoints:
         accelerator: Accelerator,
         module: nn.Module,
         optimizer: Any,
-        more: dict[str, dict[str, Tensor]],
+        kept: dict[str, dict[str, Tensor]],
         keep: int,
         on_error: OnSaveError,
         beside: Callable[[Path], None] | None = None,
     ) -> None:
         self._root, self._accelerator = out / CHECKPOINTS, accelerator
-        self._module, self._optimizer, self._more = module, optimizer, more
+        self._module, self._optimizer, self._kept = module, optimizer, kept
         self._keep, self._on_error, self._beside = keep, on_error, beside
         self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._writer: threading.Thread | None = None
@@ -220,7 +220,7 @@ class Checkpoints:
         return {
             WEIGHTS: {name: weights[name] for name in seen.values()},
             OPTIMIZER: {f"{index}.{key}": value for index, row in moments.items() for key, value in row.items()},
-            **{name: dict(tensors) for name, tensors in self._more.items() if tensors},
+            **{name: dict(tensors) for name, tensors in self._kept.items() if tensors},
         }
 
     def _write(self, temporary: Path, parts: dict[str, dict[str, Tensor]] | None, state: dict[str, Any]) -> None:
@@ -275,9 +275,9 @@ class Checkpoints:
             check_state(self._optimizer, moments)
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-            for name, tensors in self._more.items():
-                if (path / name).is_file():
-                    tensors.update(load_file(path / name, str(self._accelerator.device)))
+            for name in [name for name in self._kept if (path / name).is_file()]:
+                device = "cpu" if name == REPLAY else str(self._accelerator.device)
+                self._kept[name].update(load_file(path / name, device))
             if self._accelerator.scaler is not None and state.scaler is not None:
                 self._accelerator.scaler.load_state_dict(state.scaler)
         except _library_errors() as error:  # files of another model make the libraries raise many kinds of errors
