@@ -17,6 +17,7 @@ from tinygpt2.config.decoding import token_range
 from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.batches.order import Shuffle
 from tinygpt2.data.dataset import PackedDataset, from_map_style, load_packed_dataset
+from tinygpt2.decoding.own_text import Lengths
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.parameters import set_dropout
@@ -377,3 +378,16 @@ def test_a_run_with_old_texts_resumes_and_two_processes_keep_the_same(
     )
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)
+
+
+def test_every_pair_of_a_block_can_give_the_prompt(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = load_packed_dataset(str(data))
+    ids = packed.train.row(0).astype(np.int64)
+    labels = ids.copy()
+    labels[[0, 1, 2, 10, 11, 12, 13]] = -100
+    pairs = from_map_style([{"input_ids": ids, "labels": labels}], [], packed.tokenizer()).train
+    whole = pairs.batch([0])._replace(documents=[[10, LENGTH - 10]])
+    monkeypatch.setattr(pairs, "batch", lambda indices: whole)
+    found = {tuple(Lengths(16, 64, 8).prompt(pairs, 0, 1, number)) for number in range(30)}
+    assert found == {tuple(ids[:3].tolist()), tuple(ids[10:14].tolist())}
+    assert Lengths(1, 2, 8).prompt(pairs, 0, 1, 0) in (ids[1:3].tolist(), ids[12:14].tolist())
