@@ -391,3 +391,13 @@ def test_every_pair_of_a_block_can_give_the_prompt(data: Path, monkeypatch: pyte
     found = {tuple(Lengths(16, 64, 8).prompt(pairs, 0, 1, number)) for number in range(30)}
     assert found == {tuple(ids[:3].tolist()), tuple(ids[10:14].tolist())}
     assert Lengths(1, 2, 8).prompt(pairs, 0, 1, 0) in (ids[1:3].tolist(), ids[12:14].tolist())
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "policy_gradient"])
+def test_the_student_comes_to_write_what_the_teacher_finds_likely(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, loss: str
+) -> None:
+    options = {"on_policy_fraction": 1.0, "on_policy_loss": loss, "max_steps": 60, "learning_rate": 5e-3}
+    distill(config(teacher, student, data, tmp_path / "o", micro_batch_size=8, **options))
+    losses = [row["own_text/teacher_loss"] for row in read_metrics(tmp_path / "o")]
+    assert sum(losses[-10:]) / 10 < sum(losses[:5]) / 5 - 0.2
