@@ -148,9 +148,11 @@ class Step(nn.Module):
         (last,), cache = wanted.teacher_states, self.cache
         if cached.states is not None:
             return Activations({last: cached.states})
-        return Activations(
-            {last: cache.states(cached.rows, input_ids, lambda ids: cache.computed(_some(teacher), ids))}
-        )
+
+        def compute(ids: Tensor, inside: Documents | None) -> Tensor:
+            return cache.computed(_some(teacher), ids, inside)
+
+        return Activations({last: cache.states(cached.rows, input_ids, compute, documents)})
 
     def place_teacher(self, device: torch.device) -> None:
         """Leave on a GPU what the steps need of the teacher: with a full cache, only its output matrix, or nothing."""
