@@ -339,6 +339,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         for key, field in DistillConfig.options().items()
         if extra(field, "panel") in (OBJECTIVES, OPTIMISATION, OWN_TEXT)
     }
+    allowed.add("eval_every")  # for a share of sampled text that reacts to the held-out loss
     if others := sorted(set(values) - allowed):
         raise ConfigError(
             f"recipe {name}: {', '.join(others)}: a recipe sets only objectives, sampled text and optimisation"
