@@ -42,6 +42,9 @@ class LongStudy(Study):
 
     def __init__(self, work: Path, results: Path, tiny: bool) -> None:
         super().__init__(work, results)
+        self.stage = (
+            "screen" if tiny else "final"
+        )  # as the study of recipes calls runs with few and many held-out blocks
         self.plan |= yaml.safe_load((HERE / "plan.yaml").read_text(encoding="utf-8"))
         if tiny:
             self.plan |= {
@@ -72,7 +75,7 @@ class LongStudy(Study):
                 for size in sizes:
                     own = [tokens for tokens in lengths if tokens <= self.longest(size, recipe)]
                     for tokens in own if factor == 1 else sorted({own[0], own[-1]}):
-                        yield Run("final", size, recipe, factor * self.rate(size, recipe), tokens, seed)
+                        yield Run(self.stage, size, recipe, factor * self.rate(size, recipe), tokens, seed)
 
     def longest(self, size: str, recipe: str) -> int:
         """Return the tokens of the longest run of a recipe for a student."""
@@ -169,7 +172,7 @@ def main() -> None:
             if wanted and run.tokens <= (options.longest or math.inf):
                 study.train(run)
     if options.tiny:
-        print(report(study.lines("final")))
+        print(report(study.lines(study.stage)))
 
 
 if __name__ == "__main__":
