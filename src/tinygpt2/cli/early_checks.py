@@ -124,6 +124,8 @@ def _check_pregenerate(config: PregenerateConfig) -> None:
     check_output(config)
     check_tokenizer(config.tokenizer)
     _check_sources([*config.source, *(config.test_source or [])])
+    if config.from_dataset is not None:
+        _check_datasets(config.from_dataset)
 
 
 def _check_sample(config: SampleConfig) -> None:

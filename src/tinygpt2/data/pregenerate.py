@@ -22,9 +22,11 @@ import numpy as np
 
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.config.decoding import SampleConfig
+from tinygpt2.data.batches.documents import documents_of
 from tinygpt2.data.block_writers import MANIFEST, SplitWriter
 from tinygpt2.data.corpus.piecewise import joined_pieces, splits_at_white_space
 from tinygpt2.data.corpus.sources import Corpus, Piece
+from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import Encoder, in_order, parsed
 from tinygpt2.data.external_sort import EncodedBatch, ExternalSort, content_hash
 from tinygpt2.data.splits import divide, training_tokens
@@ -102,9 +104,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")
-    corpus = Corpus.of(config.source, config)
-    kinds = ("validation", "test")
-    held_out = Corpus.of(config.test_source, config, kinds) if config.test_source else None
+    config, corpus, held_out = _corpora(config)
     settings = _settings(config, tokenizer, corpus, held_out)
     if config.resume and complete and not config.overwrite:
         manifest = read_json(out / MANIFEST)
@@ -130,6 +130,20 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         write_json(result / MANIFEST, manifest)
         put_in_place(result, out)
     return _result(manifest, time.perf_counter() - started)
+
+
+def _corpora(config: PregenerateConfig) -> tuple[PregenerateConfig, Corpus, Corpus | None]:
+    """Return the texts, those of the held-out split if they are given, and the options that they leave."""
+    if config.from_dataset is None:
+        kinds = ("validation", "test")
+        held_out = Corpus.of(config.test_source, config, kinds) if config.test_source else None
+        return config, Corpus.of(config.source, config), held_out
+    data = load_packed_dataset(config.from_dataset)
+    config = config.model_copy(update={"source": [config.from_dataset], "shuffle": False, "test_fraction": 0.0})
+    corpora = [Corpus.of(config.source, config), Corpus.of(config.source, config)]
+    for corpus, blocks in zip(corpora, (data.train, data.test), strict=True):
+        corpus.given = [documents_of(blocks, data.manifest, data.tokenizer(), config.from_dataset)]
+    return config, corpora[0], corpora[1] if len(data.test) else None
 
 
 def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:

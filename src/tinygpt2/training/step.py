@@ -14,6 +14,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
+from tinygpt2.alignment.blocks import AlignedBlocks
+from tinygpt2.alignment.redistribution import AlignedHead
+from tinygpt2.alignment.teacher import AlignedTeacher
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.batches.batch import Batch, to_device
 from tinygpt2.data.dataset import Blocks
@@ -93,7 +96,7 @@ class Step(nn.Module):
         input_ids: Int[Tensor, "B T"],
         lengths: Sequence[int] | None = None,
         share: Counts | None = None,
-        cached: CachedStates | None = None,
+        read: CachedStates | AlignedBlocks | None = None,
         counted: Array | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
@@ -101,7 +104,7 @@ class Step(nn.Module):
         In evaluation mode, return the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms.
 
         Args:
-            cached: what the teacher's cache holds of these blocks.
+            read: what the teacher's cache holds of these blocks, or the blocks in the teacher's tokens.
         """
         if not self.training:
             with torch.autocast(input_ids.device.type, enabled=False), float32_products(tf32=False):
@@ -122,21 +125,28 @@ class Step(nn.Module):
             loss, terms = wanted(input_ids, student, head, **known)
         else:
             with torch.no_grad():
-                activations = self._teacher_activations(teacher, input_ids, cached)
                 if wanted.weights.prediction and not self._teacher_head:
                     form = None if self.cache is None else self.cache.form
                     self._teacher_head = [_some(teacher).head() if form is None else form]
-            loss, terms = wanted(input_ids, student, head, activations, *self._teacher_head, **known)
+                heads: list[Head | SparseForm | AlignedHead] = [*self._teacher_head]
+                if isinstance(teacher, AlignedTeacher):
+                    read = read if isinstance(read, AlignedBlocks) else teacher.align_now(input_ids, lengths)
+                    activations, heads[0] = teacher.read(read, self._teacher_head[0])
+                else:
+                    activations = self._teacher_activations(teacher, input_ids, read)
+            loss, terms = wanted(input_ids, student, head, activations, *heads, **known)
+            if isinstance(read, AlignedBlocks):
+                terms["teacher/absent"] = read.absent
         if not loss.requires_grad:
             raise ConfigError("no objective depends on a trainable parameter", "freeze fewer parameters (--freeze)")
         return loss, terms
 
     def _teacher_activations(
-        self, teacher: Teacher | None, input_ids: Tensor, cached: CachedStates | None
+        self, teacher: Teacher | None, input_ids: Tensor, cached: CachedStates | AlignedBlocks | None
     ) -> Activations:
         """Run the teacher up to the last layer that an objective needs, or take its states from the cache."""
         wanted = self.objectives
-        if self.cache is None or cached is None:
+        if self.cache is None or not isinstance(cached, CachedStates):
             return _some(teacher).collect(input_ids, wanted.teacher_states, wanted.teacher_attention)
         (last,), cache = wanted.teacher_states, self.cache
         if cached.states is not None:
@@ -144,6 +154,21 @@ class Step(nn.Module):
         return Activations(
             {last: cache.states(cached.rows, input_ids, lambda ids: cache.computed(_some(teacher), ids))}
         )
+
+    def read_for_teacher(
+        self, batch: Batch, rows: list[int], device: torch.device
+    ) -> CachedStates | AlignedBlocks | None:
+        """Read what the teacher needs of a micro-batch besides its tokens; this runs beside the training.
+
+        Args:
+            batch: the blocks, on the host.
+            rows: their numbers in the dataset.
+            device: of the training.
+        """
+        if self.cache is not None:
+            return self.cache.read(rows, device)
+        (teacher,) = self._teacher
+        return teacher.align(batch) if isinstance(teacher, AlignedTeacher) else None
 
     def place_teacher(self, device: torch.device) -> None:
         """Leave on a GPU what the steps need of the teacher: with a full cache, only its output matrix, or nothing."""
@@ -205,13 +230,13 @@ class StepData(NamedTuple):
         batch: the blocks of its micro-batches, one after another, on the host.
         rows: their numbers in the dataset.
         share: the counts that means divide by, if blocks may be padded or not all targets count.
-        states: of each micro-batch, what the teacher's cache holds; empty without a cache.
+        read: of each micro-batch, what the teacher's cache holds, or the blocks in the teacher's tokens.
     """
 
     batch: Batch
     rows: list[int]
     share: Counts | None
-    states: list[CachedStates]
+    read: list[CachedStates | AlignedBlocks | None]
 
 
 def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indices: list[int], size: int) -> StepData:
@@ -227,9 +252,12 @@ def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indic
     if blocks.padded or blocks.marked:
         targets = blocks.targets(indices) if blocks.marked else None
         share = Counts.of(blocks.lengths(indices), covered, targets).over(count)
-    cache: TeacherCache | None = step.cache
-    states = [] if cache is None else [cache.read(group, accelerator.device) for group in groups]
-    return StepData(blocks.batch(rows), rows, share, states)
+    batch, device = blocks.batch(rows), accelerator.device
+    read = [
+        step.read_for_teacher(batch.part(start, start + size), rows[start : start + size], device)
+        for start in range(0, len(rows), size)
+    ]
+    return StepData(batch, rows, share, read)
 
 
 def gradients(
@@ -259,11 +287,12 @@ def gradients(
     means = torch.zeros((), device=accelerator.device)
     for turn, start in enumerate(starts):
         batch = whole.part(start, start + size)
-        states = data.states[turn].to(accelerator.device) if data.states else None
+        known = data.read[turn]
+        read = None if known is None else known.to(accelerator.device)
         # divides the loss by the number of micro-batches, and averages over processes only after the last one
         with accelerator.accumulate(module):
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
-                loss, terms = module(batch.input_ids, batch.lengths, data.share, states, batch.counted)
+                loss, terms = module(batch.input_ids, batch.lengths, data.share, read, batch.counted)
             accelerator.backward(loss)
         names = ["loss", *(name if "/" in name else f"loss/{name}" for name in terms)]
         means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(starts)

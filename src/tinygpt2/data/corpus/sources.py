@@ -60,6 +60,7 @@ class Corpus:
             replace them with U+FFFD, or leave the document out.
         split: names of splits; the first one that a dataset has is read.
         format: the format of every file; `auto` finds it out.
+        given: what to read instead of finding out what the sources mean.
         encoding_errors: number of documents with such bytes so far.
         empty_documents: number of documents so far that were left out because they are blank.
         notes: what was said about the sources.
@@ -71,6 +72,7 @@ class Corpus:
     errors: EncodingErrors = "strict"
     split: tuple[str, ...] = ("train",)
     format: InputFormat = "auto"
+    given: list[SourceItem] | None = None
     encoding_errors: int = field(default=0, init=False)
     empty_documents: int = field(default=0, init=False)
     notes: Notes = field(default_factory=Notes, init=False)
@@ -99,6 +101,8 @@ class Corpus:
     @cached_property
     def items(self) -> list[SourceItem]:
         """The files, streams and datasets that the sources consist of, in order."""
+        if self.given is not None:
+            return self.given
         return [item for source in self.sources for item in _source_items(source, self.split)]
 
     def size_hint(self) -> int | None:
