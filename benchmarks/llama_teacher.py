@@ -31,7 +31,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tinygpt2 import PregenerateConfig, pregenerate
-from tinygpt2.data.dataset import Blocks, PackedDataset, Shuffle, load_packed_dataset
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import Blocks, PackedDataset, load_packed_dataset
 
 GPT2 = "models/novels-6x256"
 SHAPE = {

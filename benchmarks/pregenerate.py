@@ -128,7 +128,8 @@ def tinygpt2(options: argparse.Namespace) -> float:
 
 def reader(options: argparse.Namespace) -> float:
     """Return the tokens per second when reading shuffled batches."""
-    from tinygpt2.data.dataset import Shuffle, load_packed_dataset
+    from tinygpt2.data.batches.order import Shuffle
+    from tinygpt2.data.dataset import load_packed_dataset
 
     blocks = load_packed_dataset(str(Path(options.out) / "ours")).train
     order, batches = Shuffle(len(blocks), SEED), 2000

@@ -34,8 +34,9 @@ import yaml
 from accelerate import Accelerator
 
 from tinygpt2 import DistillConfig, PregenerateConfig, TruncateStudentConfig, distill, pregenerate, truncate_student
-from tinygpt2.data.block_readers import MapPart
-from tinygpt2.data.dataset import Blocks, PackedDataset, Shuffle, load_packed_dataset
+from tinygpt2.data.batches.block_readers import MapPart
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import Blocks, PackedDataset, load_packed_dataset
 from tinygpt2.models.lm_head import target_losses
 from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.combined import LossWeights

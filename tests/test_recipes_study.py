@@ -16,7 +16,8 @@ import yaml
 from tinygpt2.compression.sizes import sizes_of
 from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.distillation import DistillConfig, read_recipe
-from tinygpt2.data.dataset import Shuffle, load_packed_dataset
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import load_packed_dataset
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
     from tinygpt2.config.decoding import BenchConfig, GenerateConfig, SampleConfig
     from tinygpt2.config.distillation import DistillConfig
-    from tinygpt2.config.evaluation import PplConfig
+    from tinygpt2.config.evaluation import EvaluateTextConfig, PplConfig
     from tinygpt2.config.models import PresetsConfig
     from tinygpt2.config.training import FinetuneConfig, PretrainConfig
     from tinygpt2.config.workflows import (
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from tinygpt2.data.dataset import PackedDataset, from_map_style
     from tinygpt2.data.pregenerate import PregenerateResult, pregenerate
     from tinygpt2.data.tokenizer_training import TrainTokenizerResult, train_tokenizer
-    from tinygpt2.decoding.generation import DraftFigures, GenerateResult, Generation, generate
+    from tinygpt2.decoding.generation import DraftFigures, GenerateResult, Generation, ModelStatistics, generate
     from tinygpt2.decoding.sampled_dataset import SampleResult, sample
     from tinygpt2.decoding.speed import BenchRow
+    from tinygpt2.decoding.text_statistics import TextStatistics
     from tinygpt2.errors import (
         ConfigError,
         DataError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from tinygpt2.evaluation.named_tasks import TaskInfo, TaskList, list_tasks
     from tinygpt2.evaluation.perplexity import ppl
     from tinygpt2.evaluation.results import Paired, PplResult, PplRow
+    from tinygpt2.evaluation.texts.own_text import EvaluateTextResult, ExcessError, TextEvaluation, evaluate_text
     from tinygpt2.exporting.bench import BenchResult, bench
     from tinygpt2.exporting.checks import ExportChecks
     from tinygpt2.exporting.export import ExportResult, export
@@ -80,7 +82,7 @@ _HOME = {
     "config.data": ["PregenerateConfig", "TrainTokenizerConfig"],
     "config.decoding": ["BenchConfig", "GenerateConfig", "SampleConfig"],
     "config.distillation": ["DistillConfig"],
-    "config.evaluation": ["PplConfig"],
+    "config.evaluation": ["EvaluateTextConfig", "PplConfig"],
     "config.models": ["PresetsConfig"],
     "config.training": ["FinetuneConfig", "PretrainConfig"],
     "config.workflows": [
@@ -97,7 +99,8 @@ _HOME = {
     "data.tokenizer_training": ["TrainTokenizerResult", "train_tokenizer"],
     "decoding.sampled_dataset": ["SampleResult", "sample"],
     "decoding.speed": ["BenchRow"],
-    "decoding.generation": ["DraftFigures", "GenerateResult", "Generation", "generate"],
+    "decoding.generation": ["DraftFigures", "GenerateResult", "Generation", "ModelStatistics", "generate"],
+    "decoding.text_statistics": ["TextStatistics"],
     "errors": [
         "ConfigError",
         "DataError",
@@ -111,6 +114,7 @@ _HOME = {
     "evaluation.named_tasks": ["TaskInfo", "TaskList", "list_tasks"],
     "evaluation.perplexity": ["ppl"],
     "evaluation.results": ["Paired", "PplResult", "PplRow"],
+    "evaluation.texts.own_text": ["EvaluateTextResult", "ExcessError", "TextEvaluation", "evaluate_text"],
     "exporting.bench": ["BenchResult", "bench"],
     "exporting.checks": ["ExportChecks"],
     "exporting.export": ["ExportResult", "export"],
@@ -153,7 +157,10 @@ __all__ = [
     "DistillConfig",
     "DivergedError",
     "DraftFigures",
+    "EvaluateTextConfig",
+    "EvaluateTextResult",
     "Evaluation",
+    "ExcessError",
     "ExportChecks",
     "ExportConfig",
     "ExportResult",
@@ -167,6 +174,7 @@ __all__ = [
     "InterruptedRunError",
     "MachineError",
     "ModelError",
+    "ModelStatistics",
     "ModelSummary",
     "PackedDataset",
     "Paired",
@@ -199,6 +207,8 @@ __all__ = [
     "TaskList",
     "TeachConfig",
     "TeachResult",
+    "TextEvaluation",
+    "TextStatistics",
     "TinyGPT2Error",
     "TrainResult",
     "TrainTokenizerConfig",
@@ -211,6 +221,7 @@ __all__ = [
     "compile_step",
     "cut_to_target",
     "distill",
+    "evaluate_text",
     "export",
     "finetune",
     "from_map_style",

@@ -112,6 +112,16 @@ def test_a_planted_mistake_is_found() -> None:
         check_all_texts(dataclasses.replace(found, inner_pieces=pieces), whole, cut.tokenizer)
 
 
+class Certain:
+    """The head of a teacher whose states are numbers of tokens, of which it is certain."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(states[:, 0], self.size).float() * 1e4
+
+
 def stream(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return documents in English, Chinese, code and emoji, each with its end."""
     documents = encode(tokenizer, [text * 3 for text in TEXTS if text])
@@ -142,11 +152,10 @@ def check_blocks(whole: PreTrainedTokenizerFast, cut: RankCut, length: int) -> N
     assert aligned.ids.shape[1] <= length
     known = records[..., 0] >= 0
     assert float(aligned.absent) == pytest.approx(1 - float(known.float().mean()))
-    head = Head(torch.eye(len(whole)), len(whole))
-    following = torch.nn.functional.pad(aligned.ids.flatten()[1:], (0, 1))
-    states = torch.nn.functional.one_hot(following, len(whole)) * 1e4
+    head = Certain(len(whole))
+    states = torch.nn.functional.pad(aligned.ids.flatten()[1:], (0, 1))[:, None]
     move = Redistribution(aligner.decomposition, len(cut.rows), torch.device("cpu"))
-    logs = move(head, states.float(), records.flatten(0, 1)).gather(1, records.flatten(0, 1)[:, 2:]).view(known.shape)
+    logs = move(head, states, records.flatten(0, 1)).gather(1, records.flatten(0, 1)[:, 2:]).view(known.shape)
     special = cut.tokenizer.eos_token_id
     for row, block in enumerate(blocks.tolist()):
         parts = words(cut.tokenizer, block)
@@ -226,10 +235,10 @@ def test_losses_and_gradients_are_those_of_plain_sums(loss: str) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, states = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (40, 30))
     matrix, teacher = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (size, rows))
-    inner = len(found.inner_starts) - 1
-    records = torch.stack(
-        [torch.randint(low, high, (40,), generator=generator) for low, high in ((-1, 30), (0, inner + 1), (0, size))], 1
-    )
+    nodes = torch.tensor([0, *(np.flatnonzero(np.diff(found.inner_starts)) + 1)])  # the others never occur
+    bounds = (-1, 30), (0, len(nodes)), (0, size)
+    records = torch.stack([torch.randint(low, high, (40,), generator=generator) for low, high in bounds], 1)
+    records[:, 1] = nodes[records[:, 1]]
     expected = torch.zeros(40, size, dtype=torch.float64)
     p = (states @ teacher.T)[:, torch.from_numpy(found.reachable)].softmax(-1)
     for row, (state, node, token) in enumerate(records.tolist()):

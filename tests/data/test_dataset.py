@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tinygpt2 import PregenerateConfig, PretrainConfig, from_map_style, pregenerate, pretrain
-from tinygpt2.data.dataset import Shuffle, load_packed_dataset
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.data.validation import check_dataset
 from tinygpt2.errors import DataError

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.conftest import LENGTH, sentences
 from tinygpt2 import PregenerateConfig, PretrainConfig, pregenerate, pretrain
 from tinygpt2.config.training import dataset_shares
-from tinygpt2.data.dataset import Shuffle, load_packed_dataset
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.mixture import MixedOrder, content_of_datasets, load_datasets, training_order
 from tinygpt2.errors import ConfigError, DataError
 

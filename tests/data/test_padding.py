@@ -148,7 +148,7 @@ def test_distilling_on_padded_blocks(teacher: Path, corpus: Path, tokenizer_dir:
 def test_evaluation_leaves_padding_out(stored_padded: tuple[list[list[int]], list[int]]) -> None:
     from accelerate import Accelerator
 
-    from tinygpt2.data.block_readers import MapPart
+    from tinygpt2.data.batches.block_readers import MapPart
     from tinygpt2.data.dataset import Blocks
 
     rows, lengths = stored_padded

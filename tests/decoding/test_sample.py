@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import LENGTH, make_model
 from tinygpt2 import DistillConfig, SampleConfig, distill, sample
-from tinygpt2.data.dataset import PackedDataset, Shuffle, load_packed_dataset
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.data.validation import check_dataset
 from tinygpt2.decoding import sampled_dataset

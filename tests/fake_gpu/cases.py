@@ -112,7 +112,7 @@ class Sizes:
 class Part:
     """Blocks of zeros. If they are padded, a tenth of each even one and a fifth of each odd one is padding."""
 
-    marked = False
+    marked = divided = False
 
     def __init__(self, count: int, length: int, padded: bool) -> None:
         self._count, self._length, self.padded = count, length, padded

@@ -24,7 +24,8 @@ from tests.training.test_checkpoint import options
 from tests.training.test_train import same
 from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, plan_run, pretrain
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.data.dataset import Shuffle, load_packed_dataset
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.errors import ConfigError, DivergedError, ModelError
 from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.combined import LossWeights

@@ -47,7 +47,8 @@ def descend(model: GPT2LMHeadModel, seed: int) -> None:
     model(ids, labels=ids).loss.backward()
 
 
-def test_layers_take_muons_step_and_the_rest_adamws(teacher: Path) -> None:
+def test_layers_take_muons_step_and_the_rest_adamws(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "has_fast_bf16", lambda device: True)  # torch.optim.Muon iterates in bfloat16
     model, _ = load_model(str(teacher))
     ours = make_optimizer(model, options())
     names = dict(model.named_parameters())
@@ -80,6 +81,22 @@ def test_layers_take_muons_step_and_the_rest_adamws(teacher: Path) -> None:
                 torch.testing.assert_close(mine, parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
         for name, parameter in others.items():
             torch.testing.assert_close(names[name].detach(), parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("fast", "dtype", "near"), [(True, torch.bfloat16, 0.03), (False, torch.float32, 1e-5)])
+def test_matrices_are_orthogonalized_in_the_format_that_is_fast(
+    fast: bool, dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizers, "has_fast_bf16", lambda device: fast)
+    given = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    found = optimizers.orthogonalized(given)
+    assert found.dtype == dtype
+    for matrix, result in zip(given.double(), found.double(), strict=True):
+        u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+        values /= values.norm()
+        for _ in range(5):  # on the singular values alone
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        torch.testing.assert_close(result, (u * values) @ v, rtol=0, atol=near)
 
 
 def test_a_restored_state_goes_on_alike(teacher: Path) -> None:
@@ -158,7 +175,7 @@ def test_gradients_above_the_limit_are_scaled_down_to_it(teacher: Path, kind: st
             optimizer.step()
             optimizer.zero_grad()
     # the moments: Muon's updates are made in bfloat16
-    torch.testing.assert_close(ours.state_dict()["state"], reference.state_dict()["state"], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(ours.state_dict()["state"], reference.state_dict()["state"], rtol=1e-5, atol=1e-8)
 
 
 class Kernels(TorchDispatchMode):

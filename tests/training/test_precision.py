@@ -84,6 +84,17 @@ def test_bf16_units_of_a_cpu_are_told_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert "--precision bf16" in "".join(said) or not said
 
 
+@pytest.mark.parametrize(("fast", "told"), [(False, 1), (True, 0)])
+def test_slow_bf16_is_told_once(fast: bool, told: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(resuming, "say", said.append)
+    monkeypatch.setattr(resuming, "has_fast_bf16", lambda device: fast)
+    resuming._tell_slow_bf16.cache_clear()
+    for precision in ("fp32", "bf16", "bf16"):
+        with_precision(TrainOptions(out="none", device="cpu", precision=precision))
+    assert len(said) == told
+
+
 def test_machines_whose_gpus_differ_are_refused(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,8 @@ from tinygpt2 import (
     truncate_student,
 )
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.data.dataset import Shuffle, load_packed_dataset
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.errors import ConfigError, DataError, DivergedError, ModelError
 from tinygpt2.models.loading import load_model
 from tinygpt2.training.metrics import read_metrics

@@ -16,6 +16,7 @@ from tinygpt2.alignment.decomposition import Decomposition
 from tinygpt2.alignment.rank_cut import RankCut
 from tinygpt2.data.batches.batch import to_device
 from tinygpt2.data.encoding import token_bytes
+from tinygpt2.errors import ConfigError
 from tinygpt2.utils.types import Array
 
 if TYPE_CHECKING:
@@ -72,7 +73,13 @@ class Aligner:
         self._teacher_sizes = np.array([0 if name is None else len(token_bytes(name)) for name in known])
 
     def __call__(self, batch: Batch) -> AlignedBlocks:
-        """Return the blocks of a batch in the teacher's tokens."""
+        """Return the blocks of a batch in the teacher's tokens.
+
+        Raises:
+            ConfigError: documents see only themselves.
+        """
+        if batch.documents is not None:
+            raise ConfigError("documents that see only themselves need a teacher with the student's tokens")
         ids = batch.input_ids.cpu().numpy().astype(np.int64)
         size, length = ids.shape
         real = batch.lengths or [length] * size
@@ -101,8 +108,8 @@ class Aligner:
             whole: whether its last word is complete.
         """
         places = np.flatnonzero(self._special[ids] >= 0)
-        bounds = [0, *(end for place in places for end in (place, place + 1)), len(ids)]
-        spans = [(start, stop) for start, stop in zip(bounds[::2], bounds[1::2], strict=True)]
+        bounds: list[int] = [0, *(end for place in places.tolist() for end in (place, place + 1)), len(ids)]
+        spans = list(zip(bounds[::2], bounds[1::2], strict=True))
         texts = [self._text(ids[start:stop]) for start, stop in spans]
         encoded = self._backend.encode_batch([text for text, _ in texts], add_special_tokens=False)
         tokens: list[Array] = []

@@ -22,6 +22,7 @@ from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.models.activations import Activations
 from tinygpt2.models.configuration import is_model_config
 from tinygpt2.models.directory import read_config_json
+from tinygpt2.models.documents import Documents
 from tinygpt2.models.lm_head import Head, wide
 from tinygpt2.models.loading import model_tokenizer, tokenizer_fingerprint
 from tinygpt2.models.teachers.teacher import Teacher
@@ -82,13 +83,14 @@ class AlignedTeacher(Teacher):
         input_ids: Int[Tensor, "B T"],
         wanted: Int[Tensor, " N"] | None = None,
         ruled_out: Bool[Tensor, " V"] | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Float[Tensor, " N"], None]:
         """Return the losses of next tokens. Where the teacher predicts nothing, the block's other losses' mean stands.
 
         Raises:
-            ValueError: only some losses, or hits, are wanted.
+            ValueError: only some losses, or hits, are wanted, or documents see only themselves.
         """
-        if wanted is not None or ruled_out is not None:
+        if wanted is not None or ruled_out is not None or documents is not None:
             raise ValueError("a teacher with other tokens is measured on whole blocks")
         blocks = self.align_now(input_ids)
         records = blocks.records.flatten(0, 1)
@@ -120,7 +122,11 @@ class AlignedTeacher(Teacher):
         return self._teacher[0].identity()
 
     def collect(
-        self, input_ids: Int[Tensor, "B T"], states: Iterable[int], attention: Iterable[int] = ()
+        self,
+        input_ids: Int[Tensor, "B T"],
+        states: Iterable[int],
+        attention: Iterable[int] = (),
+        documents: Documents | None = None,
     ) -> Activations:
         """Not possible: the teacher has other positions; see `read`."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
 from tinygpt2.config.decoding import BenchConfig, GenerateConfig, SampleConfig
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.evaluation import PplConfig
+from tinygpt2.config.evaluation import EvaluateTextConfig, PplConfig
 from tinygpt2.config.models import PresetsConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig
 from tinygpt2.config.workflows import (
@@ -207,6 +207,13 @@ COMMANDS = [
         ],
         _ppl,
         _words("model reference task_data list_tasks convention stride batch_size plot output_format"),
+    ),
+    Command(
+        "evaluate-text",
+        EvaluateTextConfig,
+        "Let models continue held-out prompts, and let a judge say what that is worth.",
+        ["evaluate-text --model student --judge teacher --data data"],
+        _public("evaluate_text"),
     ),
     Command(
         "presets",

@@ -16,7 +16,7 @@ from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
 from tinygpt2.config.decoding import BenchConfig, GenerateConfig, SampleConfig
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.evaluation import PplConfig
+from tinygpt2.config.evaluation import EvaluateTextConfig, PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
 from tinygpt2.config.workflows import ExportConfig, TeachConfig, VerifyConfig
 from tinygpt2.errors import DataError, ModelError
@@ -46,6 +46,10 @@ def check_early(config: Config) -> None:
             _local_causal_lm(config, name)
         if config.prompt_file is not None:
             _read_text(config.prompt_file)
+    elif isinstance(config, EvaluateTextConfig):
+        _check_datasets(config.data)
+        for name in [*config.model, config.judge]:
+            _local_causal_lm(config, name)
     elif isinstance(config, SampleConfig):
         _check_sample(config)
     elif isinstance(config, ExportConfig):

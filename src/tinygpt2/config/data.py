@@ -88,7 +88,36 @@ class TrainTokenizerConfig(TextOptions, SourceOptions):
     )
 
 
-class PackOptions(TextOptions):
+class PairOptions(Config):
+    """Which columns of rows hold prompts and responses."""
+
+    prompt_column: str | None = option(
+        "Field or column of a row that holds the prompt. The loss counts the response alone.",
+        default=None,
+        panel=TEXT,
+        metavar="NAME",
+    )
+    response_column: str | None = option(
+        "Field or column of a row that holds the response.", default=None, panel=TEXT, metavar="NAME"
+    )
+    template: str | None = option(
+        "File with a text that has {prompt} and {response}: how a pair is written. It also serves chats, which are "
+        "rows with a list of messages.",
+        default=None,
+        panel=TEXT,
+        path=True,
+        shown="the prompt, a line end, the response",
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Require both columns or none."""
+        yield from super().conflicts()
+        if (self.prompt_column is None) != (self.response_column is None):
+            missing = "--prompt-column" if self.prompt_column is None else "--response-column"
+            yield f"{missing} is missing: a pair has a prompt and a response"
+
+
+class PackOptions(PairOptions, TextOptions):
     """How documents become blocks of tokens."""
 
     test_fraction: float = option(

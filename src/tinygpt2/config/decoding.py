@@ -41,6 +41,9 @@ class GenerateConfig(ModelOptions, DeviceOptions):
         "little. On CPUs with AVX-512 they are faster, too; bench measures it.",
         default="fp32",
     )
+    stats: bool = option(
+        "Report how varied, repetitive and long the texts of each model are.", default=False, panel=RUN
+    )
     max_new_tokens: int | None = option(
         "Most tokens to add to a prompt.", default=None, panel=DECODING, ge=1, shown="100, or fewer if positions end"
     )
@@ -79,6 +82,8 @@ class GenerateConfig(ModelOptions, DeviceOptions):
     def conflicts(self) -> Iterator[str]:
         """Check prompts and decoding."""
         given = [name for name in ("prompt", "prompt_file", "interactive") if getattr(self, name)]
+        if self.stats and self.interactive:
+            yield "--stats cannot be combined with --interactive: it counts the texts of given prompts"
         if len(given) > 1:
             yield f"{' and '.join(map(flag_name, given))} cannot be combined: give one of them"
         if self.num_beams > 1 and self.samples:

@@ -1,4 +1,4 @@
-"""Options of `ppl`."""
+"""Options of `ppl` and `evaluate-text`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinygpt2.config.base import option
-from tinygpt2.config.common import Precision
+from tinygpt2.config.common import DECODING, MAX_SEED, Precision
 from tinygpt2.config.data import FileOptions
 from tinygpt2.config.models import DeviceOptions, ModelOptions
 from tinygpt2.errors import ConfigError
@@ -35,7 +35,7 @@ FIDELITY_NOTE = (
 
 
 class PplConfig(ModelOptions, DeviceOptions, FileOptions):
-    """Options of `ppl`."""
+    """Options of `ppl` and `evaluate-text`."""
 
     model: list[str] = option(
         "Model: a local directory or a Hub id. Repeat it to compare several.",
@@ -133,3 +133,40 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
             yield f"--plot {self.plot}: the directory does not exist"
         if self.plot is not None and Path(self.plot).is_dir():
             yield f"--plot {self.plot} is a directory: give the name of a file"
+
+
+class EvaluateTextConfig(ModelOptions, DeviceOptions):
+    """Options of `evaluate-text`."""
+
+    model: list[str] = option(
+        "Model that writes: a local directory or a Hub id. Repeat it to compare several.", path=True, metavar="PATH|ID"
+    )
+    judge: str = option(
+        "Model that judges what they write, such as their teacher. It needs the same vocabulary.",
+        path=True,
+        metavar="PATH|ID",
+    )
+    data: str = option(
+        "Pregenerated dataset of texts or of pairs: prompts and true continuations are from its test split.", path=True
+    )
+    num_prompts: int = option("Prompts to continue.", default=256, ge=1)
+    prompt_tokens: int = option("Tokens of a prompt; those of pairs have their own lengths.", default=64, ge=1)
+    max_new_tokens: int = option("Most tokens to add to a prompt.", default=128, panel=DECODING, ge=1)
+    temperature: float = option("Sample with this temperature.", default=1.0, panel=DECODING, gt=0)
+    top_k: int = option("Sample from the K most likely tokens; 0 means all of them.", default=0, panel=DECODING, ge=0)
+    top_p: float = option(
+        "Sample from the most likely tokens that together have this probability.",
+        default=1.0,
+        panel=DECODING,
+        gt=0,
+        le=1,
+    )
+    seed: int = option("Seed for sampling.", default=42, panel=DECODING, ge=0, le=MAX_SEED)
+    batch_size: int = option("Texts to write side by side.", default=16, ge=1)
+    plot: str | None = option("PNG to write: the excess error by the number of tokens.", default=None, path=True)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check the place of the picture."""
+        yield from super().conflicts()
+        if self.plot is not None and not Path(self.plot).absolute().parent.is_dir():
+            yield f"--plot {self.plot}: the directory does not exist"

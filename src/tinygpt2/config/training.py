@@ -50,6 +50,10 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
     """Options that pretrain, distill and finetune share."""
 
     out: str = option("Directory for the trained model.", path=True)
+    document_mask: bool = option(
+        "No token sees the documents before its own in its block. Documents end with the end-of-text token.",
+        default=False,
+    )
     eval_data: str | None = option(
         "Held-out text or pregenerated dataset to evaluate on.",
         default=None,

@@ -19,7 +19,7 @@ import numpy as np
 
 from tinygpt2.config.data import Format
 from tinygpt2.utils.files import write_json
-from tinygpt2.utils.types import Tokens
+from tinygpt2.utils.types import Array, Tokens
 
 FILE_TOKENS = 1 << 27  # most tokens in one file of a split
 _ROW_TOKENS = 1 << 20  # number of tokens to collect before they are written
@@ -71,30 +71,38 @@ class _BlockWriter(Protocol):
         """Write the files of metadata that the format needs for a split."""
 
 
-class _ArrowWriter:
+class ArrowWriter:
+    """Writes an Arrow file that `datasets` opens, with marks of the tokens if there are some."""
+
     pads, file_tokens = False, FILE_TOKENS
 
-    def __init__(self, split: Path, index: int, length: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, split: Path, index: int, length: int, dtype: np.dtype[Any], *, marked: bool = False) -> None:
         import pyarrow as pa
 
         self.name, self._length = f"{split.name}/data-{index:05d}.arrow", length
         split.mkdir(exist_ok=True)
-        self._schema = _features(length, dtype).arrow_schema
+        self._schema = _features(length, dtype, marked=marked).arrow_schema
         self._file = (split.parent / self.name).open("wb")
         self._writer = pa.ipc.new_stream(self._file, self._schema)
 
-    def write(self, rows: Tokens, padding: int) -> None:
+    def write(self, rows: Tokens, padding: int, marks: Array | None = None) -> None:
+        """Write blocks, and their marks if there are some."""
         import pyarrow as pa
 
-        column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), self._length)
-        self._writer.write_table(pa.table({"input_ids": column}, schema=self._schema))
+        values = {"input_ids": rows} if marks is None else {"input_ids": rows, "marks": marks}
+        columns = {
+            name: pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), self._length)
+            for name, column in values.items()
+        }
+        self._writer.write_table(pa.table(columns, schema=self._schema))
 
     def close(self) -> None:
+        """Finish the file."""
         with self._file:
             self._writer.close()
 
     @staticmethod
-    def finish(split: Path, length: int, dtype: np.dtype[Any], files: list[BlockFile]) -> None:
+    def finish(split: Path, length: int, dtype: np.dtype[Any], files: list[BlockFile], *, marked: bool = False) -> None:
         """Write the metadata that `datasets` needs to open the split."""
         import datasets
 
@@ -111,14 +119,15 @@ class _ArrowWriter:
                 "_split": split.name,
             },
         )
-        datasets.DatasetInfo(features=_features(length, dtype)).write_to_directory(str(split))
+        datasets.DatasetInfo(features=_features(length, dtype, marked=marked)).write_to_directory(str(split))
         write_json(split.parent / "dataset_dict.json", {"splits": ["train", "test"]})
 
 
-def _features(length: int, dtype: np.dtype[Any]) -> Any:
+def _features(length: int, dtype: np.dtype[Any], *, marked: bool) -> Any:
     import datasets
 
-    return datasets.Features({"input_ids": datasets.List(datasets.Value(dtype.name), length=length)})
+    kinds = {"input_ids": dtype.name, **({"marks": "uint8"} if marked else {})}
+    return datasets.Features({name: datasets.List(datasets.Value(kind), length=length) for name, kind in kinds.items()})
 
 
 class _Hdf5Writer:
@@ -171,7 +180,7 @@ class _JsonLinesWriter:
         write_json(split.parent / f"{split.name}_metrics.json", {"num_examples": count, "max_seq_len": length})
 
 
-_WRITERS: dict[Format, type[_BlockWriter]] = {"arrow": _ArrowWriter, "hdf5": _Hdf5Writer, "jsonl": _JsonLinesWriter}
+_WRITERS: dict[Format, type[_BlockWriter]] = {"arrow": ArrowWriter, "hdf5": _Hdf5Writer, "jsonl": _JsonLinesWriter}
 
 
 class SplitWriter:

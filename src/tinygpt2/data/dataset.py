@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinygpt2.data.batches.batch import Batch
-from tinygpt2.data.block_readers import ArrowPart, BlockPart, Hdf5Part, JsonPart, MapPart, real_tokens, targets_of
+from tinygpt2.data.batches.block_readers import (
+    ArrowPart,
+    BlockPart,
+    Hdf5Part,
+    JsonPart,
+    MapPart,
+    MarkedPart,
+    real_tokens,
+)
+from tinygpt2.data.batches.packing import document_lengths
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.layout import dataset_folders, shard_folders
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
@@ -33,12 +42,15 @@ class Blocks:
         parts: the stored parts of the split, in order.
         length: number of tokens in a block.
         chosen: the numbers of the blocks to use, if not all of the parts' blocks.
+        end: the token that ends a document, if no token is to see the documents before its own.
     """
 
-    def __init__(self, parts: Sequence[BlockPart], length: int, chosen: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[BlockPart], length: int, chosen: Sequence[int] | None = None, end: int | None = None
+    ) -> None:
         self._parts = [part for part in parts if len(part)]
         self._ends = np.cumsum([len(part) for part in self._parts])
-        self._chosen = chosen
+        self._chosen, self.end = chosen, end
         self.sequence_length = length
 
     def __len__(self) -> int:
@@ -54,7 +66,11 @@ class Blocks:
         if count >= len(self):
             return self
         numbers = [index * len(self) // count for index in range(count)]
-        return Blocks(self._parts, self.sequence_length, [self._number(index) for index in numbers])
+        return Blocks(self._parts, self.sequence_length, [self._number(index) for index in numbers], self.end)
+
+    def ending(self, end: int) -> Blocks:
+        """Return the blocks such that no token sees documents before its own, which end with the given token."""
+        return Blocks(self._parts, self.sequence_length, self._chosen, end)
 
     def _number(self, index: int) -> int:
         """Return the number of a block among those of all parts."""
@@ -72,11 +88,17 @@ class Blocks:
 
     @property
     def marked(self) -> bool:
-        """Whether any block says which of its tokens count as targets."""
-        return any(part.marked for part in self._parts)
+        """Whether not every real token but the first counts as a target."""
+        return self.divided or any(part.marked for part in self._parts)
+
+    @property
+    def divided(self) -> bool:
+        """Whether no token sees documents before its own."""
+        return self.end is not None or any(part.divided for part in self._parts)
 
     def _place(self, index: int) -> tuple[BlockPart, int]:
         """Return the part that holds a block, and the block's number in it."""
+        index = self._number(index)
         at = int(np.searchsorted(self._ends, index, side="right"))
         return self._parts[at], index - (int(self._ends[at - 1]) if at else 0)
 
@@ -86,10 +108,9 @@ class Blocks:
         Raises:
             DataError: the block contains only padding, or has padding before its end.
         """
-        index = self._number(index)
-        part, first = self._place(index)
-        ids, mask = part.read(first, first + 1)
-        return ids[0], self.sequence_length if mask is None else real_tokens(mask, index)[0]
+        part, at = self._place(index)
+        ids, mask = part.read(at, at + 1)
+        return ids[0], self.sequence_length if mask is None else real_tokens(mask, self._number(index))[0]
 
     def row(self, index: int) -> Array:
         """Return the real tokens of a block, as stored."""
@@ -111,21 +132,18 @@ class Blocks:
         """Return the number of targets that count in each block."""
         if not self.marked:
             return [max(0, length - 1) for length in self.lengths(indices)]
-        return [int(self._targets[self._number(index)]) for index in indices]
+        return self.batch(indices).targets
 
-    @cached_property
-    def _targets(self) -> Array:
-        """The number of targets that count in each block of the parts, read once."""
-        return np.concatenate([targets_of(part) for part in self._parts])
-
-    def _counted(self, index: int, length: int) -> Array:
-        """Return which tokens of a block count as targets. Padding and the first token never do."""
-        part, first = self._place(self._number(index))
-        counted = np.ones(self.sequence_length, np.bool_)
-        if part.marked:
-            counted &= part.counted(first, first + 1)[0]
-        counted[0], counted[length:] = False, False
-        return counted
+    def _marks(self, index: int, ids: Array, length: int) -> tuple[Array, Array]:
+        """Return with which tokens of a block documents begin that are apart, and which tokens count as targets."""
+        part, at = self._place(index)
+        first, counted = np.zeros(len(ids), np.bool_), np.arange(len(ids)) < length
+        if part.divided:
+            first |= part.first(at, at + 1)[0]
+        elif self.end is not None:
+            first[1:] = ids[:-1] == self.end
+        first[0] = True  # which nothing predicts, as the first token of any document
+        return first, counted & ~first & (part.counted(at, at + 1)[0] if part.marked else True)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Return blocks as int64 tokens, one row per index."""
@@ -133,38 +151,16 @@ class Blocks:
 
         rows = [self._read(int(index)) for index in indices]
         ids = torch.from_numpy(np.stack([ids for ids, _ in rows]).astype(np.int64))
-        lengths, counted = [length for _, length in rows], None
+        lengths, counted, documents = [length for _, length in rows], None, None
         if self.marked:
-            counted = np.stack([self._counted(*pair) for pair in zip(map(int, indices), lengths, strict=True)])
+            marks = [self._marks(int(index), *row) for index, row in zip(indices, rows, strict=True)]
+            counted = np.stack([one for _, one in marks])
+            documents = [document_lengths(first) for first, _ in marks] if self.divided else None
         if min(lengths) == self.sequence_length:
-            return Batch(ids, None, counted)
+            return Batch(ids, None, counted, documents)
         for row, length in zip(ids, lengths, strict=True):
             row[length:] = 0  # the model looks up an embedding for padding too, so it must be a valid token
-        return Batch(ids, lengths, counted)
-
-
-class Shuffle:
-    """The endless order of the training blocks: one seeded permutation after another, one for each epoch.
-
-    The block at any position can be computed directly, so a run restarts at any step without delay. The sequence of
-    global batches does not depend on the number of processes.
-    """
-
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
-        self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def __getitem__(self, span: slice) -> list[int]:
-        return [self._at(position) for position in range(span.start, span.stop)]
-
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, self._count)
-        if epoch != self._epoch:
-            self._epoch, self._order = (
-                epoch,
-                np.random.default_rng((self._seed, epoch)).permutation(self._count),
-            )
-        return int(self._order[offset])
+        return Batch(ids, lengths, counted, documents)
 
 
 @dataclass(frozen=True)
@@ -319,7 +315,11 @@ def _arrow_parts(file: Path, length: int) -> list[BlockPart]:
     stored = table.schema.field("input_ids").type.list_size
     if stored != length:
         raise DataError(f"{file}: the blocks have {stored} tokens, but {MANIFEST} says {length}")
-    return [ArrowPart(chunk, length) for chunk in table.column("input_ids").chunks]
+    chunks = table.column("input_ids").chunks
+    if "marks" not in table.schema.names:
+        return [ArrowPart(chunk, length) for chunk in chunks]
+    pairs = zip(chunks, table.column("marks").chunks, strict=True)
+    return [MarkedPart(chunk, marks, length) for chunk, marks in pairs]
 
 
 def _joined(folders: list[Path], manifests: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from tinygpt2.config.training import dataset_shares
-from tinygpt2.data.dataset import Blocks, PackedDataset, Shuffle, content_of, load_packed_dataset
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import Blocks, PackedDataset, content_of, load_packed_dataset
 from tinygpt2.errors import ConfigError, DataError
 
 _MOST_TURNS = 100_000  # blocks after which the order of the datasets repeats

@@ -29,6 +29,7 @@ from tinygpt2.data.corpus.sources import Corpus, Piece
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import Encoder, in_order, parsed
 from tinygpt2.data.external_sort import EncodedBatch, ExternalSort, content_hash
+from tinygpt2.data.pairs import described, make_pairs, require_pairs
 from tinygpt2.data.splits import divide, training_tokens
 from tinygpt2.data.staging import discard, put_back, put_in_place, require_same, staging_directory, staging_path
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
@@ -85,7 +86,7 @@ def check_output(config: PregenerateConfig | SampleConfig) -> tuple[Path, bool]:
 
 @writes_out
 def pregenerate(config: PregenerateConfig) -> PregenerateResult:
-    """Tokenize, split, shuffle and pack a corpus.
+    """Tokenize, split, shuffle and pack a corpus of documents, or of pairs of prompt and response: see `pairs`.
 
     The text is split by document: a share `test_fraction` of all documents is held out, namely those with the smallest
     seeded content hashes. A repeated document is therefore never in both splits. If that share is less than half a
@@ -105,7 +106,8 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     if config.append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")
     config, corpus, held_out = _corpora(config)
-    settings = _settings(config, tokenizer, corpus, held_out)
+    paired = require_pairs(corpus, held_out, config)
+    settings = {**_settings(config, tokenizer, corpus, held_out), **described(corpus)}
     if config.resume and complete and not config.overwrite:
         manifest = read_json(out / MANIFEST)
         require_same({key: settings[key] for key in settings if key != "read"}, manifest, out)
@@ -114,16 +116,12 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         return _result(manifest, time.perf_counter() - started)
     again = "-" not in [*config.source, *(config.test_source or [])]  # standard input cannot be read twice
     with staging_directory(out, settings, resume=config.resume, overwrite=config.overwrite, again=again) as work:
-        encoder = Encoder(tokenizer)
-        eos = tokenizer.eos_token_id if config.append_eos else None
-        apart = encoder.reproduced or splits_at_white_space(parsed(tokenizer.backend_tokenizer.to_str()))
-        read = _tokenize(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None, apart)
-        kept = _tokenize(held_out, encoder, eos, config, work / "test", None, apart) if held_out else None
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
         del settings["read"]  # names and times of files: the result depends only on their content
-        manifest = {**settings, **_write(result, read, kept, config, encoder.dtype)}
+        make = make_pairs if paired else _packed
+        manifest = {**settings, **make(result, corpus, held_out, tokenizer, config)}
         if datasets := {item.dataset: None for item in corpus.items if item.dataset}:
             manifest["hub_datasets"] = list(datasets)
         tokenizer.save_pretrained(str(result / "tokenizer"))
@@ -132,17 +130,34 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     return _result(manifest, time.perf_counter() - started)
 
 
+def _packed(
+    out: Path, corpus: Corpus, held_out: Corpus | None, tokenizer: Tokenizer, config: PregenerateConfig
+) -> dict[str, Any]:
+    """Tokenize and pack the documents, and return the manifest's entries that describe them."""
+    encoder, work = Encoder(tokenizer), out.parent
+    eos = tokenizer.eos_token_id if config.append_eos else None
+    apart = encoder.reproduced or splits_at_white_space(parsed(tokenizer.backend_tokenizer.to_str()))
+    read = _tokenize(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None, apart)
+    kept = _tokenize(held_out, encoder, eos, config, work / "test", None, apart) if held_out else None
+    return _write(out, read, kept, config, encoder.dtype)
+
+
 def _corpora(config: PregenerateConfig) -> tuple[PregenerateConfig, Corpus, Corpus | None]:
     """Return the texts, those of the held-out split if they are given, and the options that they leave."""
     if config.from_dataset is None:
         kinds = ("validation", "test")
         held_out = Corpus.of(config.test_source, config, kinds) if config.test_source else None
         return config, Corpus.of(config.source, config), held_out
-    data = load_packed_dataset(config.from_dataset)
-    config = config.model_copy(update={"source": [config.from_dataset], "shuffle": False, "test_fraction": 0.0})
+    data = load_packed_dataset(name := config.from_dataset)
+    if data.train.marked:
+        raise ConfigError(
+            f"--from-dataset {name}: its blocks mark which tokens count, and a text has no such marks",
+            "make the dataset from its source again",
+        )
+    config = config.model_copy(update={"source": [name], "shuffle": False, "test_fraction": 0.0})
     corpora = [Corpus.of(config.source, config), Corpus.of(config.source, config)]
     for corpus, blocks in zip(corpora, (data.train, data.test), strict=True):
-        corpus.given = [documents_of(blocks, data.manifest, data.tokenizer(), config.from_dataset)]
+        corpus.given = [documents_of(blocks, data.manifest, data.tokenizer(), name)]
     return config, corpora[0], corpora[1] if len(data.test) else None
 
 

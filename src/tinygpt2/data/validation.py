@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinygpt2.data.block_readers import real_tokens
+from tinygpt2.data.batches.block_readers import MarkedPart, real_tokens
 from tinygpt2.data.block_writers import MANIFEST, content_of
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.data.layout import shard_folders
@@ -83,7 +83,7 @@ def _check_metrics(path: Path, split: str, sequences: int, length: int) -> Itera
 
 def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocabulary: int) -> Iterator[str]:
     """Read every block, some at a time, and compare each file's tokens with its SHA-256."""
-    waiting, sha, left, number = list(files), hashlib.sha256(), 0, 0
+    waiting, sha, marks, left, number = list(files), hashlib.sha256(), hashlib.sha256(), 0, 0
     if sum(file["sequences"] for file in files) != len(blocks):
         listed = sum(file["sequences"] for file in files)
         yield f"{split}: there are {len(blocks)} sequences, but the files in {MANIFEST} have {listed}"
@@ -95,7 +95,7 @@ def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocab
             while start < len(part):
                 while not left:
                     current = waiting.pop(0)
-                    sha, left = hashlib.sha256(), current["sequences"]
+                    sha, marks, left = hashlib.sha256(), hashlib.sha256(), current["sequences"]
                 ids, mask = part.read(start, min(start + step, start + left, len(part)))
                 outside = (ids < 0) | (ids >= vocabulary)
                 if outside.any():
@@ -105,7 +105,11 @@ def _check_blocks(blocks: Blocks, split: str, files: list[dict[str, Any]], vocab
                 if mask is not None:
                     real_tokens(mask, number)
                 sha.update(content_of(ids))
+                if isinstance(part, MarkedPart):
+                    marks.update(part.marks(start, start + len(ids)).tobytes())
                 start, left, number = start + len(ids), left - len(ids), number + len(ids)
                 stage.advance(len(ids))
                 if not left and sha.hexdigest() != current["sha256"]:
                     yield f"{current['name']}: its tokens are not the ones that were written (the SHA-256 differs)"
+                if not left and marks.hexdigest() != current.get("marks_sha256", marks.hexdigest()):
+                    yield f"{current['name']}: its marks are not the ones that were written (the SHA-256 differs)"

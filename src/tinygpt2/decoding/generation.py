@@ -18,6 +18,7 @@ from tinygpt2.decoding.library import Decoder, best_beams, make_decoder
 from tinygpt2.decoding.loop import decode
 from tinygpt2.decoding.prompts import Continuation, LiveText, prompt_tokens, require_utf8
 from tinygpt2.decoding.sampling import Sampling
+from tinygpt2.decoding.text_statistics import TextStatistics, Written, text_statistics
 from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.models.compatibility import first_token, require_tokenizer, text_sizes
 from tinygpt2.models.loading import load_causal_lm, model_tokenizer
@@ -65,15 +66,25 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class ModelStatistics:
+    """How varied, repetitive and long the texts of a model are."""
+
+    model: str
+    statistics: TextStatistics
+
+
+@dataclass(frozen=True)
 class GenerateResult:
     """The texts of every model for every prompt, prompt by prompt.
 
     Attributes:
         draft: figures of --draft over all texts; None without it.
+        statistics: of the texts of each model; None without --stats.
     """
 
     results: list[Generation]
     draft: DraftFigures | None = None
+    statistics: list[ModelStatistics] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ class LoadedModel:
         decoder: reads its tokens; see `make_decoder`.
         draft: the decoder of the model that drafts for it, if there is one.
         drafting: what drafting each text took, so far.
+        written: the texts so far.
     """
 
     name: str
@@ -92,6 +104,7 @@ class LoadedModel:
     decoder: Decoder
     draft: Decoder | None
     drafting: list[Drafting]
+    written: list[Written]
 
 
 OnText = Callable[[LoadedModel, str], Callable[[str], None] | None]
@@ -116,7 +129,7 @@ def load_models(config: GenerateConfig) -> list[LoadedModel]:
         model, tokenizer, decoder = _load(name, config)
         if draft is not None:
             _check_draft((config.draft or "", draft[0], draft[1]), (name, model, tokenizer))
-        models.append(LoadedModel(name, model, tokenizer, decoder, draft and draft[2], []))
+        models.append(LoadedModel(name, model, tokenizer, decoder, draft and draft[2], [], []))
     tell_machine(current_device(), config.weights)
     return models
 
@@ -183,6 +196,7 @@ def continue_prompt(
         live.end()
     for row in texts:
         added = continuation.until_end(row)
+        loaded.written.append(Written(added, len(added) < len(row)))
         yield Generation(absolute(loaded.name), prompt, continuation.text(added), len(added), seconds)
 
 
@@ -298,4 +312,7 @@ def generate(
             for text in continue_prompt(loaded, prompt, config, on_text(loaded, prompt)):
                 texts.append(text)
                 on_end(text)
-    return GenerateResult(texts, draft_figures(loaded_once))
+    statistics = None
+    if config.stats:
+        statistics = [ModelStatistics(absolute(one.name), text_statistics(one.written)) for one in loaded_once]
+    return GenerateResult(texts, draft_figures(loaded_once), statistics)

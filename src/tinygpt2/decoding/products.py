@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from tinygpt2.config.decoding import DecodingWeights
+from tinygpt2.runtime.devices import has_fast_bf16
 
 Product = Callable[[Tensor], Tensor]
 """From (R, in) to (R, out)."""
@@ -79,7 +80,7 @@ def _bf16(rows: Tensor, bias: Tensor | None) -> tuple[Product, int]:
     """Round to bfloat16."""
     weight = rows.to(torch.bfloat16).contiguous()
     offset = None if bias is None else bias.detach().to(torch.bfloat16)
-    if weight.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if weight.device.type == "cpu" and has_fast_bf16(weight.device):
         return _packed(weight, offset), weight.nbytes
     return lambda x: F.linear(x, weight, offset), weight.nbytes
 

@@ -18,8 +18,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from tinygpt2.config.decoding import SampleConfig
+from tinygpt2.data.batches.order import Shuffle
 from tinygpt2.data.block_writers import MANIFEST, SplitWriter
-from tinygpt2.data.dataset import PackedDataset, Shuffle, load_packed_dataset
+from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.external_sort import shuffled_keys
 from tinygpt2.data.pregenerate import check_output
 from tinygpt2.data.staging import discard, put_back, put_in_place, require_same, staging_directory, staging_path

@@ -288,6 +288,11 @@ def _blocks(packed: PackedDataset, model: ModelTokenizer, convention: Convention
     blocks = packed.test
     if not len(blocks):
         raise DataError(f"the test split of {packed.name} is empty")
+    if blocks.divided:
+        raise DataError(
+            f"{packed.name} holds pairs of prompt and response, which are no text",
+            "finetune and distill measure the loss of their responses: give it as --eval-data",
+        )
     # Blocks that overlap repeat tokens of the block before. Each token has to count once.
     seen = packed.sequence_length - packed.manifest["stride"]
     if seen and packed.manifest.get("shards", 1) > 1:

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from tinygpt2.models.documents import Documents
+
 ROWS = 128  # query rows handled at a time: enough for fast matrix products, and few compared with T
 
 
@@ -57,6 +59,7 @@ def collect_activations(
     checkpointing: bool = False,
     positions: Int[Tensor, "B T"] | None = None,
     mask: Bool[Tensor, "B 1 T T"] | None = None,
+    documents: Documents | None = None,
 ) -> Activations:
     """Run the transformer once, up to the deepest layer or hidden state that is asked for.
 
@@ -67,10 +70,13 @@ def collect_activations(
         checkpointing: keep only each layer's input, and run the layer again in the backward pass.
         positions: the position of each token; None counts them through.
         mask: which tokens each token sees; None lets it see itself and those before it.
+        documents: where documents begin, whose tokens see no other documents and count positions from 0.
     """
     transformer = model.transformer
     layers = len(transformer.h)
     wanted_states, wanted_attention = set(states), set(attention)
+    if documents is not None:
+        positions = documents.positions
     if positions is None:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     hidden = transformer.drop(transformer.wte(input_ids) + transformer.wpe(positions))
@@ -80,9 +86,9 @@ def collect_activations(
     for number in range(1, max(wanted_states | wanted_attention, default=0) + 1):
         block = transformer.h[number - 1]
         if checkpointing and torch.is_grad_enabled():
-            hidden, fused = checkpoint(_layer, block, hidden, mask, use_reentrant=False)
+            hidden, fused = checkpoint(_layer, block, hidden, mask, documents, use_reentrant=False)
         else:
-            hidden, fused = _layer(block, hidden, mask)
+            hidden, fused = _layer(block, hidden, mask, documents)
         if number in wanted_attention:
             found.attention[number] = fused
             found.scale[number] = float(block.attn.scaling)
@@ -92,40 +98,50 @@ def collect_activations(
 
 
 def _layer(
-    block: GPT2Block, hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B 1 T T"] | None
+    block: GPT2Block,
+    hidden: Float[Tensor, "B T D"],
+    mask: Bool[Tensor, "B 1 T T"] | None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T E"]]:
     """Return a block's output, and its queries, keys and values concatenated.
 
     E is 3 D, except in a model whose residual stream was narrowed.
     """
-    mixed, fused = mixed_heads(block, hidden, mask)
+    mixed, fused = mixed_heads(block, hidden, mask, documents)
     hidden = hidden + block.attn.resid_dropout(block.attn.c_proj(mixed))
     return hidden + block.mlp(block.ln_2(hidden)), fused
 
 
 def mixed_heads(
-    block: GPT2Block, hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B 1 T T"] | None = None
+    block: GPT2Block,
+    hidden: Float[Tensor, "B T D"],
+    mask: Bool[Tensor, "B 1 T T"] | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T E"]]:
     """Return the outputs of a block's heads before their projection, and its queries, keys and values (E is 3 W)."""
     attention = block.attn
     fused = attention.c_attn(block.ln_1(hidden))
     query, key, value = (by_head(part, attention.num_heads) for part in fused.chunk(3, dim=-1))
-    if mask is None and _attends_by_rows(query.device.type, query.dtype, gradients=torch.is_grad_enabled()):
+    by_rows = _attends_by_rows(query.device.type, query.dtype, gradients=torch.is_grad_enabled())
+    if mask is None and documents is None and by_rows:
         mixed = _attend_by_rows(query, key, value, attention.scaling)
     else:
-        width = query.shape[-1]
+        width, dropout = query.shape[-1], attention.attn_dropout.p if attention.training else 0.0
         padding = kernel_width(width, query.device.type) - width
         if padding:  # zeros change no product, and the scale is given
             query, key, value = (F.pad(x, (0, padding)) for x in (query, key, value))
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=attention.attn_dropout.p if attention.training else 0.0,
-            is_causal=mask is None,
-            scale=attention.scaling,
-        )[..., :width]
+        if documents is not None:
+            mixed = documents.attend(query, key, value, attention.scaling, dropout)[..., :width]
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=attention.scaling,
+            )[..., :width]
     return mixed.transpose(1, 2).flatten(2), fused
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.models.activations import collect_activations
+from tinygpt2.models.documents import Documents
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -126,6 +127,7 @@ def target_losses(
     input_ids: Int[Tensor, "B T"],
     wanted: Int[Tensor, " N"] | None = None,
     ruled_out: Bool[Tensor, " V"] | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
     """Return the loss of each wanted next token, in nats and at least float32, row by row.
 
@@ -135,13 +137,14 @@ def target_losses(
         wanted: numbers of the N positions that predict a target, if the T - 1 of each row are counted through; None if
             all do. They are numbers and no mask, because to count a mask a GPU is waited for.
         ruled_out: tokens that do not count as predictions in the second column of the hits.
+        documents: of the first T - 1 tokens of each row, if no token sees the documents before its own.
 
     Returns:
         The losses, and the hits if `ruled_out` is given (else None). The hits tell whether each target is the likeliest
         token: of all tokens (first column), and of those that are not ruled out (second column).
     """
     last = len(model.transformer.h)
-    states = collect_activations(model, input_ids[:, :-1], states=[last]).states[last].flatten(0, 1)
+    states = collect_activations(model, input_ids[:, :-1], [last], documents=documents).states[last].flatten(0, 1)
     targets = input_ids[:, 1:].flatten()
     if wanted is not None:
         states, targets = states.index_select(0, wanted), targets.index_select(0, wanted)

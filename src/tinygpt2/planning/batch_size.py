@@ -112,6 +112,6 @@ def _try(job: Job, accelerator: Accelerator, module: Step, size: int) -> None:
         states = job.cache.read(blocks, device).to(device)
     for _ in range(2):  # the second time, memory also holds all gradients
         with accelerator.autocast():
-            loss, _ = module(batch.input_ids, batch.lengths, None, states, batch.counted)
+            loss, _ = module(*batch[:2], None, states, *batch[2:])
         loss.backward()
     del room

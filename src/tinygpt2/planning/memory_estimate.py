@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.models.activations import Activations
+from tinygpt2.models.documents import Documents
 from tinygpt2.models.lm_head import Head, default_chunk, head_operand, operand_rows
 from tinygpt2.models.loading import random_model
 from tinygpt2.models.parameters import count_parameters, set_dropout
@@ -79,7 +80,11 @@ class _Outline(Teacher):
     """A teacher that is never run: it gives states and logits of the right sizes. Nothing else of it is saved."""
 
     def collect(
-        self, input_ids: Int[Tensor, "B T"], states: Iterable[int], attention: Iterable[int] = ()
+        self,
+        input_ids: Int[Tensor, "B T"],
+        states: Iterable[int],
+        attention: Iterable[int] = (),
+        documents: Documents | None = None,
     ) -> Activations:
         """See `Teacher`."""
         size, length, last = len(input_ids), self.covered(input_ids.shape[1]), self.shape.layers

@@ -39,7 +39,7 @@ from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak, on_cuda
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.metrics import metrics_of
-from tinygpt2.training.preparation import TrainingSetup, training_setup
+from tinygpt2.training.preparation import TrainingSetup, documents_apart, training_setup
 from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
@@ -243,12 +243,10 @@ def loss_weights(config: TrainOptions) -> LossWeights:
 
 def make_job(config: TrainOptions, data: PackedDataset | None, setup: TrainingSetup) -> Job:
     """Set up the job of `pretrain`, `distill` or `finetune`, whichever the configuration is for."""
-    if isinstance(config, PretrainConfig):
-        return pretraining_job(config, data, setup)
-    if isinstance(config, DistillConfig):
-        return distillation_job(config, data, setup)
-    assert isinstance(config, FinetuneConfig)
-    return finetuning_job(config, data, setup)
+    makers = {PretrainConfig: pretraining_job, DistillConfig: distillation_job, FinetuneConfig: finetuning_job}
+    job: Job = makers[type(config)](config, data, setup)  # type: ignore[operator]
+    job.data, job.evaluated = documents_apart(job.data, job.evaluated, config, job.weights)
+    return job
 
 
 def pretraining_job(config: PretrainConfig, data: PackedDataset | None, setup: TrainingSetup) -> Job:

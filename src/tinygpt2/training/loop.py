@@ -29,7 +29,7 @@ from tinygpt2.training.failures import may_step, step_explained
 from tinygpt2.training.job import Job, cast_teacher, figures_before_training, tell_choices
 from tinygpt2.training.metrics import MetricsLog, metrics_of
 from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
-from tinygpt2.training.preparation import tell_deepspeed
+from tinygpt2.training.preparation import seed_step, tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
 from tinygpt2.training.schedule import Plan, learning_rate, warmup_steps
 from tinygpt2.training.state import RunState
@@ -40,7 +40,6 @@ from tinygpt2.training.step import (
     evaluate,
     gradients,
     read_step,
-    seed_step,
 )
 from tinygpt2.training.throughput import ThroughputMeter, TimeLimit, evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import ProgressStage, say, track

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
-from jaxtyping import BFloat16, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
@@ -20,6 +20,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from tinygpt2.config.training import TrainOptions
+from tinygpt2.runtime.devices import has_fast_bf16
 from tinygpt2.training.schedule import DEFAULT_RATE
 
 BETAS = (0.9, 0.95)  # GPT-3's, arXiv:2005.14165, appendix B: steadier than 0.999 in short runs
@@ -194,7 +195,7 @@ def _orthogonalized_by_all(matrices: list[Tensor]) -> Float[Tensor, "N R C"]:
     processes, rank = dist.get_world_size(), dist.get_rank()
     count = math.ceil(len(matrices) / processes)
     share = matrices[rank * count : (rank + 1) * count]
-    own = matrices[0].new_zeros((count, *matrices[0].shape), dtype=torch.bfloat16)
+    own = matrices[0].new_zeros((count, *matrices[0].shape), dtype=_iterated(matrices[0].device))
     if share:
         own[: len(share)] = _orthogonalized_here(share)
     every = own.new_empty((processes * count, *own.shape[1:]))
@@ -202,21 +203,27 @@ def _orthogonalized_by_all(matrices: list[Tensor]) -> Float[Tensor, "N R C"]:
     return every[: len(matrices)]
 
 
-def orthogonalized(matrices: Float[Tensor, "N R C"]) -> BFloat16[Tensor, "N R C"]:
+def orthogonalized(matrices: Float[Tensor, "N R C"]) -> Float[Tensor, "N R C"]:
     """Return the nearest semi-orthogonal matrices, about: all singular values are near 1.
 
-    Five Newton-Schulz iterations in bfloat16, as in torch.optim.Muon.
+    Five Newton-Schulz iterations, as in torch.optim.Muon. They need no precision: they are computed in bfloat16, but in
+    float32 on a device that is slower with bfloat16.
 
     Args:
         matrices: they have no more rows than columns: then the products with themselves are the smaller ones.
     """
-    x = matrices.bfloat16()
-    x = x.div_(torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7))
+    x = matrices.to(_iterated(matrices.device))
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def _iterated(device: torch.device) -> torch.dtype:
+    """Return the number format of Newton-Schulz iterations."""
+    return torch.bfloat16 if has_fast_bf16(device) else torch.float32
 
 
 class _Sharded(torch.optim.Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -10,16 +11,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from transformers import GPT2Config
 
 from tinygpt2.config.common import OTHER_OUT_OR_RESUME
-from tinygpt2.config.data import PackOptions, PregenerateConfig, TextOptions
+from tinygpt2.config.data import PackOptions, PairOptions, PregenerateConfig, TextOptions
+from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.corpus.sources import Corpus
@@ -119,11 +122,48 @@ class TrainingSetup:
             return packed.test
         with tempfile.TemporaryDirectory() as scratch:
             data.tokenizer().save_pretrained(scratch)
-            read = {key: getattr(config, key) for key in TextOptions.model_fields if isinstance(config, TextOptions)}
+            keys = [*TextOptions.model_fields, *PairOptions.model_fields] if isinstance(config, PackOptions) else []
+            read = {key: getattr(config, key) for key in keys}
             whole = PackOptions(test_fraction=0, shuffle=False, **read)
             return load_packed_dataset(
                 self.packed("eval-data", config.eval_data, scratch, data.sequence_length, config, whole)
             ).train
+
+
+def documents_apart(
+    data: PackedDataset, evaluated: Blocks, config: TrainOptions, weights: LossWeights
+) -> tuple[PackedDataset, Blocks]:
+    """With --document-mask, return dataset and blocks such that no token sees the documents before its own.
+
+    Pairs are always apart.
+
+    Raises:
+        ConfigError: an option does not fit that, or nothing says where documents end.
+    """
+    end = data.manifest.get("eos_token_id") if data.manifest.get("append_eos", True) else None
+    if config.document_mask and end is None and not data.train.divided:
+        raise ConfigError(
+            f"--document-mask: the documents of {data.name} do not end with an end-of-text token",
+            "make the dataset without --no-append-eos, and with a tokenizer that has such a token",
+        )
+    if not (config.document_mask or data.train.divided or evaluated.divided):
+        return data, evaluated
+    what = "--document-mask" if config.document_mask else f"{data.name}, which has pairs,"
+    if weights.attention or weights.relation:
+        option = "--attention-weight" if weights.attention else "--relation-weight"
+        raise ConfigError(f"{what} does not fit {option}: attention is compared in whole blocks", f"use {option} 0")
+    if isinstance(config, DistillConfig) and config.teacher_cache is not None:
+        raise ConfigError(f"{what} does not fit --teacher-cache, which holds whole blocks", "leave --teacher-cache out")
+    if config.compile or config.compile_only:
+        raise ConfigError(f"{what} does not fit --compile: documents have many lengths", "leave --compile out")
+    if not config.document_mask or end is None:
+        return data, evaluated
+    return _apart(data, int(end)), evaluated.ending(int(end))
+
+
+def _apart(data: PackedDataset, end: int) -> PackedDataset:
+    members = tuple(_apart(member, end) for member in data.members)
+    return replace(data, train=data.train.ending(end), test=data.test.ending(end), members=members)
 
 
 def _check_same_text(made: PregenerateConfig) -> None:
@@ -265,3 +305,12 @@ def tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
     }
     if options.get("zero_optimization", {}).get("stage") == 3:
         options["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # also gathers 32-bit ones
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seed dropout from seed, step and process, so that checkpoints need not hold the state of the generators."""
+    number = int.from_bytes(hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=7).digest())
+    # torch.manual_seed takes a millisecond, because it looks for every kind of device
+    torch.default_generator.manual_seed(number)
+    if (kind := current_device().type) != "cpu":
+        (torch.cuda if kind == "cuda" else torch.mps).manual_seed(number)

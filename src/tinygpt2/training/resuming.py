@@ -20,7 +20,7 @@ from tinygpt2.models.configuration import is_model_config, preset_names
 from tinygpt2.models.directory import weight_files
 from tinygpt2.objectives.stored import find_predictions
 from tinygpt2.runtime.cpu import has_bf16_units
-from tinygpt2.runtime.devices import DTYPES, chosen_precision, current_device
+from tinygpt2.runtime.devices import DTYPES, chosen_precision, current_device, has_fast_bf16
 from tinygpt2.training.schedule import learning_rate, warmup_steps
 from tinygpt2.training.state import RECORD_FILE, RUN_FILE, RunState
 from tinygpt2.utils.files import read_json, sha256_of, write_json, write_text
@@ -39,6 +39,8 @@ def with_precision(config: T) -> T:
     has changed.
     """
     if config.precision != "auto":
+        if config.precision == "bf16":
+            _tell_slow_bf16()
         return config
     file = Path(config.out) / RUN_FILE
     begun = read_yaml(file).get("precision") if config.resume and file.is_file() else None
@@ -54,6 +56,12 @@ def _tell_precision(device: str, precision: str) -> None:
         say(f"training in {precision} on this GPU; --precision fp32 trains in float32")
     elif device == "cpu" and has_bf16_units():
         say("this CPU has units for bfloat16: --precision bf16 trains about 1.7 times as fast as float32")
+
+
+@cache
+def _tell_slow_bf16() -> None:
+    if not has_fast_bf16(current_device()):
+        say("this CPU multiplies bfloat16 slowly: --precision fp32 is faster")
 
 
 def record_run(config: TrainOptions) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,13 @@ from tinygpt2.data.dataset import Blocks
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.activations import Activations, collect_activations
+from tinygpt2.models.documents import Documents, without_last
 from tinygpt2.models.lm_head import Head, head_operand, target_losses
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import Shape, Teacher
 from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
 from tinygpt2.objectives.sparse import SparseForm
-from tinygpt2.runtime.devices import current_device, float32_products, float64_device
+from tinygpt2.runtime.devices import float32_products, float64_device
 from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
@@ -98,6 +98,7 @@ class Step(nn.Module):
         share: Counts | None = None,
         read: CachedStates | AlignedBlocks | None = None,
         counted: Array | None = None,
+        documents: list[list[int]] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
 
@@ -105,19 +106,22 @@ class Step(nn.Module):
 
         Args:
             read: what the teacher's cache holds of these blocks, or the blocks in the teacher's tokens.
+            documents: the lengths of the documents in each block: see `Batch`.
         """
         if not self.training:
             with torch.autocast(input_ids.device.type, enabled=False), float32_products(tf32=False):
                 head = head_operand(self.student.lm_head.weight)  # the weight is in 16 bits under DeepSpeed
-                losses, _ = target_losses(self.student, head, input_ids)
+                inside = _documents(documents and without_last(documents), input_ids.device)
+                losses, _ = target_losses(self.student, head, input_ids, documents=inside)
                 return losses.view(len(input_ids), -1), {}
-        wanted = self.objectives
+        wanted, inside = self.objectives, _documents(documents, input_ids.device)
         student = self._collect(
             self.student,
             input_ids,
             wanted.student_states,
             wanted.student_attention,
             checkpointing=self._checkpointing,
+            documents=inside,
         )
         head, (teacher,) = self.student.lm_head.weight, self._teacher
         known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted}
@@ -133,7 +137,7 @@ class Step(nn.Module):
                     read = read if isinstance(read, AlignedBlocks) else teacher.align_now(input_ids, lengths)
                     activations, heads[0] = teacher.read(read, self._teacher_head[0])
                 else:
-                    activations = self._teacher_activations(teacher, input_ids, read)
+                    activations = self._teacher_activations(teacher, input_ids, read, inside)
             loss, terms = wanted(input_ids, student, head, activations, *heads, **known)
             if isinstance(read, AlignedBlocks):
                 terms["teacher/absent"] = read.absent
@@ -142,12 +146,16 @@ class Step(nn.Module):
         return loss, terms
 
     def _teacher_activations(
-        self, teacher: Teacher | None, input_ids: Tensor, cached: CachedStates | AlignedBlocks | None
+        self,
+        teacher: Teacher | None,
+        input_ids: Tensor,
+        cached: CachedStates | AlignedBlocks | None,
+        documents: Documents | None,
     ) -> Activations:
         """Run the teacher up to the last layer that an objective needs, or take its states from the cache."""
         wanted = self.objectives
         if self.cache is None or not isinstance(cached, CachedStates):
-            return _some(teacher).collect(input_ids, wanted.teacher_states, wanted.teacher_attention)
+            return _some(teacher).collect(input_ids, wanted.teacher_states, wanted.teacher_attention, documents)
         (last,), cache = wanted.teacher_states, self.cache
         if cached.states is not None:
             return Activations({last: cached.states})
@@ -188,6 +196,10 @@ class Step(nn.Module):
         return teacher.covered(length)
 
 
+def _documents(lengths: list[list[int]] | None, device: torch.device) -> Documents | None:
+    return None if lengths is None else Documents(lengths, device)
+
+
 def _some(teacher: Teacher | None) -> Teacher:
     """Return the teacher of a run that needs it now."""
     if teacher is None:
@@ -206,21 +218,15 @@ class TeacherEvaluation(nn.Module):
         self.teacher, self._head = teacher, list[Head]()
 
     @torch.no_grad()
-    def forward(self, input_ids: Int[Tensor, "B T"]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], *, documents: list[list[int]] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms."""
         with torch.autocast(input_ids.device.type, enabled=False), float32_products(tf32=False):
             self._head = self._head or [self.teacher.head()]
-            losses, _ = self.teacher.losses(self._head[0], input_ids)
+            inside = _documents(documents and without_last(documents), input_ids.device)
+            losses, _ = self.teacher.losses(self._head[0], input_ids, documents=inside)
             return losses.view(len(input_ids), -1), {}
-
-
-def seed_step(seed: int, step: int, process: int) -> None:
-    """Seed dropout from seed, step and process, so that checkpoints need not hold the state of the generators."""
-    number = int.from_bytes(hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=7).digest())
-    # torch.manual_seed takes a millisecond, because it looks for every kind of device
-    torch.default_generator.manual_seed(number)
-    if (kind := current_device().type) != "cpu":
-        (torch.cuda if kind == "cuda" else torch.mps).manual_seed(number)
 
 
 class StepData(NamedTuple):
@@ -243,8 +249,7 @@ def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indic
     """Read this process's share of a global batch; the arguments are those of `gradients`."""
     count = len(indices) // size  # micro-batches of all processes
     turns = range(accelerator.process_index, count, accelerator.num_processes)
-    groups = [indices[turn * size : (turn + 1) * size] for turn in turns]
-    rows = [row for group in groups for row in group]
+    rows = [row for turn in turns for row in indices[turn * size : (turn + 1) * size]]
     # micro-batches have different numbers of tokens, and the mean is over the global batch
     step: Any = getattr(module, "module", module)  # DDP and DeepSpeed wrap it
     covered = step.covered(blocks.sequence_length)
@@ -287,12 +292,11 @@ def gradients(
     means = torch.zeros((), device=accelerator.device)
     for turn, start in enumerate(starts):
         batch = whole.part(start, start + size)
-        known = data.read[turn]
-        read = None if known is None else known.to(accelerator.device)
+        read = data.read[turn] and data.read[turn].to(accelerator.device)
         # divides the loss by the number of micro-batches, and averages over processes only after the last one
         with accelerator.accumulate(module):
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
-                loss, terms = module(batch.input_ids, batch.lengths, data.share, read, batch.counted)
+                loss, terms = module(*batch[:2], data.share, read, *batch[2:])
             accelerator.backward(loss)
         names = ["loss", *(name if "/" in name else f"loss/{name}" for name in terms)]
         means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(starts)
@@ -316,7 +320,7 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
     for start in follow(range(0, math.ceil(len(blocks) / world), size), "evaluate", "batches", announce=False):
         numbers = range(start * world + rank, min(start + size, math.ceil(len(blocks) / world)) * world, world)
         batch = blocks.batch([min(index, len(blocks) - 1) for index in numbers]).to(accelerator.device)
-        losses, _ = module(batch.input_ids)  # (B, T - 1)
+        losses, _ = module(batch.input_ids, documents=batch.documents)  # (B, T - 1)
         known = batch.lengths or [blocks.sequence_length] * len(numbers)
         real = [length if index < len(blocks) else 0 for index, length in zip(numbers, known, strict=True)]
         positions = torch.arange(1, losses.shape[1] + 1, device=losses.device)

@@ -227,7 +227,8 @@ def evaluation_seconds(
     module.eval()
     rows, marks = range(min(size, len(blocks))), list[float]()
     for _ in range(2):
-        module(blocks.batch(rows).to(accelerator.device).input_ids)[0].sum().item()
+        batch = blocks.batch(rows).to(accelerator.device)
+        module(batch.input_ids, documents=batch.documents)[0].sum().item()
         marks.append(clock())
     module.train(was_training)
     return (marks[1] - marks[0]) * len(blocks) / (len(rows) * int(accelerator.num_processes))

@@ -90,7 +90,14 @@ def _teacher(config: TeachConfig, data: PackedDataset) -> tuple[Teacher, int]:
     """Load the teacher and return it with the number of tokens that it predicts.
 
     These are the tokens of a student that a preset makes for this teacher and dataset.
+
+    Raises:
+        ConfigError: the dataset holds pairs.
     """
+    if data.train.divided:
+        raise ConfigError(
+            f"{data.name} holds pairs, which a cache does not fit: it has whole blocks", "use distill alone"
+        )
     dtype = DTYPES[config.teacher_dtype]
     teacher, directory = load_teacher(config.teacher, data, dtype, allow_pickle=config.allow_pickle)
     vocabulary = teacher.shape.vocabulary if isinstance(teacher, GPT2Teacher) else data.vocab_size

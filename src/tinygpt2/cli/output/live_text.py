@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tinygpt2.cli.output.tables import Column, print_table
 from tinygpt2.utils.terminal import open_console, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tinygpt2.decoding.generation import GenerateResult, Generation
+    from tinygpt2.decoding.text_statistics import TextStatistics
 
 _PIPED_RULE = 80  # columns of a rule in files and pipes
 _NARROWEST, _GAP = 36, 3  # columns of a text beside others, and between two texts
@@ -189,6 +191,29 @@ def render_generate(result: Any, console: Console) -> None:
                 _rule(", ".join([*title, _figures(text)]), console)
                 _print_text(text, console)
     render_draft(result, console)
+    if result.statistics is not None:
+        render_statistics({names[one.model]: one.statistics for one in result.statistics}, console)
+
+
+def render_statistics(statistics: dict[str, TextStatistics], console: Console) -> None:
+    """Print the statistics of the texts of each model."""
+
+    def shown(values: Iterable[float | None], digits: int) -> list[str]:
+        return ["-" if value is None else f"{value:.{digits}f}" for value in values]
+
+    every = list(statistics.values())
+    print_table(
+        [
+            Column("model", list(statistics), left=True),
+            Column("texts", [str(one.texts) for one in every], rank=2),
+            *(Column(f"distinct-{n}", shown((getattr(one, f"distinct_{n}") for one in every), 3)) for n in (1, 2, 3)),
+            Column("repeated 4-grams", shown((one.repeated_4 for one in every), 3)),
+            Column("tokens", shown((one.length for one in every), 1), rank=1),
+            Column("tokens to end", shown((one.length_to_end for one in every), 1), rank=1),
+            Column("ended", shown((one.ended for one in every), 2)),
+        ],
+        console,
+    )
 
 
 def render_draft(result: GenerateResult, console: Console) -> None:

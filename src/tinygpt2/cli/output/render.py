@@ -15,6 +15,7 @@ from tinygpt2.cli.output.curves import render_runs, render_show
 from tinygpt2.cli.output.facts import fields_of, plan_group, print_facts
 from tinygpt2.cli.output.live_text import render_generate
 from tinygpt2.cli.output.tables import PIPED_WIDTH, Column, print_note, print_table, short_path
+from tinygpt2.cli.output.text_evaluation import render_text_evaluation
 from tinygpt2.errors import InterruptedRunError, TinyGPT2Error
 from tinygpt2.utils.terminal import json_line, open_console, printable
 from tinygpt2.utils.units import duration, number, short_count, size
@@ -287,6 +288,7 @@ RENDER: dict[str, Callable[[Any, Console], None]] = {
     "TruncateStudentResult": _render_cut,
     "CutSearchResult": _render_search,
     "PresetList": _render_presets,
+    "EvaluateTextResult": render_text_evaluation,
     "GenerateResult": render_generate,
     "BenchResult": _render_bench,
     "PushResult": _render_push,

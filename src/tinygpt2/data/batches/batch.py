@@ -20,11 +20,14 @@ class Batch(NamedTuple):
             on the host, because reading them from a GPU would wait for it.
         counted: which tokens count as targets (B, T), as an array of the host; the first token of a block never does.
             None if all real tokens but the first do.
+        documents: the lengths of the documents in each block, which no token sees beyond its own; they add up to T, as
+            padding belongs to the last one. None if a token sees all tokens before it.
     """
 
     input_ids: Int[Tensor, "B T"]
     lengths: list[int] | None
     counted: Array | None = None
+    documents: list[list[int]] | None = None
 
     def to(self, device: Any) -> Batch:
         """Return the batch with its tokens on another device."""
@@ -34,7 +37,8 @@ class Batch(NamedTuple):
         """Return some of the blocks; if none of them is padded, without lengths."""
         ids, lengths = self.input_ids[start:stop], self.lengths and self.lengths[start:stop]
         counted = None if self.counted is None else self.counted[start:stop]
-        return Batch(ids, lengths if lengths and min(lengths) < ids.shape[1] else None, counted)
+        documents = self.documents and self.documents[start:stop]
+        return Batch(ids, lengths if lengths and min(lengths) < ids.shape[1] else None, counted, documents)
 
     @property
     def targets(self) -> list[int]:

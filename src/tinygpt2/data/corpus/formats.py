@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from tinygpt2.config.data import InputFormat
+from tinygpt2.data.corpus.pairs import PairReader
 from tinygpt2.errors import DataError
 from tinygpt2.utils.progress import say
 
@@ -96,6 +97,7 @@ class ReadOptions:
         lenient: return bytes that are not UTF-8 as lone surrogates, which the caller handles, instead of an error.
         format: the format of every file; `auto` finds it out.
         members: patterns of names; from an archive, only the first member that matches one is read. Empty means all.
+        pairs: reads pairs or chats from rows instead of one text.
         notes: collects what was read and said.
     """
 
@@ -104,7 +106,13 @@ class ReadOptions:
     lenient: bool = False
     format: InputFormat = "auto"
     members: tuple[str, ...] = ()
+    pairs: PairReader | None = None
     notes: Notes = field(default_factory=Notes, compare=False)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields or columns of a row that are read."""
+        return (self.text_column,) if self.pairs is None else self.pairs.columns
 
     def cut_without_space(self, name: str) -> None:
         """Say that a document is cut at a place that may change a token."""
@@ -168,7 +176,7 @@ def _by_content(head: bytes, how: ReadOptions) -> InputFormat:
             fields = next(csv.reader([line.decode("utf-8", "replace").rstrip("\r")], delimiter=delimiter), [])
         except csv.Error:
             continue
-        if whole and len(fields) > 1 and how.text_column in fields:
+        if whole and len(fields) > 1 and set(how.columns) <= set(fields):
             return "csv" if kind == "csv" else "tsv"
     return "text"
 

@@ -20,8 +20,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tinygpt2.config.data import EncodingErrors, InputFormat, TextOptions
+from tinygpt2.config.data import EncodingErrors, InputFormat, PairOptions, TextOptions
 from tinygpt2.data.corpus.formats import COMPRESSED, ENDINGS, Notes, ReadOptions
+from tinygpt2.data.corpus.pairs import PairReader
 from tinygpt2.data.corpus.python_docs import python_docs
 from tinygpt2.data.corpus.readers import read_stream
 from tinygpt2.data.corpus.tables import check_column, rows_of, text_of
@@ -61,6 +62,7 @@ class Corpus:
         split: names of splits; the first one that a dataset has is read.
         format: the format of every file; `auto` finds it out.
         given: what to read instead of finding out what the sources mean.
+        pairs: reads pairs or chats from rows; None reads one text.
         encoding_errors: number of documents with such bytes so far.
         empty_documents: number of documents so far that were left out because they are blank.
         notes: what was said about the sources.
@@ -73,6 +75,7 @@ class Corpus:
     split: tuple[str, ...] = ("train",)
     format: InputFormat = "auto"
     given: list[SourceItem] | None = None
+    pairs: PairReader | None = None
     encoding_errors: int = field(default=0, init=False)
     empty_documents: int = field(default=0, init=False)
     notes: Notes = field(default_factory=Notes, init=False)
@@ -80,7 +83,9 @@ class Corpus:
     @classmethod
     def of(cls, sources: list[str], options: TextOptions, split: tuple[str, ...] = ("train",)) -> Corpus:
         """Return the corpus of these sources, read with a command's options."""
-        return cls(sources, options.document, options.text_column, options.encoding_errors, split, options.input_format)
+        read = (options.document, options.text_column, options.encoding_errors, split, options.input_format)
+        pairs = PairReader.of(options) if isinstance(options, PairOptions) and options.prompt_column else None
+        return cls(sources, *read, pairs)
 
     def pieces(self) -> Iterator[Piece]:
         """Yield the documents of all sources in order, without blank ones.
@@ -90,7 +95,8 @@ class Corpus:
                 is broken or lacks the field (the message gives file and row).
         """
         lenient = self.errors != "strict"
-        how = ReadOptions(self.document or "file", self.text_column, lenient, self.format, notes=self.notes)
+        read = (self.document or "file", self.text_column, lenient, self.format, (), self.pairs)
+        how = ReadOptions(*read, notes=self.notes)
         number = 0
         for item in self.items:
             for parts in _by_document(item.rows(how)):

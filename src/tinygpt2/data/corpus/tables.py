@@ -105,10 +105,12 @@ def csv_rows(stream: io.BufferedReader, name: str, how: ReadOptions, delimiter: 
     rows = csv.reader(_lines(stream, name, how), strict=True, delimiter=delimiter)
     try:
         header = next(filter(None, rows), [])
-        if header and how.text_column not in header:
+        if header and how.pairs is None and how.text_column not in header:
             raise _no_text(f"{name}:1", how, ", ".join(header))
         for row in rows:
-            if len(row) == len(header):
+            if len(row) == len(header) and how.pairs is not None:
+                yield text_of(dict(zip(header, row, strict=True)), f"{name}:{rows.line_num}", how)
+            elif len(row) == len(header):
                 yield row[header.index(how.text_column)]
             elif row:
                 raise DataError(f"{name}:{rows.line_num}: {len(row)} fields, but the header has {len(header)}")
@@ -123,11 +125,13 @@ def tsv_rows(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator
 
 
 def text_of(row: Any, where: str, how: ReadOptions) -> str:
-    """Return the text of a row. A row whose text is null is an empty document.
+    """Return the text of a row, or its turns. A row whose text is null is an empty document.
 
     Raises:
         DataError: the row has no such field, the field is no text, or the text is not valid.
     """
+    if how.pairs is not None:
+        return how.pairs.text(row, where, lenient=how.lenient)
     text = row.get(how.text_column, row) if isinstance(row, dict) else row
     if text is None:
         return ""
@@ -156,7 +160,8 @@ def parquet_rows(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iter
 
     with seekable(stream) as file, pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 16) as table:
         check_column(table.schema_arrow, name, how)
-        yield from rows_of(table.iter_batches(256, columns=[how.text_column]), name, how)
+        columns = None if how.pairs is not None else [how.text_column]
+        yield from rows_of(table.iter_batches(256, columns=columns), name, how)
 
 
 def arrow_rows(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[str]:
@@ -171,11 +176,13 @@ def arrow_rows(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterat
 
 
 def check_column(schema: Any, name: str, how: ReadOptions) -> None:
-    """Check that a table has the text column, and that the column contains text.
+    """Check that a table has the text column, and that the column contains text. Rows of pairs check themselves.
 
     Raises:
         DataError: the column is missing or has another type.
     """
+    if how.pairs is not None:
+        return
     kind = schema.field(how.text_column).type if schema.names.count(how.text_column) == 1 else None
     if kind is not None and pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -188,6 +195,11 @@ def rows_of(batches: Iterator[Any], name: str, how: ReadOptions) -> Iterator[str
     """Yield the texts of a table's record batches. A row without a text is an empty document."""
     number = 0
     for batch in batches:
+        if how.pairs is not None:
+            for row in batch.to_pylist():
+                number += 1
+                yield text_of(row, f"{name}: row {number}", how)
+            continue
         column = batch.column(how.text_column)
         _check_bounds(column)
         for value in column:

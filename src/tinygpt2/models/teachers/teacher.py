@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tinygpt2.models.activations import Activations, collect_activations
+from tinygpt2.models.documents import Documents
 from tinygpt2.models.lm_head import Head, head_operand, losses_of
 from tinygpt2.models.parameters import cast_linear_layers
 from tinygpt2.models.teachers.vocabularies import Reading
@@ -107,12 +108,18 @@ class Teacher(nn.Module):
         return length - (self.reading.start is not None and limit is not None and length >= limit)
 
     def collect(
-        self, input_ids: Int[Tensor, "B T"], states: Iterable[int], attention: Iterable[int] = ()
+        self,
+        input_ids: Int[Tensor, "B T"],
+        states: Iterable[int],
+        attention: Iterable[int] = (),
+        documents: Documents | None = None,
     ) -> Activations:
         """Return hidden states of the positions that are `covered`, and of a GPT-2 also attention.
 
         See `collect_activations` for the arguments and the numbers of the states.
         """
+        if documents is not None:
+            return self._collect_apart(input_ids, list(states), documents)
         start, ids = self.reading.start, input_ids
         if self.rows is not None:
             ids = self.rows.clamp(min=0)[ids]
@@ -123,6 +130,19 @@ class Teacher(nn.Module):
         found.states = {number: state[:, 1:] for number, state in found.states.items()}
         found.attention = {number: fused[:, 1:] for number, fused in found.attention.items()}
         return found
+
+    def _collect_apart(self, input_ids: Int[Tensor, "B T"], states: list[int], documents: Documents) -> Activations:
+        """Return hidden states of blocks whose tokens see no other documents: each document runs by itself.
+
+        A document that fills a block may have none at its last position: see `covered`.
+        """
+        size, length = input_ids.shape
+        parts: dict[int, list[Tensor]] = {number: [] for number in states}
+        for ids in documents.apart(input_ids):
+            for number, state in self.collect(ids, states).states.items():
+                parts[number].append(nn.functional.pad(state, (0, 0, 0, ids.shape[1] - state.shape[1])))
+        covered = self.covered(length)
+        return Activations({number: documents.together(some, size)[:, :covered] for number, some in parts.items()})
 
     def _run(self, ids: Int[Tensor, "B T"], states: Iterable[int], attention: Iterable[int]) -> Activations:
         """Run the model on its own tokens."""
@@ -164,18 +184,22 @@ class Teacher(nn.Module):
         input_ids: Int[Tensor, "B T"],
         wanted: Int[Tensor, " N"] | None = None,
         ruled_out: Bool[Tensor, " V"] | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Float[Tensor, " N"], Bool[Tensor, "N 2"] | None]:
         """Return the losses of next tokens, and the hits: see `target_losses`."""
-        states, targets = self.predicting(input_ids, wanted), input_ids[:, 1:].flatten()
+        states, targets = self.predicting(input_ids, wanted, documents), input_ids[:, 1:].flatten()
         targets = targets if wanted is None else targets.index_select(0, wanted)
         return losses_of(states, targets, head.logits, self.vocabulary, ruled_out)
 
     def predicting(
-        self, input_ids: Int[Tensor, "B T"], wanted: Int[Tensor, " N"] | None = None
+        self,
+        input_ids: Int[Tensor, "B T"],
+        wanted: Int[Tensor, " N"] | None = None,
+        documents: Documents | None = None,
     ) -> Float[Tensor, "N D"]:
         """Return the last hidden states that predict the wanted next tokens: see `target_losses`."""
         last = self.shape.layers
-        states = self.collect(input_ids[:, :-1], [last]).states[last].flatten(0, 1)
+        states = self.collect(input_ids[:, :-1], [last], documents=documents).states[last].flatten(0, 1)
         return states if wanted is None else states.index_select(0, wanted)
 
     def place_head(self, device: torch.device) -> None:
@@ -205,6 +229,12 @@ class GPT2Teacher(Teacher):
 
     def _run(self, ids: Int[Tensor, "B T"], states: Iterable[int], attention: Iterable[int]) -> Activations:
         return self._collect(self.model, ids, states, attention)
+
+    def _collect_apart(self, input_ids: Int[Tensor, "B T"], states: list[int], documents: Documents) -> Activations:
+        if self.reading.start is not None:  # before each document
+            return super()._collect_apart(input_ids, states, documents)
+        ids = input_ids if self.rows is None else self.rows.clamp(min=0)[input_ids]
+        return self._collect(self.model, ids, states, documents=documents)
 
     def compile_passes(self) -> None:
         """See `Teacher`."""

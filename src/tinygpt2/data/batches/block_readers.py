@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tinygpt2.config.data import H5PY_HINT
+from tinygpt2.data.batches.packing import COUNTED, FIRST, REAL
 from tinygpt2.errors import ConfigError, DataError, one_line
 from tinygpt2.utils.types import Array
 
@@ -21,6 +22,7 @@ class BlockPart(Protocol):
 
     padded: bool  # whether any block may be padded
     marked: bool  # whether any block says which of its tokens count as targets
+    divided: bool  # whether blocks say where documents begin
 
     def __len__(self) -> int: ...
 
@@ -33,21 +35,26 @@ class BlockPart(Protocol):
     def counted(self, start: int, stop: int) -> Array:
         """Return which tokens count as targets (rows, T), if blocks are marked."""
 
+    def first(self, start: int, stop: int) -> Array:
+        """Return with which tokens documents begin (rows, T), if blocks are divided."""
+
 
 class _Unmarked:
-    """All real tokens count as targets."""
+    """All real tokens count as targets, and nothing says where documents begin."""
 
-    marked = False
+    padded = marked = divided = False
 
     def counted(self, start: int, stop: int) -> Array:
+        """See `BlockPart`."""
+        raise NotImplementedError
+
+    def first(self, start: int, stop: int) -> Array:
         """See `BlockPart`."""
         raise NotImplementedError
 
 
 class ArrowPart(_Unmarked):
     """A memory-mapped Arrow record batch."""
-
-    padded = False
 
     def __init__(self, chunk: Any, length: int) -> None:
         self._rows = chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, length)
@@ -62,6 +69,40 @@ class ArrowPart(_Unmarked):
     def lengths(self) -> Array:
         """See `BlockPart`."""
         return np.full(len(self._rows), self._rows.shape[1], np.int32)
+
+
+class MarkedPart(ArrowPart):
+    """A memory-mapped Arrow record batch with marks: see `packing`."""
+
+    padded = marked = divided = True
+
+    def __init__(self, chunk: Any, marks: Any, length: int) -> None:
+        super().__init__(chunk, length)
+        self._marks = marks.flatten().to_numpy(zero_copy_only=True).reshape(-1, length)
+
+    def read(self, start: int, stop: int) -> tuple[Array, Array | None]:
+        """See `BlockPart`."""
+        return self._rows[start:stop], 1 - (self._marks[start:stop] & REAL)
+
+    def marks(self, start: int, stop: int) -> Array:
+        """Return the marks as stored (rows, T)."""
+        found: Array = self._marks[start:stop]
+        return found
+
+    def lengths(self) -> Array:
+        """See `BlockPart`."""
+        parts = [self._marks[start : start + _AT_ONCE] & REAL for start in range(0, len(self), _AT_ONCE)]
+        return np.concatenate([part.sum(1, dtype=np.int32) for part in parts])
+
+    def counted(self, start: int, stop: int) -> Array:
+        """See `BlockPart`."""
+        found: Array = self.marks(start, stop) & COUNTED != 0
+        return found
+
+    def first(self, start: int, stop: int) -> Array:
+        """See `BlockPart`."""
+        found: Array = self.marks(start, stop) & FIRST != 0
+        return found
 
 
 class Hdf5Part(_Unmarked):
@@ -145,7 +186,7 @@ class JsonPart(_Unmarked):
         return ids, mask
 
 
-class MapPart:
+class MapPart(_Unmarked):
     """A map-style dataset. Its items hold `input_ids`, and if there is padding, `attention_mask` or `input_mask`.
 
     `labels` may say which tokens count as targets. Whether any do is known when all items have been read.
@@ -237,15 +278,6 @@ class MapPart:
         if values.dtype.kind not in "iub":
             raise DataError(f"{where}: {key} are not whole numbers")
         return values.astype(np.int64)
-
-
-def targets_of(part: BlockPart) -> Array:
-    """Return the number of targets that count in every block of a part. The first token of a block never counts."""
-    if not part.marked:
-        every: Array = np.maximum(part.lengths() - 1, 0)
-        return every
-    steps = range(0, len(part), _AT_ONCE)
-    return np.concatenate([part.counted(i, min(i + _AT_ONCE, len(part)))[:, 1:].sum(1, dtype=np.int32) for i in steps])
 
 
 def real_tokens(mask: Array, first: int, where: str | None = None) -> list[int]:
