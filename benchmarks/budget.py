@@ -38,12 +38,12 @@ from tinygpt2 import (
 )
 from tinygpt2.compression.calibration import calibration_batches, mean_loss
 from tinygpt2.compression.sizes import Shape, space_of
+from tinygpt2.config.common import STEP_TOKENS
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.models.loading import load_model, model_config
 from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.cpu import fast_products, usable_cores
 from tinygpt2.utils import progress
-from tinygpt2.workflows.cuts.search import STEP_TOKENS
 
 CASES = ("3M", "half", "by hand", "2M", "draft")
 _DEPTHS = 4  # of the cuts by hand: the teacher's, and the next smaller ones

@@ -66,7 +66,7 @@ def training_step(options: argparse.Namespace, ours: bool, bf16: bool) -> Any:
     from naive import NaiveStep
 
     from tinygpt2.config.training import PretrainConfig
-    from tinygpt2.objectives.combined import LossWeights
+    from tinygpt2.objectives.weights import LossWeights
     from tinygpt2.training.optimizers import make_optimizer
     from tinygpt2.training.step import Step
 

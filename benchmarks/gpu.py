@@ -132,7 +132,7 @@ def train(place: Place, command: str, model: str, precision: str, seconds: float
     """Run `pretrain` or `distill`, with fewer blocks in a micro-batch while memory runs out."""
     from tinygpt2 import DistillConfig, PretrainConfig, distill, pretrain
     from tinygpt2.errors import MachineError
-    from tinygpt2.objectives.combined import LossWeights
+    from tinygpt2.objectives.weights import LossWeights
     from tinygpt2.training.metrics import read_metrics
     from tinygpt2.training.throughput import step_operations
 
@@ -172,7 +172,7 @@ def naive(place: Place, precision: str, seconds: float) -> dict[str, Any]:
     import distill_step
     import torch
 
-    from tinygpt2.objectives.combined import LossWeights
+    from tinygpt2.objectives.weights import LossWeights
     from tinygpt2.training.throughput import step_operations
 
     distill_step.VOCABULARY = place.sizes["vocabulary"]

@@ -20,7 +20,7 @@ from transformers import GPT2Config
 
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.models.loading import random_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.planning.memory_estimate import step_memory
 
 SMALL, MEDIUM, LARGE, XL = (12, 768, 12), (24, 1024, 16), (36, 1280, 20), (48, 1600, 25)

@@ -22,7 +22,7 @@ from tinygpt2 import PretrainConfig
 from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.batches.packing import COUNTED, FIRST, REAL, best_fit, block_of, document_lengths
 from tinygpt2.models.loading import random_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.devices import current_device
 from tinygpt2.training.step import Step
 

@@ -39,7 +39,7 @@ from tinygpt2.data.batches.order import Shuffle
 from tinygpt2.data.dataset import Blocks, PackedDataset, load_packed_dataset
 from tinygpt2.models.lm_head import target_losses
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.schedule import peak_learning_rate

@@ -29,7 +29,7 @@ from tinygpt2.config.distillation import CacheKind
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.teachers.loading import load_teacher
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.step import Step

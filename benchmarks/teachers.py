@@ -66,7 +66,7 @@ def work(options: argparse.Namespace) -> None:
     from tinygpt2.config.training import PretrainConfig
     from tinygpt2.models.loading import random_model
     from tinygpt2.models.teachers.loading import as_teacher
-    from tinygpt2.objectives.combined import LossWeights
+    from tinygpt2.objectives.weights import LossWeights
     from tinygpt2.runtime.cpu import fast_products, keep_memory
     from tinygpt2.training.optimizers import make_optimizer
     from tinygpt2.training.step import Step

@@ -16,7 +16,7 @@ from transformers import GPT2Config
 
 from tinygpt2.config.training import PretrainConfig
 from tinygpt2.models.loading import random_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.step import Step
 

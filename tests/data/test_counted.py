@@ -16,7 +16,7 @@ from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.dataset import PackedDataset, from_map_style
 from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import Counts, LossWeights
+from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.training.step import Step, evaluate, joined
 
 

@@ -14,7 +14,7 @@ from tests.objectives.test_objectives import RUN, T, V, gpt2
 from tinygpt2 import PregenerateConfig, distill, pregenerate
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.data.dataset import load_packed_dataset
-from tinygpt2.objectives.combined import Counts, LossWeights
+from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.training.step import Step, evaluate
 
 LENGTHS = [T, 9, 1, 14]

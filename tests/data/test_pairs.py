@@ -28,7 +28,7 @@ from tinygpt2.data.batches.packing import best_fit
 from tinygpt2.data.dataset import Blocks, PackedDataset, load_packed_dataset
 from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.step import Step, evaluate
 
 LENGTH = 48

@@ -31,7 +31,7 @@ from tinygpt2.evaluation.scoring import Scorer, windows
 from tinygpt2.models.loading import random_model
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.objectives import logits
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.training import job as jobs
 from tinygpt2.training import loop

@@ -19,7 +19,7 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import MachineError
 from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.loading import random_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training import loop
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.step import Step

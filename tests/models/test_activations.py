@@ -19,7 +19,7 @@ from tinygpt2.models import activations
 from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.loading import load_model, random_model
 from tinygpt2.models.parameters import cast_linear_layers, set_dropout
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.step import Step
 

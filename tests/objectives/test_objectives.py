@@ -17,8 +17,9 @@ from tinygpt2.config.distillation import DistillConfig, PredictionLoss
 from tinygpt2.config.training import PretrainConfig
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.activations import by_head, collect_activations
-from tinygpt2.objectives.combined import LossWeights, Objectives
+from tinygpt2.objectives.combined import Objectives
 from tinygpt2.objectives.layer_maps import layer_pairs
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.step import Step
 
 B, T, V = 2, 21, 50

@@ -14,7 +14,7 @@ from tinygpt2 import plan_run
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.models.lm_head import default_chunk, operand_rows
 from tinygpt2.models.loading import random_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.planning import dry_run
 from tinygpt2.planning.memory_estimate import step_memory
 from tinygpt2.runtime import memory

@@ -15,7 +15,7 @@ from tinygpt2 import pretrain
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import PEAKS, device_peak, repeatable
 from tinygpt2.training import job, step

@@ -25,7 +25,7 @@ from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.documents import Documents, without_last
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.teachers.loading import load_teacher
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.step import Step
 
 LENGTHS = [[3, 9, 1, 7], [20], [1, 1, 18], [10, 10]]

@@ -23,7 +23,7 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.planning.dry_run import plan_run
 from tinygpt2.training import loop, preparation
 from tinygpt2.training.metrics import read_metrics

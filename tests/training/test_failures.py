@@ -28,7 +28,7 @@ from tinygpt2.data.batches.order import Shuffle
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.errors import ConfigError, DivergedError, ModelError
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.planning import batch_size
 from tinygpt2.planning.memory_estimate import saved_bytes
 from tinygpt2.training import loop

@@ -18,7 +18,7 @@ from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.step import Step, gradients
 from tinygpt2.training.teacher_cache import TeacherCache, cache_name

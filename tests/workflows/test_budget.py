@@ -16,7 +16,7 @@ from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, trunc
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.loading import load_model
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.step import Step
 from tinygpt2.training.throughput import step_seconds
@@ -44,6 +44,7 @@ def test_the_largest_cut_that_sees_enough_is_taken(teacher: Path, data: Path, tm
     )
     enough = [one.student for one in found.candidates if one.tokens >= one.parameters]
     assert found.chosen == (enough or [one.student for one in reversed(found.candidates)])[0]
+    assert found.search_seconds is None  # the time is too short
     assert "--temperature 2.0" in found.commands[1]
     assert "--plan" not in found.commands[1]
     for command in found.commands:
@@ -66,6 +67,11 @@ def test_cuts_are_measured_on_one_text(teacher: Path, data: Path, corpus: Path, 
     assert len(found.candidates) == 3
     assert max(one.passes for one in found.candidates) <= 4.1  # whatever the time
     assert f"--out {tmp_path / 's'}-start" in found.commands[0]
+    chosen = next(one for one in found.candidates if one.student == found.chosen)
+    assert found.search_seconds == pytest.approx(2 * 12 * 50 * 2048 / chosen.tokens_per_second)
+    assert f"--target-params {chosen.parameters} " in found.commands[0]
+    seconds = chosen.tokens / chosen.tokens_per_second + found.search_seconds + chosen.evaluation_seconds
+    assert seconds < 600 * 60
     with pytest.raises(ConfigError, match="matches no parameter"):
         plan_budget(DistillConfig(**base, plan=True, freeze=["nothing"]))
 

@@ -184,10 +184,14 @@ def aligned_teacher(
             f"{inside[0]} compares positions, which teacher and student do not share: teacher {what}",
             f"use {inside[0]} 0: predictions can be learned",
         )
-    if config.prediction_loss == "reverse_kl":
+    if "reverse_kl" in config.losses:
         raise ConfigError(
             f"--prediction-loss reverse_kl is infinite for tokens that cannot come next: teacher {what}",
             "use another --prediction-loss",
+        )
+    if config.on_policy_fraction:
+        raise ConfigError(
+            f"--on-policy-fraction needs the teacher's tokens: teacher {what}", "leave out --on-policy-fraction"
         )
     if config.teacher_cache is not None:
         raise ConfigError(f"--teacher-cache needs the teacher's tokens: teacher {what}", "leave out --teacher-cache")

@@ -33,7 +33,7 @@ from tinygpt2.cli.output.render import print_result
 from tinygpt2.cli.session import choose_level
 from tinygpt2.config.base import OPTIONS, Config, extra, flag_name, plain_type
 from tinygpt2.config.cerebras import is_cerebras, options_of
-from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, RUN, TARGET, TEXT
+from tinygpt2.config.common import DECODING, LENGTH, OBJECTIVES, OPTIMISATION, OWN_TEXT, RUN, TARGET, TEXT
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.config.decoding import SampleConfig
 from tinygpt2.config.distillation import read_recipe
@@ -48,7 +48,7 @@ from tinygpt2.utils.terminal import printable
 Run = Callable[[Any, bool], Any]
 """Called with the configuration and whether to print JSON. Returns the result, or None if it has printed it."""
 
-HEADINGS = (REQUIRED, COMMON, OPTIONS, TARGET, OBJECTIVES, DECODING, TEXT, LENGTH, OPTIMISATION, RUN)
+HEADINGS = (REQUIRED, COMMON, OPTIONS, TARGET, OBJECTIVES, OWN_TEXT, DECODING, TEXT, LENGTH, OPTIMISATION, RUN)
 """Headings of the options, in the order in which help lists them."""
 
 LETTERS = {"out": "-o", "model": "-m"}

@@ -1,4 +1,4 @@
-"""Options of `generate`, `sample` and `bench`."""
+"""Options of `generate`, `sample` and `bench`, and of sampling in `distill`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Literal
 
-from tinygpt2.config.base import flag_name, option
-from tinygpt2.config.common import DECODING, MAX_SEED, RUN, TEXT
+from tinygpt2.config.base import Config, extra, flag_name, option
+from tinygpt2.config.common import DECODING, MAX_SEED, OWN_TEXT, RUN, TEXT
 from tinygpt2.config.data import H5PY_HINT, Format
 from tinygpt2.config.models import DeviceOptions, ModelOptions
 
@@ -178,6 +178,49 @@ class SampleConfig(ModelOptions, DeviceOptions):
             yield "--prompt-tokens has no effect without --prompts"
         if self.format == "hdf5" and find_spec("h5py") is None:
             yield f"--format hdf5: h5py is not installed; {H5PY_HINT}"
+
+
+class OwnTextOptions(Config):
+    """Options of text that is sampled while a student learns."""
+
+    on_policy_fraction: float = option(
+        "Share of the training sequences that the student writes itself: it continues the beginnings of blocks. The "
+        "loss counts the continuation alone, up to its first end-of-text token.",
+        default=0.0,
+        panel=OWN_TEXT,
+        ge=0,
+        le=1,
+    )
+    prompt_tokens: str = option(
+        "Fewest and most tokens of such a beginning. Each has a random length between them.",
+        default="16:64",
+        panel=OWN_TEXT,
+        metavar="MIN:MAX",
+    )
+    max_new_tokens: int | None = option(
+        "Most tokens to sample after it.", default=None, panel=OWN_TEXT, ge=1, shown="until the block ends"
+    )
+    sample_temperature: float = option(
+        "Sample with this temperature. The losses have their own, --temperature.", default=1.0, panel=OWN_TEXT, gt=0
+    )
+    samples_per_prompt: int = option("Continuations of each beginning.", default=1, panel=OWN_TEXT, ge=1)
+
+    @property
+    def prompt_range(self) -> tuple[int, int]:
+        """The fewest and the most tokens of a prompt."""
+        return token_range(self.prompt_tokens)
+
+    def conflicts(self) -> Iterator[str]:
+        """Check the range of prompts, and that options of sampling have an effect."""
+        yield from super().conflicts()
+        try:
+            token_range(self.prompt_tokens)
+        except ValueError as error:
+            yield f"--prompt-tokens: {error}"
+        fields = {name: field for name, field in type(self).options().items() if extra(field, "panel") == OWN_TEXT}
+        given = [name for name, field in fields.items() if getattr(self, name) != field.default]
+        if given and not self.on_policy_fraction and "on_policy_fraction" not in self.model_fields_set:
+            yield f"{' and '.join(map(flag_name, given))} has no effect without --on-policy-fraction"
 
 
 class BenchConfig(ModelOptions, DeviceOptions):

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from tinygpt2.config.base import extra, flag_name, option, summary
-from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, RUN
+from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, OWN_TEXT, RUN
+from tinygpt2.config.decoding import OwnTextOptions
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.errors import ConfigError
@@ -18,6 +19,9 @@ from tinygpt2.utils.suggestions import did_you_mean
 PredictionLoss = Literal[
     "soft_ce", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"
 ]
+OwnTextLoss = Literal[
+    "soft_ce", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation", "ce"
+]
 HiddenScale = Literal["none", "variance"]
 HeadMap = Literal["equal", "average"]
 TeacherDtype = Literal["fp32", "bf16"]
@@ -25,7 +29,7 @@ SparseKind = Literal["samples", "top"]
 CacheKind = Literal["states", "samples", "top"]
 
 
-class DistillConfig(TrainOptions):
+class DistillConfig(OwnTextOptions, TrainOptions):
     """Options of `distill`. A recipe sets objectives and optimisation; an option that is given wins over it.
 
     Sources: TinyGPT2 (attention, hidden states, soft labels), DistilGPT2 (cosine, temperature).
@@ -148,6 +152,16 @@ class DistillConfig(TrainOptions):
         panel=OBJECTIVES,
         ge=0,
     )
+    on_policy_loss: OwnTextLoss | None = option(
+        "Loss on sampled text.", default=None, panel=OWN_TEXT, shown="--prediction-loss"
+    )
+    on_policy_weight: float | None = option(
+        "Weight of this loss. Each position of sampled text counts as much as one of the data.",
+        default=None,
+        panel=OWN_TEXT,
+        ge=0,
+        shown="--prediction-weight",
+    )
     layer_map: str = option(
         "Which teacher layer each student layer learns from: uniform, last, first or numbers such as 3,6,9,12.",
         default="uniform",
@@ -166,7 +180,19 @@ class DistillConfig(TrainOptions):
     def needs_teacher(self) -> bool:
         """Whether any objective with a weight above 0 uses the teacher."""
         weights = (self.attention_weight, self.relation_weight, self.hidden_weight)
-        return any((*weights, self.prediction_weight, self.cosine_weight))
+        return any((*weights, self.prediction_weight, self.cosine_weight, self.own_text_weight))
+
+    @property
+    def own_text_weight(self) -> float:
+        """The weight of the loss on sampled text; 0 without such text."""
+        weight = self.prediction_weight if self.on_policy_weight is None else self.on_policy_weight
+        return weight if self.on_policy_fraction else 0.0
+
+    @property
+    def losses(self) -> set[str]:
+        """The names of the losses whose weight is above 0 and that compare predictions."""
+        data = {self.prediction_loss} if self.prediction_weight else set()
+        return data | ({self.on_policy_loss or self.prediction_loss} if self.own_text_weight else set())
 
     @property
     def from_cache_alone(self) -> bool:
@@ -203,10 +229,11 @@ class DistillConfig(TrainOptions):
         states = r"\d+(=\d+)?"
         if self.hidden_map not in ("all", "inner") and not re.fullmatch(f"{states}(,{states})*", str(self.hidden_map)):
             yield f"--hidden-map: expected all, inner or numbers such as 0,3 or 0,3=10, got {self.hidden_map!r}"
-        if self.skew != type(self).model_fields["skew"].default and not self.prediction_loss.startswith("skewed"):
-            yield f"--skew has no effect on --prediction-loss {self.prediction_loss}"
-        if self.jsd_beta != type(self).model_fields["jsd_beta"].default and self.prediction_loss != "jsd":
-            yield f"--jsd-beta has no effect on --prediction-loss {self.prediction_loss}"
+        losses = " and ".join(sorted(self.losses or {self.prediction_loss}))
+        if self.skew != type(self).model_fields["skew"].default and "skewed" not in losses:
+            yield f"--skew has no effect on --prediction-loss {losses}"
+        if self.jsd_beta != type(self).model_fields["jsd_beta"].default and "jsd" not in losses:
+            yield f"--jsd-beta has no effect on --prediction-loss {losses}"
         if self.head_map != "equal" and not self.attention_weight:
             yield "--head-map average has no effect while --attention-weight is 0"
         if self.hidden_map != "all" and not self.hidden_weight:
@@ -218,6 +245,16 @@ class DistillConfig(TrainOptions):
             held = "predictions" if self.caches_predictions else "final hidden states"
             yield f"--teacher-cache holds only the teacher's {held}: {why}"
         yield from self._cache_conflicts()
+        if self.on_policy_fraction:
+            yield from self._own_text_conflicts()
+
+    def _own_text_conflicts(self) -> Iterator[str]:
+        if not self.own_text_weight:
+            yield "--on-policy-fraction has no effect while --on-policy-weight is 0"
+        if self.teacher_cache is not None:
+            yield "--teacher-cache holds nothing of text that is sampled later: it excludes --on-policy-fraction"
+        if self.on_policy_fraction == 1 and self.ce_weight:
+            yield "--ce-weight has no effect with --on-policy-fraction 1: it is the cross-entropy of the data's blocks"
 
     def _cache_conflicts(self) -> Iterator[str]:
         """Check that the objectives can be computed from a cache of predictions."""
@@ -257,8 +294,12 @@ def read_recipe(name: str) -> dict[str, Any]:
         )
     values = read_yaml(path)
     allowed = {
-        key for key, field in DistillConfig.options().items() if extra(field, "panel") in (OBJECTIVES, OPTIMISATION)
+        key
+        for key, field in DistillConfig.options().items()
+        if extra(field, "panel") in (OBJECTIVES, OPTIMISATION, OWN_TEXT)
     }
     if others := sorted(set(values) - allowed):
-        raise ConfigError(f"recipe {name}: {', '.join(others)}: a recipe sets only objectives and optimisation")
+        raise ConfigError(
+            f"recipe {name}: {', '.join(others)}: a recipe sets only objectives, sampled text and optimisation"
+        )
     return values

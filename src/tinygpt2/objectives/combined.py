@@ -7,8 +7,6 @@ and a term to `Objectives.forward`, and compare it with a float64 reference in t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +15,6 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
 
 from tinygpt2.alignment.redistribution import AlignedHead
-from tinygpt2.config.distillation import DistillConfig, HeadMap, HiddenScale, PredictionLoss
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.activations import Activations, by_head
 from tinygpt2.models.lm_head import Head
@@ -27,83 +24,10 @@ from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
-from tinygpt2.objectives.positions import Predicting, RealTokens, kept
+from tinygpt2.objectives.positions import RealTokens, kept
 from tinygpt2.objectives.sparse import SparseForm
+from tinygpt2.objectives.weights import Counts, LossWeights, Part, parts_of
 from tinygpt2.utils.types import Array
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The weight of each term, under the term's name, and the settings. The defaults are plain language modelling."""
-
-    attention: float = 0.0
-    hidden: float = 0.0
-    prediction: float = 0.0
-    ce: float = 1.0
-    cosine: float = 0.0
-    relation: float = 0.0
-    hidden_scale: HiddenScale = "none"
-    loss: PredictionLoss = "forward_kl"
-    skew: float = 0.1
-    jsd_beta: float = 0.5
-    temperature: float = 1.0
-    layer_map: str = "uniform"
-    head_map: HeadMap = "equal"
-    hidden_map: str = "all"
-
-    @classmethod
-    def of(cls, config: DistillConfig) -> LossWeights:
-        """Return the weights and settings that the options of `distill` hold."""
-        return cls(
-            attention=config.attention_weight,
-            hidden=config.hidden_weight,
-            prediction=config.prediction_weight,
-            ce=config.ce_weight,
-            cosine=config.cosine_weight,
-            relation=config.relation_weight,
-            hidden_scale=config.hidden_scale,
-            loss=config.prediction_loss,
-            skew=config.skew,
-            jsd_beta=config.jsd_beta,
-            temperature=config.temperature,
-            layer_map=config.layer_map,
-            head_map=config.head_map,
-            hidden_map=config.hidden_map,
-        )
-
-
-class Counts(NamedTuple):
-    """The counts that means divide by.
-
-    Attributes:
-        positions: number of positions.
-        targets: number of next tokens to predict.
-        pairs: number of pairs of a position with itself or an earlier position.
-        predictions: number of positions whose predictions are compared: all, or those before targets that count.
-    """
-
-    positions: float
-    targets: float
-    pairs: float
-    predictions: float
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], covered: int | None = None, targets: Sequence[int] | None = None) -> Counts:
-        """Count them in blocks that have the given numbers of real tokens.
-
-        Args:
-            covered: for how many positions of each block there is a teacher, if not for all.
-            targets: how many targets of each block count, if not all do.
-        """
-        seen = lengths if covered is None else [min(length, covered) for length in lengths]
-        pairs = sum(n * (n + 1) // 2 for n in seen)
-        if targets is None:
-            return cls(sum(seen), sum(max(0, length - 1) for length in lengths), pairs, sum(seen))
-        return cls(sum(seen), sum(targets), pairs, sum(targets))
-
-    def over(self, count: int) -> Counts:
-        """Divide all counts by a number. A count of 0 is replaced by 1, so that nothing is divided by 0."""
-        return Counts(*(max(value, 1) / count for value in self))
 
 
 class Objectives(nn.Module):
@@ -140,7 +64,7 @@ class Objectives(nn.Module):
         ends: list[tuple[int, int]] = []
         if teacher is not None:
             _check_shapes(weights, student, teacher)
-            ends = [self._last] if weights.prediction or weights.cosine else []
+            ends = [self._last] if weights.compares or weights.cosine else []
         if teacher is not None and (weights.attention or weights.relation or weights.hidden):
             layers = layer_pairs(weights.layer_map, student.n_layer, teacher.layers)
             self._group = (teacher.heads or student.n_head) // student.n_head
@@ -148,7 +72,7 @@ class Objectives(nn.Module):
             self._relations = layers[-1:] if weights.relation else []
             self._states = state_pairs(weights.hidden_map, layers, teacher.layers) if weights.hidden else []
             self._make_projections(student.n_embd, teacher)
-        own = {student.n_layer} if weights.ce else set()
+        own = {student.n_layer} if weights.predicts else set()
         self.student_states = sorted(own | {i for i, _ in self._states + ends})
         self.teacher_states = sorted({j for _, j in self._states + ends})
         self.student_attention = sorted({i for i, _ in self._scores + self._relations})
@@ -174,6 +98,7 @@ class Objectives(nn.Module):
         lengths: Sequence[int] | None = None,
         share: Counts | None = None,
         counted: Array | None = None,
+        own_text: Array | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Return the weighted sum, and each active term by its name, unweighted and detached.
 
@@ -189,6 +114,7 @@ class Objectives(nn.Module):
                 batch's term.
             counted: which tokens count as targets: see `Batch`. Cross-entropy and the loss between predictions read
                 the positions before them; the terms that compare hidden states and attention read all real tokens.
+            own_text: which rows are sampled text: see `Batch`. The loss and its weight are others there.
         """
         weights = self.weights
         size, length = input_ids.shape
@@ -205,29 +131,27 @@ class Objectives(nn.Module):
         terms: dict[str, Tensor] = {}
         if teacher is not None:
             terms = self._compare(student, teacher, real, own, share)
-        predicting = real if counted is None else Predicting(counted, covered, input_ids.device)
         loss = sum((getattr(weights, name) * term for name, term in terms.items()), student_head.new_zeros(()))
-        if weights.prediction or weights.ce:
-            labels = None
-            if teacher is not None and teacher_head is not None and weights.prediction:
-                labels = (kept(teacher.states[self._last[1]], predicting), teacher_head)
-            parts = {"prediction": own.predictions / share.predictions, "ce": own.targets / share.targets}
-            parts["teacher/left_out"] = parts["prediction"]
-            hidden = kept(student.states[self._last[0]], predicting)
-            total, unweighted = prediction_loss(
-                hidden, student_head, kept(targets, predicting), labels, self._objective(parts)
-            )
-            loss = loss + total
-            terms |= {name: term * parts[name] for name, term in unweighted.items()}
+        if weights.predicts:
+            for part in parts_of(weights, counted, own_text, real, own, share, covered, input_ids.device):
+                labels = None
+                if teacher is not None and teacher_head is not None and part.prediction:
+                    labels = (kept(teacher.states[self._last[1]], part.positions), teacher_head)
+                hidden, wanted = kept(student.states[self._last[0]], part.positions), kept(targets, part.positions)
+                total, found = prediction_loss(hidden, student_head, wanted, labels, self._objective(part))
+                loss = loss + total
+                for name, term in found.items():
+                    key = name if "/" in name or part.name == "prediction" else part.name
+                    terms[key] = terms.get(key, 0) + term * part.factor(name)
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def _objective(self, parts: dict[str, float]) -> PredictionObjective:
-        """Return the losses on predictions, whose means count with these factors."""
+    def _objective(self, part: Part) -> PredictionObjective:
+        """Return the losses on the predictions of a part, whose means count with its shares."""
         weights = self.weights
         return PredictionObjective(
-            weights.prediction * parts["prediction"],
-            weights.ce * parts["ce"],
-            weights.loss,
+            part.prediction * part.shares[0],
+            part.ce * part.shares[1],
+            part.loss,
             weights.temperature,
             self.chunk,
             weights.skew,

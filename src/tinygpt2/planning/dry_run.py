@@ -16,8 +16,8 @@ from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.parameters import count_parameters, set_dropout
-from tinygpt2.objectives.combined import LossWeights
 from tinygpt2.objectives.sparse import SparseForm
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.planning.memory_estimate import step_memory
 from tinygpt2.runtime.devices import device_peak, measured_rate

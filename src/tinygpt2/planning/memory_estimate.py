@@ -22,7 +22,7 @@ from tinygpt2.models.loading import random_model
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Shape, Teacher
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.devices import DTYPES, chosen_precision, current_device, on_cuda
 from tinygpt2.training.step import Step
 
@@ -123,7 +123,7 @@ def step_memory(
     """
     short = chosen_precision(config.precision) != "fp32"
     teacher = None if teacher is None else as_teacher(teacher)
-    if teacher is None and weights.prediction:  # from a cache of predictions, which takes as much as cross-entropy
+    if teacher is None and weights.compares:  # from a cache of predictions, which takes as much as cross-entropy
         weights = replace(weights, prediction=0.0, ce=1.0)
     shape = None if teacher is None else teacher.shape
     each_weight = 20 if config.quantize else 16  # bytes
@@ -147,9 +147,9 @@ def _loss_bytes(student: GPT2Config, teacher: Shape | None, weights: LossWeights
     logits = rows * (config.logit_chunk or default_chunk(student.vocab_size, device))
     if device == "cpu":
         return 2 * 4 * logits
-    if not (weights.ce or weights.prediction):
+    if not weights.predicts:
         return 0
-    learns = teacher is not None and bool(weights.prediction)
+    learns = teacher is not None and weights.compares
     matrices = 3 if learns else 2  # the student's logits, their gradient, the teacher's logits
     widths: int = student.n_embd + (teacher.last_width if learns and teacher is not None else 0)
     return (matrices * logits + rows * widths) * (4 if chosen_precision(config.precision) == "fp32" else 2)

@@ -33,7 +33,7 @@ from tinygpt2.models.loading import load_model, model_tokenizer, random_model, t
 from tinygpt2.models.parameters import count_parameters, freeze
 from tinygpt2.models.teachers.loading import load_teacher, read_as_student
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak, on_cuda, repeatable
 from tinygpt2.runtime.launch import check_number
@@ -290,9 +290,9 @@ def distillation_job(
     else:
         student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
     if teacher is not None and source is not None:
-        loss, names = config.prediction_loss if config.prediction_weight else None, (config.teacher, config.student)
+        names = config.teacher, config.student
         if cut is None:
-            read_as_student(teacher, data, student.config, model_tokenizer(source), names, loss)
+            read_as_student(teacher, data, student.config, model_tokenizer(source), names, config.losses)
         else:
             teacher = aligned_teacher(config, teacher, cut, student.config.vocab_size)
     check_fits(data, student.config, tokenizer_fingerprint(directory), f"student {config.student}")

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 
+from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import SAVE_EVERY
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.mixture import training_order
@@ -27,8 +27,9 @@ from tinygpt2.runtime.signals import stop_on_signals
 from tinygpt2.training.checkpoint import Checkpoints
 from tinygpt2.training.failures import may_step, step_explained
 from tinygpt2.training.job import Job, cast_teacher, figures_before_training, tell_choices
-from tinygpt2.training.metrics import MetricsLog, metrics_of
+from tinygpt2.training.metrics import MetricsLog, agreed, metrics_of
 from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
+from tinygpt2.training.own_text.source import OwnText
 from tinygpt2.training.preparation import seed_step, tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
 from tinygpt2.training.schedule import Plan, learning_rate, warmup_steps
@@ -132,6 +133,9 @@ class _Run:
         self._parameters = list(self.module.parameters())
         student = accelerator.unwrap_model(self.module).student
         self._rounding = Rounding(student, config.quantize, config.quantize_from)
+        self._own_text: OwnText | None = None
+        if isinstance(config, DistillConfig) and config.on_policy_fraction:
+            self._own_text = OwnText(config, accelerator, student, job.teacher, job.data, job.clock)
         self._order = training_order(job.data, config.seed)
         self.data = ReadAhead(self._read)
         beside = None
@@ -169,6 +173,13 @@ class _Run:
         indices = self._order[step * self._sequences : (step + 1) * self._sequences]
         size = self._job.config.micro_batch_size
         return indices, read_step(self._accelerator, self.module, self._blocks, indices, size)
+
+    def _with_own_text(self, data: StepData, indices: list[int], step: int) -> StepData:
+        """Return the data of a step with sampled text in the place of some blocks, if the run has any."""
+        if self._own_text is None:
+            return data
+        batch, share = self._own_text.into(data.batch, indices, step)
+        return data if share is None else data._replace(batch=batch, share=share)
 
     def _check_schedule(self) -> None:
         """Check that a resumed run may have the length and the peak rate that it now has."""
@@ -213,7 +224,8 @@ class _Run:
         self._meter.eval_seconds = evaluation_seconds(accelerator, self.module, job.evaluated, size, clock)
         if self.state.plan is not None:
             return
-        timed = partial(step_seconds, accelerator, self.module, None, self._blocks, self._sequences, size, clock=clock)
+        place = (accelerator, self.module, None, self._blocks, self._sequences, size)
+        timed = partial(step_seconds, *place, clock=clock, prepare=self._with_own_text)
         _, first = timed(steps=2)
         more = self._from_main(min(4, int(0.01 * limit.seconds / max(first, 1e-9))))
         for seconds in [first, *timed(steps=more)]:
@@ -264,9 +276,10 @@ class _Run:
         steps, overdue = self._fitting(), self._job.clock() - self._saved > _SAVE_AFTER and config.save_every is None
         seed_step(config.seed, state.step, accelerator.process_index)
         indices, data = self.data(state.step)
+        data = self._with_own_text(data, indices, state.step)
         parts = gradients(accelerator, self.module, self._blocks, indices, config.micro_batch_size, data)
         total = clip_gradients(accelerator, self._optimizer, self._parameters, config.grad_clip)
-        terms, norm, stop, overdue, steps = _agree(accelerator, parts, total, stop, overdue, steps)
+        terms, norm, stop, overdue, steps = agreed(accelerator, parts, total, stop, overdue, steps)
         self._replan(steps)
         rate = learning_rate(self.plan.at(state.step), self.plan.length, config, self._peak_rate, state.warmup)
         for group in self._optimizer.param_groups:
@@ -294,6 +307,7 @@ class _Run:
         progress.advance(0, self._meter.note(outcome.terms, speed))
         row = {**outcome.terms, "learning_rate": outcome.learning_rate, "grad_norm": outcome.grad_norm, **speed}
         row |= self._before if step == 1 else {}
+        row |= {} if self._own_text is None else self._own_text.metrics()
         return row | ({"skipped": self.state.skipped} if self.state.skipped else {})
 
     def evaluate(self) -> tuple[dict[str, float], bool]:
@@ -302,6 +316,8 @@ class _Run:
             self.data.wait()
             whole, by_data = self._job.measured(self._evaluate)
         self.state.eval_by_data = {name: asdict(one) for name, one in by_data.items()} or None
+        if self._own_text is not None:
+            self._own_text.show(self.state.step)
         every = {"eval": whole, **{f"eval/{name}": one for name, one in by_data.items()}}
         return metrics_of(every), self.state.evaluated(**asdict(whole))
 
@@ -329,19 +345,3 @@ class _Run:
             say(f"Using the weights from step {best.step}, which had the lowest evaluation loss.")
             self.state.eval = {"loss": best.loss, "perplexity": best.perplexity, "stderr": best.stderr}
             self.state.eval_by_data = self.state.eval_by_data if best.step == self.state.step else None
-
-
-def _agree(
-    accelerator: Accelerator, parts: dict[str, Tensor], norm: Tensor, stop: bool, overdue: bool, steps: int
-) -> tuple[dict[str, float], float, bool, bool, int]:
-    """Agree with all processes, and read from the device what decides about the step: the only wait for a GPU.
-
-    Returns:
-        Mean loss and parts, the norm, whether any process is to stop or to save, and the main process's steps.
-    """
-    own = [float(stop), float(overdue), float(steps if accelerator.is_main_process else 0)]
-    said = [torch.full((), value, device=accelerator.device) for value in own]  # a tensor of the numbers would wait
-    means = accelerator.reduce(torch.stack([*parts.values(), *said]), "mean")
-    *terms, asked, late, whole, size = torch.cat([means, norm.to(means.dtype)[None]]).cpu().tolist()
-    shared = round(whole * accelerator.num_processes)
-    return dict(zip(parts, terms, strict=True)), size, asked > 0, late > 0, shared

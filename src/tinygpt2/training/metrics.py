@@ -1,4 +1,4 @@
-"""The metrics of a run, in metrics.jsonl."""
+"""The metrics of a run: what the processes agree on after a step, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from tinygpt2.utils.files import write_text
 
@@ -65,3 +69,19 @@ def metrics_of(evaluations: Mapping[str, Any]) -> dict[str, float]:
     """Return evaluations (`Evaluation`) as metrics.jsonl has them: NAME/loss, NAME/perplexity and NAME/stderr."""
     row = {f"{name}/{key}": value for name, one in evaluations.items() for key, value in asdict(one).items()}
     return {key: value for key, value in row.items() if value is not None}
+
+
+def agreed(
+    accelerator: Accelerator, parts: dict[str, Tensor], norm: Tensor, stop: bool, overdue: bool, steps: int
+) -> tuple[dict[str, float], float, bool, bool, int]:
+    """Agree with all processes, and read from the device what decides about the step: the only wait for a GPU.
+
+    Returns:
+        Mean loss and parts, the norm, whether any process is to stop or to save, and the main process's steps.
+    """
+    own = [float(stop), float(overdue), float(steps if accelerator.is_main_process else 0)]
+    said = [torch.full((), value, device=accelerator.device) for value in own]  # a tensor of the numbers would wait
+    means = accelerator.reduce(torch.stack([*parts.values(), *said]), "mean")
+    *terms, asked, late, whole, size = torch.cat([means, norm.to(means.dtype)[None]]).cpu().tolist()
+    shared = round(whole * accelerator.num_processes)
+    return dict(zip(parts, terms, strict=True)), size, asked > 0, late > 0, shared

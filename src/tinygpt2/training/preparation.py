@@ -33,7 +33,7 @@ from tinygpt2.data.staging import staging_path
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.tasks import load_tasks
 from tinygpt2.models.compatibility import check_fits
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.devices import current_device, on_cuda
 from tinygpt2.training.resuming import check_same_run
 from tinygpt2.training.state import RUN_FILE
@@ -235,7 +235,7 @@ def _check_start(config: TrainOptions) -> None:
 def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # a process may train again with another precision
     # objectives that never reach the logits may leave the top of the student without gradients
-    whole = bool(weights.ce or weights.prediction)
+    whole = weights.predicts
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=not whole,
         gradient_as_bucket_view=True,  # else every gradient would be in memory twice

@@ -26,12 +26,15 @@ from tinygpt2.models.documents import Documents, without_last
 from tinygpt2.models.lm_head import Head, head_operand, target_losses
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import Shape, Teacher
-from tinygpt2.objectives.combined import Counts, LossWeights, Objectives
+from tinygpt2.objectives.combined import Objectives
 from tinygpt2.objectives.sparse import SparseForm
+from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.runtime.devices import float32_products, float64_device
 from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
+
+Read = CachedStates | AlignedBlocks  # what is read for the teacher besides the blocks
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,10 @@ class Step(nn.Module):
         input_ids: Int[Tensor, "B T"],
         lengths: Sequence[int] | None = None,
         share: Counts | None = None,
-        read: CachedStates | AlignedBlocks | None = None,
+        read: Read | None = None,
         counted: Array | None = None,
         documents: list[list[int]] | None = None,
+        own_text: Array | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
 
@@ -124,12 +128,12 @@ class Step(nn.Module):
             documents=inside,
         )
         head, (teacher,) = self.student.lm_head.weight, self._teacher
-        known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted}
+        known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted, "own_text": own_text}
         if teacher is None and self.cache is None:
             loss, terms = wanted(input_ids, student, head, **known)
         else:
             with torch.no_grad():
-                if wanted.weights.prediction and not self._teacher_head:
+                if wanted.weights.compares and not self._teacher_head:
                     form = None if self.cache is None else self.cache.form
                     self._teacher_head = [_some(teacher).head() if form is None else form]
                 heads: list[Head | SparseForm | AlignedHead] = [*self._teacher_head]
@@ -146,11 +150,7 @@ class Step(nn.Module):
         return loss, terms
 
     def _teacher_activations(
-        self,
-        teacher: Teacher | None,
-        input_ids: Tensor,
-        cached: CachedStates | AlignedBlocks | None,
-        documents: Documents | None,
+        self, teacher: Teacher | None, input_ids: Tensor, cached: Read | None, documents: Documents | None
     ) -> Activations:
         """Run the teacher up to the last layer that an objective needs, or take its states from the cache."""
         wanted = self.objectives
@@ -163,9 +163,7 @@ class Step(nn.Module):
             {last: cache.states(cached.rows, input_ids, lambda ids: cache.computed(_some(teacher), ids))}
         )
 
-    def read_for_teacher(
-        self, batch: Batch, rows: list[int], device: torch.device
-    ) -> CachedStates | AlignedBlocks | None:
+    def read_for_teacher(self, batch: Batch, rows: list[int], device: torch.device) -> Read | None:
         """Read what the teacher needs of a micro-batch besides its tokens; this runs beside the training.
 
         Args:
@@ -242,7 +240,7 @@ class StepData(NamedTuple):
     batch: Batch
     rows: list[int]
     share: Counts | None
-    read: list[CachedStates | AlignedBlocks | None]
+    read: list[Read | None]
 
 
 def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indices: list[int], size: int) -> StepData:

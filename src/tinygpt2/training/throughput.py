@@ -15,10 +15,10 @@ from transformers import GPT2Config
 
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.models.teachers.teacher import Shape
-from tinygpt2.objectives.combined import LossWeights
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.memory import memory_in_use
 from tinygpt2.training.state import RunState
-from tinygpt2.training.step import gradients
+from tinygpt2.training.step import StepData, gradients, read_step
 from tinygpt2.utils.units import duration, size
 
 _MEMORY = 30.0  # seconds after which the time of a step counts a third in the mean
@@ -166,13 +166,12 @@ def step_operations(
         cached: share of the blocks for which a cache holds the teacher's final states; its layers do not run for these.
         predicted: share of the blocks for which it holds the predictions; no logits are computed for these, either.
     """
-    logits = weights.ce or weights.prediction
     teacher = Shape.of_gpt2(teacher) if isinstance(teacher, GPT2Config) else teacher
     total: int = 3 * student.n_layer * layer_operations(student, length)
-    total += 6 * student.n_embd * student.vocab_size if logits else 0
+    total += 6 * student.n_embd * student.vocab_size if weights.predicts else 0
     if teacher is not None:
         total += round((1 - cached) * teacher.operations(length))
-        total += round((1 - predicted) * 2 * teacher.last_width * teacher.vocabulary) if weights.prediction else 0
+        total += round((1 - predicted) * 2 * teacher.last_width * teacher.vocabulary) if weights.compares else 0
     if teacher is not None and weights.attention:
         total += student.n_layer * length * (3 * student.n_embd + teacher.width)
     return total
@@ -187,6 +186,7 @@ def step_seconds(
     size: int,
     steps: int,
     clock: Callable[[], float] = time.perf_counter,
+    prepare: Callable[[StepData, list[int], int], StepData] | None = None,
 ) -> list[float]:
     """Take some steps and return the seconds of each. The first ones are slower than the rest.
 
@@ -197,12 +197,14 @@ def step_seconds(
         size: blocks in a process's micro-batch.
         steps: how many to take.
         clock: returns the time in seconds.
+        prepare: changes what was read for a step before the step; its arguments are those of `OwnText.into`.
     """
     seconds = []
     for step in range(steps):
         started = clock()
         rows = [index % len(blocks) for index in range(step * sequences, (step + 1) * sequences)]
-        gradients(accelerator, module, blocks, rows, size)
+        data = read_step(accelerator, module, blocks, rows, size)
+        gradients(accelerator, module, blocks, rows, size, data if prepare is None else prepare(data, rows, step))
         if optimizer is not None:
             optimizer.step()
         module.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tinygpt2.config.common import FINALISTS, ROUND_RUNS, STEP_TOKENS, STEPS
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import PretrainConfig, TrainOptions, dataset_shares
 from tinygpt2.data.dataset import PackedDataset
@@ -34,6 +35,8 @@ from tinygpt2.utils.progress import say
 DEFAULT_MINUTES = 60.0
 _TIMED = 3  # steps to time, after one that warms up
 _KEPT = 0.9  # share of the time for steps and evaluations; start, checkpoints and slower steps need the rest
+_SEARCHING = 0.25  # largest share of the time for a search for the student's shape
+_FITTING = 2.0  # time of a whole search, divided by that of its training steps: a rule of thumb
 _DEPTHS = (3 / 4, 1 / 2, 1 / 3, 1 / 6)  # shares of the teacher's layers
 
 
@@ -65,13 +68,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """The models that were timed in a precision, the chosen one, and the commands that train it within the time."""
+    """The models that were timed in a precision, the chosen one, and the commands that train it within the time.
+
+    Attributes:
+        search_seconds: about how long the first command looks for the best student with as many parameters as the
+            chosen cut; None if the time is too short for that, and the student is the cut itself.
+    """
 
     minutes: float
     precision: str
     candidates: list[Candidate]
     chosen: str
     commands: list[str]
+    search_seconds: float | None = None
 
 
 def cuts(teacher: GPT2Config) -> list[int]:
@@ -88,7 +97,8 @@ def plan_budget(config: TrainOptions, data: PackedDataset | None = None) -> Budg
     Its choice is the largest student that sees at least as many tokens as it has parameters. A student that is cut from
     the teacher starts with the teacher's weights, so a larger one is better from the first step. One token for each
     parameter (a rule of thumb) makes sure that it also learns. If no student sees that many tokens, the smallest is
-    chosen. At most four passes over the data are planned (see `schedule.passes_over_data`).
+    chosen. Where the time allows it, the first command looks for the best student with as many parameters, which need
+    not be a cut in depth. At most four passes over the data are planned (see `schedule.passes_over_data`).
 
     Args:
         config: of `pretrain`, `distill` or `finetune`, with `plan=True`, which makes the student optional.
@@ -156,7 +166,27 @@ def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerato
         )
     seeing = [candidate for candidate in able if candidate.tokens >= candidate.parameters]
     chosen = max(seeing, key=lambda one: one.parameters) if seeing else min(able, key=lambda one: one.parameters)
-    return BudgetPlan(minutes, config.precision, candidates, chosen.student, _commands(command, config, chosen))
+    searching = _search_seconds(chosen, minutes)
+    commands = _commands(command, config, chosen, _steps_after(chosen, minutes, searching), searching is not None)
+    return BudgetPlan(minutes, config.precision, candidates, chosen.student, commands, searching)
+
+
+def _search_seconds(chosen: Candidate, minutes: float) -> float | None:
+    """Return the time for finding the best shape of a cut's size; None if the training could not do without it."""
+    if chosen.num_layers is None:
+        return None
+    seconds = _FITTING * (FINALISTS + ROUND_RUNS) * STEPS * STEP_TOKENS / chosen.tokens_per_second
+    steps = _steps_after(chosen, minutes, seconds)
+    enough = steps * chosen.tokens / chosen.steps >= min(chosen.tokens, chosen.parameters)
+    return seconds if enough and seconds <= _SEARCHING * 60 * minutes else None
+
+
+def _steps_after(chosen: Candidate, minutes: float, searching: float | None) -> int:
+    """Return the steps that fit into the time after a search."""
+    if searching is None:
+        return chosen.steps
+    each = chosen.tokens / chosen.steps / chosen.tokens_per_second
+    return min(chosen.steps, int((_KEPT * 60 * minutes - chosen.evaluation_seconds - searching) / each))
 
 
 def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, minutes: float) -> Candidate:
@@ -205,12 +235,14 @@ def _before_training(job: Job, accelerator: Accelerator, size: int, evaluation: 
     return teacher + (0.0 if job.new and not cut else evaluation)
 
 
-def _commands(command: str, config: TrainOptions, chosen: Candidate) -> list[str]:
+def _commands(command: str, config: TrainOptions, chosen: Candidate, steps: int, search: bool) -> list[str]:
     commands: list[str] = []
-    changed: dict[str, Any] = {"plan": False, "budget_minutes": None, "max_steps": chosen.steps}
+    changed: dict[str, Any] = {"plan": False, "budget_minutes": None, "max_steps": steps}
     if isinstance(config, DistillConfig) and chosen.num_layers is not None:
         changed["student"] = student = f"{Path(config.out)}-start"
         data = next(iter(dataset_shares(config.data)))
-        words = ["--teacher", str(config.teacher), "--num-layers", str(chosen.num_layers), "--out", student]
-        commands.append(f"tinygpt2 truncate-student {shlex.join([*words, '--refit', '--data', data])}")
+        how = ["--num-layers", str(chosen.num_layers), "--refit"]
+        how = ["--target-params", str(chosen.parameters)] if search else how
+        words = ["--teacher", str(config.teacher), *how, "--data", data, "--out", student]
+        commands.append(f"tinygpt2 truncate-student {shlex.join(words)}")
     return [*commands, f"tinygpt2 {command} {config.model_copy(update=changed).flags()}"]

@@ -44,7 +44,8 @@ from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.models.teachers.causal import CausalTeacher
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.vocabularies import Reading
-from tinygpt2.objectives.combined import LossWeights, Objectives
+from tinygpt2.objectives.combined import Objectives
+from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.step import Step, TeacherEvaluation
 
 B, T, V = 2, 24, 997

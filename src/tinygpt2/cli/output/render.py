@@ -241,6 +241,9 @@ def _render_budget(result: Any, console: Console) -> None:
     print_table(columns, console)
     time = duration(60 * result.minutes)
     console.print(f"\nchosen for {time} in {result.precision}: {short_path(result.chosen)}", markup=False)
+    if result.search_seconds is not None:
+        about = duration(result.search_seconds)
+        console.print(f"about {about} of it to find the best student with as many parameters", markup=False)
     for command in result.commands:
         console.print(command, markup=False, soft_wrap=True)
     proposal = next(one.batch_tokens for one in found if one.student == result.chosen)

@@ -22,12 +22,14 @@ class Batch(NamedTuple):
             None if all real tokens but the first do.
         documents: the lengths of the documents in each block, which no token sees beyond its own; they add up to T, as
             padding belongs to the last one. None if a token sees all tokens before it.
+        own: which blocks are text that a model sampled (B,), as an array of the host. None if none is.
     """
 
     input_ids: Int[Tensor, "B T"]
     lengths: list[int] | None
     counted: Array | None = None
     documents: list[list[int]] | None = None
+    own: Array | None = None
 
     def to(self, device: Any) -> Batch:
         """Return the batch with its tokens on another device."""
@@ -38,7 +40,9 @@ class Batch(NamedTuple):
         ids, lengths = self.input_ids[start:stop], self.lengths and self.lengths[start:stop]
         counted = None if self.counted is None else self.counted[start:stop]
         documents = self.documents and self.documents[start:stop]
-        return Batch(ids, lengths if lengths and min(lengths) < ids.shape[1] else None, counted, documents)
+        own = None if self.own is None else self.own[start:stop]
+        shorter = lengths if lengths and min(lengths) < ids.shape[1] else None
+        return Batch(ids, shorter, counted, documents, own)
 
     @property
     def targets(self) -> list[int]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from tinygpt2.config.distillation import PredictionLoss
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError
@@ -64,7 +64,7 @@ def read_as_student(
     student: GPT2Config,
     tokenizer: Tokenizer | None,
     names: tuple[str | None, str | None],
-    loss: PredictionLoss | None = None,
+    losses: Container[str] = (),
 ) -> None:
     """Let a teacher read the tokens of a dataset, and predict a student's tokens.
 
@@ -73,7 +73,7 @@ def read_as_student(
     Args:
         tokenizer: the teacher's own.
         names: of teacher and student for error messages.
-        loss: the loss between predictions, if there is one.
+        losses: the names of the losses between predictions.
 
     Raises:
         ModelError: their pieces of text differ.
@@ -91,11 +91,11 @@ def read_as_student(
             "tokens of the student are unknown to it": reading.rows.count(-1),
         }
         say(f"teacher {names[0]}: {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}")
-    if loss == "reverse_kl" and -1 in (reading.rows or ()):
+    if "reverse_kl" in losses and -1 in (reading.rows or ()):
         raise ConfigError(
-            f"--prediction-loss reverse_kl is infinite for tokens that the teacher lacks, and student {names[1]} has "
+            f"reverse_kl is infinite for tokens that the teacher lacks, and student {names[1]} has "
             f"{(reading.rows or ()).count(-1):,} of them",
-            "use another --prediction-loss",
+            "use another --prediction-loss, and with sampled text --on-policy-loss",
         )
     if reading.start is not None:
         say(f"teacher {names[0]} reads its start token (number {reading.start}) before each block")

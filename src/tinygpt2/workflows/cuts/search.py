@@ -28,6 +28,7 @@ from tinygpt2.compression.truncate import (
     load_subject,
     save_student,
 )
+from tinygpt2.config.common import FINALISTS, ROUND_RUNS, STEP_TOKENS, STEPS
 from tinygpt2.config.compression import Target, TruncateStudentConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.errors import ConfigError, InterruptedRunError
@@ -45,8 +46,7 @@ from tinygpt2.workflows.cuts.scoring import Judge
 from tinygpt2.workflows.cuts.timing import predicted_milliseconds, shape_milliseconds, token_milliseconds
 from tinygpt2.workflows.train import distill
 
-SHAPES, FINALISTS, STEPS = 48, 8, 50
-STEP_TOKENS = 2048  # in each step of the short distillation
+SHAPES = 48
 _SEED = 42  # of the order of the blocks
 _QUICK = 4  # the first ranking uses every fourth batch of the texts
 _OF_A_DEPTH = 2  # finalists that may have the same number of layers, while others are left
@@ -219,7 +219,7 @@ class Search:
         share = parameters / self._space.parameters(self._space.teacher)
         step = STEPS * self._step_blocks * self._length * forward * (1 + 3 * share)
         finalists = min(FINALISTS, shapes)
-        runs = finalists + (4 if 2 * share < 1 else 0)  # one round of as many steps as two others have together
+        runs = finalists + (ROUND_RUNS if 2 * share < 1 else 0)
         say(
             f"{shapes} shapes, then {finalists} of them distilled for {STEPS} steps each: about "
             f"{duration((shapes + finalists * _QUICK) * each + runs * step)}"

@@ -1,0 +1,1 @@
+"""Text that is sampled while a student learns."""

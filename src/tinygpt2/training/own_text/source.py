@@ -1,0 +1,236 @@
+"""Sampled text as a source of batches: some of a step's blocks become continuations of their beginnings.
+
+A text depends on the weights, the seed and the position of its block in the order of training, and on nothing else: not
+on the number of processes, nor on when the run was interrupted. Nothing of it has to be saved.
+Source: GKD, arXiv:2306.13649, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from transformers import GPT2LMHeadModel
+
+from tinygpt2.config.distillation import DistillConfig
+from tinygpt2.data.batches.batch import Batch
+from tinygpt2.data.dataset import PackedDataset
+from tinygpt2.decoding.library import Decoder, make_decoder
+from tinygpt2.decoding.own_text import Lengths, continued
+from tinygpt2.decoding.sampling import Sampling
+from tinygpt2.errors import ConfigError
+from tinygpt2.models.compatibility import first_token
+from tinygpt2.models.teachers.teacher import Teacher
+from tinygpt2.objectives.weights import Counts
+from tinygpt2.runtime.devices import float64_device
+from tinygpt2.training.own_text.figures import Figures, SampleLog
+from tinygpt2.utils.types import Array
+
+_TOGETHER = 64  # texts that are decoded side by side
+_WIDTH = 64  # a batch of sampled text alone is as wide as its longest text, rounded up to this
+
+
+class _Text(NamedTuple):
+    """A prompt, what was sampled after it, and whether the last token ends the text."""
+
+    prompt: list[int]
+    added: list[int]
+    ended: bool
+
+
+class OwnText:
+    """Writes sampled text into the batches of a run.
+
+    Args:
+        config: of the run, with an `on_policy_fraction` above 0.
+        student: its current weights sample.
+        teacher: judges the samples in the metrics.
+        data: the dataset. If its blocks mark which targets count, a prompt is what stands before the first of them.
+        clock: returns the time in seconds.
+
+    Raises:
+        ConfigError: the student is divided among the processes.
+
+    Attributes:
+        lengths: of prompts and continuations.
+        figures: of the texts since the last line of metrics.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        accelerator: Accelerator,
+        student: GPT2LMHeadModel,
+        teacher: Teacher | None,
+        data: PackedDataset,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._config, self._accelerator, self._student, self._teacher = config, accelerator, student, teacher
+        self._blocks, self._clock = data.train, clock
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ConfigError(
+                "--on-policy-fraction needs the whole student in every process, which FSDP and DeepSpeed divide",
+                "leave them out: each process then holds the student and the teacher",
+            )
+        room = min(data.sequence_length, int(student.config.n_positions))
+        self.lengths = Lengths.fitting(config.prompt_range, config.max_new_tokens, room)
+        tokenizer = data.tokenizer()
+        end = first_token([tokenizer.eos_token_id, student.config.eos_token_id], student.config)
+        self._ends = [] if end is None else [end]
+        known = min(data.vocab_size, int(student.config.vocab_size))
+        self._sampling = Sampling(config.sample_temperature, vocabulary=known)
+        self.figures = Figures()
+        self._last: tuple[list[_Text], Batch] | None = None
+        self._text: Callable[[list[int]], str] = lambda tokens: str(tokenizer.decode(tokens))
+        self._log: SampleLog | None = None
+        self._since: float | None = None  # the time of the last line of metrics
+
+    def writes(self, position: int) -> bool:
+        """Return whether the block at a position of the order of training becomes sampled text."""
+        fraction = self._config.on_policy_fraction
+        return math.floor((position + 1) * fraction + 1e-9) > math.floor(position * fraction + 1e-9)
+
+    def into(self, batch: Batch, indices: Sequence[int], step: int) -> tuple[Batch, Counts | None]:
+        """Replace some of this process's blocks of a step by sampled text.
+
+        Args:
+            batch: this process's blocks, on the host.
+            indices: the numbers of the blocks of all processes.
+            step: the number of the step.
+
+        Returns:
+            The batch, and the counts that means divide by; the same batch and None if the step has no sampled text.
+        """
+        started, first = self._clock(), step * len(indices)
+        self._since = started if self._since is None else self._since
+        chosen = [place for place in range(len(indices)) if self.writes(first + place)]
+        if not chosen:
+            return batch, None
+        own = self._own_places(len(indices))
+        rows = [row for row, place in enumerate(own) if self.writes(first + place)]
+        origins = {place: chosen[at - at % self._config.samples_per_prompt] for at, place in enumerate(chosen)}
+        from_places = [origins[own[row]] for row in rows]
+        prompts = [self._prompt(indices[place], first + place) for place in from_places]
+        texts = self._sampled(prompts, [first + own[row] for row in rows])
+        made = _with(batch, rows, texts)
+        self.figures.add([text.added for text in texts], [text.ended for text in texts])
+        self._last = texts, made
+        counts = self._counts(made)
+        self.figures.sampling += self._clock() - started
+        return made, counts.over(len(indices) // self._config.micro_batch_size)
+
+    def _own_places(self, blocks: int) -> list[int]:
+        """Return the places in the global batch of this process's blocks, in their order: see `read_step`."""
+        size, accelerator = self._config.micro_batch_size, self._accelerator
+        turns = range(accelerator.process_index, blocks // size, accelerator.num_processes)
+        return [turn * size + place for turn in turns for place in range(size)]
+
+    def _prompt(self, index: int, position: int) -> list[int]:
+        """Return the tokens that a text begins with."""
+        row = self._blocks.row(index)
+        if self._blocks.marked:
+            counted = self._blocks.batch([index]).counted
+            places = [] if counted is None else np.flatnonzero(counted[0]).tolist()
+            begin = places[0] if places else len(row) - 1
+            return [int(token) for token in row[: max(1, min(begin, self.lengths.most))]]
+        return self.lengths.beginning(row, self._config.seed, position)
+
+    def _sampled(self, prompts: list[list[int]], numbers: list[int]) -> list[_Text]:
+        texts: list[_Text] = []
+        decoder = self._decoder() if prompts else None
+        for start in range(0, len(prompts), _TOGETHER):
+            part = slice(start, start + _TOGETHER)
+            assert decoder is not None
+            made = continued(
+                decoder, prompts[part], numbers[part], seed=self._config.seed, new=self.lengths.new, ends=self._ends,
+                sampling=self._sampling, name="the student",
+            )  # fmt: skip
+            found = zip(prompts[part], made.tokens.tolist(), made.lengths.tolist(), made.ended.tolist(), strict=True)
+            texts += [_Text(prompt, row[:count], end) for prompt, row, count, end in found]
+        return texts
+
+    def _decoder(self) -> Decoder:
+        """Return what decodes with the student's weights of now.
+
+        In float32 it uses the weights where they are. In bfloat16 it rounds them, as each pass of training does.
+        """
+        return make_decoder(self._student, "bf16" if self._accelerator.mixed_precision == "bf16" else "fp32")
+
+    def _counts(self, batch: Batch) -> Counts:
+        """Return the counts of all processes' batches."""
+        lengths = batch.lengths or [batch.input_ids.shape[1]] * len(batch.input_ids)
+        width = batch.input_ids.shape[1]
+        covered = width if self._teacher is None else self._teacher.covered(width)
+        targets = batch.targets
+        sampled = sum(count for count, own in zip(targets, _own(batch), strict=True) if own)
+        counts = Counts.of(lengths, covered, targets)._replace(own_text=sampled)
+        device = float64_device(self._accelerator.device)
+        sums = self._accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=device), "sum")
+        return Counts(*sums.tolist())
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures of the texts since the last call, and the teacher's loss on some of the last step's.
+
+        All processes call it after the same step.
+        """
+        now = self._clock()
+        seconds, self._since = now - (self._since or now), now
+        return {**self.figures.taken(self._accelerator, seconds), **self._teachers_loss()}
+
+    @torch.no_grad()
+    def _teachers_loss(self) -> dict[str, float]:
+        """Return the teacher's mean loss of the sampled tokens, of up to a micro-batch of texts in each process."""
+        sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self._accelerator.device))
+        if self._teacher is not None and self._last is not None:
+            whole = self._last[1]
+            rows = np.nonzero(_own(whole))[0][: self._config.micro_batch_size]
+            ids = whole.input_ids[torch.from_numpy(rows)].to(self._accelerator.device)
+            if len(rows) and whole.counted is not None:
+                wanted = torch.from_numpy(np.flatnonzero(whole.counted[rows, 1:])).to(ids.device)
+                with self._accelerator.autocast():
+                    losses, _ = self._teacher.losses(self._teacher.head(), ids, wanted)
+                sums += torch.stack([losses.sum(), losses.new_full((), len(losses))]).to(sums.device).double()
+        total, count = self._accelerator.reduce(sums, "sum").tolist()
+        return {"own_text/teacher_loss": total / count} if count else {}
+
+    def show(self, step: int) -> None:
+        """Keep some texts of the last step, as the main process sampled them."""
+        if self._last is None or not self._accelerator.is_main_process:
+            return
+        out = Path(self._config.out)
+        self._log = self._log or SampleLog(out, step - 1, self._text)
+        self._log.write(self._accelerator, step, [(text.prompt, text.added) for text in self._last[0]])
+
+
+def _own(batch: Batch) -> Array:
+    """Return which blocks of a batch are sampled text."""
+    return np.zeros(len(batch.input_ids), np.bool_) if batch.own is None else batch.own
+
+
+def _with(batch: Batch, rows: Sequence[int], texts: Sequence[_Text]) -> Batch:
+    """Return a batch some of whose blocks are replaced by texts, of which only the continuations count."""
+    size, width = batch.input_ids.shape
+    ids = batch.input_ids.clone()
+    lengths = list(batch.lengths or [width] * size)
+    counted = np.arange(width) < np.array(lengths)[:, None] if batch.counted is None else batch.counted.copy()
+    counted[:, 0] = False
+    own = np.zeros(size, np.bool_)
+    for row, text in zip(rows, texts, strict=True):
+        begin, end = len(text.prompt), len(text.prompt) + len(text.added)
+        ids[row] = 0  # padding must be a valid token
+        ids[row, :end] = torch.tensor([*text.prompt, *text.added])
+        counted[row] = False
+        counted[row, begin:end] = True
+        own[row], lengths[row] = True, end
+    if len(rows) == size:  # no block of the data needs the whole width
+        width = min(width, -(-max(lengths) // _WIDTH) * _WIDTH)
+    shorter = lengths if min(lengths) < width else None
+    documents = batch.documents and [[width] if own[row] else each for row, each in enumerate(batch.documents)]
+    return Batch(ids[:, :width], shorter, counted[:, :width], documents, own)

@@ -1,0 +1,282 @@
+"""Sampled text in training: what the loss counts, that a run resumes bit for bit, and that processes do not matter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.conftest import LENGTH, make_model
+from tinygpt2 import DistillConfig, distill
+from tinygpt2.config.decoding import token_range
+from tinygpt2.data.batches.batch import Batch
+from tinygpt2.data.batches.order import Shuffle
+from tinygpt2.data.dataset import PackedDataset, from_map_style, load_packed_dataset
+from tinygpt2.errors import ConfigError, InterruptedRunError
+from tinygpt2.models.loading import load_model
+from tinygpt2.models.parameters import set_dropout
+from tinygpt2.models.teachers.loading import as_teacher
+from tinygpt2.objectives.weights import Counts, LossWeights
+from tinygpt2.training import loop
+from tinygpt2.training.metrics import read_metrics
+from tinygpt2.training.own_text.figures import Figures, distinct_pairs, repeats_one
+from tinygpt2.training.own_text.source import OwnText
+from tinygpt2.training.step import Step
+
+
+@pytest.fixture(scope="module")
+def student(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("student") / "m", tokenizer_dir, seed=8, n_layer=2, n_embd=24)
+
+
+def config(teacher: Path, student: Path, data: Path, out: Path, **options: object) -> DistillConfig:
+    base = {
+        "teacher": str(teacher), "student": str(student), "data": str(data), "out": str(out), "log_every": 1,
+        "max_steps": 4, "micro_batch_size": 4, "on_policy_fraction": 0.5, "prompt_tokens": "2:8", "optimizer": "adamw",
+        "learning_rate": 1e-3,
+    }  # fmt: skip
+    return DistillConfig(**{**base, **options})
+
+
+def source(how: DistillConfig, data: PackedDataset) -> OwnText:
+    models = load_model(how.student)[0], as_teacher(load_model(how.teacher)[0])
+    return OwnText(how, Accelerator(cpu=True), *models, data)
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+def test_some_blocks_become_continuations_of_their_beginnings(
+    teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    packed = load_packed_dataset(str(data))
+    own = source(config(teacher, student, data, tmp_path, max_new_tokens=9), packed)
+    indices = Shuffle(len(packed.train), 42)[8:16]
+    made, share = own.into(packed.train.batch(indices), indices, 1)
+    assert made.own.tolist() == [False, True] * 4
+    assert share.own_text == sum(int(row.sum()) for row in made.counted[1::2]) / 2
+    for row, index in enumerate(indices):
+        block = packed.train.row(index)
+        if row % 2 == 0:
+            assert made.input_ids[row].tolist() == block.tolist()
+            assert made.counted[row].tolist() == [False] + [True] * (LENGTH - 1)
+            continue
+        (places,) = np.nonzero(made.counted[row])
+        begin, end = int(places[0]), int(places[-1]) + 1
+        assert 2 <= begin <= 8
+        assert end - begin == len(places) <= 9
+        assert made.input_ids[row, :begin].tolist() == block[:begin].tolist()
+        added = made.input_ids[row, begin:end].tolist()
+        assert 0 not in added[:-1]  # the first end-of-text token ends it, and counts
+        assert made.lengths[row] == end
+        assert made.input_ids[row, end:].eq(0).all()
+    alone, _ = own.into(packed.train.batch(indices), indices, 1)
+    assert torch.equal(alone.input_ids, made.input_ids)
+    later, _ = own.into(packed.train.batch(indices), indices, 2)
+    assert not torch.equal(later.input_ids, made.input_ids)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 1.0])
+def test_the_share_is_kept_over_steps(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, fraction: float
+) -> None:
+    own = source(config(teacher, student, data, tmp_path, on_policy_fraction=fraction), load_packed_dataset(str(data)))
+    assert sum(own.writes(position) for position in range(1000)) == 1000 * fraction
+
+
+def test_samples_of_one_prompt_share_its_beginning(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
+    packed = load_packed_dataset(str(data))
+    how = config(teacher, student, data, tmp_path, on_policy_fraction=1, samples_per_prompt=2, prompt_tokens="6")
+    made, _ = source(how, packed).into(packed.train.batch(range(4)), range(4), 0)
+    ids = made.input_ids
+    assert torch.equal(ids[0, :6], ids[1, :6])
+    assert torch.equal(ids[2, :6], ids[3, :6])
+    assert not torch.equal(ids[0], ids[1])
+    assert ids[2, :6].tolist() == packed.train.row(2)[:6].tolist()
+
+
+def test_marked_blocks_give_the_prompts_of_their_pairs(
+    teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    packed = load_packed_dataset(str(data))
+    rows = []
+    for index in range(8):
+        ids = packed.train.row(index).astype(np.int64)
+        labels = ids.copy()
+        labels[: 3 + index] = -100
+        rows.append({"input_ids": ids, "labels": labels})
+    pairs = from_map_style(rows, [], packed.tokenizer())
+    how = config(teacher, student, data, tmp_path, on_policy_fraction=1, prompt_tokens="20")
+    made, _ = source(how, pairs).into(pairs.train.batch(range(8)), range(8), 0)
+    assert [int(np.flatnonzero(row)[0]) for row in made.counted] == [3 + index for index in range(8)]
+
+
+def naive(
+    models: list[torch.nn.Module], batch: Batch, prediction: float, ce: float, own: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss in float64, position by position: forward KL and cross-entropy on the data, reverse KL on own text."""
+    mine, other = (model.double()(batch.input_ids).logits.log_softmax(-1) for model in models)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    sums = {"prediction": [], "ce": [], "own_text": []}
+    for row in range(len(batch.input_ids)):
+        for place in np.flatnonzero(batch.counted[row]).tolist():
+            s, t = mine[row, place - 1], other[row, place - 1].detach()
+            count += 1
+            if batch.own[row]:
+                sums["own_text"].append((s.exp() * (s - t)).sum())
+                total = total + own * sums["own_text"][-1]
+            else:
+                sums["prediction"].append((t.exp() * (t - s)).sum())
+                sums["ce"].append(-s[batch.input_ids[row, place]])
+                total = total + prediction * sums["prediction"][-1] + ce * sums["ce"][-1]
+    return total / count, {name: float(torch.stack(part).mean().detach()) for name, part in sums.items()}
+
+
+def test_every_position_that_counts_weighs_the_same(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
+    """Values and gradients against a naive float64 writing, also as the mean of micro-batches."""
+    packed = load_packed_dataset(str(data))
+    options = {"prediction_weight": 0.5, "ce_weight": 0.3, "on_policy_weight": 0.8, "on_policy_loss": "reverse_kl"}
+    how = config(teacher, student, data, tmp_path, max_new_tokens=11, micro_batch_size=2, **options)
+    own = source(how, packed)
+    indices = list(range(6))
+    made, share = own.into(packed.train.batch(indices), indices, 0)
+    models = [load_model(name)[0] for name in (how.student, how.teacher)]
+    expected, terms = naive(models, made, 0.5, 0.3, 0.8)
+    (reference,) = torch.autograd.grad(expected, [models[0].transformer.h[0].mlp.c_fc.weight])
+    again = [load_model(name)[0] for name in (how.student, how.teacher)]
+    set_dropout(again[0], 0.0)
+    step = Step(*again, LossWeights.of(how), how).train()
+    losses, sums = [], dict.fromkeys(terms, 0.0)
+    for start in range(0, 6, 2):
+        part = made.part(start, start + 2)
+        loss, values = step(part.input_ids, part.lengths, share, None, part.counted, None, part.own)
+        losses.append(loss)
+        assert set(values) == set(terms)
+        sums = {name: sums[name] + float(values[name]) / 3 for name in sums}
+    (gradient,) = torch.autograd.grad(torch.stack(losses).mean(), [again[0].transformer.h[0].mlp.c_fc.weight])
+    assert float(torch.stack(losses).mean().detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert sums == pytest.approx(terms, rel=1e-5)
+    torch.testing.assert_close(gradient.double(), reference, rtol=1e-3, atol=1e-7)
+
+
+def test_no_gradient_flows_through_sampling_and_a_run_is_logged(
+    teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "o"
+    distill(config(teacher, student, data, out, on_policy_loss="reverse_kl", eval_every=2))
+    rows = read_metrics(out)
+    names = {"length", "ended", "distinct_2", "sampling_share", "teacher_loss"}
+    for row in rows:
+        assert {f"own_text/{name}" for name in names} <= set(row)
+        assert row["loss/own_text"] > 0
+        assert row["loss/prediction"] > 0
+        assert 0 < row["own_text/sampling_share"] < 1
+        assert 1 <= row["own_text/length"] <= LENGTH
+    texts = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [text["step"] for text in texts] == [2, 2, 4, 4]
+    assert all(text["prompt"] for text in texts)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    options = {"precision": precision, "max_steps": 6, "save_every": 2, "eval_every": 2}
+    distill(config(teacher, student, data, tmp_path / "whole", **options))
+    original = loop._Run.step
+
+    def stopped(self: loop._Run, *, stop: bool) -> object:
+        return original(self, stop=stop or self.state.step == 2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "step", stopped)
+        with pytest.raises(InterruptedRunError):
+            distill(config(teacher, student, data, tmp_path / "parts", **options))
+    distill(config(teacher, student, data, tmp_path / "parts", resume=True, **options))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert (tmp_path / "parts" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
+def test_two_processes_sample_other_texts_and_agree_with_one(
+    teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    distill(config(teacher, student, data, tmp_path / "one", max_steps=3))
+    distill(config(teacher, student, data, tmp_path / "two", max_steps=3, micro_batch_size=2, num_processes=2))
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    for name in ("loss", "loss/prediction", "loss/own_text", "own_text/length", "own_text/distinct_2"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-4), name
+
+
+def test_weights_are_not_copied(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
+    own = source(config(teacher, student, data, tmp_path), load_packed_dataset(str(data)))
+    before = own._decoder()
+    with torch.no_grad():
+        own._student.transformer.wte.weight.mul_(0.5)
+    cache = before.cache(1, 4)
+    logits = before.read(cache, torch.tensor([[1, 2]]))
+    torch.testing.assert_close(logits, own._student(torch.tensor([[1, 2]])).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_collapse_is_said_once_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("tinygpt2.training.own_text.figures.warn", said.append)
+    figures, accelerator = Figures(), Accelerator(cpu=True)
+    for _ in range(2):
+        figures.add([[0], [0]], [True, True])
+        figures.taken(accelerator, 1.0)
+    assert len(said) == 1
+    assert "is empty" in said[0]
+    assert "--on-policy-fraction" in said[0]
+    figures.add([[0], [5, 6]], [True, False])
+    assert figures.taken(accelerator, 1.0)["own_text/ended"] == 0.5
+    figures.add([[7] * 20], [False])
+    figures.taken(accelerator, 1.0)
+    assert "repeats one token" in said[1]
+    assert figures.taken(accelerator, 1.0) == {}
+
+
+def test_figures_of_a_text() -> None:
+    assert distinct_pairs([1, 2, 1, 2, 1]) == 0.5
+    assert distinct_pairs([1]) == 1.0
+    assert repeats_one([3] * 19 + [4])
+    assert not repeats_one([3, 3, 3])
+    assert not repeats_one(list(range(10)))
+    assert token_range("7") == (7, 7)
+
+
+def test_what_has_no_effect_is_refused(cli: Callable, teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
+    base = ["distill", "--teacher", teacher, "--student", student, "--data", data, "--out", tmp_path / "o"]
+    cases = [
+        ("--samples-per-prompt has no effect without --on-policy-fraction", ["--samples-per-prompt", 2]),
+        ("expected MIN:MAX", ["--on-policy-fraction", 1, "--prompt-tokens", "0:2"]),
+        ("while --on-policy-weight is 0", ["--on-policy-fraction", 1, "--on-policy-weight", 0]),
+        ("excludes --on-policy-fraction", ["--on-policy-fraction", 0.5, "--teacher-cache", tmp_path / "c"]),
+        ("the data's blocks", ["--on-policy-fraction", 1, "--ce-weight", 1]),
+    ]
+    for message, more in cases:
+        result = cli(*base, *more)
+        assert (result.code, message in result.err) == (2, True), result.err
+
+
+def test_lengths_that_do_not_fit_are_said(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = config(teacher, student, data, tmp_path, prompt_tokens="100:200", max_new_tokens=50)
+    said: list[str] = []
+    monkeypatch.setattr("tinygpt2.decoding.own_text.say", said.append)
+    assert source(how, load_packed_dataset(str(data))).lengths == (16, 16, 16)
+    assert said == [
+        "32 tokens are a text's most: prompts of 16 to 16 tokens, and 16 after them, instead of 100 to 200 and 50"
+    ]
+
+
+def test_counts_of_no_sampled_text() -> None:
+    assert Counts.of([4, 4]).over(2).own_text == 0
+    with pytest.raises(ConfigError):
+        DistillConfig(teacher="t", student="s", data="d", out="o", on_policy_fraction=2)
