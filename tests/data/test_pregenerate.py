@@ -220,7 +220,7 @@ def test_files_of_bounded_size(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = pack(tmp_path / "a", corpus, tokenizer_dir, sequence_length=16)
-    for format_ in (block_writers._ArrowWriter, block_writers._Hdf5Writer):
+    for format_ in (block_writers.ArrowWriter, block_writers._Hdf5Writer):
         monkeypatch.setattr(format_, "file_tokens", 16 * 100)
     parts, manifest = pack(tmp_path / "b", corpus, tokenizer_dir, sequence_length=16)
     assert len(manifest["splits"]["train"]["files"]) == math.ceil(len(whole["train"]) / 100) > 1
@@ -356,7 +356,7 @@ def test_resuming_another_run_is_refused_and_a_complete_one_is_done(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_writers._ArrowWriter, "write", full)
+        patch.setattr(block_writers.ArrowWriter, "write", full)
         with pytest.raises(MachineError, match="No space left on device") as error:
             run(out, corpus, tokenizer_dir, sequence_length=16)
     assert "--resume" in str(error.value)
@@ -425,7 +425,7 @@ def make_interrupted(out: Path, corpus: Path, tokenizer: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(block_writers._ArrowWriter, "write", stop)
+        patch.setattr(block_writers.ArrowWriter, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             run(out, corpus, tokenizer, sequence_length=16)
 
