@@ -102,6 +102,13 @@ def harness(session: nox.Session) -> None:
     session.run("python", "benchmarks/choice_tasks.py", "--agreement")
 
 
+@nox.session
+def trl(session: nox.Session) -> None:
+    """GKD's loss beside TRL's function, by hand."""
+    session.install("-q", *CONSTRAINTS, "-e", ".", "trl")
+    session.run("python", "benchmarks/gkd_trl.py")
+
+
 @nox.session(venv_backend="none")
 def browser(session: nox.Session) -> None:
     """The browser example with a tiny student, in node and in headless Chromium: by hand only, with node and npm."""

@@ -103,7 +103,10 @@ def test_the_recipe_lies_between_defaults_and_given_values() -> None:
     assert (config.temperature, config.prediction_weight, config.ce_weight, config.cosine_weight) == (3, 5, 2, 1)
 
 
-@pytest.mark.parametrize("recipe", ["default", "tinygpt2", "distilgpt2", "truncation"])
+RECIPES = ["default", "tinygpt2", "distilgpt2", "truncation", "gkd", "distillm", "minillm", "seqkd"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_shipped_recipe_resolves_and_names_every_objective(recipe: str) -> None:
     config = DistillConfig(teacher="t", student="s", data="d", out="o", recipe=recipe)
     again = DistillConfig(**yaml.safe_load(config.to_yaml()))
@@ -119,7 +122,7 @@ def test_no_recipe_file_is_left_untested() -> None:
         for item in files("tinygpt2.config").joinpath("recipes").iterdir()
         if item.name.endswith(".yaml")
     }
-    assert shipped == {"default", "tinygpt2", "distilgpt2", "truncation"}
+    assert shipped == set(RECIPES)
 
 
 def test_a_recipe_file_of_ones_own(tmp_path: Path) -> None:

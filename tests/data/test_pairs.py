@@ -18,10 +18,12 @@ from tinygpt2 import (
     DistillConfig,
     FinetuneConfig,
     PregenerateConfig,
+    TeachConfig,
     VerifyConfig,
     distill,
     finetune,
     pregenerate,
+    teach,
     verify,
 )
 from tinygpt2.data.batches.packing import best_fit
@@ -174,8 +176,30 @@ def test_finetune_and_distill_on_pairs(
     assert next(row["loss"] for row in rows if row["step"] == 1) == pytest.approx(0, abs=1e-5)
     with pytest.raises(ConfigError, match="has pairs, does not fit --attention-weight"):
         distill(DistillConfig(out=str(tmp_path / "a"), recipe="tinygpt2", **shared, **options))
-    with pytest.raises(ConfigError, match="does not fit --teacher-cache"):
-        distill(DistillConfig(out=str(tmp_path / "c"), teacher_cache=str(tmp_path / "cache"), **shared, **options))
+
+
+def test_a_teachers_cache_of_pairs_holds_what_the_teacher_says(
+    packed: PackedDataset, model: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    wide = make_model(tmp_path / "t", tokenizer_dir, n_positions=64, seed=5)
+    options = {
+        "student": str(model), "data": packed.name, "max_steps": 4, "micro_batch_size": 2, "learning_rate": 0.01,
+        "log_every": 1, "dropout": 0.0,
+    }  # fmt: skip
+    teach(TeachConfig(teacher=str(wide), data=packed.name, out=str(tmp_path / "taught"), teacher_cache_kind="top"))
+    several = {
+        "none": {"teacher": str(wide)},
+        "states": {"teacher": str(wide), "teacher_cache": str(tmp_path / "cached")},
+        "filled": {"teacher": str(wide), "teacher_cache": str(tmp_path / "c"), "teacher_cache_kind": "top"},
+        "alone": {"teacher_cache": str(tmp_path / "taught")},
+    }
+    losses = {}
+    for name, how in several.items():
+        distill(DistillConfig(out=str(tmp_path / name), **how, **options))
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in rows if row["step"]]
+    assert losses["states"] == pytest.approx(losses["none"], rel=0.02)  # bfloat16
+    assert losses["alone"] == pytest.approx(losses["filled"], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -271,3 +295,6 @@ def test_one_column_alone_is_refused(cli: Callable, source: Path, tmp_path: Path
     outcome = cli("finetune", "--model", "m", "--data", source, "--out", tmp_path / "o", "--prompt-column", "q")
     assert outcome.code == 2
     assert "--response-column is missing" in outcome.err
+    columns = ["--prompt-column", "q", "--response-column", "a", "--template", tmp_path / "none.txt"]
+    outcome = cli("finetune", "--model", "m", "--data", source, "--out", tmp_path / "o", *columns)
+    assert "none.txt" in outcome.err

@@ -25,7 +25,8 @@ from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.training import loop
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.own_text.figures import Figures, distinct_pairs, repeats_one
-from tinygpt2.training.own_text.source import OwnText
+from tinygpt2.training.own_text.replay import Replay, Text, grown
+from tinygpt2.training.own_text.source import OwnText, becomes_text
 from tinygpt2.training.step import Step
 
 
@@ -83,11 +84,8 @@ def test_some_blocks_become_continuations_of_their_beginnings(
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 1.0])
-def test_the_share_is_kept_over_steps(
-    teacher: Path, student: Path, data: Path, tmp_path: Path, fraction: float
-) -> None:
-    own = source(config(teacher, student, data, tmp_path, on_policy_fraction=fraction), load_packed_dataset(str(data)))
-    assert sum(own.writes(position) for position in range(1000)) == 1000 * fraction
+def test_the_share_is_kept_over_steps(fraction: float) -> None:
+    assert sum(becomes_text(position, fraction) for position in range(1000)) == 1000 * fraction
 
 
 def test_samples_of_one_prompt_share_its_beginning(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
@@ -257,8 +255,16 @@ def test_what_has_no_effect_is_refused(cli: Callable, teacher: Path, student: Pa
         ("expected MIN:MAX", ["--on-policy-fraction", 1, "--prompt-tokens", "0:2"]),
         ("while --on-policy-weight is 0", ["--on-policy-fraction", 1, "--on-policy-weight", 0]),
         ("excludes --on-policy-fraction", ["--on-policy-fraction", 0.5, "--teacher-cache", tmp_path / "c"]),
+        ("use --sampler teacher", ["--on-policy-fraction", 0.5, "--on-policy-loss", "ce"]),
+        ("needs --eval-every", ["--fraction-growth", 0.1]),
+        ("without --replay", ["--on-policy-fraction", 0.5, "--replay-schedule", "rising"]),
+        ("have to be 1", ["--on-policy-fraction", 0.5, "--sampler", "mixture", "--sample-temperature", 2]),
+        ("no effect on --sampler student", ["--on-policy-fraction", 0.5, "--teacher-share", 0.5]),
+        ("without --on-policy-loss policy_gradient", ["--on-policy-fraction", 0.5, "--no-normalise-returns"]),
+        ("use --sampler student or mixture",
+         ["--on-policy-fraction", 0.5, "--sampler", "teacher", "--on-policy-loss", "policy_gradient"]),
         ("the data's blocks", ["--on-policy-fraction", 1, "--ce-weight", 1]),
-    ]
+    ]  # fmt: skip
     for message, more in cases:
         result = cli(*base, *more)
         assert (result.code, message in result.err) == (2, True), result.err
@@ -280,3 +286,94 @@ def test_counts_of_no_sampled_text() -> None:
     assert Counts.of([4, 4]).over(2).own_text == 0
     with pytest.raises(ConfigError):
         DistillConfig(teacher="t", student="s", data="d", out="o", on_policy_fraction=2)
+
+
+@pytest.mark.parametrize("sampler", ["teacher", "mixture"])
+def test_the_teacher_writes_or_helps(teacher: Path, student: Path, data: Path, tmp_path: Path, sampler: str) -> None:
+    """The teacher's loss on its own text is lower than on the student's, and a mixture is between."""
+    packed = load_packed_dataset(str(data))
+    losses = []
+    for kind in (sampler, "student"):
+        share = {"teacher_share": 0.5} if kind == "mixture" else {}
+        how = config(teacher, student, data, tmp_path, on_policy_fraction=1, sampler=kind, micro_batch_size=32, **share)
+        own = source(how, packed)
+        own.into(packed.train.batch(range(32)), range(32), 0)
+        losses.append(own.metrics()["own_text/teacher_loss"])
+    assert losses[0] < losses[1] - 0.1
+
+
+def test_a_mixture_is_the_mean_of_both_distributions(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
+    how = config(teacher, student, data, tmp_path, sampler="mixture", teacher_share=0.3)
+    decoder = source(how, load_packed_dataset(str(data)))._decoder()
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with torch.no_grad():
+        found = decoder.read(decoder.cache(2, 4), ids, every=True).exp()
+        other, mine = (load_model(str(name))[0](ids).logits.softmax(-1) for name in (teacher, student))
+    torch.testing.assert_close(found, 0.3 * other + 0.7 * mine, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "teacher", "on_policy_loss": "ce", "on_policy_fraction": 1.0},
+        {"sampler": "mixture", "on_policy_loss": "policy_gradient", "prediction_weight": 0, "ce_weight": 1,
+         "on_policy_weight": 1},
+        {"sampler": "mixture", "on_policy_loss": "jsd", "precision": "bf16"},
+    ],
+)  # fmt: skip
+def test_the_papers_settings_run(teacher: Path, student: Path, data: Path, tmp_path: Path, options: dict) -> None:
+    distill(config(teacher, student, data, tmp_path / "o", max_steps=2, **options))
+    row = read_metrics(tmp_path / "o")[-1]
+    assert row["loss/own_text"] > 0
+    assert ("own_text/student_loss" in row) == (options["on_policy_loss"] == "policy_gradient")
+    assert ("loss/ce" in row) == ("ce_weight" in options)
+
+
+def test_old_texts_stand_for_new_ones_once_there_are_enough() -> None:
+    replay = Replay(3, 8, "falling", seed=1)
+    texts = [Text([number], [number, 0], True) for number in range(5)]
+    replay.add(texts[:2])
+    assert replay.chosen(0, 1.0) is None
+    replay.add(texts[2:])
+    found = [replay.chosen(number, 1.0) for number in range(100)]
+    assert {text.prompt[0] for text in found if text} == {2, 3, 4}  # the last three
+    assert found[0] == texts[found[0].prompt[0]]
+    assert [replay.chosen(number, 1.0) for number in range(100)] == found
+    assert not any(replay.chosen(number, 0.0) for number in range(100))
+    assert 30 < sum(replay.chosen(number, 0.5) is None for number in range(100)) < 70
+
+
+def test_the_share_grows_when_the_held_out_loss_has_risen() -> None:
+    state = (0.0, None)
+    shares = []
+    for loss in (3.0, 2.5, 3.05, 3.2, 3.25, 3.4):
+        state = grown(*state, loss, 0.4)
+        shares.append(state[0])
+    assert shares == [0.0, 0.0, 0.0, 0.4, 0.4, 0.8]
+    assert grown(0.8, 1.0, 2.0, 0.4)[0] == 1.0
+
+
+def test_a_run_with_old_texts_resumes_and_two_processes_keep_the_same(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"replay": 4, "max_steps": 6, "save_every": 2, "eval_every": 1, "fraction_growth": 0.25}
+    monkeypatch.setattr("tinygpt2.training.own_text.replay._RISE", -10.0)  # every evaluation counts as a rise
+    distill(config(teacher, student, data, tmp_path / "whole", **options))
+    original = loop._Run.step
+
+    def stopped(self: loop._Run, *, stop: bool) -> object:
+        return original(self, stop=stop or self.state.step == 3)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "step", stopped)
+        with pytest.raises(InterruptedRunError):
+            distill(config(teacher, student, data, tmp_path / "parts", **options))
+    assert list((tmp_path / "parts" / "checkpoints").glob("*/replay.safetensors"))
+    distill(config(teacher, student, data, tmp_path / "parts", resume=True, **options))
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    distill(config(teacher, student, data, tmp_path / "one", replay=4, max_steps=6))
+    distill(
+        config(teacher, student, data, tmp_path / "two", replay=4, max_steps=6, micro_batch_size=2, num_processes=2)
+    )
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)

@@ -40,7 +40,7 @@ def test_states_are_computed_once_and_damaged_ones_again(teacher: Path, data: Pa
     asked: list[int] = []
 
     @torch.no_grad()
-    def compute(ids: torch.Tensor) -> torch.Tensor:
+    def compute(ids: torch.Tensor, documents: None = None) -> torch.Tensor:
         asked.append(len(ids))
         return collect_activations(model, ids, [model.config.n_layer]).states[model.config.n_layer]
 

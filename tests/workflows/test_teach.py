@@ -109,11 +109,11 @@ def test_parts_and_an_interrupted_call_fill_one_cache(
         run(teacher, data, tmp_path / "s", teacher_cache=str(tmp_path / "c"))
     original, calls = TeacherCache.computed, []
 
-    def stopped(self: TeacherCache, model: object, ids: torch.Tensor) -> torch.Tensor:
+    def stopped(self: TeacherCache, model: object, ids: torch.Tensor, documents: object) -> torch.Tensor:
         calls.append(len(ids))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(self, model, ids)
+        return original(self, model, ids, documents)
 
     with monkeypatch.context() as patched:
         patched.setattr(TeacherCache, "computed", stopped)

@@ -187,12 +187,16 @@ COMMANDS = [
     Command(
         "finetune",
         FinetuneConfig,
-        "Fine-tune any GPT-2 on a text or a pregenerated dataset.",
-        ["finetune --model student --data mine.txt --out mine"],
+        "Fine-tune any GPT-2 on a text, on pairs of prompt and response, on chats, or on a pregenerated dataset.",
+        [
+            "finetune --model student --data mine.txt --out mine",
+            "finetune --model student --data pairs.jsonl --prompt-column question --response-column answer --out tuned",
+        ],
         _training("finetune"),
         _words(
             "num_epochs max_steps micro_batch_size gradient_accumulation_steps learning_rate precision "
-            "sequence_length test_fraction eval_data eval_every resume validate_only"
+            "sequence_length prompt_column response_column template test_fraction eval_data eval_every resume "
+            "validate_only"
         ),
     ),
     Command(

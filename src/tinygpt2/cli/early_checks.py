@@ -13,7 +13,7 @@ from typing import Any
 from tinygpt2.config.base import Config
 from tinygpt2.config.common import OTHER_OUT, OTHER_OUT_OR_RESUME
 from tinygpt2.config.compression import TruncateStudentConfig
-from tinygpt2.config.data import PregenerateConfig, TrainTokenizerConfig
+from tinygpt2.config.data import PackOptions, PregenerateConfig, TrainTokenizerConfig
 from tinygpt2.config.decoding import BenchConfig, GenerateConfig, SampleConfig
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import EvaluateTextConfig, PplConfig
@@ -93,6 +93,7 @@ def _check_data(config: TrainOptions) -> None:
 
     names = list(dataset_shares(getattr(config, "data", [])))
     if isinstance(config, FinetuneConfig) and len(names) == 1 and not is_packed_dataset(Path(names[0])):
+        _check_pairs(config)
         _check_sources(names)
     else:
         _check_datasets(names)
@@ -127,9 +128,16 @@ def _check_pregenerate(config: PregenerateConfig) -> None:
 
     check_output(config)
     check_tokenizer(config.tokenizer)
+    _check_pairs(config)
     _check_sources([*config.source, *(config.test_source or [])])
     if config.from_dataset is not None:
         _check_datasets(config.from_dataset)
+
+
+def _check_pairs(config: PackOptions) -> None:
+    from tinygpt2.data.corpus.pairs import PairReader
+
+    PairReader.of(config)
 
 
 def _check_sample(config: SampleConfig) -> None:

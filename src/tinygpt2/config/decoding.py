@@ -13,6 +13,8 @@ from tinygpt2.config.data import H5PY_HINT, Format
 from tinygpt2.config.models import DeviceOptions, ModelOptions
 
 DecodingWeights = Literal["fp32", "bf16", "int8"]
+Sampler = Literal["student", "teacher", "mixture"]
+ReplaySchedule = Literal["constant", "rising", "falling"]
 
 
 class GenerateConfig(ModelOptions, DeviceOptions):
@@ -204,6 +206,43 @@ class OwnTextOptions(Config):
         "Sample with this temperature. The losses have their own, --temperature.", default=1.0, panel=OWN_TEXT, gt=0
     )
     samples_per_prompt: int = option("Continuations of each beginning.", default=1, panel=OWN_TEXT, ge=1)
+    sampler: Sampler = option(
+        "Who writes: the student, the teacher (sequence-level distillation), or both: each token from a mixture of "
+        "their distributions, with importance weights.",
+        default="student",
+        panel=OWN_TEXT,
+    )
+    teacher_share: float = option("Share of the teacher in the mixture.", default=0.2, panel=OWN_TEXT, gt=0, lt=1)
+    normalise_returns: bool = option(
+        "With policy_gradient, divide what later tokens say about a token by their number.",
+        default=True,
+        panel=OWN_TEXT,
+    )
+
+    replay: int = option(
+        "Keep the last N sampled sequences, and use them again in the place of new ones.",
+        default=0,
+        panel=OWN_TEXT,
+        ge=0,
+    )
+    replay_schedule: ReplaySchedule = option(
+        "With --replay, the share that is sampled anew: constant (half), rising from none to all, or falling from all "
+        "to none over the run.",
+        default="falling",
+        panel=OWN_TEXT,
+    )
+    fraction_growth: float = option(
+        "Raise --on-policy-fraction by this whenever the held-out loss has risen by more than 0.1 since the last rise.",
+        default=0.0,
+        panel=OWN_TEXT,
+        ge=0,
+        le=1,
+    )
+
+    @property
+    def samples_text(self) -> bool:
+        """Whether sequences are sampled, now or later."""
+        return bool(self.on_policy_fraction or self.fraction_growth)
 
     @property
     def prompt_range(self) -> tuple[int, int]:
@@ -219,7 +258,13 @@ class OwnTextOptions(Config):
             yield f"--prompt-tokens: {error}"
         fields = {name: field for name, field in type(self).options().items() if extra(field, "panel") == OWN_TEXT}
         given = [name for name, field in fields.items() if getattr(self, name) != field.default]
-        if given and not self.on_policy_fraction and "on_policy_fraction" not in self.model_fields_set:
+        if self.sampler != "mixture" and self.teacher_share != type(self).model_fields["teacher_share"].default:
+            yield f"--teacher-share has no effect on --sampler {self.sampler}"
+        if not self.replay and self.replay_schedule != type(self).model_fields["replay_schedule"].default:
+            yield f"--replay-schedule {self.replay_schedule} has no effect without --replay"
+        if self.replay and self.sampler == "mixture":
+            yield "--replay cannot be combined with --sampler mixture: the importance weights are of new text"
+        if given and not self.samples_text and "on_policy_fraction" not in self.model_fields_set:
             yield f"{' and '.join(map(flag_name, given))} has no effect without --on-policy-fraction"
 
 

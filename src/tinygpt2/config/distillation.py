@@ -20,8 +20,9 @@ PredictionLoss = Literal[
     "soft_ce", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"
 ]
 OwnTextLoss = Literal[
-    "soft_ce", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation", "ce"
-]
+    "soft_ce", "forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "total_variation", "ce",
+    "policy_gradient",
+]  # fmt: skip
 HiddenScale = Literal["none", "variance"]
 HeadMap = Literal["equal", "average"]
 TeacherDtype = Literal["fp32", "bf16"]
@@ -77,7 +78,8 @@ class DistillConfig(OwnTextOptions, TrainOptions):
         shown="states; without --teacher, what is there",
     )
     recipe: str = option(
-        "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation or a YAML file.",
+        "Objectives and optimisation: default, tinygpt2, distilgpt2, truncation, gkd, distillm, minillm, seqkd or a "
+        "YAML file.",
         default="default",
         path=True,
         metavar="RECIPE|PATH",
@@ -153,7 +155,11 @@ class DistillConfig(OwnTextOptions, TrainOptions):
         ge=0,
     )
     on_policy_loss: OwnTextLoss | None = option(
-        "Loss on sampled text.", default=None, panel=OWN_TEXT, shown="--prediction-loss"
+        "Loss on sampled text: one between predictions, ce (the cross-entropy of a teacher's text), or "
+        "policy_gradient (MiniLLM: the reverse KL of whole texts).",
+        default=None,
+        panel=OWN_TEXT,
+        shown="--prediction-loss",
     )
     on_policy_weight: float | None = option(
         "Weight of this loss. Each position of sampled text counts as much as one of the data.",
@@ -186,7 +192,7 @@ class DistillConfig(OwnTextOptions, TrainOptions):
     def own_text_weight(self) -> float:
         """The weight of the loss on sampled text; 0 without such text."""
         weight = self.prediction_weight if self.on_policy_weight is None else self.on_policy_weight
-        return weight if self.on_policy_fraction else 0.0
+        return weight if self.samples_text else 0.0
 
     @property
     def losses(self) -> set[str]:
@@ -245,7 +251,7 @@ class DistillConfig(OwnTextOptions, TrainOptions):
             held = "predictions" if self.caches_predictions else "final hidden states"
             yield f"--teacher-cache holds only the teacher's {held}: {why}"
         yield from self._cache_conflicts()
-        if self.on_policy_fraction:
+        if self.samples_text:
             yield from self._own_text_conflicts()
 
     def _own_text_conflicts(self) -> Iterator[str]:
@@ -253,6 +259,19 @@ class DistillConfig(OwnTextOptions, TrainOptions):
             yield "--on-policy-fraction has no effect while --on-policy-weight is 0"
         if self.teacher_cache is not None:
             yield "--teacher-cache holds nothing of text that is sampled later: it excludes --on-policy-fraction"
+        loss, ours = self.on_policy_loss, (self.sample_temperature, self.temperature)
+        if loss == "ce" and self.sampler != "teacher":
+            yield "--on-policy-loss ce learns nothing from text of the student: use --sampler teacher"
+        if loss == "policy_gradient" and self.replay:
+            yield "--on-policy-loss policy_gradient judges new text of the student: leave --replay out"
+        if self.fraction_growth and not self.eval_every:
+            yield "--fraction-growth reacts to the held-out loss: it needs --eval-every"
+        if loss == "policy_gradient" and self.sampler == "teacher":
+            yield "--on-policy-loss policy_gradient judges text of the student: use --sampler student or mixture"
+        if loss != "policy_gradient" and not self.normalise_returns:
+            yield "--no-normalise-returns has no effect without --on-policy-loss policy_gradient"
+        if (loss == "policy_gradient" or self.sampler == "mixture") and ours != (1, 1):
+            yield "--sample-temperature and --temperature have to be 1 with policy_gradient and --sampler mixture"
         if self.on_policy_fraction == 1 and self.ce_weight:
             yield "--ce-weight has no effect with --on-policy-fraction 1: it is the cross-entropy of the data's blocks"
 

@@ -26,6 +26,7 @@ class Documents:
         lengths: of the documents in each of the B blocks; those of a block add up to T.
 
     Attributes:
+        lengths: as the argument.
         positions: the position of each token in its document (B, T).
         longest: the length of the longest document.
         ends: where each document begins if all blocks are one sequence, and where the last one ends (n + 1).
@@ -33,7 +34,7 @@ class Documents:
 
     def __init__(self, lengths: Sequence[Sequence[int]], device: torch.device) -> None:
         every = [length for row in lengths for length in row]
-        self.longest, self._device = max(every), device
+        self.lengths, self.longest, self._device = lengths, max(every), device
         starts = [0, *accumulate(every)]
         positions = np.arange(starts[-1]) - np.repeat(starts[:-1], every)
         self.positions = self._sent(positions).view(len(lengths), -1)

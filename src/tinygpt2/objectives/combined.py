@@ -24,6 +24,7 @@ from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
+from tinygpt2.objectives.policy_gradient import importance, later_returns, token_log_probs
 from tinygpt2.objectives.positions import RealTokens, kept
 from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.objectives.weights import Counts, LossWeights, Part, parts_of
@@ -121,6 +122,8 @@ class Objectives(nn.Module):
         covered = (teacher and teacher.length) or length
         chosen = None if counted is None else [int(counted[:, 1:].sum())]
         own = Counts.of([length] * size if lengths is None else lengths, covered, chosen)
+        if counted is not None and own_text is not None:
+            own = own._replace(own_text=int(counted[own_text, 1:].sum()))
         share = own.over(1) if share is None else share
         real = None if lengths is None else RealTokens(lengths, length, input_ids.device)
         targets = self._targets(input_ids, real)
@@ -138,10 +141,11 @@ class Objectives(nn.Module):
                 if teacher is not None and teacher_head is not None and part.prediction:
                     labels = (kept(teacher.states[self._last[1]], part.positions), teacher_head)
                 hidden, wanted = kept(student.states[self._last[0]], part.positions), kept(targets, part.positions)
-                total, found = prediction_loss(hidden, student_head, wanted, labels, self._objective(part))
+                factors = self._row_factors(part, hidden, student_head, wanted, labels)
+                total, found = prediction_loss(hidden, student_head, wanted, labels, self._objective(part), factors)
                 loss = loss + total
                 for name, term in found.items():
-                    key = name if "/" in name or part.name == "prediction" else part.name
+                    key = part.key(name)
                     terms[key] = terms.get(key, 0) + term * part.factor(name)
         return loss, {name: term.detach() for name, term in terms.items()}
 
@@ -157,6 +161,29 @@ class Objectives(nn.Module):
             weights.skew,
             weights.jsd_beta,
         )
+
+    def _row_factors(
+        self,
+        part: Part,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        labels: tuple[Tensor, Tensor | Head | SparseForm] | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return by what the gradients at each position of sampled text are multiplied: see `policy_gradient`."""
+        weights = self.weights
+        gradient = weights.own_text_loss == "policy_gradient"
+        if part.name != "own_text" or labels is None or not (weights.mixture or gradient):
+            return None, None
+        states, other = labels
+        other = Head(other, len(head)) if isinstance(other, Tensor) else other
+        assert isinstance(other, Head)  # a cache of predictions has none of sampled text
+        log_s, log_t = token_log_probs(hidden.detach(), head.detach(), targets, (states, other))
+        likelier = importance(log_s, log_t, weights.mixture)
+        if not gradient:
+            return likelier, None
+        returns = later_returns(log_t - log_s, part.lengths, normalised=weights.normalise_returns)
+        return likelier, likelier * returns
 
     @staticmethod
     def _targets(input_ids: Int[Tensor, "B T"], real: RealTokens | None) -> Int[Tensor, "B T"]:

@@ -58,6 +58,7 @@ def prediction_loss(
     targets: Int[Tensor, " N"],
     teacher: tuple[Tensor, Float[Tensor, "W Dt"] | Head | SparseForm | AlignedHead] | None,
     objective: PredictionObjective,
+    row_factors: tuple[Float[Tensor, " N"] | None, Float[Tensor, " N"] | None] = (None, None),
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return the weighted sum of the prediction loss and the next-token cross-entropy, and both terms unweighted.
 
@@ -68,6 +69,8 @@ def prediction_loss(
             returns it; or records of its predictions (N, R) and their form, or what makes logits of them. None if only
             the cross-entropy is computed.
         objective: weights, loss, temperature and chunk.
+        row_factors: for each token, by what the gradient of the prediction loss and that of the cross-entropy are
+            multiplied. The values are not.
 
     Returns:
         The total, which has gradients, and the unweighted terms with a weight above 0: `prediction` is the mean over
@@ -83,7 +86,7 @@ def prediction_loss(
     if isinstance(teacher_head, Tensor):
         teacher_head = Head(teacher_head, len(head))
     total, prediction, ce, left_out = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head, targets, teacher_hidden, teacher_head, objective
+        hidden, head, targets, teacher_hidden, teacher_head, objective, *row_factors
     )
     terms = {}
     if objective.prediction_weight:
@@ -107,6 +110,7 @@ class _ChunkedLoss(torch.autograd.Function):
         teacher_hidden: Tensor | None,
         teacher_head: Head | SparseForm | AlignedHead | None,
         objective: PredictionObjective,
+        *row_factors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         device, count, vocabulary = hidden.device.type, len(hidden), len(head)
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
@@ -121,7 +125,8 @@ class _ChunkedLoss(torch.autograd.Function):
         means = 1 / counts.clamp(min=1).to(wide(hidden))
         values, left_out = torch.zeros_like(means), torch.zeros_like(means[0])
         factor = objective.prediction_weight * objective.temperature
-        factors = None if factor == 1 else torch.full_like(means[0], factor), objective.ce_weight * means[1] * count
+        scales = None if factor == 1 else torch.full_like(means[0], factor), objective.ce_weight * means[1] * count
+        factors = _with_rows(scales[0], row_factors[0]), _with_rows(scales[1], row_factors[1])
         turns = max(1, math.ceil(count / (objective.chunk or default_chunk(vocabulary, device))))
         chunk = max(1, math.ceil(count / turns))  # chunks of equal size, because a small last one would be slow
         with torch.autocast(device, enabled=False):
@@ -136,7 +141,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     if isinstance(teacher_head, Head):
                         left_out += teacher_head.left_out(judged[part], soft)
                 wanted = targets[part] if objective.ce_weight else None
-                found, gradient = _differentiate(logits, soft, wanted, objective, factors, vocabulary)
+                found, gradient = _differentiate(logits, soft, wanted, objective, _part_of(factors, part), vocabulary)
                 values += found
                 if hidden_grad is not None:
                     hidden_grad[part] = gradient @ matrix
@@ -158,7 +163,19 @@ class _ChunkedLoss(torch.autograd.Function):
         factor = ctx.factor * grads[0]
         # In place: nobody else holds them, so torch refuses a second backward pass through the same graph.
         scaled = [None if grad is None else grad.mul_(factor) for grad in (hidden_grad, head_grad)]
-        return scaled[0], None if scaled[1] is None else scaled[1][: ctx.rows].to(ctx.dtype), None, None, None, None
+        return scaled[0], None if scaled[1] is None else scaled[1][: ctx.rows].to(ctx.dtype), *[None] * 6
+
+
+def _with_rows(scale: Tensor | None, rows: Float[Tensor, " N"] | None) -> Tensor | None:
+    """Return a factor of all tokens, or (N, 1) one for each token."""
+    if rows is None:
+        return scale
+    return rows[:, None] if scale is None else rows[:, None] * scale
+
+
+def _part_of(factors: tuple[Tensor | None, ...], part: slice) -> tuple[Tensor | None, ...]:
+    """Return the factors of some tokens."""
+    return tuple(factor if factor is None or factor.dim() == 0 else factor[part] for factor in factors)
 
 
 def _add_product(total: Float[Tensor, "V D"], gradient: Float[Tensor, "n V"], states: Float[Tensor, "n D"]) -> None:
@@ -185,7 +202,7 @@ def _differentiate(
     soft: Float[Tensor, "n W"] | SparseTargets | None,
     targets: Int[Tensor, " n"] | None,
     objective: PredictionObjective,
-    factors: tuple[Tensor | None, Tensor],
+    factors: tuple[Tensor | None, ...],
     vocabulary: int,
 ) -> tuple[Float[Tensor, " 2"], Float[Tensor, "n W"]]:
     """Return the sums of the two losses, and the gradient of the weighted total for the student's logits.
@@ -196,7 +213,7 @@ def _differentiate(
         logits, soft: of student and teacher; W is V, or more if the output matrices are padded. Of a teacher, it may
             also be sparse targets.
         targets: next tokens, if the cross-entropy counts.
-        factors: of the two losses' gradients; None stands for 1.
+        factors: of the two losses' gradients, for all tokens or for each (n, 1); None stands for 1.
         vocabulary: V.
     """
     sparse = isinstance(soft, SparseTargets)
@@ -216,7 +233,7 @@ def _differentiate(
             softened = (student, teacher) if tau == 1 else (student / tau, teacher / tau)
         right = None if targets is None else targets[part]
         loss = objective.loss, objective.amount
-        found, gradient = _weighted(student, softened, right, *loss, tau, factors)
+        found, gradient = _weighted(student, softened, right, *loss, tau, _part_of(factors, part))
         values += found
         logits[part, :vocabulary] = gradient
     return values, logits
@@ -226,7 +243,7 @@ def _whole_chunk(
     logits: Tensor,
     soft: Tensor | None,
     targets: Tensor | None,
-    factors: tuple[Tensor | None, Tensor],
+    factors: tuple[Tensor | None, ...],
     loss: PredictionLoss,
     amount: float,
     tau: float,
@@ -256,7 +273,7 @@ def _weighted(
     loss: PredictionLoss,
     amount: float,
     tau: float,
-    factors: tuple[Tensor | None, Tensor],
+    factors: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of the two losses, unweighted, and the gradient of their weighted sum.
 
@@ -276,5 +293,5 @@ def _weighted(
         gradients.append(gradient if factors[0] is None else gradient.mul_(factors[0]))
     if targets is not None:
         values[1], gradient = cross_entropy(student, targets)
-        gradients.append(gradient.mul_(factors[1]))
+        gradients.append(gradient if factors[1] is None else gradient.mul_(factors[1]))
     return torch.stack(values), gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])

@@ -27,6 +27,8 @@ class LossWeights:
     loss: PredictionLoss = "forward_kl"
     own_text: float = 0.0
     own_text_loss: OwnTextLoss = "forward_kl"
+    mixture: float = 0.0  # the teacher's share in the distribution that sampled text comes from
+    normalise_returns: bool = True
     skew: float = 0.1
     jsd_beta: float = 0.5
     temperature: float = 1.0
@@ -58,6 +60,8 @@ class LossWeights:
             loss=config.prediction_loss,
             own_text=config.own_text_weight,
             own_text_loss=config.on_policy_loss or config.prediction_loss,
+            mixture=config.teacher_share if config.sampler == "mixture" else 0.0,
+            normalise_returns=config.normalise_returns,
             skew=config.skew,
             jsd_beta=config.jsd_beta,
             temperature=config.temperature,
@@ -112,6 +116,7 @@ class Part(NamedTuple):
         shares: of the positions and of the targets that means divide by, those of this part.
         means: the same of the counts by which the reported terms are divided.
         name: of the reported term.
+        lengths: the number of positions in each row that has some.
     """
 
     positions: Positions | None
@@ -121,6 +126,14 @@ class Part(NamedTuple):
     shares: tuple[float, float]
     means: tuple[float, float]
     name: str
+    lengths: list[int]
+
+    def key(self, term: str) -> str:
+        """Return the name under which a term of this part is reported."""
+        if self.name == "prediction" or "/" in term:
+            return term
+        # beside the loss between predictions, the cross-entropy of sampled tokens says how sure the student is
+        return "own_text/student_loss" if term == "ce" and self.prediction else self.name
 
     def factor(self, term: str) -> float:
         """Return by what a term of this part is multiplied, so that the mean over micro-batches is the batch's."""
@@ -151,16 +164,28 @@ def parts_of(
     if counted is None or own_text is None:
         positions = real if counted is None else Predicting(counted, covered, device)
         shares = counts.predictions / share.predictions, counts.targets / share.targets
-        return [Part(positions, weights.prediction, weights.ce, weights.loss, shares, shares, "prediction")]
+        return [Part(positions, weights.prediction, weights.ce, weights.loss, shares, shares, "prediction", [])]
     parts = []
     for sampled, whole in ((False, share.predictions - share.own_text), (True, share.own_text)):
         chosen = counted & (own_text == sampled)[:, None]
         count, loss, both = int(chosen[:, 1:].sum()), weights.loss, (weights.prediction, weights.ce)
         if sampled:
-            both = (0.0, weights.own_text) if weights.own_text_loss == "ce" else (weights.own_text, 0.0)
-            loss = loss if weights.own_text_loss == "ce" else weights.own_text_loss
+            loss, both = _own_text_losses(weights)
         if whole:
             shares = count / share.predictions, count / share.targets
             positions, name = Predicting(chosen, covered, device), "own_text" if sampled else "prediction"
-            parts.append(Part(positions, *both, loss, shares, (count / whole, count / whole), name))
+            lengths = [int(length) for length in chosen[:, 1:].sum(1) if length]
+            parts.append(Part(positions, *both, loss, shares, (count / whole, count / whole), name, lengths))
     return parts
+
+
+def _own_text_losses(weights: LossWeights) -> tuple[PredictionLoss, tuple[float, float]]:
+    """Return the loss between predictions on sampled text, its weight, and that of the cross-entropy.
+
+    The policy gradient consists of both: see `policy_gradient`.
+    """
+    if weights.own_text_loss == "ce":
+        return weights.loss, (0.0, weights.own_text)
+    if weights.own_text_loss == "policy_gradient":
+        return "reverse_kl", (weights.own_text, weights.own_text)
+    return weights.own_text_loss, (weights.own_text, 0.0)

@@ -38,9 +38,8 @@ from tinygpt2.training.state import CHECKPOINTS, RunState
 from tinygpt2.utils.files import flush_to_disk, read_json, sha256_of, write_json
 from tinygpt2.utils.progress import say, warn
 
-STATE, WEIGHTS, OPTIMIZER, MASTERS = (
-    "state.json", "model.safetensors", "optimizer.safetensors", "masters.safetensors",
-)  # fmt: skip
+STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+MASTERS, REPLAY = "masters.safetensors", "replay.safetensors"
 
 
 class Checkpoints:
@@ -49,7 +48,7 @@ class Checkpoints:
     Args:
         out: the run's directory.
         module, optimizer: as Accelerate prepared them.
-        masters: the weights before rounding (`Rounding`), which a checkpoint keeps; empty if none are rounded.
+        kept: more tensors, by the file that holds them: the weights before rounding (`Rounding`), sampled texts.
         keep: how many of the newest to keep; the one with the lowest evaluation loss is always kept.
         on_error: whether the run stops or continues if a checkpoint cannot be written.
         beside: writes the files that make a checkpoint's directory a model, besides its weights.
@@ -61,13 +60,13 @@ class Checkpoints:
         accelerator: Accelerator,
         module: nn.Module,
         optimizer: Any,
-        masters: dict[str, Tensor],
+        kept: dict[str, dict[str, Tensor]],
         keep: int,
         on_error: OnSaveError,
         beside: Callable[[Path], None] | None = None,
     ) -> None:
         self._root, self._accelerator = out / CHECKPOINTS, accelerator
-        self._module, self._optimizer, self._masters = module, optimizer, masters
+        self._module, self._optimizer, self._kept = module, optimizer, kept
         self._keep, self._on_error, self._beside = keep, on_error, beside
         self._sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._writer: threading.Thread | None = None
@@ -220,7 +219,7 @@ class Checkpoints:
         return {
             WEIGHTS: {name: weights[name] for name in seen.values()},
             OPTIMIZER: {f"{index}.{key}": value for index, row in moments.items() for key, value in row.items()},
-            **({MASTERS: dict(self._masters)} if self._masters else {}),
+            **{name: dict(tensors) for name, tensors in self._kept.items() if tensors},
         }
 
     def _write(self, temporary: Path, parts: dict[str, dict[str, Tensor]] | None, state: dict[str, Any]) -> None:
@@ -275,8 +274,9 @@ class Checkpoints:
             check_state(self._optimizer, moments)
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
-            if (path / MASTERS).is_file():
-                self._masters.update(load_file(path / MASTERS, str(self._accelerator.device)))
+            for name in [name for name in self._kept if (path / name).is_file()]:
+                device = "cpu" if name == REPLAY else str(self._accelerator.device)
+                self._kept[name].update(load_file(path / name, device))
             if self._accelerator.scaler is not None and state.scaler is not None:
                 self._accelerator.scaler.load_state_dict(state.scaler)
         except _library_errors() as error:  # files of another model make the libraries raise many kinds of errors

@@ -24,7 +24,7 @@ from tinygpt2.models.saving import save_description
 from tinygpt2.runtime.profiling import profiled
 from tinygpt2.runtime.read_ahead import ReadAhead
 from tinygpt2.runtime.signals import stop_on_signals
-from tinygpt2.training.checkpoint import Checkpoints
+from tinygpt2.training.checkpoint import MASTERS, REPLAY, Checkpoints
 from tinygpt2.training.failures import may_step, step_explained
 from tinygpt2.training.job import Job, cast_teacher, figures_before_training, tell_choices
 from tinygpt2.training.metrics import MetricsLog, agreed, metrics_of
@@ -134,14 +134,15 @@ class _Run:
         student = accelerator.unwrap_model(self.module).student
         self._rounding = Rounding(student, config.quantize, config.quantize_from)
         self._own_text: OwnText | None = None
-        if isinstance(config, DistillConfig) and config.on_policy_fraction:
+        if isinstance(config, DistillConfig) and config.samples_text:
             self._own_text = OwnText(config, accelerator, student, job.teacher, job.data, job.clock)
         self._order = training_order(job.data, config.seed)
         self.data = ReadAhead(self._read)
         beside = None
         if accelerator.is_main_process:  # a checkpoint is a model, too
             beside = partial(save_description, job.model, tokenizer=job.data.tokenizer())
-        saved, how = (self.module, self._optimizer, self._rounding.masters), (config.keep, config.on_save_error)
+        kept = {MASTERS: self._rounding.masters, REPLAY: self._own_text.replayed if self._own_text else {}}
+        saved, how = (self.module, self._optimizer, kept), (config.keep, config.on_save_error)
         self.checkpoints = Checkpoints(self.out, accelerator, *saved, *how, beside)
         self.state = RunState(self._sequences, job.data.content, warmup_steps(self.total, config))
         if config.resume:
@@ -178,7 +179,7 @@ class _Run:
         """Return the data of a step with sampled text in the place of some blocks, if the run has any."""
         if self._own_text is None:
             return data
-        batch, share = self._own_text.into(data.batch, indices, step)
+        batch, share = self._own_text.into(data.batch, indices, step, self.plan.share(step), self.state.own_text)
         return data if share is None else data._replace(batch=batch, share=share)
 
     def _check_schedule(self) -> None:
@@ -318,6 +319,7 @@ class _Run:
         self.state.eval_by_data = {name: asdict(one) for name, one in by_data.items()} or None
         if self._own_text is not None:
             self._own_text.show(self.state.step)
+            self.state.own_text = self._own_text.evaluated(self.state.own_text, whole.loss)
         every = {"eval": whole, **{f"eval/{name}": one for name, one in by_data.items()}}
         return metrics_of(every), self.state.evaluated(**asdict(whole))
 

@@ -152,8 +152,8 @@ def documents_apart(
     if weights.attention or weights.relation:
         option = "--attention-weight" if weights.attention else "--relation-weight"
         raise ConfigError(f"{what} does not fit {option}: attention is compared in whole blocks", f"use {option} 0")
-    if isinstance(config, DistillConfig) and config.teacher_cache is not None:
-        raise ConfigError(f"{what} does not fit --teacher-cache, which holds whole blocks", "leave --teacher-cache out")
+    if config.document_mask and isinstance(config, DistillConfig) and config.teacher_cache is not None:
+        raise ConfigError(f"{what} does not fit --teacher-cache: it has whole blocks", "leave --teacher-cache out")
     if config.compile or config.compile_only:
         raise ConfigError(f"{what} does not fit --compile: documents have many lengths", "leave --compile out")
     if not config.document_mask or end is None:

@@ -41,6 +41,7 @@ class RunState:
         warmup: steps in which the learning rate rises, as the run began; None if an older version began it.
         plan: with --max-minutes, the values of a `Plan`.
         scaler: state of fp16's loss scaler.
+        own_text: with sampled text, its share now, and the held-out loss at which that share last grew.
     """
 
     global_batch: int
@@ -61,6 +62,7 @@ class RunState:
     skipped: int = 0
     plan: dict[str, Any] | None = None
     scaler: dict[str, float] | None = None
+    own_text: tuple[float, float | None] | None = None
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> RunState:

@@ -159,9 +159,11 @@ class Step(nn.Module):
         (last,), cache = wanted.teacher_states, self.cache
         if cached.states is not None:
             return Activations({last: cached.states})
-        return Activations(
-            {last: cache.states(cached.rows, input_ids, lambda ids: cache.computed(_some(teacher), ids))}
-        )
+
+        def compute(ids: Tensor, inside: Documents | None) -> Tensor:
+            return cache.computed(_some(teacher), ids, inside)
+
+        return Activations({last: cache.states(cached.rows, input_ids, compute, documents)})
 
     def read_for_teacher(self, batch: Batch, rows: list[int], device: torch.device) -> Read | None:
         """Read what the teacher needs of a micro-batch besides its tokens; this runs beside the training.

@@ -29,6 +29,7 @@ from tinygpt2.config.distillation import CacheKind, DistillConfig
 from tinygpt2.data.batches.batch import to_device
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import DataError, ModelError, os_failure
+from tinygpt2.models.documents import Documents
 from tinygpt2.models.lm_head import Head
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import Teacher
@@ -159,20 +160,28 @@ class TeacherCache:
         return CachedStates(list(rows), blocks)
 
     def states(
-        self, rows: Sequence[int], input_ids: Int[Tensor, "B T"], compute: Callable[[Tensor], Float[Tensor, "B T D"]]
+        self,
+        rows: Sequence[int],
+        input_ids: Int[Tensor, "B T"],
+        compute: Callable[[Tensor, Documents | None], Float[Tensor, "B T D"]],
+        documents: Documents | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the states of some blocks in bfloat16, or their records. What the cache lacks is computed and stored.
 
         Args:
             rows: the numbers of the blocks.
             input_ids: their tokens.
-            compute: runs the teacher on tokens and returns its last hidden states, or records.
+            compute: runs the teacher on tokens and their documents, and returns its last hidden states, or records.
+            documents: of the blocks, if they have some that are apart.
         """
         kept = [self._states[row] for row in rows]
         lost = [i for i, row in enumerate(rows) if not self._matches(row, kept[i])]
         if not lost:
             return torch.from_numpy(np.stack(kept)).view(self._type).to(input_ids.device)
-        fresh = compute(input_ids if len(lost) == len(rows) else input_ids[lost]).to(self._type)
+        if len(lost) < len(rows):
+            input_ids = input_ids[lost]
+            documents = documents and Documents([documents.lengths[i] for i in lost], input_ids.device)
+        fresh = compute(input_ids, documents).to(self._type)
         for i, block in zip(lost, fresh.cpu().contiguous().view(torch.int16).numpy(), strict=True):
             self._states[rows[i]] = kept[i] = block
             self._checksums[rows[i]] = _checksum(block)
@@ -181,14 +190,15 @@ class TeacherCache:
             return fresh
         return torch.from_numpy(np.stack(kept)).view(self._type).to(input_ids.device)
 
-    def computed(self, teacher: Teacher, input_ids: Int[Tensor, "B T"]) -> Tensor:
+    def computed(self, teacher: Teacher, input_ids: Int[Tensor, "B T"], documents: Documents | None = None) -> Tensor:
         """Return what the cache is to hold of some blocks: see `states`.
 
         Args:
             teacher: is moved to the blocks' device. With a full cache it is on the host, until a block is damaged.
+            documents: as the argument of `states`.
         """
         last = teacher.shape.layers
-        states = teacher.to(input_ids.device).collect(input_ids, [last]).states[last]
+        states = teacher.to(input_ids.device).collect(input_ids, [last], documents=documents).states[last]
         if self.form is None:
             return states
         self._head = self._head or [teacher.head()]

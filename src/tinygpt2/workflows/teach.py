@@ -14,6 +14,7 @@ from tinygpt2.config.workflows import TeachConfig
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.mixture import load_datasets
 from tinygpt2.errors import ConfigError, InterruptedRunError
+from tinygpt2.models.documents import Documents
 from tinygpt2.models.loading import model_tokenizer
 from tinygpt2.models.teachers.loading import load_teacher, read_as_student
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
@@ -90,14 +91,7 @@ def _teacher(config: TeachConfig, data: PackedDataset) -> tuple[Teacher, int]:
     """Load the teacher and return it with the number of tokens that it predicts.
 
     These are the tokens of a student that a preset makes for this teacher and dataset.
-
-    Raises:
-        ConfigError: the dataset holds pairs.
     """
-    if data.train.divided:
-        raise ConfigError(
-            f"{data.name} holds pairs, which a cache does not fit: it has whole blocks", "use distill alone"
-        )
     dtype = DTYPES[config.teacher_dtype]
     teacher, directory = load_teacher(config.teacher, data, dtype, allow_pickle=config.allow_pickle)
     vocabulary = teacher.shape.vocabulary if isinstance(teacher, GPT2Teacher) else data.vocab_size
@@ -118,7 +112,8 @@ def _fill(cache: TeacherCache, teacher: Teacher, data: PackedDataset, config: Te
         with track("teach", len(own), "blocks", done=len(own) - len(lost)) as stage:
             for start in range(0, len(lost), config.micro_batch_size):
                 rows = lost[start : start + config.micro_batch_size]
-                ids = data.train.batch(rows).to(device).input_ids
-                cache.states(rows, ids, lambda some: cache.computed(teacher, some))
+                batch = data.train.batch(rows).to(device)
+                inside = None if batch.documents is None else Documents(batch.documents, device)
+                cache.states(rows, batch.input_ids, lambda *some: cache.computed(teacher, *some), inside)
                 stage.advance(len(rows))
     return len(lost)

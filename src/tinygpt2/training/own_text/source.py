@@ -10,39 +10,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.decoding.library import Decoder, make_decoder
+from tinygpt2.decoding.mixture import MixedDecoder
 from tinygpt2.decoding.own_text import Lengths, continued
 from tinygpt2.decoding.sampling import Sampling
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.compatibility import first_token
-from tinygpt2.models.teachers.teacher import Teacher
+from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
+from tinygpt2.models.teachers.vocabularies import Reading
 from tinygpt2.objectives.weights import Counts
 from tinygpt2.runtime.devices import float64_device
 from tinygpt2.training.own_text.figures import Figures, SampleLog
+from tinygpt2.training.own_text.replay import Replay, Text, grown
+from tinygpt2.utils.progress import say
 from tinygpt2.utils.types import Array
 
 _TOGETHER = 64  # texts that are decoded side by side
 _WIDTH = 64  # a batch of sampled text alone is as wide as its longest text, rounded up to this
-
-
-class _Text(NamedTuple):
-    """A prompt, what was sampled after it, and whether the last token ends the text."""
-
-    prompt: list[int]
-    added: list[int]
-    ended: bool
 
 
 class OwnText:
@@ -51,12 +48,12 @@ class OwnText:
     Args:
         config: of the run, with an `on_policy_fraction` above 0.
         student: its current weights sample.
-        teacher: judges the samples in the metrics.
+        teacher: judges the samples in the metrics, and may sample, too.
         data: the dataset. If its blocks mark which targets count, a prompt is what stands before the first of them.
         clock: returns the time in seconds.
 
     Raises:
-        ConfigError: the student is divided among the processes.
+        ConfigError: the student is divided among the processes, or the teacher cannot sample.
 
     Attributes:
         lengths: of prompts and continuations.
@@ -79,52 +76,93 @@ class OwnText:
                 "--on-policy-fraction needs the whole student in every process, which FSDP and DeepSpeed divide",
                 "leave them out: each process then holds the student and the teacher",
             )
+        vocabulary = min(data.vocab_size, int(student.config.vocab_size))
+        if config.sampler != "student" and teacher is not None:
+            check_sampler(teacher, accelerator, config.sampler)
+            vocabulary = min(vocabulary, teacher.shape.vocabulary)
         room = min(data.sequence_length, int(student.config.n_positions))
         self.lengths = Lengths.fitting(config.prompt_range, config.max_new_tokens, room)
         tokenizer = data.tokenizer()
         end = first_token([tokenizer.eos_token_id, student.config.eos_token_id], student.config)
         self._ends = [] if end is None else [end]
-        known = min(data.vocab_size, int(student.config.vocab_size))
-        self._sampling = Sampling(config.sample_temperature, vocabulary=known)
+        self._sampling = Sampling(config.sample_temperature, vocabulary=vocabulary)
+        self._teachers: Decoder | None = None
+        self._replay = Replay(config.replay, room, config.replay_schedule, config.seed)
         self.figures = Figures()
-        self._last: tuple[list[_Text], Batch] | None = None
+        self._last: tuple[list[Text], Batch] | None = None
         self._text: Callable[[list[int]], str] = lambda tokens: str(tokenizer.decode(tokens))
         self._log: SampleLog | None = None
         self._since: float | None = None  # the time of the last line of metrics
 
-    def writes(self, position: int) -> bool:
-        """Return whether the block at a position of the order of training becomes sampled text."""
-        fraction = self._config.on_policy_fraction
-        return math.floor((position + 1) * fraction + 1e-9) > math.floor(position * fraction + 1e-9)
-
-    def into(self, batch: Batch, indices: Sequence[int], step: int) -> tuple[Batch, Counts | None]:
+    def into(
+        self,
+        batch: Batch,
+        indices: Sequence[int],
+        step: int,
+        done: float = 0.0,
+        known: tuple[float, float | None] | None = None,
+    ) -> tuple[Batch, Counts | None]:
         """Replace some of this process's blocks of a step by sampled text.
 
         Args:
             batch: this process's blocks, on the host.
             indices: the numbers of the blocks of all processes.
             step: the number of the step.
+            done: the share of the run that is done.
+            known: what `evaluated` has returned last.
 
         Returns:
             The batch, and the counts that means divide by; the same batch and None if the step has no sampled text.
         """
         started, first = self._clock(), step * len(indices)
         self._since = started if self._since is None else self._since
-        chosen = [place for place in range(len(indices)) if self.writes(first + place)]
+        share = self._config.on_policy_fraction if known is None else known[0]
+        chosen = [place for place in range(len(indices)) if becomes_text(first + place, share)]
         if not chosen:
             return batch, None
-        own = self._own_places(len(indices))
-        rows = [row for row, place in enumerate(own) if self.writes(first + place)]
         origins = {place: chosen[at - at % self._config.samples_per_prompt] for at, place in enumerate(chosen)}
-        from_places = [origins[own[row]] for row in rows]
-        prompts = [self._prompt(indices[place], first + place) for place in from_places]
-        texts = self._sampled(prompts, [first + own[row] for row in rows])
-        made = _with(batch, rows, texts)
-        self.figures.add([text.added for text in texts], [text.ended for text in texts])
-        self._last = texts, made
-        counts = self._counts(made)
+        rows = {place: row for row, place in enumerate(self._own_places(len(indices))) if place in origins}
+        old = {place: text for place in chosen if (text := self._replay.chosen(first + place, done)) is not None}
+        new = [place for place in rows if place not in old]
+        prompts = [self._prompt(indices[origins[place]], first + origins[place]) for place in new]
+        made = dict(zip(new, self._sampled(prompts, [first + place for place in new]), strict=True))
+        self._keep(made)
+        texts = [(old | made)[place] for place in rows]
+        whole = _with(batch, list(rows.values()), texts)
+        self.figures.add([text.added for text in made.values()], [text.ended for text in made.values()])
+        self._last = texts, whole
+        counts = self._counts(whole)
         self.figures.sampling += self._clock() - started
-        return made, counts.over(len(indices) // self._config.micro_batch_size)
+        return whole, counts.over(len(indices) // self._config.micro_batch_size)
+
+    def _keep(self, made: dict[int, Text]) -> None:
+        """Add the new texts of all processes to those that are used again, in the order of their places."""
+        if not self._config.replay:
+            return
+        every = list(made.items())
+        if self._accelerator.num_processes > 1:
+            every = gather_object(every)
+        self._replay.add(text for _, text in sorted(every))
+
+    @property
+    def replayed(self) -> dict[str, Tensor]:
+        """The texts that are used again, which checkpoints keep; empty if none are."""
+        return self._replay.tensors if self._config.replay else {}
+
+    def evaluated(self, known: tuple[float, float | None] | None, loss: float) -> tuple[float, float | None] | None:
+        """Return the share of sampled text after an evaluation, and the loss to compare the next one with.
+
+        Args:
+            known: what this has returned before; None in the beginning.
+            loss: on the held-out blocks.
+        """
+        if not self._config.fraction_growth:
+            return None
+        share, mark = known or (self._config.on_policy_fraction, None)
+        after = grown(share, mark, loss, self._config.fraction_growth)
+        if after[0] != share:
+            say(f"the held-out loss rose from {mark:.3f} to {loss:.3f}: now {after[0]:.0%} of the text is sampled")
+        return after
 
     def _own_places(self, blocks: int) -> list[int]:
         """Return the places in the global batch of this process's blocks, in their order: see `read_step`."""
@@ -139,29 +177,40 @@ class OwnText:
             counted = self._blocks.batch([index]).counted
             places = [] if counted is None else np.flatnonzero(counted[0]).tolist()
             begin = places[0] if places else len(row) - 1
-            return [int(token) for token in row[: max(1, min(begin, self.lengths.most))]]
+            return [int(token) for token in row[max(0, begin - self.lengths.most) : max(1, begin)]]
         return self.lengths.beginning(row, self._config.seed, position)
 
-    def _sampled(self, prompts: list[list[int]], numbers: list[int]) -> list[_Text]:
-        texts: list[_Text] = []
+    def _sampled(self, prompts: list[list[int]], numbers: list[int]) -> list[Text]:
+        texts: list[Text] = []
         decoder = self._decoder() if prompts else None
+        plain = self._config.sampler == "student" or isinstance(self._teacher, GPT2Teacher)
         for start in range(0, len(prompts), _TOGETHER):
             part = slice(start, start + _TOGETHER)
             assert decoder is not None
-            made = continued(
-                decoder, prompts[part], numbers[part], seed=self._config.seed, new=self.lengths.new, ends=self._ends,
-                sampling=self._sampling, name="the student",
-            )  # fmt: skip
+            with nullcontext() if plain else self._accelerator.autocast():
+                made = continued(
+                    decoder, prompts[part], numbers[part], seed=self._config.seed, new=self.lengths.new,
+                    ends=self._ends, sampling=self._sampling, name=f"the {self._config.sampler}",
+                )  # fmt: skip
             found = zip(prompts[part], made.tokens.tolist(), made.lengths.tolist(), made.ended.tolist(), strict=True)
-            texts += [_Text(prompt, row[:count], end) for prompt, row, count, end in found]
+            texts += [Text(prompt, row[:count], end) for prompt, row, count, end in found]
         return texts
 
     def _decoder(self) -> Decoder:
-        """Return what decodes with the student's weights of now.
+        """Return what decodes with the student's weights of now, or with the teacher's, or with both.
 
-        In float32 it uses the weights where they are. In bfloat16 it rounds them, as each pass of training does.
+        In float32 it uses the weights where they are. In bfloat16 it rounds them: the student's each time, as each pass
+        of training does, and the teacher's once.
         """
-        return make_decoder(self._student, "bf16" if self._accelerator.mixed_precision == "bf16" else "fp32")
+        config, sixteen = self._config, self._accelerator.mixed_precision == "bf16"
+        if config.sampler != "student" and self._teachers is None:
+            assert self._teacher is not None
+            gpt2 = isinstance(self._teacher, GPT2Teacher)
+            self._teachers = make_decoder(self._teacher.model, "bf16" if sixteen and gpt2 else "fp32", name="teacher")
+        if config.sampler == "teacher" and self._teachers is not None:
+            return self._teachers
+        students = make_decoder(self._student, "bf16" if sixteen else "fp32")
+        return students if self._teachers is None else MixedDecoder(self._teachers, students, config.teacher_share)
 
     def _counts(self, batch: Batch) -> Counts:
         """Return the counts of all processes' batches."""
@@ -209,12 +258,32 @@ class OwnText:
         self._log.write(self._accelerator, step, [(text.prompt, text.added) for text in self._last[0]])
 
 
+def becomes_text(position: int, share: float) -> bool:
+    """Return whether the block at a position of the order of training becomes sampled text."""
+    return math.floor((position + 1) * share + 1e-9) > math.floor(position * share + 1e-9)
+
+
+def check_sampler(teacher: Teacher, accelerator: Accelerator, sampler: str) -> None:
+    """Check that a teacher can write the student's tokens.
+
+    Raises:
+        ConfigError: its tokens are others, or the run computes in fp16.
+    """
+    if teacher.reading != Reading():
+        raise ConfigError(
+            f"--sampler {sampler} needs a teacher with the student's own tokens, and this one's have other numbers",
+            "use --sampler student: such a teacher still judges what the student writes",
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise ConfigError(f"--sampler {sampler} cannot decode the teacher in fp16", "use --precision bf16 or fp32")
+
+
 def _own(batch: Batch) -> Array:
     """Return which blocks of a batch are sampled text."""
     return np.zeros(len(batch.input_ids), np.bool_) if batch.own is None else batch.own
 
 
-def _with(batch: Batch, rows: Sequence[int], texts: Sequence[_Text]) -> Batch:
+def _with(batch: Batch, rows: Sequence[int], texts: Sequence[Text]) -> Batch:
     """Return a batch some of whose blocks are replaced by texts, of which only the continuations count."""
     size, width = batch.input_ids.shape
     ids = batch.input_ids.clone()
