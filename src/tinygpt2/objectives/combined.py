@@ -168,7 +168,7 @@ class Objectives(nn.Module):
         hidden: Tensor,
         head: Tensor,
         targets: Tensor,
-        labels: tuple[Tensor, Tensor | Head | SparseForm] | None,
+        labels: tuple[Tensor, Tensor | Head | SparseForm | AlignedHead] | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return by what the gradients at each position of sampled text are multiplied: see `policy_gradient`."""
         weights = self.weights

@@ -292,8 +292,7 @@ def gradients(
     means = torch.zeros((), device=accelerator.device)
     for turn, start in enumerate(starts):
         batch = whole.part(start, start + size)
-        known = data.read[turn]
-        read = known and known.to(accelerator.device)
+        read = (known := data.read[turn]) and known.to(accelerator.device)
         # divides the loss by the number of micro-batches, and averages over processes only after the last one
         with accelerator.accumulate(module):
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
