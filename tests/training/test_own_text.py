@@ -17,6 +17,7 @@ from tinygpt2.config.decoding import token_range
 from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.batches.order import Shuffle
 from tinygpt2.data.dataset import PackedDataset, from_map_style, load_packed_dataset
+from tinygpt2.decoding.own_text import Lengths
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.parameters import set_dropout
@@ -377,3 +378,26 @@ def test_a_run_with_old_texts_resumes_and_two_processes_keep_the_same(
     )
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-3)
+
+
+def test_every_pair_of_a_block_can_give_the_prompt(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = load_packed_dataset(str(data))
+    ids = packed.train.row(0).astype(np.int64)
+    labels = ids.copy()
+    labels[[0, 1, 2, 10, 11, 12, 13]] = -100
+    pairs = from_map_style([{"input_ids": ids, "labels": labels}], [], packed.tokenizer()).train
+    whole = pairs.batch([0])._replace(documents=[[10, LENGTH - 10]])
+    monkeypatch.setattr(pairs, "batch", lambda indices: whole)
+    found = {tuple(Lengths(16, 64, 8).prompt(pairs, 0, 1, number)) for number in range(30)}
+    assert found == {tuple(ids[:3].tolist()), tuple(ids[10:14].tolist())}
+    assert Lengths(1, 2, 8).prompt(pairs, 0, 1, 0) in (ids[1:3].tolist(), ids[12:14].tolist())
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "policy_gradient"])
+def test_the_student_comes_to_write_what_the_teacher_finds_likely(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, loss: str
+) -> None:
+    options = {"on_policy_fraction": 1.0, "on_policy_loss": loss, "max_steps": 60, "learning_rate": 5e-3}
+    distill(config(teacher, student, data, tmp_path / "o", micro_batch_size=8, **options))
+    losses = [row["own_text/teacher_loss"] for row in read_metrics(tmp_path / "o")]
+    assert sum(losses[-10:]) / 10 < sum(losses[:5]) / 5 - 0.2

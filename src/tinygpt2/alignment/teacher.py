@@ -138,9 +138,10 @@ def cut_of_teacher(config: DistillConfig, data: PackedDataset) -> tuple[Tokenize
     Raises:
         ModelError: the teacher is a GPT-2, and has other tokens than the student and the data, which are no cut of its.
     """
-    if not config.needs_teacher or config.teacher is None:
+    if not config.needs_teacher or len(config.teachers) != 1:  # several teachers have the student's tokens
         return None
-    directory, small = local_directory(config.teacher, "teacher"), data.tokenizer()
+    (teacher,) = config.teachers
+    directory, small = local_directory(teacher, "teacher"), data.tokenizer()
     whole, ours = model_tokenizer(directory), fingerprint(small)
     if whole is None or fingerprint(whole) == ours:
         return None
@@ -149,7 +150,7 @@ def cut_of_teacher(config: DistillConfig, data: PackedDataset) -> tuple[Tokenize
     kind = read_config_json(directory, "teacher").get("model_type", "gpt2")  # others may have the same pieces
     if kind == "gpt2" and _reads(config.student, ours):
         raise ModelError(
-            f"teacher {config.teacher} has other tokens than dataset {data.name} and student {config.student}, and "
+            f"teacher {teacher} has other tokens than dataset {data.name} and student {config.student}, and "
             "they are not the first ones of its tokens by merge rank",
             "tokenize the data with the teacher's tokenizer (tinygpt2 pregenerate --tokenizer), or make a student with "
             "fewer of its tokens (truncate-student --vocab-size)",
@@ -177,7 +178,7 @@ def aligned_teacher(
         ConfigError: an option compares what the two do not share.
     """
     tokenizer, cut = found
-    what = f"{config.teacher} has {len(tokenizer):,} tokens, the data {len(cut.tokenizer):,} of them"
+    what = f"{config.teachers[0]} has {len(tokenizer):,} tokens, the data {len(cut.tokenizer):,} of them"
     names = ("attention_weight", "relation_weight", "hidden_weight", "cosine_weight")
     if inside := [flag_name(name) for name in names if getattr(config, name)]:
         raise ConfigError(

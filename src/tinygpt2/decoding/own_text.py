@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinygpt2.data.dataset import Blocks
 from tinygpt2.decoding.library import Decoder
 from tinygpt2.decoding.loop import Decoded, decode
 from tinygpt2.decoding.sampling import Sampling
 from tinygpt2.utils.progress import say
-from tinygpt2.utils.types import Tokens
 
 
 class Lengths(NamedTuple):
@@ -50,10 +50,36 @@ class Lengths(NamedTuple):
             )
         return found
 
-    def beginning(self, row: Tokens, seed: int, number: int) -> list[int]:
-        """Return the beginning of a block as prompt number `number`. One token always remains after it, if it can."""
-        length = int(np.random.default_rng((seed, number)).integers(self.least, self.most + 1))
+    def prompt(self, blocks: Blocks, index: int, seed: int, number: int) -> list[int]:
+        """Return what a text begins with: the beginning of a block, or the prompt of one of its pairs.
+
+        Args:
+            blocks: if they say which tokens count as targets, a prompt is what stands before the first of these in a
+                document: its last `most` tokens.
+            index: the number of the block.
+            number: of the prompt. With the seed it decides how long a beginning is, or which pair is taken. At least
+                one token remains after a beginning.
+        """
+        row, random = blocks.row(index), np.random.default_rng((seed, number))
+        if blocks.marked and (spans := _before_targets(blocks, index)):
+            begin, end = spans[int(random.integers(len(spans)))]
+            return [int(token) for token in row[max(begin, end - self.most) : end]]
+        length = int(random.integers(self.least, self.most + 1))
         return [int(token) for token in row[: max(1, min(length, len(row) - 1))]]
+
+
+def _before_targets(blocks: Blocks, index: int) -> list[tuple[int, int]]:
+    """Return where the tokens stand that come before the first target of each document in a block."""
+    batch = blocks.batch([index])
+    assert batch.counted is not None
+    lengths = batch.documents[0] if batch.documents else [blocks.sequence_length]
+    spans, start = list[tuple[int, int]](), 0
+    for length in lengths:
+        places = np.flatnonzero(batch.counted[0, start : start + length])
+        if len(places) and places[0]:
+            spans.append((start, start + int(places[0])))
+        start += length
+    return spans
 
 
 def continued(

@@ -285,7 +285,7 @@ def _prompt(writer: _Writer, order: Shuffle | None, seed: int, number: int) -> l
     """Return the tokens that a text begins after: a block's beginning, or an end-of-text token."""
     if order is None or writer.prompts is None:
         return [writer.end]
-    return writer.lengths.beginning(writer.prompts.train.row(order[number : number + 1][0]), seed, number)
+    return writer.lengths.prompt(writer.prompts.train, order[number : number + 1][0], seed, number)
 
 
 def _needed(counts: list[int], tokens: int) -> int:

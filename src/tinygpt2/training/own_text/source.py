@@ -124,7 +124,9 @@ class OwnText:
         rows = {place: row for row, place in enumerate(self._own_places(len(indices))) if place in origins}
         old = {place: text for place in chosen if (text := self._replay.chosen(first + place, done)) is not None}
         new = [place for place in rows if place not in old]
-        prompts = [self._prompt(indices[origins[place]], first + origins[place]) for place in new]
+        begins = [origins[place] for place in new]
+        seed, blocks = self._config.seed, self._blocks
+        prompts = [self.lengths.prompt(blocks, indices[place], seed, first + place) for place in begins]
         made = dict(zip(new, self._sampled(prompts, [first + place for place in new]), strict=True))
         self._keep(made)
         texts = [(old | made)[place] for place in rows]
@@ -169,16 +171,6 @@ class OwnText:
         size, accelerator = self._config.micro_batch_size, self._accelerator
         turns = range(accelerator.process_index, blocks // size, accelerator.num_processes)
         return [turn * size + place for turn in turns for place in range(size)]
-
-    def _prompt(self, index: int, position: int) -> list[int]:
-        """Return the tokens that a text begins with."""
-        row = self._blocks.row(index)
-        if self._blocks.marked:
-            counted = self._blocks.batch([index]).counted
-            places = [] if counted is None else np.flatnonzero(counted[0]).tolist()
-            begin = places[0] if places else len(row) - 1
-            return [int(token) for token in row[max(0, begin - self.lengths.most) : max(1, begin)]]
-        return self.lengths.beginning(row, self._config.seed, position)
 
     def _sampled(self, prompts: list[list[int]], numbers: list[int]) -> list[Text]:
         texts: list[Text] = []
