@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from tinygpt2.models.configuration import Preset, PresetList, presets
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
     from tinygpt2.training.step import Evaluation
-    from tinygpt2.workflows.budget import BudgetPlan, Candidate, plan_budget
+    from tinygpt2.workflows.budget import BudgetPlan, Candidate, LossPrediction, plan_budget
     from tinygpt2.workflows.cuts.results import CutCandidate, CutRounds, CutSearchResult
     from tinygpt2.workflows.cuts.scoring import CutScore
     from tinygpt2.workflows.cuts.search import cut_to_target
@@ -122,7 +122,7 @@ _HOME = {
     "models.configuration": ["Preset", "PresetList", "presets"],
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
     "training.step": ["Evaluation"],
-    "workflows.budget": ["BudgetPlan", "Candidate", "plan_budget"],
+    "workflows.budget": ["BudgetPlan", "Candidate", "LossPrediction", "plan_budget"],
     "workflows.cuts.results": ["CutCandidate", "CutRounds", "CutSearchResult"],
     "workflows.cuts.scoring": ["CutScore"],
     "workflows.cuts.search": ["cut_to_target"],
@@ -172,6 +172,7 @@ __all__ = [
     "GenerateResult",
     "Generation",
     "InterruptedRunError",
+    "LossPrediction",
     "MachineError",
     "ModelError",
     "ModelStatistics",

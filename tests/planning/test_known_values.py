@@ -26,6 +26,20 @@ def test_what_is_known_is_what_the_run_uses(student: str, teacher: Path, data: P
     assert 1 <= known.num_epochs <= 4
 
 
+@pytest.mark.parametrize(
+    ("start", "optimizer", "rate"),
+    [("shape", "muon", 2.5 / 768), ("shape", "adamw", 0.5 / 768), ("model", "muon", 4e-3), ("model", "adamw", 4e-3)],
+)
+def test_the_rate_of_pretrain_is_that_of_the_run(
+    start: str, optimizer: str, rate: float, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    name = {"shape": "gpt2", "model": str(teacher)}[start]
+    config = PretrainConfig(**{start: name}, optimizer=optimizer, data=str(data), out=str(tmp_path / "o"))
+    known, unknown = known_options(config)
+    assert (unknown, known.learning_rate, known.embedding_learning_rate) == ([], rate, rate)
+    assert plan_run(config).learning_rate == rate
+
+
 def test_a_length_between_one_and_four_passes(teacher: Path, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "shape.yaml"
     file.write_text(yaml.safe_dump({"n_layer": 1, "n_embd": 4, "n_head": 1, "n_positions": 32}))
@@ -40,9 +54,11 @@ def test_what_is_not_there_is_left_open(data: Path) -> None:
     assert unknown == ["learning_rate", "num_epochs"]
     known, unknown = known_options(DistillConfig(teacher="t", student="distilgpt2", data="d", out="o", max_steps=3))
     assert (unknown, known.num_epochs, known.max_steps) == ([], None, 3)
-    for config in (PretrainConfig(model="m", data="d", out="o"), FinetuneConfig(model="m", data="d", out="o")):
-        known, unknown = known_options(config)
-        assert (unknown, known.learning_rate, known.num_epochs) == ([], 5e-4, 1.0)
+    known, unknown = known_options(PretrainConfig(model="m", data="d", out="o"))
+    assert (unknown, known.learning_rate, known.num_epochs) == (["learning_rate"], None, 1.0)
+    known, unknown = known_options(FinetuneConfig(model="m", data="d", out="o", vector_learning_rate=1e-3))
+    assert (unknown, known.learning_rate, known.num_epochs) == ([], 5e-4, 1.0)
+    assert (known.embedding_learning_rate, known.vector_learning_rate) == (5e-4, 1e-3)
     other = GenerateConfig(model="m")
     assert known_options(other) == (other, [])
 
@@ -58,4 +74,4 @@ def test_print_config_says_what_is_open_and_a_length_wins_over_the_file(
     shorter = yaml.safe_load(cli("distill", "--config", tmp_path / "run.yaml", "--max-steps", 2, "--print-config").out)
     assert (shorter["max_steps"], shorter["num_epochs"]) == (2, None)
     open_ = cli("distill", "--teacher", "t", "--student", "s", "--data", "d", "--out", "o", "--print-config").out
-    assert open_.startswith("# null: the run computes learning_rate and num_epochs from its student and data\n")
+    assert open_.startswith("# null: the run computes learning_rate and num_epochs from its model and data\n")

@@ -28,6 +28,7 @@ from tinygpt2.models.loading import load_model
 from tinygpt2.training import optimizers
 from tinygpt2.training.optimizers import BETAS, Muon, check_state, clip_gradients, make_optimizer
 from tinygpt2.training.preparation import _check_sharding
+from tinygpt2.training.schedule import set_rates
 
 RATE, DECAY = 1e-2, 0.1
 
@@ -114,6 +115,34 @@ def test_a_restored_state_goes_on_alike(teacher: Path) -> None:
         optimizer.step()
     for left, right in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_vectors_have_rates_of_their_own(
+    kind: str, tied: bool, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """A step of each part alone, with that part's rate, moves it as the step of all together does."""
+    own = {"embeddings": 3e-2, "vectors": 7e-3, "matrices": 2e-3}
+    config = options(kind).model_copy(
+        update={"embedding_learning_rate": own["embeddings"], "vector_learning_rate": own["vectors"]}
+    )
+    source = make_model(tmp_path / "m", tokenizer_dir, n_layer=1, tie_word_embeddings=tied)
+    moved = load_model(str(source))[0]
+    optimizer = make_optimizer(moved, config)
+    assert set_rates(optimizer, lambda peak: peak / 2, own["matrices"]) == own["matrices"] / 2
+    descend(moved, 0)
+    optimizer.step()
+    for part, rate in own.items():
+        alone = load_model(str(source))[0]
+        plain = make_optimizer(alone, options(kind))
+        set_rates(plain, lambda peak: peak / 2, rate)
+        descend(alone, 0)
+        plain.step()
+        for name, parameter in alone.named_parameters():
+            found = "embeddings" if ".h." not in name and "ln_" not in name else "matrices"
+            if part == ("vectors" if parameter.ndim < 2 else found):
+                assert torch.equal(parameter, moved.get_parameter(name)), name
 
 
 @pytest.mark.parametrize("frozen", [".h.", ".wte.", "ln_"])

@@ -156,6 +156,20 @@ def test_a_longer_run_keeps_its_warm_up_and_cannot_get_shorter_than_it_is(
         pretrain(PretrainConfig(**{**base, "max_steps": 6}, resume=True))
 
 
+def test_a_run_goes_on_with_the_optimizer_and_the_rate_that_were_the_default_when_it_began(
+    teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    base = {**FAST, "model": str(teacher), "data": str(data), "out": str(tmp_path / "m")}
+    pretrain(PretrainConfig(**base, optimizer="adamw", learning_rate=5e-4))
+    whole = load_file(tmp_path / "m" / "model.safetensors")
+    cut_back(tmp_path / "m", 2)
+    pretrain(PretrainConfig(**base, resume=True))
+    again = load_file(tmp_path / "m" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    with pytest.raises(ConfigError, match="--optimizer differ"):
+        pretrain(PretrainConfig(**base, optimizer="muon", resume=True))
+
+
 def test_a_text_may_move_too(teacher: Path, tmp_path: Path) -> None:
     text, held = tmp_path / "mine.txt", tmp_path / "held.txt"
     text.write_text(sentences(120, seed=7), encoding="utf-8")

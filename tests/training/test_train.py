@@ -111,6 +111,8 @@ def test_one_step_of_pretraining_is_adamw_on_the_mean_loss(data: Path, teacher: 
         micro_batch_size=4,
         warmup_ratio=0,
         weight_decay=0.1,
+        optimizer="adamw",
+        learning_rate=5e-4,
     )
     result = pretrain(config)
     plain = GPT2LMHeadModel.from_pretrained(str(teacher)).eval()
@@ -134,7 +136,7 @@ def test_accumulation_equals_a_larger_batch(data: Path, teacher: Path, tmp_path:
         pretrain(
             PretrainConfig(
                 model=str(teacher), data=str(data), out=str(tmp_path / name), max_steps=3,
-                micro_batch_size=micro, gradient_accumulation_steps=turns, log_every=1,
+                micro_batch_size=micro, gradient_accumulation_steps=turns, log_every=1, optimizer="adamw",
             )
         )  # fmt: skip
     one, four = read_metrics(tmp_path / "a"), read_metrics(tmp_path / "b")
@@ -427,6 +429,12 @@ def test_schedules(schedule: str, expected: object) -> None:
         ), step
 
 
+def test_wsd_decays_in_its_share_of_the_steps() -> None:
+    options = TrainOptions(out="o", learning_rate=1.0, warmup_ratio=0.0, lr_schedule="wsd", decay_ratio=0.7)
+    rates = [learning_rate(step, 100, options, 1.0) for step in range(100)]
+    assert rates == pytest.approx([1.0] * 30 + [(100 - step) / 70 for step in range(30, 100)])
+
+
 def test_plateau_schedule() -> None:
     options = TrainOptions(out="o", learning_rate=1.0, warmup_ratio=0.0, lr_schedule="plateau", plateau_ratio=0.04)
     rates = [learning_rate(step, 100, options, options.learning_rate) for step in range(100)]
@@ -445,7 +453,12 @@ def test_distillation_takes_rate_and_length_from_the_sizes() -> None:
     given = DistillConfig(**base, learning_rate=0.1, num_epochs=0.5)
     assert (peak_learning_rate(given, 768), passes_over_data(given, 10**9, 1)) == (0.1, 0.5)
     assert peak_learning_rate(DistillConfig(**base, recipe="tinygpt2"), 768) == 2.5e-4
-    assert peak_learning_rate(PretrainConfig(model="m", data="d", out="o"), 64) == 5e-4
+    more = {"data": "d", "out": "o"}
+    assert peak_learning_rate(PretrainConfig(model="m", **more), 768) == 0.3 / 768
+    assert [peak_learning_rate(PretrainConfig(shape="gpt2", **more), n) for n in (64, 500)] == [1e-2, 2.5 / 500]
+    old = PretrainConfig(shape="gpt2", optimizer="adamw", **more)
+    assert [peak_learning_rate(old, n) for n in (64, 500, 10_000)] == [3e-3, 0.5 / 500, 1e-4]
+    assert peak_learning_rate(FinetuneConfig(model="m", **more), 64) == 5e-4
 
 
 def test_biases_and_layer_norms_never_decay(teacher: Path) -> None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from transformers import GPT2Config
 
 from tests.conftest import Outcome, make_model
-from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, truncate_student
+from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, pretrain, truncate_student
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.loading import load_model
@@ -176,3 +176,41 @@ def test_a_student_that_does_not_fit_is_a_line(
     limit[0] = 0
     with pytest.raises(MachineError, match="out of memory"):
         plan_budget(config)
+
+
+def test_pilots_predict_the_loss_of_the_planned_run(teacher: Path, data: Path, tmp_path: Path, cli: Callable) -> None:
+    shape = tmp_path / "shape.yaml"
+    shape.write_text("{n_layer: 1, n_embd: 16, n_head: 2, n_positions: 32}")
+    base = {"model_config": str(shape), "data": str(data), "out": str(tmp_path / "m"), "micro_batch_size": 2}
+    config = PretrainConfig(**base, plan=True, pilot=True, budget_minutes=60, target_perplexity=300)
+    plan = plan_budget(config)
+    (one,), found = plan.candidates, plan.prediction
+    assert not (tmp_path / "m").exists()
+    assert [tokens for tokens, _ in found.pilots] == [max(2, round(one.steps / n)) * 64 for n in (48, 24, 12)]
+    losses = [loss for _, loss in found.pilots]
+    assert losses == sorted(losses, reverse=True)
+    assert found.loss < losses[-1]
+    assert found.error > 0
+    assert "--pilot" not in plan.commands[0]
+    short = pretrain(PretrainConfig(**base, max_steps=max(2, round(one.steps / 48))))
+    assert short.eval.loss == losses[0]  # a pilot is a plain run of its length
+    other = {**base, "out": str(tmp_path / "other")}
+    printed = cli(
+        "pretrain", *(f"--{name.replace('_', '-')}={value}" for name, value in other.items()), "--plan", "--pilot",
+        "--budget-minutes", 0.001,
+    )  # fmt: skip
+    assert printed.code == 0, printed.err
+    assert "too short to be predicted" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pilot": True}, "--pilot has no effect without --plan"),
+        ({"plan": True, "target_perplexity": 20}, "--target-perplexity has no effect without --pilot"),
+        ({"plan": True, "pilot": True, "student": None}, "--pilot needs --student"),
+    ],
+)
+def test_what_a_pilot_needs(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DistillConfig(**{"teacher": "t", "student": "s", "data": "d", "out": "o", **options})

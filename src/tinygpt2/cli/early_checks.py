@@ -73,8 +73,8 @@ def _check_training(config: TrainOptions) -> None:
     elif isinstance(config, PretrainConfig | FinetuneConfig):
         _local_model(config, config.model or "")
     elif isinstance(config, DistillConfig):
-        if config.teacher is not None and (config.needs_teacher or config.plan):
-            _local_causal_lm(config, config.teacher, "teacher")
+        for teacher in config.teachers * (config.needs_teacher or config.plan):
+            _local_causal_lm(config, teacher, "teacher")
         if config.student is not None:
             _check_student(config, config.student)
 

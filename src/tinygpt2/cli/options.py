@@ -116,7 +116,7 @@ def _printed(config: Config) -> str:
     from tinygpt2.planning.known_values import known_options
 
     known, open_ = known_options(config)
-    note = f"# null: the run computes {' and '.join(open_)} from its student and data\n" if open_ else ""
+    note = f"# null: the run computes {' and '.join(open_)} from its model and data\n" if open_ else ""
     return note + known.to_yaml()
 
 

@@ -101,7 +101,7 @@ def options_of(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], l
     _check(values, where)
     flat = dict(_flat(values))
     options = {name: flat[key] for key, name in _OPTIONS.items() if key in flat}
-    options["model_config"] = where
+    options |= {"model_config": where, "optimizer": "adamw"}
     if "model.mixed_precision" in flat:
         options["precision"] = "bf16" if flat["model.mixed_precision"] else "fp32"
     if "optimizer.learning_rate" in flat:

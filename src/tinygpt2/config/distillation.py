@@ -13,7 +13,7 @@ from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, OWN_TEXT, RUN
 from tinygpt2.config.decoding import OwnTextOptions
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.config.yaml_files import read_yaml
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, listed
 from tinygpt2.utils.suggestions import did_you_mean
 
 PredictionLoss = Literal[
@@ -40,9 +40,11 @@ class DistillConfig(OwnTextOptions, TrainOptions):
         "num_epochs": "1 to 4, from student and data",
         "learning_rate": "from the student's width",
     }
-    teacher: str | None = option(
-        "Teacher: a local directory or a Hub id.",
+    teacher: str | list[str] | None = option(
+        "Teacher: a local directory or a Hub id. Repeat it for several: the student learns the mean of their "
+        "probabilities.",
         default=None,
+        repeated=True,
         path=True,
         metavar="PATH|ID",
         required="unless --teacher-cache holds its predictions, or only --ce-weight is above 0",
@@ -183,6 +185,11 @@ class DistillConfig(OwnTextOptions, TrainOptions):
     )
 
     @property
+    def teachers(self) -> list[str]:
+        """The teachers that are given."""
+        return [self.teacher] if isinstance(self.teacher, str) else list(self.teacher or [])
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any objective with a weight above 0 uses the teacher."""
         weights = (self.attention_weight, self.relation_weight, self.hidden_weight)
@@ -221,6 +228,8 @@ class DistillConfig(OwnTextOptions, TrainOptions):
         yield from super().conflicts()
         if self.plan and self.teacher is None and self.student is None:
             yield "--teacher is required: --plan times cuts of it"
+        if self.pilot and self.student is None:
+            yield "--pilot needs --student: it trains it"
         if self.student is None and not self.plan:
             yield f"--student is required: {summary(type(self).model_fields['student'])}"
         if self.needs_teacher and self.teacher is None and not self.from_cache_alone:
@@ -240,6 +249,7 @@ class DistillConfig(OwnTextOptions, TrainOptions):
             yield f"--skew has no effect on --prediction-loss {losses}"
         if self.jsd_beta != type(self).model_fields["jsd_beta"].default and "jsd" not in losses:
             yield f"--jsd-beta has no effect on --prediction-loss {losses}"
+        yield from self._several_teachers_conflicts(inside)
         if self.head_map != "equal" and not self.attention_weight:
             yield "--head-map average has no effect while --attention-weight is 0"
         if self.hidden_map != "all" and not self.hidden_weight:
@@ -274,6 +284,18 @@ class DistillConfig(OwnTextOptions, TrainOptions):
             yield "--sample-temperature and --temperature have to be 1 with policy_gradient and --sampler mixture"
         if self.on_policy_fraction == 1 and self.ce_weight:
             yield "--ce-weight has no effect with --on-policy-fraction 1: it is the cross-entropy of the data's blocks"
+
+    def _several_teachers_conflicts(self, inside: list[str]) -> Iterator[str]:
+        """Several teachers share only their predictions."""
+        if len(self.teachers) < 2:
+            return
+        states = [*inside, *(["--cosine-weight"] if self.cosine_weight else [])]
+        if states:
+            yield f"several teachers share only their predictions, but {listed(states)} above 0 compares states"
+        if self.teacher_cache is not None:
+            yield "--teacher-cache holds what one teacher says, but --teacher is given several times"
+        if self.student is None:
+            yield "--student is required with several teachers: there is not one to cut"
 
     def _cache_conflicts(self) -> Iterator[str]:
         """Check that the objectives can be computed from a cache of predictions."""

@@ -36,10 +36,31 @@ class OptimisationOptions(Config):
         default=None,
         panel=OPTIMISATION,
         gt=0,
-        shown="5e-4",
+        shown="from optimizer and width",
+    )
+    embedding_learning_rate: float | None = option(
+        "Peak learning rate of the embeddings and the output matrix.",
+        default=None,
+        panel=OPTIMISATION,
+        gt=0,
+        shown="that of --learning-rate",
+    )
+    vector_learning_rate: float | None = option(
+        "Peak learning rate of biases and layer norms.",
+        default=None,
+        panel=OPTIMISATION,
+        gt=0,
+        shown="that of --learning-rate",
     )
     lr_schedule: Schedule = option(
         "Learning rate after the warm-up; wsd is warmup-stable-decay.", default="cosine", panel=OPTIMISATION
+    )
+    decay_ratio: float = option(
+        "Share of the steps after the warm-up in which --lr-schedule wsd decays.",
+        default=0.2,
+        panel=OPTIMISATION,
+        gt=0,
+        le=1,
     )
     warmup_ratio: float = option(
         "Share of the steps in which the learning rate rises from 0 to its peak.",
@@ -60,6 +81,14 @@ class OptimisationOptions(Config):
         default=0.01,
         panel=OPTIMISATION,
         ge=0,
+    )
+    average_tail: float = option(
+        "Share of the steps at the end whose weights are averaged. The mean is evaluated, and it is the trained model. "
+        "0 keeps the last weights.",
+        default=0.0,
+        panel=OPTIMISATION,
+        ge=0,
+        le=1,
     )
     grad_clip: float = option(
         "Scale the gradient down to this norm if it is larger. 0 turns clipping off.",
@@ -120,5 +149,9 @@ class OptimisationOptions(Config):
         yield from super().conflicts()
         if self.lr_schedule == "plateau" and self.warmup_ratio + self.plateau_ratio > 1:
             yield "--warmup-ratio and --plateau-ratio add up to more than 1"
+        if self.lr_schedule != "wsd" and self.decay_ratio != type(self).model_fields["decay_ratio"].default:
+            yield f"--decay-ratio has no effect on --lr-schedule {self.lr_schedule}"
+        if self.average_tail and self.quantize:
+            yield "--average-tail and --quantize cannot be combined: a mean of rounded weights is not rounded"
         if self.quantize is None and self.quantize_from != type(self).model_fields["quantize_from"].default:
             yield "--quantize-from has no effect without --quantize"

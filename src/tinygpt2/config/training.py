@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
 from tinygpt2.config.base import extra, flag_name, option
-from tinygpt2.config.common import LENGTH, RUN, TEXT
+from tinygpt2.config.common import LENGTH, OPTIMISATION, RUN, TEXT
 from tinygpt2.config.data import PackOptions
 from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
-from tinygpt2.config.optimisation import OptimisationOptions
+from tinygpt2.config.optimisation import OptimisationOptions, Optimizer
 
 OnSaveError = Literal["stop", "continue"]
 EvalBlocks = int | Literal["all"]
@@ -176,6 +176,15 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
         "Time a few steps, report how many fit into --budget-minutes, and exit.", default=False, panel=RUN
     )
     budget_minutes: float | None = option("Minutes of training for --plan.", default=None, panel=RUN, gt=0, shown="60")
+    pilot: bool = option(
+        "With --plan: also train three short runs, and predict the held-out loss of the planned one from theirs. They "
+        "take about a seventh of its time.",
+        default=False,
+        panel=RUN,
+    )
+    target_perplexity: float | None = option(
+        "With --pilot: predict the time to this held-out perplexity, too.", default=None, panel=RUN, gt=1
+    )
 
     @field_validator("eval_blocks", mode="before")
     @classmethod
@@ -217,6 +226,8 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
             yield "--task-data has no effect without --eval-task"
         if self.early_stopping_patience and not self.eval_every:
             yield "--early-stopping-patience needs --eval-every"
+        if self.early_stopping_patience and self.average_tail:
+            yield "--early-stopping-patience and --average-tail cannot be combined: the tail is that of the whole run"
         if self.early_stopping_patience and self.quantize and self.quantize_from:
             yield "--early-stopping-patience with --quantize needs --quantize-from 0: it could stop before the rounding"
         if self.validate_only and self.compile_only:
@@ -225,6 +236,10 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
     def _plan_conflicts(self) -> Iterator[str]:
         if self.budget_minutes is not None and not self.plan:
             yield "--budget-minutes has no effect without --plan"
+        if self.pilot and not self.plan:
+            yield "--pilot has no effect without --plan"
+        if self.target_perplexity is not None and not self.pilot:
+            yield "--target-perplexity has no effect without --pilot"
         if not self.plan:
             return
         others = ["validate_only", "compile_only", "auto_batch_size", *length_options()]
@@ -242,6 +257,11 @@ def length_options() -> list[str]:
 class PretrainConfig(TrainOptions):
     """Options of `pretrain`."""
 
+    optimizer: Optimizer = option(
+        "muon for the matrices inside the layers and adamw for the others, or adamw for all weights.",
+        default="muon",
+        panel=OPTIMISATION,
+    )
     data: str | list[str] = option(
         "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.",
         repeated=True,
@@ -273,6 +293,7 @@ class PretrainConfig(TrainOptions):
 class FinetuneConfig(TrainOptions, PackOptions):
     """Options of `finetune`."""
 
+    shown_defaults: ClassVar[dict[str, str]] = {"learning_rate": "5e-4"}
     model: str = option("Model to fine-tune: a local directory or a Hub id.", path=True, metavar="PATH|ID")
     data: str | list[str] = option(
         "Pregenerated dataset, or a text source, which is tokenized with the model's tokenizer. Repeat it to train on "

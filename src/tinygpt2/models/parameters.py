@@ -1,4 +1,4 @@
-"""Count, freeze, cast and round a model's parameters, and set its dropout."""
+"""Count, freeze, cast, round and average a model's parameters, and set its dropout."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.quantization import rounded
 from tinygpt2.utils.progress import say
+
+_STEPS = "steps"  # in `TailAverage.mean`; no parameter has this name
 
 
 def set_dropout(model: GPT2LMHeadModel, rate: float) -> None:
@@ -110,6 +112,57 @@ class Rounding:
     def _round(self) -> None:
         for (one, master), name in zip(self._matrices(), self.masters, strict=True):
             one.copy_(rounded(name, master.float(), self._kind or "f32"))
+
+
+class TailAverage:
+    """The mean of a model's weights over the last steps of a run, which takes the place of the last weights.
+
+    Args:
+        model: its trained parameters are averaged.
+        share: the share of the run, at its end, whose steps count; 0 averages nothing.
+
+    Attributes:
+        mean: the mean so far in float32, by the parameters' names, and the number of steps; empty before the tail.
+
+    Source: tail averaging, Jain et al. 2018, arXiv:1610.03774; of networks, Izmailov et al. 2018, arXiv:1803.05407.
+    """
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        self._model, self._start, self._on = model, 1 - share, share > 0
+        self.mean: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def reach(self, share: float) -> None:
+        """Count the weights of the step after which this share of the run is over, if that lies in the tail."""
+        if not self._on or share <= self._start + 1e-9:
+            return
+        own = {name: one.detach() for name, one in self._model.named_parameters() if one.requires_grad}
+        if not self.mean:
+            self.mean.update({name: torch.zeros_like(one, dtype=torch.float32) for name, one in own.items()})
+            self.mean[_STEPS] = torch.zeros((), device=next(iter(own.values())).device)
+        steps = self.mean[_STEPS].add_(1)
+        for name, one in own.items():
+            self.mean[name].lerp_(one.float(), steps.reciprocal())
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """While the block runs, the model holds the mean, if there is one."""
+        own = {name: one.detach().clone() for name, one in self._model.named_parameters() if name in self.mean}
+        self.take()
+        try:
+            yield
+        finally:
+            self._copy(own)
+
+    def take(self) -> None:
+        """Replace the model's weights by the mean, if there is one."""
+        self._copy(self.mean)
+
+    @torch.no_grad()
+    def _copy(self, weights: dict[str, Tensor]) -> None:
+        for name, one in self._model.named_parameters():
+            if name in weights:
+                one.copy_(weights[name])
 
 
 def fingerprint_of_weights(model: nn.Module) -> str:

@@ -108,9 +108,10 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
     each = step_tokens * job.operations() / rate
     steps = _steps(job, processes, each, rate)
     training, evaluation = steps * each, _evaluation_seconds(job, steps, rate)
-    # checkpoints with weights, AdamW's moments and perhaps masters: the newest `keep`, the best, and one being written
+    # checkpoints with weights, AdamW's moments and perhaps masters or a mean: the newest `keep`, the best, a new one
+    each_weight = 16 if config.quantize or config.average_tail else 12  # bytes
     disk, free = (
-        (16 if config.quantize else 12) * parameters * (config.keep + 2) + 4 * parameters + _cached(job),
+        each_weight * parameters * (config.keep + 2) + 4 * parameters + _cached(job),
         shutil.disk_usage(_existing(Path(config.out))).free,
     )
     if disk > free:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinygpt2.config.base import Config
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.training import TrainOptions, dataset_shares, length_options
+from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares, length_options
 from tinygpt2.config.yaml_files import load_yaml
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.errors import TinyGPT2Error
@@ -19,26 +19,28 @@ from tinygpt2.training.schedule import passes_over_data, peak_learning_rate
 def known_options(config: Config) -> tuple[Config, list[str]]:
     """Return a configuration with the values that rules give, and the names of the options that are not known yet.
 
-    The learning rate of `distill` follows from the student's width, and its length from the sizes of student and data.
+    The learning rate follows from the model's width, and the length of `distill` from the sizes of student and data.
     """
     if not isinstance(config, TrainOptions):
         return config, []
     rate, passes = _rate(config), _passes(config)
-    values = {"learning_rate": rate}
+    rates = ("learning_rate", "embedding_learning_rate", "vector_learning_rate")
+    values = {name: getattr(config, name) or rate for name in rates}
     if all(getattr(config, name) is None for name in length_options()):
         values["num_epochs"] = passes
-    return config.model_copy(update=values), [name for name, value in values.items() if value is None]
+    unknown = {name: value for name, value in values.items() if value is None and name not in rates[1:]}
+    return config.model_copy(update=values), list(unknown)
 
 
 def _rate(config: TrainOptions) -> float | None:
-    width = 1 if config.learning_rate or not isinstance(config, DistillConfig) else _student(config).get("n_embd")
+    width = 1 if config.learning_rate or isinstance(config, FinetuneConfig) else _shape(config).get("n_embd")
     return None if width is None else peak_learning_rate(config, int(width))
 
 
 def _passes(config: TrainOptions) -> float | None:
     if not isinstance(config, DistillConfig):
         return float(passes_over_data(config, 1, 1))
-    shape, tokens = _student(config), _training_tokens(config)
+    shape, tokens = _shape(config), _training_tokens(config)
     try:
         parameters = parameters_of(shape)
     except (KeyError, TypeError):
@@ -48,13 +50,16 @@ def _passes(config: TrainOptions) -> float | None:
     return float(passes_over_data(config, parameters, tokens)) if tokens and "vocab_size" in shape else None
 
 
-def _student(config: DistillConfig) -> dict[str, Any]:
-    """Return the student's shape; empty if there is no such directory or file."""
-    name = config.student or ""
+def _shape(config: TrainOptions) -> dict[str, Any]:
+    """Return the shape of the model that is trained; empty if there is no such directory or file."""
+    if isinstance(config, PretrainConfig) and config.shape is not None:
+        return _values(model_config_file(config.shape))
+    name = (config.student if isinstance(config, DistillConfig) else getattr(config, "model", None)) or ""
     if not is_model_config(name):
         return _values(Path(name) / "config.json")
-    teacher = _values(Path(config.teacher or "") / "config.json")
-    sizes = [teacher.get("vocab_size") if is_gpt2(teacher) else None, *_manifest(config, "vocab_size")]
+    given = config.teachers if isinstance(config, DistillConfig) else []
+    teacher = next((one for name in given if is_gpt2(one := _values(Path(name) / "config.json"))), {})
+    sizes = [teacher.get("vocab_size"), *_manifest(config, "vocab_size")]
     vocabulary = next((size for size in sizes if size), None)
     return {**({"vocab_size": vocabulary} if vocabulary else {}), **_values(model_config_file(name))}
 

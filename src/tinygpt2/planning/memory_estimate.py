@@ -20,6 +20,7 @@ from tinygpt2.models.documents import Documents
 from tinygpt2.models.lm_head import Head, default_chunk, head_operand, operand_rows
 from tinygpt2.models.loading import random_model
 from tinygpt2.models.parameters import count_parameters, set_dropout
+from tinygpt2.models.teachers.ensemble import Ensemble
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Shape, Teacher
 from tinygpt2.objectives.weights import LossWeights
@@ -73,6 +74,8 @@ def _without_values(teacher: Teacher) -> Teacher:
     """Return a teacher for fake tensors. Of a GPT-2 it is a GPT-2, because attention is compared, too."""
     if isinstance(teacher, GPT2Teacher):
         return GPT2Teacher(random_model(teacher.model.config, 0).eval(), teacher.reading)
+    if isinstance(teacher, Ensemble):
+        return Ensemble([_without_values(one) for one in teacher.members if isinstance(one, Teacher)])
     return _Outline(teacher.model, teacher.shape, teacher.reading)
 
 
@@ -118,15 +121,16 @@ def step_memory(
 ) -> tuple[int, int]:
     """Estimate the memory of a run in bytes: a fixed part, and a part for each block of the micro-batch.
 
-    The fixed part is for weights, gradients, AdamW's two moments, the masters (--quantize), the teacher and the logits
-    of a chunk. The part for each block is what `saved_bytes` counts, plus the temporary tensors of one layer.
+    The fixed part is for weights, gradients, AdamW's two moments, the masters (--quantize) or the mean
+    (--average-tail), the teacher and the logits of a chunk. The part for each block is what `saved_bytes` counts, plus
+    the temporary tensors of one layer.
     """
     short = chosen_precision(config.precision) != "fp32"
     teacher = None if teacher is None else as_teacher(teacher)
     if teacher is None and weights.compares:  # from a cache of predictions, which takes as much as cross-entropy
         weights = replace(weights, prediction=0.0, ce=1.0)
     shape = None if teacher is None else teacher.shape
-    each_weight = 20 if config.quantize else 16  # bytes
+    each_weight = 20 if config.quantize or config.average_tail else 16  # bytes
     fixed = each_weight * count_parameters(student) + _loss_bytes(student.config, shape, weights, config)
     if teacher is not None:
         fixed += sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())

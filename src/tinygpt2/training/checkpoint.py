@@ -39,7 +39,7 @@ from tinygpt2.utils.files import flush_to_disk, read_json, sha256_of, write_json
 from tinygpt2.utils.progress import say, warn
 
 STATE, WEIGHTS, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
-MASTERS, REPLAY = "masters.safetensors", "replay.safetensors"
+MASTERS, MEAN, REPLAY = "masters.safetensors", "mean.safetensors", "replay.safetensors"
 
 
 class Checkpoints:
@@ -48,7 +48,8 @@ class Checkpoints:
     Args:
         out: the run's directory.
         module, optimizer: as Accelerate prepared them.
-        kept: more tensors, by the file that holds them: the weights before rounding (`Rounding`), sampled texts.
+        kept: more tensors, by the file that holds them: the weights before rounding (`Rounding`), the mean of the tail
+            (`TailAverage`), sampled texts.
         keep: how many of the newest to keep; the one with the lowest evaluation loss is always kept.
         on_error: whether the run stops or continues if a checkpoint cannot be written.
         beside: writes the files that make a checkpoint's directory a model, besides its weights.

@@ -31,6 +31,7 @@ from tinygpt2.models.configuration import is_model_config, read_model_config
 from tinygpt2.models.lm_head import default_chunk
 from tinygpt2.models.loading import load_model, model_tokenizer, random_model
 from tinygpt2.models.parameters import count_parameters, freeze
+from tinygpt2.models.teachers.ensemble import as_one, pinned
 from tinygpt2.models.teachers.loading import load_teacher, read_as_student
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
 from tinygpt2.objectives.weights import LossWeights
@@ -40,7 +41,7 @@ from tinygpt2.runtime.launch import check_number
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.metrics import metrics_of
 from tinygpt2.training.preparation import TrainingSetup, documents_apart, training_setup
-from tinygpt2.training.resuming import with_precision
+from tinygpt2.training.resuming import as_begun, with_precision
 from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, TeacherEvaluation, evaluate, joined
@@ -224,7 +225,7 @@ def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Ite
     with ExitStack() as stack:
         stack.enter_context(device_chosen(config.device))
         check_number(config.num_processes)
-        config = with_precision(config)
+        config = with_precision(as_begun(config))
         stack.enter_context(training_arithmetic(config))
         setup = stack.enter_context(training_setup(config, loss_weights(config)))
         job = make_job(config, data, setup)
@@ -277,20 +278,19 @@ def distillation_job(
     """
     data, hollow = data or load_datasets(config.data), config.validate_only
     start = config.student or ""
-    teacher: Teacher | None = None
-    source: Path | None = None
-    if config.needs_teacher and config.teacher is not None:
-        options = {"allow_pickle": config.allow_pickle, "hollow": hollow}
-        teacher, source = load_teacher(config.teacher, data, DTYPES[config.teacher_dtype], **options)
+    options, names = {"allow_pickle": config.allow_pickle, "hollow": hollow}, config.teachers * config.needs_teacher
+    loaded = [load_teacher(name, data, DTYPES[config.teacher_dtype], **options) for name in names]
     if shape is not None or is_model_config(start):
-        vocab_size = teacher.shape.vocabulary if isinstance(teacher, GPT2Teacher) else None
+        vocab_size = next((one.shape.vocabulary for one, _ in loaded if isinstance(one, GPT2Teacher)), None)
         shape = shape or read_model_config(start, data.tokenizer(), vocab_size)
         student, directory = random_model(shape, config.seed, hollow=hollow), None
     else:
         student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
-    if teacher is not None and source is not None:
-        names = config.teacher, config.student
-        read_as_student(teacher, data, student.config, model_tokenizer(source), names, config.losses)
+    for name, (one, source) in zip(names, loaded, strict=True):
+        read_as_student(one, data, student.config, model_tokenizer(source), (name, config.student), config.losses)
+    teacher, sources = as_one([one for one, _ in loaded]), [source for _, source in loaded]
+    if len(loaded) > 1:
+        config = config.model_copy(update={"teacher": pinned(names, sources)})
     check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")
     cache = open_without_teacher(config, data, student.config.vocab_size) if config.from_cache_alone else None
     how = (
@@ -299,7 +299,7 @@ def distillation_job(
         f"The training started from {shared_name(start)}."
     )
     evaluated = setup.evaluated(data, student.config, config)
-    revisions = _revisions(teacher=source, student=directory)
+    revisions = _revisions(teacher=sources[0] if len(sources) == 1 else None, student=directory)
     weights, new, cached = LossWeights.of(config), directory is None, float(cache is not None)
     return Job("distill", config, how, student, data, evaluated, weights, teacher, revisions, new, cached, cache)
 
@@ -308,7 +308,7 @@ def _named(config: DistillConfig, teacher: Teacher | None, cache: TeacherCache |
     """Return the teacher's name for the model card, with its class if it is no GPT-2."""
     if cache is not None:
         return f"{cache.kind} of the predictions of {cache.name or 'a teacher'}"
-    name = shared_name(config.teacher or "no teacher")
+    name = " and ".join(map(shared_name, config.teachers)) or "no teacher"
     return name if teacher is None or isinstance(teacher, GPT2Teacher) else f"{name} ({teacher.shape.kind})"
 
 

@@ -19,12 +19,12 @@ from tinygpt2.config.training import SAVE_EVERY
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.mixture import training_order
 from tinygpt2.errors import InterruptedRunError
-from tinygpt2.models.parameters import Rounding, count_parameters
+from tinygpt2.models.parameters import Rounding, TailAverage, count_parameters
 from tinygpt2.models.saving import save_description
 from tinygpt2.runtime.profiling import profiled
 from tinygpt2.runtime.read_ahead import ReadAhead
 from tinygpt2.runtime.signals import stop_on_signals
-from tinygpt2.training.checkpoint import MASTERS, REPLAY, Checkpoints
+from tinygpt2.training.checkpoint import MASTERS, MEAN, REPLAY, Checkpoints
 from tinygpt2.training.failures import may_step, step_explained
 from tinygpt2.training.job import Job, cast_teacher, figures_before_training, tell_choices
 from tinygpt2.training.metrics import MetricsLog, agreed, metrics_of
@@ -32,17 +32,9 @@ from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_op
 from tinygpt2.training.own_text.source import OwnText
 from tinygpt2.training.preparation import tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
-from tinygpt2.training.schedule import Plan, learning_rate, warmup_steps
+from tinygpt2.training.schedule import Plan, learning_rate, set_rates, warmup_steps
 from tinygpt2.training.state import RunState
-from tinygpt2.training.step import (
-    Evaluation,
-    Step,
-    StepData,
-    evaluate,
-    gradients,
-    read_step,
-    seed_step,
-)
+from tinygpt2.training.step import Evaluation, Step, StepData, evaluate, gradients, read_step, seed_step
 from tinygpt2.training.throughput import ThroughputMeter, TimeLimit, evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import ProgressStage, say, track
 
@@ -53,8 +45,8 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
     """Train to the last step; with --resume, start from the newest checkpoint.
 
     Returns:
-        The final state, and `module` as Accelerate wrapped it. Its weights are those of the last step; with early
-        stopping, those with the lowest evaluation loss.
+        The final state, and `module` as Accelerate wrapped it. Its weights are those of the last step or their mean
+        (--average-tail); with early stopping, those with the lowest evaluation loss.
 
     Raises:
         DivergedError: a loss or a gradient is NaN or infinite.
@@ -90,7 +82,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
                     f"add --resume to continue {run.out}",
                 )
         run.checkpoints.settle()
-    run.take_best_weights()
+    run.take_final_weights()
     run.module.eval()
     return run.state, run.module
 
@@ -134,6 +126,7 @@ class _Run:
         self._parameters = list(self.module.parameters())
         student = accelerator.unwrap_model(self.module).student
         self._rounding = Rounding(student, config.quantize, config.quantize_from)
+        self._average = TailAverage(student, config.average_tail)
         self._own_text: OwnText | None = None
         if isinstance(config, DistillConfig) and config.samples_text:
             self._own_text = OwnText(config, accelerator, student, job.teacher, job.data, job.clock)
@@ -142,7 +135,8 @@ class _Run:
         beside = None
         if accelerator.is_main_process:  # a checkpoint is a model, too
             beside = partial(save_description, job.model, tokenizer=job.data.tokenizer())
-        kept = {MASTERS: self._rounding.masters, REPLAY: self._own_text.replayed if self._own_text else {}}
+        kept = {MASTERS: self._rounding.masters, MEAN: self._average.mean}
+        kept |= {REPLAY: self._own_text.replayed if self._own_text else {}}
         saved, how = (self.module, self._optimizer, kept), (config.keep, config.on_save_error)
         self.checkpoints = Checkpoints(self.out, accelerator, *saved, *how, beside)
         self.state = RunState(self._sequences, job.data.content, warmup_steps(self.total, config))
@@ -283,9 +277,8 @@ class _Run:
         total = clip_gradients(accelerator, self._optimizer, self._parameters, config.grad_clip)
         terms, norm, stop, overdue, steps = agreed(accelerator, parts, total, stop, overdue, steps)
         self._replan(steps)
-        rate = learning_rate(self.plan.at(state.step), self.plan.length, config, self._peak_rate, state.warmup)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        now = partial(learning_rate, self.plan.at(state.step), self.plan.length, config, warmup=state.warmup)
+        rate = set_rates(self._optimizer, now, self._peak_rate)
         if may_step(accelerator, state, terms, norm, indices, config):
             with self._rounding.undone():
                 self._optimizer.step()
@@ -298,6 +291,7 @@ class _Run:
         state.tokens = state.step * self._step_tokens
         state.loss = terms["loss"] if math.isfinite(terms["loss"]) else None
         self._rounding.reach(self.plan.share(state.step))
+        self._average.reach(self.plan.share(state.step))
         self._meter.stepped()
         return _Outcome(terms, rate, norm, stop, overdue)
 
@@ -314,7 +308,7 @@ class _Run:
 
     def evaluate(self) -> tuple[dict[str, float], bool]:
         """Evaluate; return the metrics for metrics.jsonl, and whether the loss is the lowest so far."""
-        with self._meter.paused(evaluating=True):
+        with self._meter.paused(evaluating=True), self._average.used():
             self.data.wait()
             whole, by_data = self._job.measured(self._evaluate)
         self.state.eval_by_data = {name: asdict(one) for name, one in by_data.items()} or None
@@ -341,8 +335,9 @@ class _Run:
         self.checkpoints.save(self.state)
         self._saved = self._job.clock()
 
-    def take_best_weights(self) -> None:
-        """With early stopping, restore the weights that had the lowest evaluation loss."""
+    def take_final_weights(self) -> None:
+        """Take the mean of the tail; with early stopping, restore the weights that had the lowest evaluation loss."""
+        self._average.take()
         best = self.state.best
         if self._job.config.early_stopping_patience and best is not None and self.checkpoints.restore_best(self.state):
             say(f"Using the weights from step {best.step}, which had the lowest evaluation loss.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from tinygpt2.config.training import TrainOptions
@@ -35,9 +35,11 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Adam
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     layers = {m.weight for m in module.modules() if isinstance(m, Conv1D)} if options.optimizer == "muon" else set()
+    own = _embeddings(module) if options.embedding_learning_rate else set()
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2 and p not in layers], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        _group([p for p in trainable if p in own], options.weight_decay, options.embedding_learning_rate),
+        _group([p for p in trainable if p.ndim >= 2 and p not in own and p not in layers], options.weight_decay),
+        _group([p for p in trainable if p.ndim < 2], 0.0, options.vector_learning_rate),
     ]
     groups = [group for group in groups if group["params"]]
     rate = options.learning_rate or DEFAULT_RATE  # the loop sets the rate of each step
@@ -50,6 +52,17 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Adam
     ordered = [p for p in matrices if p not in attention] + [p for p in matrices if p in attention]
     parts: dict[Tensor, int] = {parameter: 3 if parameter in attention else 1 for parameter in ordered}
     return (ShardedMuon if shared else Muon)(parts, groups, rate, options.weight_decay)
+
+
+def _embeddings(module: nn.Module) -> set[Tensor]:
+    """Return the embeddings of tokens and positions, and the output matrix, which may be the former."""
+    heads = {m.lm_head.weight for m in module.modules() if isinstance(m, GPT2LMHeadModel)}
+    return heads | {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
+
+
+def _group(parameters: list[nn.Parameter], decay: float, peak: float | None = None) -> dict[str, Any]:
+    """Return a parameter group; `peak` is its own peak learning rate, if it has one (see `schedule.set_rates`)."""
+    return {"params": parameters, "weight_decay": decay, **({"peak": peak} if peak else {})}
 
 
 class FixedPositions:

@@ -285,6 +285,8 @@ def _check_sharding(accelerator: Accelerator, config: TrainOptions) -> None:
         )
     if config.quantize:
         raise ConfigError("--quantize needs whole matrices, but FSDP and DeepSpeed split them", "use DDP")
+    if config.average_tail:
+        raise ConfigError("--average-tail needs whole matrices, but FSDP and DeepSpeed split them", "use DDP")
     if config.max_minutes:
         raise ConfigError("--max-minutes does not support FSDP or DeepSpeed", "give the length as --max-steps")
     if config.dry_run and not config.validate_only:

@@ -32,6 +32,21 @@ T = TypeVar("T", bound=TrainOptions)
 _DATASETS, _MODELS = ("data", "eval_data"), ("model_config", "model", "student", "teacher")
 
 
+def as_begun(config: T) -> T:
+    """With --resume, return the options with the run's optimizer and learning rate in place of those not given.
+
+    So a run can be continued after a default or a rule has changed.
+    """
+    file = Path(config.out) / RUN_FILE
+    if not (config.resume and file.is_file()):
+        return config
+    earlier, given = read_yaml(file), {key for key in config.model_fields_set if getattr(config, key) is not None}
+    kept: dict[str, Any] = {
+        key: earlier[key] for key in ("optimizer", "learning_rate") if key in earlier and key not in given
+    }
+    return config.model_copy(update=kept)
+
+
 def with_precision(config: T) -> T:
     """Return the options of a run with a precision in place of `auto`; call it once the device is chosen.
 
@@ -211,7 +226,10 @@ def _contents(config: TrainOptions) -> dict[str, str]:
         root, kind = Path(config.teacher_cache or ""), config.teacher_cache_kind
         cache = find_predictions(root, found["data"], kind, config.temperature)
         found["teacher_cache"] = cache.path.name  # its fingerprint
-    return found | {key: _model_content(given[key], key, config) for key in _MODELS if key in given}
+    models = {key: [given[key]] for key in _MODELS if key in given}
+    if isinstance(config, DistillConfig) and len(config.teachers) > 1 and config.needs_teacher:
+        models["teacher"] = config.teachers
+    return found | {key: " ".join(_model_content(one, key, config) for one in names) for key, names in models.items()}
 
 
 def _model_content(name: str, role: str, config: TrainOptions) -> str:

@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.optimisation import Optimizer
-from tinygpt2.config.training import TrainOptions
+from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
 from tinygpt2.errors import ConfigError
 
 T = TypeVar("T", bound=TrainOptions)
 
 DEFAULT_RATE = 5e-4
-RATE_TIMES_WIDTH: dict[Optimizer, float] = {"adamw": 0.2, "muon": 0.3}
+# by optimizer: the rate times the width, and the largest rate
+FROM_WEIGHTS: dict[Optimizer, tuple[float, float]] = {"adamw": (0.2, 4e-3), "muon": (0.3, 4e-3)}
+FROM_RANDOM: dict[Optimizer, tuple[float, float]] = {"adamw": (0.5, 3e-3), "muon": (2.5, 1e-2)}
+SMALLEST_RATE = 1e-4
 MAX_PASSES = 4
-DECAY_SHARE = 0.2  # wsd decays in this share of the steps after the warm-up (Hu et al. 2024, arXiv:2404.06395: 10 %)
 
 
 def peak_learning_rate(options: TrainOptions, width: int) -> float:
     """Return the peak learning rate: the one that is given, or a default.
 
-    The default is 5e-4. `distill` divides a constant by the student's width and keeps the result between 1e-4 and
-    4e-3. The best rate is proportional to 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3); the constant of
-    each optimizer lies between those that were best at widths of 128 and 256 (docs/recipes.md).
+    The default of `finetune` is 5e-4. `distill` and `pretrain` divide a constant by the width, because the best rate
+    is proportional to 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3), and keep the result within bounds.
+
+    For `distill`, and for `pretrain` of existing weights, the constant of each optimizer lies between those that were
+    best at widths of 128 and 256 (docs/recipes.md). Random weights take larger steps (docs/pretraining.md): 0.5 / width
+    with AdamW follows GPT-3's rates (Brown et al. 2020, arXiv:2005.14165, table 2.1: 6e-4 at 768, 2e-4 at 2,048). With
+    Muon, 2.5 / width is 1e-2 at the width of 256, the best of three rates that were tried there, and 3.3e-3 at 768,
+    where Jordan et al. (2024, kellerjordan.github.io/posts/muon) use 0.02, which is 3.6e-3 in the units of our Muon.
     """
     if options.learning_rate:
         return options.learning_rate
-    if isinstance(options, DistillConfig):
-        return min(max(RATE_TIMES_WIDTH[options.optimizer] / width, 1e-4), 4e-3)
-    return DEFAULT_RATE
+    if isinstance(options, FinetuneConfig):
+        return DEFAULT_RATE
+    random = isinstance(options, PretrainConfig) and options.shape is not None
+    constant, largest = (FROM_RANDOM if random else FROM_WEIGHTS)[options.optimizer]
+    return min(max(constant / width, SMALLEST_RATE), largest)
 
 
 def passes_over_data(options: TrainOptions, parameters: int, tokens: int) -> float:
@@ -113,7 +123,7 @@ def learning_rate(step: float, total: int, options: TrainOptions, peak: float, w
 
         constant 1, linear 1 - t, cosine (1 + cos(pi t)) / 2, exponential exp(-0.693 t);
         plateau: 1 for `plateau_ratio` of all steps, then linear to 0;
-        wsd (warmup-stable-decay): 1, then linear to 0 in the last fifth.
+        wsd (warmup-stable-decay): 1, then linear to 0 in the last `decay_ratio` of the remaining steps.
 
     Source: plateau and exponential: TinyGPT2; wsd: MiniCPM, arXiv:2404.06395, section 4.
     """
@@ -134,8 +144,20 @@ def learning_rate(step: float, total: int, options: TrainOptions, peak: float, w
         plateau = min(options.plateau_ratio * total, rest - 1)
         factor = min(1.0, (rest - past) / (rest - plateau))
     else:
-        factor = min(1.0, (1 - t) / DECAY_SHARE)
+        factor = min(1.0, (1 - t) / options.decay_ratio)
     return peak * factor
+
+
+def set_rates(optimizer: Any, rate: Callable[[float], float], peak: float) -> float:
+    """Set the learning rate of every parameter group; return that of the groups without a peak of their own.
+
+    Args:
+        rate: returns the learning rate now, given its peak.
+        peak: of the groups without one of their own.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate(group.get("peak", peak))
+    return rate(peak)
 
 
 def batch_of(config: T, length: int, processes: int) -> T:

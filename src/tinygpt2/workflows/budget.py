@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.config.common import FINALISTS, ROUND_RUNS, STEP_TOKENS, STEPS
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.training import PretrainConfig, TrainOptions, dataset_shares
+from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.loading import load_causal_lm
 from tinygpt2.models.parameters import count_parameters, freeze, set_dropout
+from tinygpt2.planning.scaling_law import Law
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.runtime.processes import launched
 from tinygpt2.training.failures import step_explained
@@ -31,9 +33,12 @@ from tinygpt2.training.schedule import MAX_PASSES, proposed_batch_tokens
 from tinygpt2.training.step import Step, TeacherEvaluation
 from tinygpt2.training.throughput import evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import say
+from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
 
 DEFAULT_MINUTES = 60.0
 _TIMED = 3  # steps to time, after one that warms up
+_NO_PLAN = {"plan": False, "budget_minutes": None, "pilot": False, "target_perplexity": None}
+_PILOTS = (1 / 48, 1 / 24, 1 / 12)  # of the planned steps
 _KEPT = 0.9  # share of the time for steps and evaluations; start, checkpoints and slower steps need the rest
 _SEARCHING = 0.25  # largest share of the time for a search for the student's shape
 _FITTING = 2.0  # time of a whole search, divided by that of its training steps: a rule of thumb
@@ -67,12 +72,34 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class LossPrediction:
+    """The held-out loss of the planned run, predicted from short ones (`--pilot`); see `planning.scaling_law.Law`.
+
+    Attributes:
+        pilots: tokens and held-out loss of each short run, in nats per token.
+        loss: predicted for the planned run; None if it cannot be predicted.
+        error: its standard error, in nats per token.
+        note: why there is no prediction, or what it leaves out.
+        target_tokens, target_minutes: until the loss of --target-perplexity is predicted; None without that option, or
+            if this is too far away to be predicted.
+    """
+
+    pilots: list[tuple[int, float]]
+    loss: float | None = None
+    error: float | None = None
+    note: str | None = None
+    target_tokens: int | None = None
+    target_minutes: float | None = None
+
+
+@dataclass(frozen=True)
 class BudgetPlan:
     """The models that were timed in a precision, the chosen one, and the commands that train it within the time.
 
     Attributes:
         search_seconds: about how long the first command looks for the best student with as many parameters as the
             chosen cut; None if the time is too short for that, and the student is the cut itself.
+        prediction: with --pilot.
     """
 
     minutes: float
@@ -81,6 +108,7 @@ class BudgetPlan:
     chosen: str
     commands: list[str]
     search_seconds: float | None = None
+    prediction: LossPrediction | None = None
 
 
 def cuts(teacher: GPT2Config) -> list[int]:
@@ -100,6 +128,8 @@ def plan_budget(config: TrainOptions, data: PackedDataset | None = None) -> Budg
     chosen. Where the time allows it, the first command looks for the best student with as many parameters, which need
     not be a cut in depth. At most four passes over the data are planned (see `schedule.passes_over_data`).
 
+    With `pilot`, three short runs follow, and from their held-out losses a prediction of that of the planned run.
+
     Args:
         config: of `pretrain`, `distill` or `finetune`, with `plan=True`, which makes the student optional.
         data: replaces the dataset that `config.data` names.
@@ -113,7 +143,8 @@ def plan_budget(config: TrainOptions, data: PackedDataset | None = None) -> Budg
         raise ConfigError("--plan uses one process", "run the command without a launcher")
     config = with_precision(config.model_copy(update={"plan": True}))
     with training_arithmetic(config), training_setup(config, loss_weights(config)) as setup:
-        return _choose(_jobs(config, data, setup), setup.accelerator, config)
+        plan = _choose(_jobs(config, data, setup), setup.accelerator, config)
+    return replace(plan, prediction=_predicted(plan, config, data)) if config.pilot else plan
 
 
 def _jobs(
@@ -123,7 +154,7 @@ def _jobs(
     if not isinstance(config, DistillConfig) or config.student is not None:
         yield _given(config), None, make_job(config, data, setup)
         return
-    teacher, _ = load_causal_lm(config.teacher or "", "teacher", allow_pickle=config.allow_pickle, hollow=True)
+    teacher, _ = load_causal_lm(config.teachers[0], "teacher", allow_pickle=config.allow_pickle, hollow=True)
     if not isinstance(teacher, GPT2LMHeadModel):
         raise ConfigError(
             f"--plan without --student times cuts of a GPT-2, and the teacher is a {type(teacher).__name__}",
@@ -237,7 +268,7 @@ def _before_training(job: Job, accelerator: Accelerator, size: int, evaluation: 
 
 def _commands(command: str, config: TrainOptions, chosen: Candidate, steps: int, search: bool) -> list[str]:
     commands: list[str] = []
-    changed: dict[str, Any] = {"plan": False, "budget_minutes": None, "max_steps": steps}
+    changed: dict[str, Any] = {**_NO_PLAN, "max_steps": steps}
     if isinstance(config, DistillConfig) and chosen.num_layers is not None:
         changed["student"] = student = f"{Path(config.out)}-start"
         data = next(iter(dataset_shares(config.data)))
@@ -246,3 +277,52 @@ def _commands(command: str, config: TrainOptions, chosen: Candidate, steps: int,
         words = ["--teacher", str(config.teacher), *how, "--data", data, "--out", student]
         commands.append(f"tinygpt2 truncate-student {shlex.join(words)}")
     return [*commands, f"tinygpt2 {command} {config.model_copy(update=changed).flags()}"]
+
+
+def _predicted(plan: BudgetPlan, config: TrainOptions, data: PackedDataset | None) -> LossPrediction:
+    """Train short runs with the same options, and predict the loss of the planned run from theirs."""
+    chosen = next(one for one in plan.candidates if one.student == plan.chosen)
+    lengths = sorted({max(2, round(share * chosen.steps)) for share in _PILOTS})
+    if len(lengths) < len(_PILOTS) or lengths[-1] >= chosen.steps:
+        return LossPrediction([], note=f"a run of {chosen.steps} steps is too short to be predicted from shorter ones")
+    pilots: list[tuple[int, float]] = []
+    for number, steps in enumerate(lengths, 1):
+        say(f"pilot {number} of {len(lengths)}: {steps} steps")
+        result = _pilot(config, data, steps)
+        if result.eval is None:
+            return LossPrediction([], note="there are no held-out blocks to measure a loss on")
+        pilots.append((result.tokens, result.eval.loss))
+    try:
+        law = Law([tokens for tokens, _ in pilots], [loss for _, loss in pilots])
+    except ValueError as error:
+        return LossPrediction(pilots, note=str(error))
+    found, note = law.at(chosen.tokens), None
+    if chosen.passes > 1:
+        note = f"the run reads the data {chosen.passes:.3g} times; what it loses by repetition is not predicted"
+    target = None
+    if config.target_perplexity is not None:
+        target = law.tokens_for(math.log(config.target_perplexity))
+    if target is None:
+        return LossPrediction(pilots, found.loss, found.error, note)
+    seconds = target / chosen.tokens_per_second + chosen.evaluation_seconds
+    return LossPrediction(pilots, found.loss, found.error, note, math.ceil(target), seconds / 60 / _KEPT)
+
+
+def _pilot(config: TrainOptions, data: PackedDataset | None, steps: int) -> TrainResult:
+    """Train a run of so many steps with a schedule of its own, in a directory that is deleted."""
+    with tempfile.TemporaryDirectory() as scratch:
+        changed = {**_NO_PLAN, "out": f"{scratch}/pilot", "max_steps": steps, "save_every": steps, "log_every": steps}
+        none: dict[str, Any] = {
+            "eval_every": None,
+            "early_stopping_patience": None,
+            "eval_task": [],
+            "report_to": [],
+            "profile": None,
+        }
+        short = config.model_copy(update={**changed, **none, "resume": False})
+        if isinstance(short, DistillConfig):
+            return distill(short, data)
+        if isinstance(short, PretrainConfig):
+            return pretrain(short, data)
+        assert isinstance(short, FinetuneConfig)
+        return finetune(short, data)

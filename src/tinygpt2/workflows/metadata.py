@@ -35,7 +35,7 @@ def how_to_load(job: Job) -> tuple[str | None, str]:
     """
     library, loading = TRANSFORMERS
     config, teacher = job.config, job.teacher
-    if not isinstance(config, DistillConfig) or config.teacher is None or teacher is None:
+    if not isinstance(config, DistillConfig) or not isinstance(config.teacher, str) or teacher is None:
         return TRANSFORMERS
     if teacher.reading.rows is not None or teacher.vocabulary != job.model.config.vocab_size:
         return TRANSFORMERS

@@ -195,7 +195,7 @@ def _cache(job: Job) -> TeacherCache | None:
         raise ConfigError("--teacher-cache needs a pregenerated dataset, because only its content has a fingerprint")
     form = SparseForm.of(config.teacher_cache_kind, job.model.config.vocab_size, config.temperature)
     precision = chosen_precision(config.precision)
-    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, precision, form, config.teacher or "")
+    cache = TeacherCache(Path(config.teacher_cache), job.teacher, job.data, precision, form, config.teachers[0])
     job.cached = cache.filled
     say(f"{cache.path} holds {job.cached:.0%} of the teacher's {'states' if form is None else 'predictions'}")
     return cache

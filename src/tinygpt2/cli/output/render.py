@@ -246,9 +246,28 @@ def _render_budget(result: Any, console: Console) -> None:
         console.print(f"about {about} of it to find the best student with as many parameters", markup=False)
     for command in result.commands:
         console.print(command, markup=False, soft_wrap=True)
+    if result.prediction is not None:
+        for line in _prediction(result.prediction):
+            console.print(line, markup=False, soft_wrap=True)
     proposal = next(one.batch_tokens for one in found if one.student == result.chosen)
     source = "a tenth of the critical batch size by Kaplan et al. 2020, arXiv:2001.08361"
     console.print(f"for a run of this length, try --batch-tokens {proposal} ({source})", markup=False, soft_wrap=True)
+
+
+def _prediction(one: Any) -> Iterator[str]:
+    """Say what the pilots predict."""
+    if one.loss is not None:
+        low, high = (math.exp(one.loss + sign * one.error) for sign in (-1, 1))
+        found = f"{one.loss:.3f} +- {one.error:.3f} nats/token"
+        yield f"predicted held-out loss: {found}, a perplexity of {low:.1f} to {high:.1f}"
+    if one.target_tokens is not None:
+        minutes = duration(60 * one.target_minutes)
+        yield f"the target is predicted after {short_count(one.target_tokens)} tokens, in {minutes}"
+    if one.pilots:
+        runs = ", ".join(f"{loss:.3f} after {short_count(tokens)}" for tokens, loss in one.pilots)
+        yield f"held-out losses of the pilots: {runs} tokens"
+    if one.note is not None:
+        yield one.note
 
 
 def _render_export(result: Any, console: Console) -> None:
