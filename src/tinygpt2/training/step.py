@@ -129,7 +129,7 @@ class Step(nn.Module):
         )
         head, (teacher,) = self.student.lm_head.weight, self._teacher
         known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted, "own_text": own_text}
-        if teacher is None and self.cache is None:
+        if not (wanted.teacher_states or wanted.teacher_attention):  # there is no teacher, or it only writes text
             loss, terms = wanted(input_ids, student, head, **known)
         else:
             with torch.no_grad():
