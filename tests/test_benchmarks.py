@@ -56,12 +56,12 @@ def test_fifty_steps_of_the_naive_way_and_of_ours_give_one_loss_curve() -> None:
 @pytest.mark.slow
 def test_the_benchmark_for_a_gpu_works_on_a_cpu_and_ends_in_time() -> None:
     cases = ["rates", "tinygpt2-4x312-fp32", "naive-fp32", "perplexity-fp32"]
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", "--device", "cpu", "--tiny", "--minutes", "0.9"]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--json", "--device", "cpu", "--tiny", "--minutes", "3"]
     done = subprocess.run([*command, "--cases", ",".join(cases)], capture_output=True, text=True, check=True)
     *each, whole = map(json.loads, done.stdout.splitlines())
     assert [row["case"] for row in each] == cases == list(whole["results"])
     assert each[0]["operations_per_second_fp32"] > 1e8
-    assert whole["seconds"] < 60
+    assert whole["seconds"] < 190
     for row in each[1:]:  # on a slow machine, a share may be too short
         assert (
             row["tokens_per_second"] > 0

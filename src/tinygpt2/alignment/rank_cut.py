@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.data.encoding import LETTERS, is_plain_bpe, missing_bytes
+from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -120,3 +121,14 @@ def cut_vocabulary(model: GPT2LMHeadModel, cut: RankCut) -> GPT2LMHeadModel:
         weights[name] = weights[name][rows]
     smaller.load_state_dict(weights)
     return smaller.to(rows.device).eval()
+
+
+def same_cut(whole: Tokenizer, small: Tokenizer) -> RankCut | None:
+    """Return the cut of a tokenizer that another tokenizer is; None if it is none."""
+    if len(small) >= len(whole):
+        return None
+    try:
+        cut = cut_by_rank(whole, len(small), len(whole))
+    except (ConfigError, ModelError):
+        return None
+    return cut if fingerprint(cut.tokenizer) == fingerprint(small) else None

@@ -130,6 +130,8 @@ def _check_pregenerate(config: PregenerateConfig) -> None:
     check_tokenizer(config.tokenizer)
     _check_pairs(config)
     _check_sources([*config.source, *(config.test_source or [])])
+    if config.from_dataset is not None:
+        _check_datasets(config.from_dataset)
 
 
 def _check_pairs(config: PackOptions) -> None:

@@ -16,19 +16,17 @@ InputFormat = Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", 
 
 
 H5PY_HINT = "run pip install 'tinygpt2[hdf5]'"
+_SOURCES = (
+    "Files, directories, patterns in quotes, - (standard input), python-docs, or datasets. Files may be text, "
+    "jsonl, json, csv, tsv, parquet, arrow, tar or zip, compressed or not. A dataset is saved to disk, or on the "
+    "Hub as NAME:CONFIGURATION@SPLIT."
+)
 
 
 class SourceOptions(Config):
     """Where text comes from."""
 
-    source: list[str] = option(
-        "Files, directories, patterns in quotes, - (standard input), python-docs, or datasets. Files may be text, "
-        "jsonl, json, csv, tsv, parquet, arrow, tar or zip, compressed or not. A dataset is saved to disk, or on the "
-        "Hub as NAME:CONFIGURATION@SPLIT.",
-        positional=True,
-        path=True,
-        metavar="SOURCE",
-    )
+    source: list[str] = option(_SOURCES, positional=True, path=True, metavar="SOURCE")
 
 
 class FileOptions(Config):
@@ -139,6 +137,16 @@ class PackOptions(PairOptions, TextOptions):
 class PregenerateConfig(PackOptions, SourceOptions):
     """Options of `pregenerate`."""
 
+    source: list[str] = option(
+        _SOURCES, default=[], positional=True, path=True, metavar="SOURCE", required="without --from-dataset"
+    )
+    from_dataset: str | None = option(
+        "Encode the text of a pregenerated dataset again, such as in the tokens of a student with a smaller "
+        "vocabulary. Its splits and the order of its documents stay.",
+        default=None,
+        path=True,
+        panel=TEXT,
+    )
     sequence_length: int = option("Tokens in a block.", default=DEFAULT_SEQUENCE_LENGTH, panel=TEXT, ge=2)
     tokenizer: str = option(
         "Tokenizer: a local directory, a Hub id, or one of tiktoken's, such as tiktoken:cl100k_base.",
@@ -181,8 +189,12 @@ class PregenerateConfig(PackOptions, SourceOptions):
         return int(number), int(count)
 
     def conflicts(self) -> Iterator[str]:
-        """Check stride, shard and resume."""
+        """Check sources, stride, shard and resume."""
         yield from super().conflicts()
+        if self.from_dataset is None and not self.source:
+            yield "give a SOURCE, or --from-dataset"
+        if self.from_dataset is not None and (self.source or self.test_source):
+            yield "--from-dataset cannot be combined with a SOURCE or --test-source: it has both splits"
         if self.resume and "-" in [*self.source, *(self.test_source or [])]:
             yield "--resume cannot be combined with standard input, which cannot be read twice"
         if self.shard is not None and not re.fullmatch(r"\d{1,9}/\d{1,9}", self.shard):

@@ -127,7 +127,7 @@ class _Probe(PairReader):
 
 def _has_chats(corpus: Corpus) -> bool:
     """Return whether the first row has messages and no text. Standard input cannot be read twice."""
-    if "-" in corpus.sources:
+    if "-" in corpus.sources or corpus.given is not None:
         return False
     probe = Corpus(corpus.sources, corpus.document, corpus.text_column, "replace", corpus.split, corpus.format)
     probe.pairs, probe.notes = _Probe(text_column=corpus.text_column), corpus.notes

@@ -22,9 +22,11 @@ import numpy as np
 
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.config.decoding import SampleConfig
+from tinygpt2.data.batches.documents import documents_of
 from tinygpt2.data.block_writers import MANIFEST, SplitWriter
 from tinygpt2.data.corpus.piecewise import joined_pieces, splits_at_white_space
 from tinygpt2.data.corpus.sources import Corpus, Piece
+from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import Encoder, in_order, parsed
 from tinygpt2.data.external_sort import EncodedBatch, ExternalSort, content_hash
 from tinygpt2.data.pairs import described, make_pairs, require_pairs
@@ -103,9 +105,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.append_eos and tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")
-    corpus = Corpus.of(config.source, config)
-    kinds = ("validation", "test")
-    held_out = Corpus.of(config.test_source, config, kinds) if config.test_source else None
+    config, corpus, held_out = _corpora(config)
     paired = require_pairs(corpus, held_out, config)
     settings = {**_settings(config, tokenizer, corpus, held_out), **described(corpus)}
     if config.resume and complete and not config.overwrite:
@@ -140,6 +140,25 @@ def _packed(
     read = _tokenize(corpus, encoder, eos, config, work / "train", config.seed if config.shuffle else None, apart)
     kept = _tokenize(held_out, encoder, eos, config, work / "test", None, apart) if held_out else None
     return _write(out, read, kept, config, encoder.dtype)
+
+
+def _corpora(config: PregenerateConfig) -> tuple[PregenerateConfig, Corpus, Corpus | None]:
+    """Return the texts, those of the held-out split if they are given, and the options that they leave."""
+    if config.from_dataset is None:
+        kinds = ("validation", "test")
+        held_out = Corpus.of(config.test_source, config, kinds) if config.test_source else None
+        return config, Corpus.of(config.source, config), held_out
+    data = load_packed_dataset(name := config.from_dataset)
+    if data.train.marked:
+        raise ConfigError(
+            f"--from-dataset {name}: its blocks mark which tokens count, and a text has no such marks",
+            "make the dataset from its source again",
+        )
+    config = config.model_copy(update={"source": [name], "shuffle": False, "test_fraction": 0.0})
+    corpora = [Corpus.of(config.source, config), Corpus.of(config.source, config)]
+    for corpus, blocks in zip(corpora, (data.train, data.test), strict=True):
+        corpus.given = [documents_of(blocks, data.manifest, data.tokenizer(), name)]
+    return config, corpora[0], corpora[1] if len(data.test) else None
 
 
 def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:

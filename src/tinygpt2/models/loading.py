@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 from transformers.activations import NewGELUActivation
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tinygpt2.data.tokenizer import has_tokenizer, load_tokenizer
+from tinygpt2.data.tokenizer import fingerprint, has_tokenizer, load_tokenizer
 from tinygpt2.errors import ModelError, listed, one_line
 from tinygpt2.models.configuration import is_gpt2, make_model_config
 from tinygpt2.models.directory import no_weights, read_config_json, weight_files
@@ -207,3 +207,9 @@ def fast_activations(model: AnyModel) -> AnyModel:
 def model_tokenizer(directory: Path) -> Tokenizer | None:
     """Load the tokenizer in a model's directory; return None if there is none."""
     return load_tokenizer(str(directory)) if has_tokenizer(directory) else None
+
+
+def tokenizer_fingerprint(directory: Path | None) -> str | None:
+    """Return the fingerprint of the tokenizer in a model's directory; None if there is none."""
+    tokenizer = None if directory is None else model_tokenizer(directory)
+    return None if tokenizer is None else fingerprint(tokenizer)

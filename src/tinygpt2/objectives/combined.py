@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
 
+from tinygpt2.alignment.redistribution import AlignedHead
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.activations import Activations, by_head
 from tinygpt2.models.lm_head import Head
@@ -93,7 +94,7 @@ class Objectives(nn.Module):
         student: Activations,
         student_head: Float[Tensor, "V D"],
         teacher: Activations | None = None,
-        teacher_head: Float[Tensor, "W Dt"] | Head | SparseForm | None = None,
+        teacher_head: Float[Tensor, "W Dt"] | Head | SparseForm | AlignedHead | None = None,
         *,
         lengths: Sequence[int] | None = None,
         share: Counts | None = None,
@@ -106,7 +107,7 @@ class Objectives(nn.Module):
             student_head: the student's output matrix.
             teacher: its activations. If it has none of the last position of a block, no term compares that position.
             teacher_head: the teacher's head, or its output matrix as `head_operand` returns it. If it is the form of
-                records, these are in the place of the teacher's last state.
+                records, or makes logits of them, these are in the place of the teacher's last state.
             lengths: number of real tokens in each row, known to the host; the rest is padding, which no term counts.
                 None if there is no padding.
             share: the counts that means divide by; None uses the counts of this batch. With the counts of a global
@@ -167,7 +168,7 @@ class Objectives(nn.Module):
         hidden: Tensor,
         head: Tensor,
         targets: Tensor,
-        labels: tuple[Tensor, Tensor | Head | SparseForm] | None,
+        labels: tuple[Tensor, Tensor | Head | SparseForm | AlignedHead] | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return by what the gradients at each position of sampled text are multiplied: see `policy_gradient`."""
         weights = self.weights

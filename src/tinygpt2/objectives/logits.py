@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from tinygpt2.alignment.redistribution import AlignedHead
 from tinygpt2.config.distillation import PredictionLoss
 from tinygpt2.models.lm_head import Head, default_chunk, head_operand, rows_at_once, wide
 from tinygpt2.objectives.compilation import compiled_or_eager, compiles_losses
@@ -55,7 +56,7 @@ def prediction_loss(
     hidden: Float[Tensor, "N D"],
     head: Float[Tensor, "V D"],
     targets: Int[Tensor, " N"],
-    teacher: tuple[Tensor, Float[Tensor, "W Dt"] | Head | SparseForm] | None,
+    teacher: tuple[Tensor, Float[Tensor, "W Dt"] | Head | SparseForm | AlignedHead] | None,
     objective: PredictionObjective,
     row_factors: tuple[Float[Tensor, " N"] | None, Float[Tensor, " N"] | None] = (None, None),
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -65,7 +66,8 @@ def prediction_loss(
         hidden, head: the student's final hidden states and output matrix.
         targets: next tokens; `IGNORED` at positions without one.
         teacher: the teacher's final hidden states (N, Dt), and its head, or its output matrix as `head_operand`
-            returns it; or records of its predictions (N, R) and their form. None if only the cross-entropy is computed.
+            returns it; or records of its predictions (N, R) and their form, or what makes logits of them. None if only
+            the cross-entropy is computed.
         objective: weights, loss, temperature and chunk.
         row_factors: for each token, by what the gradient of the prediction loss and that of the cross-entropy are
             multiplied. The values are not.
@@ -106,7 +108,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Tensor,
         targets: Tensor,
         teacher_hidden: Tensor | None,
-        teacher_head: Head | SparseForm | None,
+        teacher_head: Head | SparseForm | AlignedHead | None,
         objective: PredictionObjective,
         *row_factors: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -134,9 +136,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 soft: Tensor | SparseTargets | None = None
                 if judged is not None and isinstance(teacher_head, SparseForm):
                     soft = teacher_head.unpack(judged[part])
-                elif judged is not None and isinstance(teacher_head, Head):
+                elif judged is not None and isinstance(teacher_head, Head | AlignedHead):
                     soft = teacher_head.logits(judged[part])
-                    left_out += teacher_head.left_out(judged[part], soft)
+                    if isinstance(teacher_head, Head):
+                        left_out += teacher_head.left_out(judged[part], soft)
                 wanted = targets[part] if objective.ce_weight else None
                 found, gradient = _differentiate(logits, soft, wanted, objective, _part_of(factors, part), vocabulary)
                 values += found

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tinygpt2.alignment.teacher import aligned_teacher, cut_of_teacher
 from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares, length_options
 from tinygpt2.data.dataset import Blocks, PackedDataset, load_packed_dataset
 from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.mixture import load_datasets
-from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, listed
 from tinygpt2.evaluation.conventions import ModelTokenizer
 from tinygpt2.evaluation.perplexity import tokenize_fitting_tasks
@@ -29,7 +29,7 @@ from tinygpt2.models.activations import attention_kernel
 from tinygpt2.models.compatibility import check_fits
 from tinygpt2.models.configuration import is_model_config, read_model_config
 from tinygpt2.models.lm_head import default_chunk
-from tinygpt2.models.loading import load_model, model_tokenizer, random_model
+from tinygpt2.models.loading import load_model, model_tokenizer, random_model, tokenizer_fingerprint
 from tinygpt2.models.parameters import count_parameters, freeze
 from tinygpt2.models.teachers.ensemble import as_one, pinned
 from tinygpt2.models.teachers.loading import load_teacher, read_as_student
@@ -262,7 +262,7 @@ def pretraining_job(config: PretrainConfig, data: PackedDataset | None, setup: T
         how = f"A GPT-2 with the configuration {name}, trained from random weights on {_sources(data)}."
     else:
         model, directory = load_model(config.model or "", allow_pickle=config.allow_pickle, hollow=config.validate_only)
-        check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
+        check_fits(data, model.config, tokenizer_fingerprint(directory), f"model {config.model}")
         how = f"A GPT-2 that continued the training of {shared_name(config.model or '')} on {_sources(data)}."
     evaluated, revisions = setup.evaluated(data, model.config, config), _revisions(base=directory)
     return Job("pretrain", config, how, model, data, evaluated, revisions=revisions, new=directory is None)
@@ -278,20 +278,25 @@ def distillation_job(
     """
     data, hollow = data or load_datasets(config.data), config.validate_only
     start = config.student or ""
-    options, names = {"allow_pickle": config.allow_pickle, "hollow": hollow}, config.teachers * config.needs_teacher
+    cut, names = cut_of_teacher(config, data), config.teachers * config.needs_teacher
+    options = {"allow_pickle": config.allow_pickle, "hollow": hollow, "other_tokens": cut is not None}
     loaded = [load_teacher(name, data, DTYPES[config.teacher_dtype], **options) for name in names]
     if shape is not None or is_model_config(start):
-        vocab_size = next((one.shape.vocabulary for one, _ in loaded if isinstance(one, GPT2Teacher)), None)
+        same = [one.shape.vocabulary for one, _ in loaded if isinstance(one, GPT2Teacher) and cut is None]
+        vocab_size = next(iter(same), None)
         shape = shape or read_model_config(start, data.tokenizer(), vocab_size)
         student, directory = random_model(shape, config.seed, hollow=hollow), None
     else:
         student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
     for name, (one, source) in zip(names, loaded, strict=True):
-        read_as_student(one, data, student.config, model_tokenizer(source), (name, config.student), config.losses)
+        if cut is None:
+            read_as_student(one, data, student.config, model_tokenizer(source), (name, config.student), config.losses)
     teacher, sources = as_one([one for one, _ in loaded]), [source for _, source in loaded]
+    if teacher is not None and cut is not None:
+        teacher = aligned_teacher(config, teacher, cut, student.config.vocab_size)
     if len(loaded) > 1:
         config = config.model_copy(update={"teacher": pinned(names, sources)})
-    check_fits(data, student.config, _tokenizer_fingerprint(directory), f"student {config.student}")
+    check_fits(data, student.config, tokenizer_fingerprint(directory), f"student {config.student}")
     cache = open_without_teacher(config, data, student.config.vocab_size) if config.from_cache_alone else None
     how = (
         f"A GPT-2 distilled from {_named(config, teacher, cache)} with the recipe {config.recipe} on "
@@ -326,15 +331,10 @@ def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: Tr
                 f"--sequence-length {length} is more than the {model.config.n_positions} positions of {config.model}"
             )
         data = load_packed_dataset(setup.packed("data", names[0], str(directory), length, config, config))
-    check_fits(data, model.config, _tokenizer_fingerprint(directory), f"model {config.model}")
+    check_fits(data, model.config, tokenizer_fingerprint(directory), f"model {config.model}")
     how = f"{shared_name(config.model)}, fine-tuned on {_sources(data)}."
     evaluated, revisions = setup.evaluated(data, model.config, config), _revisions(base=directory)
     return Job("finetune", config, how, model, data, evaluated, revisions=revisions)
-
-
-def _tokenizer_fingerprint(directory: Path | None) -> str | None:
-    tokenizer = None if directory is None else model_tokenizer(directory)
-    return None if tokenizer is None else fingerprint(tokenizer)
 
 
 def _sources(data: PackedDataset) -> str:

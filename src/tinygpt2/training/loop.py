@@ -30,11 +30,11 @@ from tinygpt2.training.job import Job, cast_teacher, figures_before_training, te
 from tinygpt2.training.metrics import MetricsLog, agreed, metrics_of
 from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
 from tinygpt2.training.own_text.source import OwnText
-from tinygpt2.training.preparation import tell_deepspeed
+from tinygpt2.training.preparation import seed_step, tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
 from tinygpt2.training.schedule import Plan, learning_rate, set_rates, warmup_steps
 from tinygpt2.training.state import RunState
-from tinygpt2.training.step import Evaluation, Step, StepData, evaluate, gradients, read_step, seed_step
+from tinygpt2.training.step import Evaluation, Step, StepData, evaluate, gradients, read_step
 from tinygpt2.training.throughput import ThroughputMeter, TimeLimit, evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import ProgressStage, say, track
 

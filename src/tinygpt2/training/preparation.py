@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import shutil
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
@@ -305,3 +307,12 @@ def tell_deepspeed(accelerator: Accelerator, config: TrainOptions) -> None:
     }
     if options.get("zero_optimization", {}).get("stage") == 3:
         options["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # also gathers 32-bit ones
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seed dropout from seed, step and process, so that checkpoints need not hold the state of the generators."""
+    number = int.from_bytes(hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=7).digest())
+    # torch.manual_seed takes a millisecond, because it looks for every kind of device
+    torch.default_generator.manual_seed(number)
+    if (kind := current_device().type) != "cpu":
+        (torch.cuda if kind == "cuda" else torch.mps).manual_seed(number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
+from tinygpt2.alignment.blocks import AlignedBlocks
+from tinygpt2.alignment.redistribution import AlignedHead
+from tinygpt2.alignment.teacher import AlignedTeacher
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.batches.batch import Batch, to_device
 from tinygpt2.data.dataset import Blocks
@@ -27,10 +29,12 @@ from tinygpt2.models.teachers.teacher import Shape, Teacher
 from tinygpt2.objectives.combined import Objectives
 from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.objectives.weights import Counts, LossWeights
-from tinygpt2.runtime.devices import current_device, float32_products, float64_device
+from tinygpt2.runtime.devices import float32_products, float64_device
 from tinygpt2.training.teacher_cache import CachedStates, TeacherCache
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
+
+Read = CachedStates | AlignedBlocks  # what is read for the teacher besides the blocks
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Step(nn.Module):
         input_ids: Int[Tensor, "B T"],
         lengths: Sequence[int] | None = None,
         share: Counts | None = None,
-        cached: CachedStates | None = None,
+        read: Read | None = None,
         counted: Array | None = None,
         documents: list[list[int]] | None = None,
         own_text: Array | None = None,
@@ -105,7 +109,7 @@ class Step(nn.Module):
         In evaluation mode, return the cross-entropy of every token but the first, (B, T - 1), in float32, and no terms.
 
         Args:
-            cached: what the teacher's cache holds of these blocks.
+            read: what the teacher's cache holds of these blocks, or the blocks in the teacher's tokens.
             documents: the lengths of the documents in each block: see `Batch`.
         """
         if not self.training:
@@ -125,25 +129,32 @@ class Step(nn.Module):
         )
         head, (teacher,) = self.student.lm_head.weight, self._teacher
         known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted, "own_text": own_text}
-        if teacher is None and self.cache is None:
+        if not (wanted.teacher_states or wanted.teacher_attention):  # there is no teacher, or it only writes text
             loss, terms = wanted(input_ids, student, head, **known)
         else:
             with torch.no_grad():
-                activations = self._teacher_activations(teacher, input_ids, cached, inside)
                 if wanted.weights.compares and not self._teacher_head:
                     form = None if self.cache is None else self.cache.form
                     self._teacher_head = [_some(teacher).head() if form is None else form]
-            loss, terms = wanted(input_ids, student, head, activations, *self._teacher_head, **known)
+                heads: list[Head | SparseForm | AlignedHead] = [*self._teacher_head]
+                if isinstance(teacher, AlignedTeacher):
+                    read = read if isinstance(read, AlignedBlocks) else teacher.align_now(input_ids, lengths)
+                    activations, heads[0] = teacher.read(read, self._teacher_head[0])
+                else:
+                    activations = self._teacher_activations(teacher, input_ids, read, inside)
+            loss, terms = wanted(input_ids, student, head, activations, *heads, **known)
+            if isinstance(read, AlignedBlocks):
+                terms["teacher/absent"] = read.absent
         if not loss.requires_grad:
             raise ConfigError("no objective depends on a trainable parameter", "freeze fewer parameters (--freeze)")
         return loss, terms
 
     def _teacher_activations(
-        self, teacher: Teacher | None, input_ids: Tensor, cached: CachedStates | None, documents: Documents | None
+        self, teacher: Teacher | None, input_ids: Tensor, cached: Read | None, documents: Documents | None
     ) -> Activations:
         """Run the teacher up to the last layer that an objective needs, or take its states from the cache."""
         wanted = self.objectives
-        if self.cache is None or cached is None:
+        if self.cache is None or not isinstance(cached, CachedStates):
             return _some(teacher).collect(input_ids, wanted.teacher_states, wanted.teacher_attention, documents)
         (last,), cache = wanted.teacher_states, self.cache
         if cached.states is not None:
@@ -153,6 +164,19 @@ class Step(nn.Module):
             return cache.computed(_some(teacher), ids, inside)
 
         return Activations({last: cache.states(cached.rows, input_ids, compute, documents)})
+
+    def read_for_teacher(self, batch: Batch, rows: list[int], device: torch.device) -> Read | None:
+        """Read what the teacher needs of a micro-batch besides its tokens; this runs beside the training.
+
+        Args:
+            batch: the blocks, on the host.
+            rows: their numbers in the dataset.
+            device: of the training.
+        """
+        if self.cache is not None:
+            return self.cache.read(rows, device)
+        (teacher,) = self._teacher
+        return teacher.align(batch) if isinstance(teacher, AlignedTeacher) else None
 
     def place_teacher(self, device: torch.device) -> None:
         """Leave on a GPU what the steps need of the teacher: with a full cache, only its output matrix, or nothing."""
@@ -205,15 +229,6 @@ class TeacherEvaluation(nn.Module):
             return losses.view(len(input_ids), -1), {}
 
 
-def seed_step(seed: int, step: int, process: int) -> None:
-    """Seed dropout from seed, step and process, so that checkpoints need not hold the state of the generators."""
-    number = int.from_bytes(hashlib.blake2b(f"{seed} {step} {process}".encode(), digest_size=7).digest())
-    # torch.manual_seed takes a millisecond, because it looks for every kind of device
-    torch.default_generator.manual_seed(number)
-    if (kind := current_device().type) != "cpu":
-        (torch.cuda if kind == "cuda" else torch.mps).manual_seed(number)
-
-
 class StepData(NamedTuple):
     """What a process reads for one optimizer step.
 
@@ -221,21 +236,20 @@ class StepData(NamedTuple):
         batch: the blocks of its micro-batches, one after another, on the host.
         rows: their numbers in the dataset.
         share: the counts that means divide by, if blocks may be padded or not all targets count.
-        states: of each micro-batch, what the teacher's cache holds; empty without a cache.
+        read: of each micro-batch, what the teacher's cache holds, or the blocks in the teacher's tokens.
     """
 
     batch: Batch
     rows: list[int]
     share: Counts | None
-    states: list[CachedStates]
+    read: list[Read | None]
 
 
 def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indices: list[int], size: int) -> StepData:
     """Read this process's share of a global batch; the arguments are those of `gradients`."""
     count = len(indices) // size  # micro-batches of all processes
     turns = range(accelerator.process_index, count, accelerator.num_processes)
-    groups = [indices[turn * size : (turn + 1) * size] for turn in turns]
-    rows = [row for group in groups for row in group]
+    rows = [row for turn in turns for row in indices[turn * size : (turn + 1) * size]]
     # micro-batches have different numbers of tokens, and the mean is over the global batch
     step: Any = getattr(module, "module", module)  # DDP and DeepSpeed wrap it
     covered = step.covered(blocks.sequence_length)
@@ -243,9 +257,12 @@ def read_step(accelerator: Accelerator, module: nn.Module, blocks: Blocks, indic
     if blocks.padded or blocks.marked:
         targets = blocks.targets(indices) if blocks.marked else None
         share = Counts.of(blocks.lengths(indices), covered, targets).over(count)
-    cache: TeacherCache | None = step.cache
-    states = [] if cache is None else [cache.read(group, accelerator.device) for group in groups]
-    return StepData(blocks.batch(rows), rows, share, states)
+    batch, device = blocks.batch(rows), accelerator.device
+    read = [
+        step.read_for_teacher(batch.part(start, start + size), rows[start : start + size], device)
+        for start in range(0, len(rows), size)
+    ]
+    return StepData(batch, rows, share, read)
 
 
 def gradients(
@@ -275,11 +292,11 @@ def gradients(
     means = torch.zeros((), device=accelerator.device)
     for turn, start in enumerate(starts):
         batch = whole.part(start, start + size)
-        states = data.states[turn].to(accelerator.device) if data.states else None
+        read = (known := data.read[turn]) and known.to(accelerator.device)
         # divides the loss by the number of micro-batches, and averages over processes only after the last one
         with accelerator.accumulate(module):
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
-                loss, terms = module(*batch[:2], data.share, states, *batch[2:])
+                loss, terms = module(*batch[:2], data.share, read, *batch[2:])
             accelerator.backward(loss)
         names = ["loss", *(name if "/" in name else f"loss/{name}" for name in terms)]
         means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(starts)

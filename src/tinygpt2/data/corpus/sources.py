@@ -62,6 +62,7 @@ class Corpus:
         split: names of splits; the first one that a dataset has is read.
         format: the format of every file; `auto` finds it out.
         pairs: reads pairs or chats from rows; None reads one text.
+        given: what to read instead of finding out what the sources mean.
         encoding_errors: number of documents with such bytes so far.
         empty_documents: number of documents so far that were left out because they are blank.
         notes: what was said about the sources.
@@ -74,6 +75,7 @@ class Corpus:
     split: tuple[str, ...] = ("train",)
     format: InputFormat = "auto"
     pairs: PairReader | None = None
+    given: list[SourceItem] | None = None
     encoding_errors: int = field(default=0, init=False)
     empty_documents: int = field(default=0, init=False)
     notes: Notes = field(default_factory=Notes, init=False)
@@ -92,8 +94,7 @@ class Corpus:
             DataError: a source is missing or damaged, is not UTF-8 (the message gives file and byte), or has a row that
                 is broken or lacks the field (the message gives file and row).
         """
-        lenient = self.errors != "strict"
-        read = (self.document or "file", self.text_column, lenient, self.format, (), self.pairs)
+        read = (self.document or "file", self.text_column, self.errors != "strict", self.format, (), self.pairs)
         how = ReadOptions(*read, notes=self.notes)
         number = 0
         for item in self.items:
@@ -105,7 +106,7 @@ class Corpus:
     @cached_property
     def items(self) -> list[SourceItem]:
         """The files, streams and datasets that the sources consist of, in order."""
-        return [item for source in self.sources for item in _source_items(source, self.split)]
+        return self.given or [item for source in self.sources for item in _source_items(source, self.split)]
 
     def size_hint(self) -> int | None:
         """Return the approximate size of the sources in bytes, for a progress bar, or None if it is unknown."""

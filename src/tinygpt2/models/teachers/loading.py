@@ -24,13 +24,20 @@ if TYPE_CHECKING:
 
 
 def load_teacher(
-    name: str, data: PackedDataset, dtype: torch.dtype, *, allow_pickle: bool = False, hollow: bool = False
+    name: str,
+    data: PackedDataset,
+    dtype: torch.dtype,
+    *,
+    allow_pickle: bool = False,
+    hollow: bool = False,
+    other_tokens: bool = False,
 ) -> tuple[Teacher, Path]:
     """Load a frozen teacher of any architecture, and check that it can read the blocks of a dataset.
 
     Args:
         name, allow_pickle, hollow: see `load_causal_lm`.
         dtype: of its weights.
+        other_tokens: whether the blocks are not in the teacher's tokens, so that it need not be able to read them.
 
     Returns:
         The teacher, and the directory that it was loaded from.
@@ -42,10 +49,10 @@ def load_teacher(
     """
     model, directory = load_causal_lm(name, "teacher", allow_pickle=allow_pickle, hollow=hollow)
     teacher = as_teacher(model)
-    if isinstance(teacher, GPT2Teacher):
+    if isinstance(teacher, GPT2Teacher) and not other_tokens:
         tokenizer = model_tokenizer(directory)
         check_fits(data, model.config, tokenizer and fingerprint(tokenizer), f"teacher {name}")
-    else:
+    elif not other_tokens or data.train.padded:
         check_length(data, teacher.shape.positions, f"teacher {name}")
     teacher.requires_grad_(requires_grad=False).to(dtype)
     return teacher, directory

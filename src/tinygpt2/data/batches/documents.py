@@ -1,0 +1,63 @@
+"""The documents that blocks of tokens consist of, as texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tinygpt2.data.batches.batch import Batch
+from tinygpt2.data.corpus.formats import ReadOptions
+from tinygpt2.data.corpus.sources import SourceItem
+from tinygpt2.data.corpus.text_splitting import TextPart
+
+if TYPE_CHECKING:
+    from tinygpt2.utils.types import Tokenizer
+
+_BLOCKS = 64  # read at a time
+
+
+class Rows(Protocol):
+    """The blocks of a split."""
+
+    def __len__(self) -> int:
+        """Return their number."""
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Return some of them."""
+
+
+def documents_of(blocks: Rows, manifest: Mapping[str, Any], tokenizer: Tokenizer, name: str) -> SourceItem:
+    """Return the text of a split as a source. A document ends at the end-of-text token, or before padding.
+
+    Args:
+        manifest: of the dataset.
+        tokenizer: with which it was made.
+        name: of the dataset.
+    """
+    end, decode = manifest["eos_token_id"], tokenizer.backend_tokenizer.decode
+
+    def read(how: ReadOptions) -> Iterator[TextPart]:
+        held: list[int] = []
+        for ids, closed in _rows(blocks, manifest):
+            for token in [*ids, *([end] if closed else [])]:
+                if token != end:
+                    held.append(token)
+                elif held:
+                    yield decode(held, skip_special_tokens=False), True
+                    held = []
+        if held:
+            yield decode(held, skip_special_tokens=False), True
+
+    return SourceItem(name, None, read, json.dumps(manifest, sort_keys=True, default=str))
+
+
+def _rows(blocks: Rows, manifest: Mapping[str, Any]) -> Iterator[tuple[list[int], bool]]:
+    """Yield the tokens of each block that the next one does not repeat, and whether padding follows them."""
+    count, stride = len(blocks), int(manifest.get("stride") or manifest["sequence_length"])
+    for start in range(0, count, _BLOCKS):
+        numbers = range(start, min(start + _BLOCKS, count))
+        batch = blocks.batch(numbers)
+        rows = batch.input_ids.tolist()
+        for number, row, length in zip(numbers, rows, batch.lengths or [len(rows[0])] * len(rows), strict=True):
+            yield row[: length if number == count - 1 else min(length, stride)], length < len(row)
