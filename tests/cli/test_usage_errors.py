@@ -24,7 +24,7 @@ WRONG = [
     ("--teacher gpt2 distill", "the options of a command come after its name"),
     ("destill", "No such command 'destill', did you mean 'distill'?"),
     ("train", "did you mean 'pretrain' or 'finetune'?"),
-    ("evaluate", "did you mean 'ppl'?"),
+    ("evaluate", "did you mean 'ppl' or 'evaluate-text'?"),
     ("tokenize", "did you mean 'pregenerate' or"),
     ("xyzzy", "No such command 'xyzzy'\nhint: tinygpt2 --help lists the commands"),
     ("distill --out", "--out needs a value"),

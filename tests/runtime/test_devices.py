@@ -17,7 +17,7 @@ from tinygpt2.runtime.devices import current_device, device_chosen, float64_devi
 def test_every_command_that_computes_has_the_option() -> None:
     having = {command.name for command in COMMANDS if issubclass(command.config, DeviceOptions)}
     training = {"quickstart", "pretrain", "distill", "finetune"}
-    assert having == training | {"truncate-student", "teach", "ppl", "generate", "bench"}
+    assert having == training | {"truncate-student", "teach", "sample", "ppl", "evaluate-text", "generate", "bench"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -56,7 +56,7 @@ def test_training_in_float32_uses_tf32_and_comparisons_do_not(gpu: None, given: 
 def test_evaluation_during_training_is_exact(gpu: None, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = step.target_losses
-    monkeypatch.setattr(step, "target_losses", lambda *args: (seen.append(tf32()), real(*args))[1])
+    monkeypatch.setattr(step, "target_losses", lambda *args, **more: (seen.append(tf32()), real(*args, **more))[1])
     module = step.Step(load_model(str(teacher))[0], None, LossWeights(), TrainOptions(out="o")).eval()
     with training_arithmetic(TrainOptions(out="o", precision="fp32")):
         module(torch.zeros(1, 8, dtype=torch.int64))

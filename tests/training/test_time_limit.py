@@ -39,11 +39,11 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RunState]:
     forward = Step.forward
 
     def with_clock(config: PretrainConfig, clock: Clock, start: float = 0.0, dies_at: float = 1e9) -> RunState:
-        def timed(self: Step, *arguments: object) -> object:
+        def timed(self: Step, *arguments: object, **more: object) -> object:
             clock.now += clock.step(clock.now) if self.training else clock.batch
             if clock.now > dies_at:
                 raise OSError("killed")
-            return forward(self, *arguments)
+            return forward(self, *arguments, **more)
 
         monkeypatch.setattr(Step, "forward", timed)
         with prepared_job(config) as (job, accelerator):

@@ -9,13 +9,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
-from accelerate import Accelerator
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from tinygpt2.utils.files import write_text
+
+if TYPE_CHECKING:  # `runs` and `show` read metrics without torch
+    from accelerate import Accelerator
+    from torch import Tensor
 
 METRICS = "metrics.jsonl"
 
@@ -79,6 +79,8 @@ def agreed(
     Returns:
         Mean loss and parts, the norm, whether any process is to stop or to save, and the main process's steps.
     """
+    import torch
+
     own = [float(stop), float(overdue), float(steps if accelerator.is_main_process else 0)]
     said = [torch.full((), value, device=accelerator.device) for value in own]  # a tensor of the numbers would wait
     means = accelerator.reduce(torch.stack([*parts.values(), *said]), "mean")
