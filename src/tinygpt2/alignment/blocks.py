@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tinygpt2.data.batches.batch import Batch
     from tinygpt2.utils.types import Tokenizer
 
+TEXT = -1  # stands for "no special token"
 _MULTIPLE = 32  # of the number of teacher's tokens in a batch, so that few shapes occur
 
 
@@ -46,31 +47,27 @@ class AlignedBlocks(NamedTuple):
         return AlignedBlocks(*(to_device(one, device) for one in self))
 
 
-class Aligner:
-    """Encodes blocks of a student, whose tokenizer is the teacher's cut by rank, in the teacher's tokens.
+class BlockAligner:
+    """Encodes blocks of a student in the tokens of its teacher.
 
     A block is cut anywhere in a text. So its first and its last word may be incomplete, and what the teacher makes of
     a part of a word need not be what it makes of the whole: it predicts nothing inside them.
 
     Args:
-        whole, cut: the teacher's tokenizer, and the student's.
-        rows: number of tokens that the teacher has rows for.
+        whole: the teacher's tokenizer.
+        pieces: the bytes of each of the student's tokens, and none of a special token.
+        special: for each of them, the teacher's special token in its place; `TEXT` if it is no special token.
         limit: for how many of its tokens the teacher has states; None if there is no limit.
     """
 
-    def __init__(self, whole: Tokenizer, cut: RankCut, rows: int, limit: int | None) -> None:
-        self.decomposition, self._limit = Decomposition.of(whole, cut, rows), limit
+    _longer = True  # whether a text can have more of the teacher's tokens than of the student's
+
+    def __init__(self, whole: Tokenizer, pieces: list[bytes], special: list[int], limit: int | None) -> None:
         content = json.loads(whole.backend_tokenizer.to_str())
         self._backend = Backend.from_str(json.dumps(content | {"truncation": None, "padding": None}))
         self._backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
-        numbers = whole.get_vocab()
-        special = {token.content for token in whole.added_tokens_decoder.values() if token.special}
-        names = cut.tokenizer.convert_ids_to_tokens(range(len(cut.tokenizer)))
-        self._pieces = [b"" if name in special else token_bytes(name) for name in names]
-        self._special = np.array([numbers[name] if name in special else -1 for name in names])
-        self._sizes = np.array([len(piece) for piece in self._pieces])
-        known = whole.convert_ids_to_tokens(range(max(numbers.values()) + 1))
-        self._teacher_sizes = np.array([0 if name is None else len(token_bytes(name)) for name in known])
+        self._pieces, self._special, self._limit = pieces, np.array(special), limit
+        self._sizes = np.array([len(piece) for piece in pieces])
 
     def __call__(self, batch: Batch) -> AlignedBlocks:
         """Return the blocks of a batch in the teacher's tokens.
@@ -85,7 +82,8 @@ class Aligner:
         real = batch.lengths or [length] * size
         blocks = [self._block(row[:count], whole=count < length) for row, count in zip(ids, real, strict=True)]
         most = max(len(tokens) for tokens, _, _ in blocks)
-        width = max(1, min(-(-most // _MULTIPLE) * _MULTIPLE, self._limit or length, length))
+        roomy = min(-(-most // _MULTIPLE) * _MULTIPLE, max(most, length) if self._longer else length)
+        width = max(1, min(roomy, self._limit or roomy))
         read, records = np.zeros((size, width), np.int64), np.zeros((size, length - 1, 3), np.int64)
         records[:, :, 0], records[:, :, 2] = -1, ids[:, 1:]
         absent = targets = 0
@@ -107,9 +105,48 @@ class Aligner:
         Args:
             whole: whether its last word is complete.
         """
-        places = np.flatnonzero(self._special[ids] >= 0)
+        raise NotImplementedError
+
+    def _spans(self, ids: Array) -> list[tuple[int, int]]:
+        """Return where the texts between a block's special tokens begin and end."""
+        places = np.flatnonzero(self._special[ids] != TEXT)
         bounds: list[int] = [0, *(end for place in places.tolist() for end in (place, place + 1)), len(ids)]
-        spans = list(zip(bounds[::2], bounds[1::2], strict=True))
+        return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+    def _text(self, ids: Array) -> tuple[str, int]:
+        """Return the text of some tokens without incomplete characters at its ends, and how many bytes it skips."""
+        raw = b"".join(map(self._pieces.__getitem__, ids.tolist()))
+        skipped = next((at for at, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), min(4, len(raw)))
+        try:
+            return raw[skipped:].decode(), skipped
+        except UnicodeDecodeError as error:
+            return raw[skipped : skipped + error.start].decode(), skipped
+
+
+class Aligner(BlockAligner):
+    """Encodes blocks of a student, whose tokenizer is the teacher's cut by rank, in the teacher's tokens.
+
+    Args:
+        whole, cut: the teacher's tokenizer, and the student's.
+        rows: number of tokens that the teacher has rows for.
+        limit: see `BlockAligner`.
+    """
+
+    _longer = False
+
+    def __init__(self, whole: Tokenizer, cut: RankCut, rows: int, limit: int | None) -> None:
+        self.decomposition = Decomposition.of(whole, cut, rows)
+        numbers = whole.get_vocab()
+        special = {token.content for token in whole.added_tokens_decoder.values() if token.special}
+        names = cut.tokenizer.convert_ids_to_tokens(range(len(cut.tokenizer)))
+        pieces = [b"" if name in special else token_bytes(name) for name in names]
+        super().__init__(whole, pieces, [numbers[name] if name in special else TEXT for name in names], limit)
+        known = whole.convert_ids_to_tokens(range(max(numbers.values()) + 1))
+        self._teacher_sizes = np.array([0 if name is None else len(token_bytes(name)) for name in known])
+
+    def _block(self, ids: Array, *, whole: bool) -> tuple[Array, Array, Array]:
+        """See `BlockAligner`."""
+        spans = self._spans(ids)
         texts = [self._text(ids[start:stop]) for start, stop in spans]
         encoded = self._backend.encode_batch([text for text, _ in texts], add_special_tokens=False)
         tokens: list[Array] = []
@@ -125,15 +162,6 @@ class Aligner:
                 tokens.append(self._special[ids[stop : stop + 1]])
                 count += 1
         return np.concatenate(tokens), states[1:], nodes[1:]
-
-    def _text(self, ids: Array) -> tuple[str, int]:
-        """Return the text of some tokens without incomplete characters at its ends, and how many bytes it skips."""
-        raw = b"".join(map(self._pieces.__getitem__, ids.tolist()))
-        skipped = next((at for at, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), min(4, len(raw)))
-        try:
-            return raw[skipped:].decode(), skipped
-        except UnicodeDecodeError as error:
-            return raw[skipped : skipped + error.start].decode(), skipped
 
     def _align(
         self,

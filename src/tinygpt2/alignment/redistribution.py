@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tinygpt2.alignment.blocks import AlignedBlocks
 from tinygpt2.alignment.decomposition import Decomposition
 from tinygpt2.models.lm_head import Head, operand_rows, scoring_chunk, wide
 
@@ -34,6 +35,10 @@ class Redistribution:
             torch.from_numpy(array).to(device) for array in arrays
         )
         self._size, self._width = size, operand_rows(size, device.type)
+
+    def head(self, head: Head, states: Float[Tensor, "S D"]) -> AlignedHead:
+        """Return what makes the student's logits of the records of a batch; see `AlignedHead`."""
+        return AlignedHead(self, head, states)
 
     def __call__(self, head: Head, states: Float[Tensor, "S D"], records: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
         """Return the logarithms of the probabilities; only the first V columns count.
@@ -58,7 +63,7 @@ class Redistribution:
         sums = p.new_zeros(len(p), self._width)
         rows = torch.arange(len(p), device=p.device)
         known = state >= 0
-        _add_columns(sums, self._first, p * (known & (node == 0))[:, None])
+        add_columns(sums, self._first, p * (known & (node == 0))[:, None])
         self._inside(sums, p, rows[known & (node > 0)], node)
         sums[rows, token] = sums[rows, token].where(known, 1.0)
         return sums.log_().clamp_(min=NEVER)
@@ -76,7 +81,7 @@ class Redistribution:
         sums.index_put_((row, self._pieces[entry]), parts / whole[row], accumulate=True)
 
 
-def _add_columns(sums: Tensor, columns: Tensor, values: Tensor) -> None:
+def add_columns(sums: Tensor, columns: Tensor, values: Tensor) -> None:
     """Add each column of the values to one of the sums'."""
     if sums.device.type == "cpu":  # index_add_ would go through the columns one by one
         sums.scatter_add_(1, columns.expand(len(values), -1), values)
@@ -97,3 +102,15 @@ class AlignedHead:
     def logits(self, records: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
         """Return the logarithms of the probabilities; only the first V columns count."""
         return self._redistribution(self._head, self._states, records)
+
+    def given(self, records: Int[Tensor, "N 3"], student: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
+        """Return what stands for the teacher's logits beside the student's; here these do not matter."""
+        return self.logits(records)
+
+    def figures(self, blocks: AlignedBlocks) -> dict[str, Tensor]:
+        """Return the metrics of a batch, by their names.
+
+        Args:
+            blocks: of the batch.
+        """
+        return {"teacher/absent": blocks.absent}

@@ -1,16 +1,19 @@
-"""A teacher with a larger vocabulary, from which the student's tokenizer was cut by rank."""
+"""A teacher with other tokens than its student, which may be a cut of them by rank, or any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tinygpt2.alignment.blocks import AlignedBlocks, Aligner
+from tinygpt2.alignment.blocks import AlignedBlocks, Aligner, BlockAligner
+from tinygpt2.alignment.borders import ByteAligner
+from tinygpt2.alignment.events import Events, Graph, counted_pairs
 from tinygpt2.alignment.rank_cut import RankCut, same_cut
 from tinygpt2.alignment.redistribution import AlignedHead, Redistribution
 from tinygpt2.config.base import flag_name
@@ -41,19 +44,22 @@ class AlignedTeacher(Teacher):
 
     Args:
         teacher: predicts its own tokens.
-        tokenizer: the teacher's.
-        cut: what the student's tokenizer is of it.
+        align: encodes a student's blocks in these.
         vocabulary: number of tokens of the student.
+        make: makes, on a device, what moves the predictions.
     """
 
-    def __init__(self, teacher: Teacher, tokenizer: Tokenizer, cut: RankCut, vocabulary: int) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        align: BlockAligner,
+        vocabulary: int,
+        make: Callable[[torch.device], Redistribution | Events],
+    ) -> None:
         super().__init__(teacher.model, replace(teacher.shape, vocabulary=vocabulary))
-        start, positions = start_token(tokenizer), teacher.shape.positions
-        teacher.read_as(Reading(start=start))
-        limit = None if positions is None else positions - (start is not None)
-        self.align = Aligner(tokenizer, cut, teacher.shape.vocabulary, limit)
+        self.align, self._make = align, make
         self._teacher = (teacher,)  # in a tuple, because its weights are this module's already
-        self._redistribution: Redistribution | None = None
+        self._moves: Redistribution | Events | None = None
 
     def covered(self, length: int) -> int:
         """Return for how many positions of a block there is a prediction: all but the last one."""
@@ -72,9 +78,8 @@ class AlignedTeacher(Teacher):
         """
         (teacher,), last = self._teacher, self.shape.layers
         states = teacher.collect(blocks.ids, [last]).states[last].flatten(0, 1)
-        if self._redistribution is None:
-            self._redistribution = Redistribution(self.align.decomposition, self.shape.vocabulary, states.device)
-        return Activations({last: blocks.records}), AlignedHead(self._redistribution, head, states)
+        self._moves = self._moves or self._make(states.device)
+        return Activations({last: blocks.records}), self._moves.head(head, states)
 
     @torch.no_grad()
     def losses(
@@ -132,28 +137,39 @@ class AlignedTeacher(Teacher):
         raise NotImplementedError
 
 
-def cut_of_teacher(config: DistillConfig, data: PackedDataset) -> tuple[Tokenizer, RankCut] | None:
-    """Return a teacher's tokenizer and the cut of it with which a dataset was made; None if there is no such cut.
+def other_tokens(config: DistillConfig, data: PackedDataset) -> tuple[Tokenizer, RankCut | None] | None:
+    """Return the tokenizer of a teacher with other tokens than a dataset, and the cut of it that the dataset's is.
+
+    Returns:
+        None if it is no cut and there is no --alignment: the teacher then has to have the dataset's pieces of text.
 
     Raises:
+        ConfigError: --alignment has no effect.
         ModelError: the teacher is a GPT-2, and has other tokens than the student and the data, which are no cut of its.
     """
     if not config.needs_teacher or len(config.teachers) != 1:  # several teachers have the student's tokens
+        if config.alignment is not None:
+            raise ConfigError(f"--alignment {config.alignment} needs one --teacher, and an objective that uses it")
         return None
     (teacher,) = config.teachers
     directory, small = local_directory(teacher, "teacher"), data.tokenizer()
     whole, ours = model_tokenizer(directory), fingerprint(small)
-    if whole is None or fingerprint(whole) == ours:
+    same = whole is None or fingerprint(whole) == ours
+    cut = None if whole is None or same else same_cut(whole, small)
+    if config.alignment is not None and (same or cut is not None):
+        why = "has no tokenizer" if whole is None else f"has the tokens of {data.name}, or those are a cut of them"
+        raise ConfigError(f"--alignment {config.alignment} has no effect: {teacher} {why}", "leave it out")
+    if whole is None or same:
         return None
-    if (cut := same_cut(whole, small)) is not None:
+    if cut is not None or config.alignment is not None:
         return whole, cut
     kind = read_config_json(directory, "teacher").get("model_type", "gpt2")  # others may have the same pieces
     if kind == "gpt2" and _reads(config.student, ours):
         raise ModelError(
             f"teacher {teacher} has other tokens than dataset {data.name} and student {config.student}, and "
             "they are not the first ones of its tokens by merge rank",
-            "tokenize the data with the teacher's tokenizer (tinygpt2 pregenerate --tokenizer), or make a student with "
-            "fewer of its tokens (truncate-student --vocab-size)",
+            "give --alignment pieces, tokenize the data with the teacher's tokenizer (tinygpt2 pregenerate "
+            "--tokenizer), or make a student with fewer of its tokens (truncate-student --vocab-size)",
         )
     return None
 
@@ -166,24 +182,66 @@ def _reads(student: str | None, ours: str) -> bool:
 
 
 def aligned_teacher(
-    config: DistillConfig, teacher: Teacher, found: tuple[Tokenizer, RankCut], vocabulary: int
+    config: DistillConfig,
+    teacher: Teacher,
+    found: tuple[Tokenizer, RankCut | None],
+    data: PackedDataset,
+    vocabulary: int,
 ) -> AlignedTeacher:
-    """Return a teacher that predicts the tokens of a student whose tokenizer is a cut of its own.
+    """Return a teacher that predicts the tokens of a student with other tokens.
 
     Args:
-        found: see `cut_of_teacher`.
+        found: see `other_tokens`.
         vocabulary: number of tokens of the student.
 
     Raises:
         ConfigError: an option compares what the two do not share.
+        ModelError: their tokens cannot be aligned.
     """
     tokenizer, cut = found
-    what = f"{config.teachers[0]} has {len(tokenizer):,} tokens, the data {len(cut.tokenizer):,} of them"
+    small = len(data.tokenizer())
+    counts = f"{small:,} others" if cut is None else f"{small:,} of them"
+    what = f"{config.teachers[0]} has {len(tokenizer):,} tokens, the data {counts}"
+    _check(config, what, lumps=cut is None)
+    start, positions = start_token(tokenizer), teacher.shape.positions
+    teacher.read_as(Reading(start=start))
+    limit = None if positions is None else positions - (start is not None)
+    if cut is not None:
+        say(f"teacher {what}: it reads the texts in its own, and its predictions are summed")
+        align = Aligner(tokenizer, cut, teacher.shape.vocabulary, limit)
+        make = partial(Redistribution, align.decomposition, vocabulary)
+        return AlignedTeacher(teacher, align, vocabulary, make)
+    by_bytes = ByteAligner(tokenizer, data.tokenizer(), limit)
+    graph = Graph.of(counted_pairs(by_bytes, data.train), vocabulary)
+    say(
+        f"teacher {what}: it reads the texts in its own. {graph.count:,} events, counted on the data, are predicted "
+        f"where tokens of both begin; {len(graph.lumped):,} of the data's tokens share one with others"
+    )
+    return AlignedTeacher(teacher, by_bytes, vocabulary, partial(Events, graph, vocabulary))
+
+
+def _check(config: DistillConfig, what: str, *, lumps: bool) -> None:
+    """Check that no option compares what a teacher and a student with other tokens do not share.
+
+    Args:
+        what: how their tokens differ.
+        lumps: whether the teacher predicts events of several of the student's tokens.
+    """
     names = ("attention_weight", "relation_weight", "hidden_weight", "cosine_weight")
     if inside := [flag_name(name) for name in names if getattr(config, name)]:
         raise ConfigError(
             f"{inside[0]} compares positions, which teacher and student do not share: teacher {what}",
             f"use {inside[0]} 0: predictions can be learned",
+        )
+    if lumps and (others := config.losses - {"forward_kl"}):
+        raise ConfigError(
+            f"--alignment pieces knows the probabilities of events and not of all tokens, which {min(others)} needs",
+            "use --prediction-loss forward_kl",
+        )
+    if lumps and config.temperature != 1:
+        raise ConfigError(
+            f"--temperature {config.temperature:g} changes tokens before they are summed: --alignment pieces needs 1",
+            "leave out --temperature",
         )
     if "reverse_kl" in config.losses:
         raise ConfigError(
@@ -196,5 +254,3 @@ def aligned_teacher(
         )
     if config.teacher_cache is not None:
         raise ConfigError(f"--teacher-cache needs the teacher's tokens: teacher {what}", "leave out --teacher-cache")
-    say(f"teacher {what}: it reads the texts in its own, and its predictions are summed")
-    return AlignedTeacher(teacher, tokenizer, cut, vocabulary)

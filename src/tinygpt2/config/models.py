@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Literal
 
 from tinygpt2.config.base import Config, option
-from tinygpt2.config.common import RUN, Device
+from tinygpt2.config.common import OBJECTIVES, RUN, Device
+
+Alignment = Literal["pieces"]
 
 
 class PresetsConfig(Config):
@@ -50,4 +53,15 @@ class DeviceOptions(Config):
         "Where to compute: cpu, cuda (NVIDIA or AMD) or mps (Apple). auto takes a CUDA GPU if there is one.",
         default="auto",
         panel=RUN,
+    )
+
+
+class AlignmentOptions(Config):
+    """How a student learns from a teacher with other tokens."""
+
+    alignment: Alignment | None = option(
+        "Learn from a teacher with any other tokenizer. pieces compares predictions where tokens of both begin, summed "
+        "over tokens that cannot be told apart. A student whose tokens are the first of its teacher's needs none.",
+        default=None,
+        panel=OBJECTIVES,
     )

@@ -136,10 +136,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 soft: Tensor | SparseTargets | None = None
                 if judged is not None and isinstance(teacher_head, SparseForm):
                     soft = teacher_head.unpack(judged[part])
-                elif judged is not None and isinstance(teacher_head, Head | AlignedHead):
+                elif judged is not None and isinstance(teacher_head, AlignedHead):
+                    soft = teacher_head.given(judged[part], logits)
+                elif judged is not None and isinstance(teacher_head, Head):
                     soft = teacher_head.logits(judged[part])
-                    if isinstance(teacher_head, Head):
-                        left_out += teacher_head.left_out(judged[part], soft)
+                    left_out += teacher_head.left_out(judged[part], soft)
                 wanted = targets[part] if objective.ce_weight else None
                 found, gradient = _differentiate(logits, soft, wanted, objective, _part_of(factors, part), vocabulary)
                 values += found

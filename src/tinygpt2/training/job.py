@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinygpt2.alignment.teacher import aligned_teacher, cut_of_teacher
+from tinygpt2.alignment.teacher import aligned_teacher, other_tokens
 from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares, length_options
@@ -278,25 +278,25 @@ def distillation_job(
     """
     data, hollow = data or load_datasets(config.data), config.validate_only
     start = config.student or ""
-    cut, names = cut_of_teacher(config, data), config.teachers * config.needs_teacher
-    options = {"allow_pickle": config.allow_pickle, "hollow": hollow, "other_tokens": cut is not None}
+    other, names = other_tokens(config, data), config.teachers * config.needs_teacher
+    options = {"allow_pickle": config.allow_pickle, "hollow": hollow, "other_tokens": other is not None}
     loaded = [load_teacher(name, data, DTYPES[config.teacher_dtype], **options) for name in names]
     if shape is not None or is_model_config(start):
-        same = [one.shape.vocabulary for one, _ in loaded if isinstance(one, GPT2Teacher) and cut is None]
+        same = [one.shape.vocabulary for one, _ in loaded if isinstance(one, GPT2Teacher) and other is None]
         vocab_size = next(iter(same), None)
         shape = shape or read_model_config(start, data.tokenizer(), vocab_size)
         student, directory = random_model(shape, config.seed, hollow=hollow), None
     else:
         student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
     for name, (one, source) in zip(names, loaded, strict=True):
-        if cut is None:
+        if other is None:
             read_as_student(one, data, student.config, model_tokenizer(source), (name, config.student), config.losses)
     teacher, sources = as_one([one for one, _ in loaded]), [source for _, source in loaded]
-    if teacher is not None and cut is not None:
-        teacher = aligned_teacher(config, teacher, cut, student.config.vocab_size)
     if len(loaded) > 1:
         config = config.model_copy(update={"teacher": pinned(names, sources)})
     check_fits(data, student.config, tokenizer_fingerprint(directory), f"student {config.student}")
+    if teacher is not None and other is not None:
+        teacher = aligned_teacher(config, teacher, other, data, student.config.vocab_size)
     cache = open_without_teacher(config, data, student.config.vocab_size) if config.from_cache_alone else None
     how = (
         f"A GPT-2 distilled from {_named(config, teacher, cache)} with the recipe {config.recipe} on "

@@ -143,8 +143,8 @@ class Step(nn.Module):
                 else:
                     activations = self._teacher_activations(teacher, input_ids, read, inside)
             loss, terms = wanted(input_ids, student, head, activations, *heads, **known)
-            if isinstance(read, AlignedBlocks):
-                terms["teacher/absent"] = read.absent
+            if isinstance(read, AlignedBlocks) and isinstance(heads[0], AlignedHead):
+                terms |= heads[0].figures(read)
         if not loss.requires_grad:
             raise ConfigError("no objective depends on a trainable parameter", "freeze fewer parameters (--freeze)")
         return loss, terms

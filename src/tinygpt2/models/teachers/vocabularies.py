@@ -90,7 +90,7 @@ def _other_pieces(names: tuple[str | None, str | None], sizes: tuple[int, int], 
         f"teacher {names[0]} has a vocabulary of {sizes[0]} tokens, and student {names[1]} one of {sizes[1]}, of other "
         f"pieces: {why}",
         "tokenize the data with the teacher's tokenizer (tinygpt2 pregenerate --tokenizer), and give a student of a "
-        "preset, which takes its vocabulary from the data",
+        "preset, which takes its vocabulary from the data; or give distill --alignment pieces",
     )
 
 
@@ -102,11 +102,11 @@ def _pieces(tokenizer: Tokenizer) -> tuple[dict[bytes, int], dict[bytes, int]]:
     pieces: dict[bytes, int] = {}
     for piece, token in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if token not in special:
-            pieces.setdefault(_bytes(piece, byte_level=byte_level), token)
+            pieces.setdefault(piece_bytes(piece, byte_level=byte_level), token)
     return pieces, {name.encode(): index for index, name in special.items()}
 
 
-def _bytes(piece: str, *, byte_level: bool) -> bytes:
+def piece_bytes(piece: str, *, byte_level: bool) -> bytes:
     """Return the bytes that a piece stands for: in a byte-level vocabulary, or in one of sentencepiece."""
     if byte_level:
         return token_bytes(piece)
@@ -125,7 +125,7 @@ def _made(tokenizer: Tokenizer) -> set[bytes]:
     if model.get("merges") is None:
         return set(_pieces(tokenizer)[0])
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    merged = {_bytes("".join(pair), byte_level=byte_level) for pair in pairs}
+    merged = {piece_bytes("".join(pair), byte_level=byte_level) for pair in pairs}
     return merged | {piece for piece in _pieces(tokenizer)[0] if len(piece) == 1}
 
 

@@ -1,0 +1,195 @@
+"""Which of a student's tokens follow from a teacher's, and the predictions of both summed over these events.
+
+At a common border, each of the teacher's tokens can lead to some of the student's tokens. The events are the connected
+components of this graph. Where both models have a border, a text's next tokens are in the same event. So the teacher's
+sum over an event is the probability that the student's next token is in it, and the KL over events is never above the
+one over tokens: it is equal where each event has one of the student's tokens.
+
+The graph is counted: which pairs of tokens begin together in the blocks of a dataset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tinygpt2.alignment.blocks import AlignedBlocks
+from tinygpt2.alignment.borders import ByteAligner
+from tinygpt2.alignment.redistribution import NEVER, AlignedHead, add_columns
+from tinygpt2.data.dataset import Blocks
+from tinygpt2.errors import ModelError
+from tinygpt2.models.lm_head import Head, operand_rows, scoring_chunk, wide
+from tinygpt2.utils.progress import follow
+from tinygpt2.utils.types import Array
+
+COUNTED = 2**22  # tokens of the student whose borders are counted, at most
+_AT_ONCE = 64  # blocks
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The events of a teacher and a student.
+
+    Attributes:
+        reachable: the teacher's tokens that occur at common borders, in ascending order.
+        theirs: the event of each of these.
+        ours: the event of each of the student's tokens; `count` for those that never begin at a common border.
+        count: number of events.
+        lumped: the student's tokens that are in events with several of them, in ascending order.
+    """
+
+    reachable: Array
+    theirs: Array
+    ours: Array
+    count: int
+    lumped: Array
+
+    @classmethod
+    def of(cls, pairs: Array, size: int) -> Graph:
+        """Find the connected components.
+
+        Args:
+            pairs: tokens of the teacher and of the student that begin together (P, 2).
+            size: V, the number of the student's tokens.
+        """
+        reachable, left = np.unique(pairs[:, 0], return_inverse=True)
+        used, right = np.unique(pairs[:, 1], return_inverse=True)
+        parents = list(range(len(reachable) + len(used)))
+
+        def root(node: int) -> int:
+            while parents[node] != node:
+                parents[node] = node = parents[parents[node]]
+            return node
+
+        for one, other in zip(left.tolist(), right.tolist(), strict=True):
+            parents[root(one)] = root(len(reachable) + other)
+        roots, events = np.unique([root(node) for node in range(len(parents))], return_inverse=True)
+        ours = np.full(size, len(roots), np.int64)
+        ours[used] = events[len(reachable) :]
+        several = np.bincount(ours, minlength=len(roots) + 1) > 1
+        several[len(roots)] = False
+        return cls(reachable, events[: len(reachable)], ours, len(roots), np.flatnonzero(several[ours]))
+
+
+def counted_pairs(aligner: ByteAligner, blocks: Blocks) -> Array:
+    """Return which tokens of teacher and student begin together in the blocks of a dataset (P, 2).
+
+    Evenly spaced blocks are counted if there are more than `COUNTED` tokens.
+
+    Raises:
+        ModelError: none do.
+    """
+    chosen = blocks.spaced(max(1, COUNTED // blocks.sequence_length))
+    found = set[tuple[int, int]]()
+    for start in follow(range(0, len(chosen), _AT_ONCE), "count borders", "batches", announce=False):
+        batch = chosen.batch(range(start, min(start + _AT_ONCE, len(chosen))))
+        rows = batch.input_ids.cpu().numpy().astype(np.int64)
+        length = rows.shape[1]
+        for row, count in zip(rows, batch.lengths or [length] * len(rows), strict=True):
+            ids = row[:count]
+            one = aligner.borders(ids, whole=count < length)
+            pairs = one.tokens[one.theirs[one.sure]], ids[one.ours[one.sure]]
+            found.update(zip(*(part.tolist() for part in pairs), strict=True))
+    if not found:
+        raise ModelError(
+            "the tokens of teacher and data never begin at the same place in the data, so --alignment pieces finds "
+            "nothing to learn",
+            "use a teacher whose tokens keep the spaces of texts, or longer blocks",
+        )
+    return np.array(sorted(found), np.int64)
+
+
+class Events:
+    """Makes the logarithms of the events' probabilities out of a teacher's last hidden states.
+
+    Args:
+        graph: the events.
+        size: V, the number of the student's tokens.
+        device: of the teacher.
+    """
+
+    def __init__(self, graph: Graph, size: int, device: torch.device) -> None:
+        arrays = graph.reachable, graph.theirs, graph.ours, graph.lumped
+        self.reachable, self.theirs, self.ours, self.lumped = (torch.from_numpy(one).to(device) for one in arrays)
+        lumps, groups = np.unique(graph.ours[graph.lumped], return_inverse=True)
+        self.groups, self.lumps, self.count = torch.from_numpy(groups).to(device), len(lumps), graph.count
+        self.size, self.width = size, operand_rows(size, device.type)
+
+    def head(self, head: Head, states: Float[Tensor, "S D"]) -> EventHead:
+        """Return what makes the student's logits of the records of a batch; see `AlignedHead`."""
+        return EventHead(self, head, states)
+
+    def spread(self, logs: Float[Tensor, "n W"], student: Float[Tensor, "n W"], known: Bool[Tensor, " n"]) -> None:
+        """Share each event's probability among its tokens as the student does.
+
+        Forward KL between the result and the student is the KL over events, with the same gradient.
+
+        Args:
+            logs: of the event of each token, changed in place.
+            student: logits.
+            known: at which positions.
+        """
+        if not self.lumps:
+            return
+        own = student[:, self.lumped].to(logs.dtype)
+        index = self.groups.expand(len(own), -1)
+        empty = own.new_zeros(len(own), self.lumps)
+        most = empty.scatter_reduce(1, index, own, "amax", include_self=False).gather(1, index)
+        sums = empty.scatter_add(1, index, (own - most).exp()).gather(1, index)
+        logs[:, self.lumped] += (own - most - sums.log()) * known[:, None]
+
+
+class EventHead(AlignedHead):
+    """Makes a student's logits out of records: those of its events.
+
+    Args:
+        events: what the tokens of both lead to.
+        head, states: the teacher's head, and its last hidden states of one batch.
+    """
+
+    def __init__(self, events: Events, head: Head, states: Float[Tensor, "S D"]) -> None:
+        self._events, self._head, self._states = events, head, states
+        self._sums = torch.zeros(3, dtype=wide(states), device=states.device)  # lumped, left out, positions
+
+    def logits(self, records: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
+        """Return the logarithm of the probability of each token's event; only the first V columns count."""
+        chunk = scoring_chunk(max(self._head.size, self._events.size), records.device.type)
+        return torch.cat([self._part(part)[0] for part in records.split(chunk)])  # type: ignore[no-untyped-call]
+
+    def given(self, records: Int[Tensor, "N 3"], student: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
+        """Return the logarithms of probabilities whose forward KL to the student is that over events."""
+        chunk = scoring_chunk(max(self._head.size, self._events.size), records.device.type)
+        found = []
+        for rows, logits in zip(records.split(chunk), student.split(chunk), strict=True):  # type: ignore[no-untyped-call]
+            logs, left_out = self._part(rows)
+            known = rows[:, 0] >= 0
+            self._events.spread(logs, logits, known)
+            lumped = logs[:, self._events.lumped].exp().sum(1)
+            self._sums += torch.stack([(one * known).sum() for one in (lumped, left_out, known)])
+            found.append(logs)
+        return torch.cat(found)
+
+    def figures(self, blocks: AlignedBlocks) -> dict[str, Tensor]:
+        """Return the metrics of a batch whose predictions were compared; see `AlignedHead`."""
+        lumped, left_out, count = self._sums
+        count = count.clamp(min=1)
+        return super().figures(blocks) | {"teacher/lumped": lumped / count, "teacher/left_out": left_out / count}
+
+    def _part(self, records: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of some positions, and the probability of the tokens that no border has."""
+        events, (state, _, token) = self._events, records.unbind(-1)
+        logits = self._head.logits(self._states[state.clamp(min=0)])[:, : self._head.size]
+        logits = logits.to(wide(logits))
+        some = logits[:, events.reachable]
+        p, left_out = some.softmax(-1), 1 - (some.logsumexp(-1) - logits.logsumexp(-1)).exp()
+        sums = p.new_zeros(len(p), events.count + 1)
+        add_columns(sums, events.theirs, p)
+        logs = p.new_full((len(p), events.width), NEVER)
+        known, rows = state >= 0, torch.arange(len(p), device=p.device)
+        logs[:, : events.size] = sums.log_().clamp_(min=NEVER)[:, events.ours].where(known[:, None], NEVER)
+        logs[rows, token] = logs[rows, token].where(known, 0.0)
+        return logs, left_out
