@@ -112,6 +112,14 @@ def token_range(text: str) -> tuple[int, int]:
     return least, most
 
 
+def _range_mistakes(text: str) -> Iterator[str]:
+    """Yield what is wrong with --prompt-tokens."""
+    try:
+        token_range(text)
+    except ValueError as error:
+        yield f"--prompt-tokens: {error}"
+
+
 class SampleConfig(ModelOptions, DeviceOptions):
     """Options of `sample`."""
 
@@ -172,10 +180,7 @@ class SampleConfig(ModelOptions, DeviceOptions):
     def conflicts(self) -> Iterator[str]:
         """Check the range of prompts, and the format."""
         yield from super().conflicts()
-        try:
-            token_range(self.prompt_tokens)
-        except ValueError as error:
-            yield f"--prompt-tokens: {error}"
+        yield from _range_mistakes(self.prompt_tokens)
         if self.prompts is None and self.prompt_tokens != type(self).model_fields["prompt_tokens"].default:
             yield "--prompt-tokens has no effect without --prompts"
         if self.format == "hdf5" and find_spec("h5py") is None:
@@ -252,10 +257,7 @@ class OwnTextOptions(Config):
     def conflicts(self) -> Iterator[str]:
         """Check the range of prompts, and that options of sampling have an effect."""
         yield from super().conflicts()
-        try:
-            token_range(self.prompt_tokens)
-        except ValueError as error:
-            yield f"--prompt-tokens: {error}"
+        yield from _range_mistakes(self.prompt_tokens)
         fields = {name: field for name, field in type(self).options().items() if extra(field, "panel") == OWN_TEXT}
         given = [name for name, field in fields.items() if getattr(self, name) != field.default]
         if self.sampler != "mixture" and self.teacher_share != type(self).model_fields["teacher_share"].default:

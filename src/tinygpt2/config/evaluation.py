@@ -35,7 +35,7 @@ FIDELITY_NOTE = (
 
 
 class PplConfig(ModelOptions, DeviceOptions, FileOptions):
-    """Options of `ppl` and `evaluate-text`."""
+    """Options of `ppl`."""
 
     model: list[str] = option(
         "Model: a local directory or a Hub id. Repeat it to compare several.",
