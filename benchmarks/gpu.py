@@ -104,7 +104,7 @@ def rates(place: Place) -> dict[str, Any]:
     """Measure large matrix products in each number format, and a copy."""
     import torch
 
-    from tinygpt2.runtime.devices import measured_rate
+    from tinygpt2.runtime.devices import has_fast_bf16, measured_rate
 
     device, found = torch.device(place.device), dict[str, Any]()
     cuda = device.type == "cuda"
@@ -113,7 +113,8 @@ def rates(place: Place) -> dict[str, Any]:
     if cuda:
         found["memory_bytes"] = torch.cuda.mem_get_info()[1]
         found["bf16_units"] = torch.cuda.is_bf16_supported(including_emulation=False)
-    for precision in ("fp32", "bf16", *(["fp16"] if cuda else [])):
+    # a large product in bfloat16 takes minutes on a CPU that is slow with it
+    for precision in ("fp32", *(["bf16"] if has_fast_bf16(device) else []), *(["fp16"] if cuda else [])):
         found[f"operations_per_second_{precision}"] = measured_rate(device, precision)
     if cuda:
         torch.set_float32_matmul_precision("high")
