@@ -65,6 +65,10 @@ class Replay:
         ids = self.tensors["ids"][at, :end].tolist()
         return Text(ids[:begin], ids[begin:], bool(ended))
 
+    def forget(self) -> None:
+        """Keep no text."""
+        self.tensors["added"].zero_()
+
     def add(self, texts: Iterable[Text]) -> None:
         """Keep texts in the place of the oldest ones."""
         for text in texts:

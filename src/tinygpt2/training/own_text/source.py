@@ -29,6 +29,7 @@ from tinygpt2.decoding.own_text import Lengths, continued
 from tinygpt2.decoding.sampling import Sampling
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.compatibility import first_token
+from tinygpt2.models.teachers.ensemble import members_of
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
 from tinygpt2.models.teachers.vocabularies import Reading
 from tinygpt2.objectives.weights import Counts
@@ -175,7 +176,7 @@ class OwnText:
     def _sampled(self, prompts: list[list[int]], numbers: list[int]) -> list[Text]:
         texts: list[Text] = []
         decoder = self._decoder() if prompts else None
-        plain = self._config.sampler == "student" or isinstance(self._teacher, GPT2Teacher)
+        plain = self._config.sampler == "student" or all(isinstance(one, GPT2Teacher) for one in self._writers())
         for start in range(0, len(prompts), _TOGETHER):
             part = slice(start, start + _TOGETHER)
             assert decoder is not None
@@ -196,13 +197,24 @@ class OwnText:
         """
         config, sixteen = self._config, self._accelerator.mixed_precision == "bf16"
         if config.sampler != "student" and self._teachers is None:
-            assert self._teacher is not None
-            gpt2 = isinstance(self._teacher, GPT2Teacher)
-            self._teachers = make_decoder(self._teacher.model, "bf16" if sixteen and gpt2 else "fp32", name="teacher")
+            for number, one in enumerate(self._writers(), 1):
+                gpt2 = isinstance(one, GPT2Teacher)
+                made = make_decoder(one.model, "bf16" if sixteen and gpt2 else "fp32", name="teacher")
+                # each has the same share of the mean of all
+                self._teachers = made if self._teachers is None else MixedDecoder(made, self._teachers, 1 / number)
         if config.sampler == "teacher" and self._teachers is not None:
             return self._teachers
         students = make_decoder(self._student, "bf16" if sixteen else "fp32")
         return students if self._teachers is None else MixedDecoder(self._teachers, students, config.teacher_share)
+
+    def _writers(self) -> list[Teacher]:
+        """Return the teachers whose mean the teachers' text is sampled from."""
+        return [] if self._teacher is None else members_of(self._teacher)
+
+    def forget(self) -> None:
+        """Begin anew after steps that were only timed: their texts are neither used again nor counted."""
+        self._replay.forget()
+        self.figures, self._last, self._since = Figures(), None, None
 
     def _counts(self, batch: Batch) -> Counts:
         """Return the counts of all processes' batches."""
