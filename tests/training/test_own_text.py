@@ -138,11 +138,14 @@ def naive(
     return total / count, {name: float(torch.stack(part).mean().detach()) for name, part in sums.items()}
 
 
-def test_every_position_that_counts_weighs_the_same(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
-    """Values and gradients against a naive float64 writing, also as the mean of micro-batches."""
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_position_that_counts_weighs_the_same(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, size: int
+) -> None:
+    """Values and gradients against a naive float64 writing, as the mean of micro-batches, which may lack one kind."""
     packed = load_packed_dataset(str(data))
     options = {"prediction_weight": 0.5, "ce_weight": 0.3, "on_policy_weight": 0.8, "on_policy_loss": "reverse_kl"}
-    how = config(teacher, student, data, tmp_path, max_new_tokens=11, micro_batch_size=2, **options)
+    how = config(teacher, student, data, tmp_path, max_new_tokens=11, micro_batch_size=size, **options)
     own = source(how, packed)
     indices = list(range(6))
     made, share = own.into(packed.train.batch(indices), indices, 0)
@@ -153,12 +156,12 @@ def test_every_position_that_counts_weighs_the_same(teacher: Path, student: Path
     set_dropout(again[0], 0.0)
     step = Step(*again, LossWeights.of(how), how).train()
     losses, sums = [], dict.fromkeys(terms, 0.0)
-    for start in range(0, 6, 2):
-        part = made.part(start, start + 2)
+    for start in range(0, 6, size):
+        part = made.part(start, start + size)
         loss, values = step(part.input_ids, part.lengths, share, None, part.counted, None, part.own)
         losses.append(loss)
         assert set(values) == set(terms)
-        sums = {name: sums[name] + float(values[name]) / 3 for name in sums}
+        sums = {name: sums[name] + float(values[name]) * size / 6 for name in sums}
     (gradient,) = torch.autograd.grad(torch.stack(losses).mean(), [again[0].transformer.h[0].mlp.c_fc.weight])
     assert float(torch.stack(losses).mean().detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert sums == pytest.approx(terms, rel=1e-5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
 
 from tinygpt2.alignment.redistribution import AlignedHead
+from tinygpt2.data.batches.batch import to_device
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.activations import Activations, by_head
 from tinygpt2.models.lm_head import Head
@@ -24,7 +26,7 @@ from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
-from tinygpt2.objectives.policy_gradient import importance, later_returns, token_log_probs
+from tinygpt2.objectives.policy_gradient import factors_of, importance, later_returns, token_log_probs
 from tinygpt2.objectives.positions import RealTokens, kept
 from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.objectives.weights import Counts, LossWeights, Part, parts_of
@@ -100,6 +102,7 @@ class Objectives(nn.Module):
         share: Counts | None = None,
         counted: Array | None = None,
         own_text: Array | None = None,
+        drawn: Array | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Return the weighted sum, and each active term by its name, unweighted and detached.
 
@@ -116,6 +119,7 @@ class Objectives(nn.Module):
             counted: which tokens count as targets: see `Batch`. Cross-entropy and the loss between predictions read
                 the positions before them; the terms that compare hidden states and attention read all real tokens.
             own_text: which rows are sampled text: see `Batch`. The loss and its weight are others there.
+            drawn: with which log-probabilities: see `Batch`.
         """
         weights = self.weights
         size, length = input_ids.shape
@@ -141,7 +145,7 @@ class Objectives(nn.Module):
                 if teacher is not None and teacher_head is not None and part.prediction:
                     labels = (kept(teacher.states[self._last[1]], part.positions), teacher_head)
                 hidden, wanted = kept(student.states[self._last[0]], part.positions), kept(targets, part.positions)
-                factors = self._row_factors(part, hidden, student_head, wanted, labels)
+                factors = self._row_factors(part, hidden, student_head, wanted, labels, drawn, covered)
                 total, found = prediction_loss(hidden, student_head, wanted, labels, self._objective(part), factors)
                 loss = loss + total
                 for name, term in found.items():
@@ -150,11 +154,14 @@ class Objectives(nn.Module):
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _objective(self, part: Part) -> PredictionObjective:
-        """Return the losses on the predictions of a part, whose means count with its shares."""
-        weights = self.weights
+        """Return the losses on the predictions of a part, whose means count with its shares.
+
+        Their terms are reported, as 0, even if the part has no positions here: other micro-batches and processes may.
+        """
+        weights, (predictions, targets) = self.weights, (share or 1.0 for share in part.shares)
         return PredictionObjective(
-            part.prediction * part.shares[0],
-            part.ce * part.shares[1],
+            part.prediction * predictions,
+            part.ce * targets,
             part.loss,
             weights.temperature,
             self.chunk,
@@ -169,6 +176,8 @@ class Objectives(nn.Module):
         head: Tensor,
         targets: Tensor,
         labels: tuple[Tensor, Tensor | Head | SparseForm | AlignedHead] | None,
+        drawn: Array | None,
+        covered: int,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return by what the gradients at each position of sampled text are multiplied: see `policy_gradient`."""
         weights = self.weights
@@ -179,11 +188,15 @@ class Objectives(nn.Module):
         other = Head(other, len(head)) if isinstance(other, Tensor) else other
         assert isinstance(other, Head)  # a cache of predictions has none of sampled text
         log_s, log_t = token_log_probs(hidden.detach(), head.detach(), targets, (states, other))
-        likelier = importance(log_s, log_t, weights.mixture)
+        if drawn is None:
+            ratio = importance(log_s, log_t, weights.mixture)
+        else:
+            next_ones = torch.from_numpy(np.pad(drawn[:, 1:], ((0, 0), (0, 1)))[:, :covered])
+            ratio = (log_s - kept(to_device(next_ones, log_s.device), part.positions)).exp()
         if not gradient:
-            return likelier, None
+            return ratio, None
         returns = later_returns(log_t - log_s, part.lengths, normalised=weights.normalise_returns)
-        return likelier, likelier * returns
+        return factors_of(ratio, returns, weights.clip_ratio)
 
     @staticmethod
     def _targets(input_ids: Int[Tensor, "B T"], real: RealTokens | None) -> Int[Tensor, "B T"]:
