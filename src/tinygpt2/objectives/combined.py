@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
 
 from tinygpt2.alignment.redistribution import AlignedHead
+from tinygpt2.alignment.spans import SpanHead
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.activations import Activations, by_head
 from tinygpt2.models.lm_head import Head
@@ -26,6 +27,7 @@ from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
 from tinygpt2.objectives.policy_gradient import importance, later_returns, token_log_probs
 from tinygpt2.objectives.positions import RealTokens, kept
+from tinygpt2.objectives.span_losses import span_loss
 from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.objectives.weights import Counts, LossWeights, Part, parts_of
 from tinygpt2.utils.types import Array
@@ -141,8 +143,12 @@ class Objectives(nn.Module):
                 if teacher is not None and teacher_head is not None and part.prediction:
                     labels = (kept(teacher.states[self._last[1]], part.positions), teacher_head)
                 hidden, wanted = kept(student.states[self._last[0]], part.positions), kept(targets, part.positions)
-                factors = self._row_factors(part, hidden, student_head, wanted, labels)
-                total, found = prediction_loss(hidden, student_head, wanted, labels, self._objective(part), factors)
+                objective = self._objective(part)
+                if labels is not None and isinstance(labels[1], SpanHead):
+                    total, found = span_loss(hidden, student_head, wanted, (labels[0], labels[1]), objective)
+                else:
+                    factors = self._row_factors(part, hidden, student_head, wanted, labels)
+                    total, found = prediction_loss(hidden, student_head, wanted, labels, objective, factors)
                 loss = loss + total
                 for name, term in found.items():
                     key = part.key(name)
