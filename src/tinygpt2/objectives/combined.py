@@ -143,17 +143,27 @@ class Objectives(nn.Module):
                 if teacher is not None and teacher_head is not None and part.prediction:
                     labels = (kept(teacher.states[self._last[1]], part.positions), teacher_head)
                 hidden, wanted = kept(student.states[self._last[0]], part.positions), kept(targets, part.positions)
-                objective = self._objective(part)
-                if labels is not None and isinstance(labels[1], SpanHead):
-                    total, found = span_loss(hidden, student_head, wanted, (labels[0], labels[1]), objective)
-                else:
-                    factors = self._row_factors(part, hidden, student_head, wanted, labels)
-                    total, found = prediction_loss(hidden, student_head, wanted, labels, objective, factors)
+                total, found = self._predicted(part, hidden, student_head, wanted, labels)
                 loss = loss + total
                 for name, term in found.items():
                     key = part.key(name)
                     terms[key] = terms.get(key, 0) + term * part.factor(name)
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _predicted(
+        self,
+        part: Part,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        labels: tuple[Tensor, Tensor | Head | SparseForm | AlignedHead] | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted losses on the predictions of a part, and the terms: see `prediction_loss`."""
+        objective = self._objective(part)
+        if labels is not None and isinstance(labels[1], SpanHead):
+            return span_loss(hidden, head, targets, (labels[0], labels[1]), objective)
+        factors = self._row_factors(part, hidden, head, targets, labels)
+        return prediction_loss(hidden, head, targets, labels, objective, factors)
 
     def _objective(self, part: Part) -> PredictionObjective:
         """Return the losses on the predictions of a part, whose means count with its shares."""
