@@ -88,11 +88,19 @@ def decode(
                 open_rows.remove(row)
                 added[row] = len(steps)
             given = chosen[:, None]
-    tokens = torch.tensor(steps, device=decoder.device).reshape(len(steps), rows).T
-    counts = torch.tensor(added, device=decoder.device)
-    past = torch.arange(len(steps), device=decoder.device) >= counts[:, None]
-    ended = torch.tensor([row not in open_rows for row in range(rows)], device=decoder.device)
-    return Decoded(tokens.masked_fill(past, 0), counts, ended, torch.stack(likely, 1) if likely else None)
+    ended = [row not in open_rows for row in range(rows)]
+    return _decoded(steps, added, ended, likely, decoder.device)
+
+
+def _decoded(
+    steps: list[list[int]], added: list[int], ended: list[bool], likely: list[Tensor], device: torch.device
+) -> Decoded:
+    """Return the result from the tokens, and maybe their log-probabilities, of each step."""
+    tokens = torch.tensor(steps, device=device).reshape(len(steps), len(added)).T
+    counts = torch.tensor(added, device=device)
+    past = torch.arange(len(steps), device=device) >= counts[:, None]
+    log_probs = torch.stack(likely, 1) if likely else None
+    return Decoded(tokens.masked_fill(past, 0), counts, torch.tensor(ended, device=device), log_probs)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling | None, randomness: Randomness, name: str) -> Tensor:
