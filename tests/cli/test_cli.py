@@ -178,7 +178,9 @@ def test_the_whole_pipeline_with_json(cli: Callable, tmp_path: Path) -> None:
     assert {"model", "task", "perplexity", "loss", "bits_per_byte", "word_perplexity", "tokens", "words", "bytes",
             "stderr", "bits_per_character",
             "seconds", "tokens_per_second"} <= set(measured["results"][0])  # fmt: skip
-    assert set(measured["paired"][0]) == {"a", "b", "task", "difference", "stderr"}
+    assert set(measured["paired"][0]) == {
+        "a", "b", "task", "difference", "stderr", "bits_per_byte", "bits_per_byte_stderr", "over", "parts"
+    }  # fmt: skip
     said = run(
         "generate", "--model", at["teacher"], "--model", at["tuned"], "--prompt", "the cat", "--max-new-tokens", 5
     )

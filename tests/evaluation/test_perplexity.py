@@ -122,6 +122,7 @@ def test_windows_of_other_sizes_do_not_pair(teacher: Path, tokenizer_dir: Path, 
     short = make_model(tmp_path / "short", tokenizer_dir, n_positions=16)
     (pair,) = ppl(PplConfig(model=[str(teacher), str(short)], task=[str(file)])).paired
     assert pair.difference is None
+    assert pair.bits_per_byte is not None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -58,7 +58,7 @@ class ByteAligner(BlockAligner):
     def __init__(self, whole: Tokenizer, small: Tokenizer, limit: int | None) -> None:
         check_keeps_bytes(whole, "teacher")
         check_keeps_bytes(small, "dataset")
-        (own, _), (pieces, special) = _spelled(whole), _spelled(small)
+        (own, _), (pieces, special) = spelled(whole), spelled(small)
         numbers = {token.content: index for index, token in whole.added_tokens_decoder.items() if token.special}
         ends = {small.eos_token: whole.eos_token_id}
         places = {name: numbers.get(name, _UNKNOWN) for name in special.values()}
@@ -144,7 +144,7 @@ def _complete(text: str, *, cut_before: bool, cut_after: bool) -> tuple[int, int
     return len(text[:first].encode()), len(text[: max(0, last)].encode())
 
 
-def _spelled(tokenizer: Tokenizer) -> tuple[list[bytes], dict[int, str]]:
+def spelled(tokenizer: Tokenizer) -> tuple[list[bytes], dict[int, str]]:
     """Return the bytes of each token, which special tokens have none of, and the special tokens' names."""
     byte_level = '"ByteLevel"' in tokenizer.backend_tokenizer.to_str()
     special = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}

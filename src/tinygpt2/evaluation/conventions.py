@@ -27,7 +27,7 @@ from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.detokenize import detokenize, detokenize_page, pages
 from tinygpt2.evaluation.scoring import Scores, Window, windows
-from tinygpt2.evaluation.sizes import TextSizes, decoded
+from tinygpt2.evaluation.sizes import TextSizes, decoded, line_bytes
 from tinygpt2.evaluation.tasks import Task
 from tinygpt2.models.compatibility import check_fits, first_token, require_tokenizer
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer, Tokens
 
 _AT_ONCE = 1000  # passages tokenized at a time
+_NO_LINES = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class TokenizedTask:
         right: for each question, the index of the right answer among its candidates.
         candidates: for each question, the number of candidates. Each candidate is one window.
         lengths: characters and bytes of each candidate, by which the normalised accuracies divide; empty if none do.
+        parts: bytes of what models with other tokens are compared by: of each line of a text, of each last word or of
+            each right answer; empty for datasets, whose tokens are given.
     """
 
     tokens: Integer[np.ndarray, " N"]
@@ -111,6 +114,7 @@ class TokenizedTask:
     right: Int[np.ndarray, " Q"] = field(default_factory=lambda: np.zeros(0, np.int64))
     candidates: Int[np.ndarray, " Q"] = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: Int[np.ndarray, "2 C"] = field(default_factory=lambda: np.zeros((2, 0), np.int64))
+    parts: Int[np.ndarray, " P"] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def answers(self) -> Int[np.ndarray, " Q"]:
@@ -148,7 +152,7 @@ def tokenize_task(task: Task, model: ModelTokenizer, convention: Convention, str
     elif convention in ("hf", "tinygpt2"):
         text = task.joined()
         (tokens,) = model.tokens([text])
-        tokenized = _per_token(tokens, TextSizes.of([text]), model.positions, stride)
+        tokenized = _per_token(tokens, TextSizes.of([text]), model.positions, stride, line_bytes([text]))
     else:
         tokenized = _per_unit(task, model, convention, stride)
     if not tokenized.spans:
@@ -185,9 +189,15 @@ def counted(tokenized: TokenizedTask, scores: Scores) -> Scores:
     return Scores(scores.sums[answers], scores.counts[answers], best[0], by_length=by_length)
 
 
-def _per_token(tokens: Integer[np.ndarray, " N"], sizes: TextSizes, window: int, stride: int | None) -> TokenizedTask:
+def _per_token(
+    tokens: Integer[np.ndarray, " N"],
+    sizes: TextSizes,
+    window: int,
+    stride: int | None,
+    lines: Int[np.ndarray, " P"] = _NO_LINES,
+) -> TokenizedTask:
     step = _stride(stride, window)
-    return TokenizedTask(tokens, list(windows(len(tokens), window, step)), "token", 0, *sizes, step)
+    return TokenizedTask(tokens, list(windows(len(tokens), window, step)), "token", 0, *sizes, step, parts=lines)
 
 
 def _after(prefix: int, tokens: Integer[np.ndarray, " N"]) -> Integer[np.ndarray, " N1"]:
@@ -215,7 +225,8 @@ def _per_unit(task: Task, model: ModelTokenizer, convention: Convention, stride:
         for span in windows(len(document), model.positions + 1, step, full=True):
             spans.append(Window(span.start + offset, span.stop + offset, span.first))
         offset += len(document)
-    return TokenizedTask(np.concatenate(documents), spans, unit, units, words, characters, size, step)
+    sizes = words, characters, size
+    return TokenizedTask(np.concatenate(documents), spans, unit, units, *sizes, step, parts=line_bytes(texts))
 
 
 def _last_words(task: Task, model: ModelTokenizer, convention: Convention) -> TokenizedTask:
@@ -225,7 +236,8 @@ def _last_words(task: Task, model: ModelTokenizer, convention: Convention) -> To
     tokens, spans = _continued(task.name, model, [context for context, _ in cut], endings)
     whole = "".join(endings)
     unit: Any = "token" if convention == "hf" else "word"
-    return TokenizedTask(tokens, spans, unit, len(spans), len(spans), len(whole), len(whole.encode()), None)
+    sizes = len(spans), len(whole), len(whole.encode())
+    return TokenizedTask(tokens, spans, unit, len(spans), *sizes, None, parts=_bytes(endings))
 
 
 def _choices(task: Task, model: ModelTokenizer, convention: Convention) -> TokenizedTask:
@@ -248,7 +260,12 @@ def _choices(task: Task, model: ModelTokenizer, convention: Convention) -> Token
         np.array([question.right for question in task.questions]),
         np.array([len(question.endings) for question in task.questions]),
         np.array([[len(choice) for choice in choices], [len(choice.encode()) for choice in choices]], dtype=np.int64),
+        _bytes(right),
     )
+
+
+def _bytes(texts: Sequence[str]) -> Int[np.ndarray, " P"]:
+    return np.array([len(text.encode()) for text in texts], dtype=np.int64)
 
 
 def _continued(

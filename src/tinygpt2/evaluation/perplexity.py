@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, distributed
 
 from tinygpt2.config.evaluation import Convention, PplConfig
@@ -23,8 +23,9 @@ from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError, Ti
 from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, tokenize_task
 from tinygpt2.evaluation.fidelity import Fidelity, check_comparable, compare, counted_spans
 from tinygpt2.evaluation.plots import plot_comparison
-from tinygpt2.evaluation.results import Paired, PplResult, PplRow, make_row, short_names
+from tinygpt2.evaluation.results import PplResult, PplRow, make_pair, make_row, short_names
 from tinygpt2.evaluation.scoring import Scorer, Scores
+from tinygpt2.evaluation.sizes import token_lines
 from tinygpt2.evaluation.stopwords import STOP_WORDS
 from tinygpt2.evaluation.tasks import Task, load_tasks
 from tinygpt2.models.activations import attention_kernel
@@ -142,12 +143,12 @@ def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> 
                     )
                 rows.append(row)
             del scorer  # so that two models are never in memory at once
-    paired = []
-    for task in tasks:
-        for a, b in combinations(names, 2):
-            scores = (done[a, task.name], done[b, task.name])
-            same = tokenized_tasks[a, task.name].same_targets(tokenized_tasks[b, task.name])
-            paired.append(_pair(absolute(a), absolute(b), task.name, *scores if same else (None, None)))
+    both = {key: (tokenized_tasks[key], scores) for key, scores in done.items()}
+    paired = [
+        make_pair(a, b, task.name, both[a, task.name], both[b, task.name])
+        for task in tasks
+        for a, b in combinations(names, 2)
+    ]
     if config.reference is not None:
         fidelity = _compare_all(config, config.reference, names, tasks, tokenized_tasks, device)
         rows = [replace(row, fidelity=fidelity[row.model, row.task]) for row in rows]
@@ -268,7 +269,8 @@ def _measure(
     started = time.perf_counter()
     with _enough_memory(task.name):
         candidates = tokenized.candidates if len(tokenized.candidates) else None
-        every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out, candidates)
+        lines = _lines(model, tokenized) if len(config.model) > 1 else None
+        every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out, candidates, lines)
     seconds = time.perf_counter() - started
     scores = counted(tokenized, every)
     if not np.isfinite(every.sums).all():
@@ -309,8 +311,9 @@ def _stop_words(tokenizer: Tokenizer | None, vocabulary: int) -> Bool[Tensor, " 
     return mask
 
 
-def _pair(a: str, b: str, task: str, left: Scores | None, right: Scores | None) -> Paired:
-    if left is None or right is None:
-        return Paired(a, b, task, None, None)
-    both = Scores(left.sums - right.sums, left.counts)
-    return Paired(a, b, task, both.loss, both.stderr)
+def _lines(model: ModelTokenizer, tokenized: TokenizedTask) -> Int[np.ndarray, " N1"] | None:
+    """Return `token_lines` of a task; None if the task has no lines, or the tokens do not have all of them."""
+    if tokenized.stride is None or not len(tokenized.parts) or model.tokenizer is None:
+        return None
+    lines = token_lines(model.tokenizer, tokenized.tokens)
+    return lines if lines[-1] + 1 == len(tokenized.parts) else None

@@ -137,16 +137,20 @@ def _differences(task: str, name: str, paired: Sequence[Paired]) -> str:
     pairs = {(pair.a, pair.b): pair for pair in paired if pair.task == task}
     models = short_names([name for pair in paired for name in (pair.a, pair.b)])
     rows = [[models[a], *(_difference(pairs, a, b) for b in models)] for a in models]
-    note = "Loss of the row's model minus that of the column's, in nats per token, with its standard error: a negative "
-    return table_section(
-        f"Differences on {name}", ["", *models.values()], rows, note + "number means the row's is better."
+    note = (
+        "Loss of the row's model minus that of the column's, in nats per token, or in bits per byte where they predict "
+        "different tokens, with its standard error: a negative number means the row's is better."
     )
+    return table_section(f"Differences on {name}", ["", *models.values()], rows, note)
 
 
 def _difference(pairs: dict[tuple[str, str], Paired], a: str, b: str) -> str:
     pair, sign = (pairs[a, b], 1) if (a, b) in pairs else (pairs.get((b, a)), -1)
     if pair is None:
         return "-"
-    if pair.difference is None:
+    value, error, unit = pair.difference, pair.stderr, ""
+    if value is None:
+        value, error, unit = pair.bits_per_byte, pair.bits_per_byte_stderr, " bits per byte"
+    if value is None:
         return "different tokens"
-    return f"{sign * pair.difference:+.4f}" + (f" ± {pair.stderr:.4f}" if pair.stderr is not None else "")
+    return f"{sign * value:+.4f}" + (f" ± {error:.4f}" if error is not None else "") + unit

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool
@@ -80,9 +81,16 @@ class PplRow:
 
 @dataclass(frozen=True)
 class Paired:
-    """Difference of two models' losses on one task (a - b, nats per token), window by window.
+    """Difference of two models on one task, a - b.
 
-    `difference` and `stderr` are None if the models' windows have different targets: then their losses do not compare.
+    Attributes:
+        difference, stderr: of the losses in nats per token, with the standard error over windows. None if the models'
+            windows have different targets: then their losses do not compare.
+        bits_per_byte, bits_per_byte_stderr: of the bits per byte, which compare models with different tokens, too, with
+            the standard error over `parts`. None if the models' tokens do not have the same lines.
+        over: which parts of the text these are: windows if both predict the same tokens, else lines, or texts (the last
+            words or right answers of a task that has them).
+        parts: their number.
     """
 
     a: str
@@ -90,6 +98,10 @@ class Paired:
     task: str
     difference: float | None
     stderr: float | None
+    bits_per_byte: float | None = None
+    bits_per_byte_stderr: float | None = None
+    over: Literal["window", "line", "text"] | None = None
+    parts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,34 @@ def make_row(
         source=absolute(task.source),
         **accuracies,  # type: ignore[arg-type]
     )
+
+
+def make_pair(
+    a: str, b: str, task: str, left: tuple[TokenizedTask, Scores], right: tuple[TokenizedTask, Scores]
+) -> Paired:
+    """Compute the difference of two models on one task.
+
+    Args:
+        a, b: the models.
+        left, right: the task in the tokens of each of them, and its scores from `counted`.
+    """
+    (one, ours), (other, theirs) = left, right
+    named, size = (absolute(a), absolute(b), task), max(one.bytes, 1)
+    if one.same_targets(other):
+        tokens = Scores(ours.sums - theirs.sums, ours.counts)
+        bits = [_bits(value, tokens.targets / size) for value in (tokens.loss, tokens.stderr)]
+        return Paired(*named, tokens.loss, tokens.stderr, *bits, "window", len(tokens.sums))
+    sums = [scores.sums if one.stride is None else scores.by_line for scores in (ours, theirs)]
+    if any(found is None or len(found) != len(one.parts) for found in sums) or not one.parts.sum():
+        return Paired(*named, None, None)
+    lines = Scores(sums[0] - sums[1], one.parts)  # type: ignore[operator]
+    bits = [_bits(value, lines.targets / size) for value in (lines.loss, lines.stderr)]
+    return Paired(*named, None, None, *bits, "text" if one.stride is None else "line", len(one.parts))
+
+
+def _bits(nats: float | None, per_byte: float) -> float | None:
+    """Return nats per target as bits per byte, of which there are so many targets for each."""
+    return None if nats is None else nats * per_byte / math.log(2)
 
 
 def _share(hits: Bool[np.ndarray, " Q"] | None) -> dict[str, float | None]:

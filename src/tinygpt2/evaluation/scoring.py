@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tinygpt2.config.common import Precision
-from tinygpt2.evaluation.branches import Tree, branch_states
+from tinygpt2.evaluation.choices.branches import Tree, branch_states
 from tinygpt2.models.lm_head import losses_of
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
@@ -75,6 +75,7 @@ class Scores:
         greedy: whether every target is the token to which the model gives the highest probability.
         filtered: the same, with the ruled-out tokens excluded from the predictions of the first target.
         by_length: of questions, whether the right candidate is the best by the loss per character and per byte.
+        by_line: the summed loss of the targets of each line of a text, in nats.
     """
 
     sums: Float[np.ndarray, " W"]
@@ -82,6 +83,7 @@ class Scores:
     greedy: Bool[np.ndarray, " W"] | None = None
     filtered: Bool[np.ndarray, " W"] | None = None
     by_length: Bool[np.ndarray, "2 W"] | None = None
+    by_line: Float[np.ndarray, " L"] | None = None
 
     @property
     def targets(self) -> int:
@@ -136,6 +138,7 @@ class Scorer:
         advance: Callable[[int, str], None] = lambda targets, note: None,
         ruled_out: Bool[Tensor, " V"] | None = None,
         candidates: Int[np.ndarray, " Q"] | None = None,
+        lines: Int[np.ndarray, " N1"] | None = None,
     ) -> Scores:
         """Score windows, in batches of similar length.
 
@@ -150,9 +153,12 @@ class Scorer:
             ruled_out: also check which targets were predicted, once with and once without these tokens allowed.
             candidates: how many of the windows, one after the other, are the candidates of each question. What they
                 begin with goes through the model once.
+            lines: for each of the text's tokens the number of its line, and lastly that of the last line. The losses
+                of each line are summed, too.
         """
         state = PartialState(cpu=current_device().type == "cpu")
         found, everything = np.zeros((3, len(spans))), sum(span.targets for span in spans)
+        by_line = np.zeros(0 if lines is None else int(lines[-1]) + 1)
         total, targets, done = 0.0, 0, 0
         if not isinstance(self.model, GPT2Teacher):  # others cannot read a tree: they read each candidate by itself
             candidates = None
@@ -172,18 +178,31 @@ class Scorer:
             exact = losses.to(float64_device(losses.device)).double()
             sums = torch.zeros(len(part), dtype=torch.float64, device=exact.device)
             found[0, indices] = sums.index_add_(0, owner.to(exact.device), exact).cpu().numpy()
+            if lines is not None:
+                np.add.at(by_line, lines[_targets(part)], exact.cpu().numpy())
             if hits is not None:
                 found[1:, indices] = _all_hit(hits.cpu(), [span.targets for span in part])
             total, targets = total + float(found[0, indices].sum()), targets + len(losses)
             just = min(len(losses) * state.num_processes, everything - done)  # the other processes do about as many
             done += just
             advance(just, f"perplexity {perplexity_of(total / targets):,.4g}")
-        if state.num_processes > 1:
-            found = reduce(torch.from_numpy(found).to(state.device), "sum").cpu().numpy()
+        found, by_line = _of_all_processes(found, state), _of_all_processes(by_line, state)
+        hit = (None, None) if ruled_out is None else (found[1] > 0, found[2] > 0)
         counts = np.array([span.targets for span in spans])
-        if ruled_out is None:
-            return Scores(found[0], counts)
-        return Scores(found[0], counts, found[1] > 0, found[2] > 0)
+        return Scores(found[0], counts, *hit, by_line=None if lines is None else by_line)
+
+
+def _of_all_processes(sums: Float[np.ndarray, "*shape"], state: PartialState) -> Float[np.ndarray, "*shape"]:
+    """Return the sums over all processes."""
+    if state.num_processes == 1:
+        return sums
+    summed: Float[np.ndarray, "*shape"] = reduce(torch.from_numpy(sums).to(state.device), "sum").cpu().numpy()
+    return summed
+
+
+def _targets(spans: Sequence[Window]) -> Int[np.ndarray, " M"]:
+    """Return the places of the windows' targets in the text."""
+    return np.concatenate([np.arange(span.start + span.first, span.stop) for span in spans])
 
 
 def _sequences(

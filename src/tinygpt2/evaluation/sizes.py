@@ -1,4 +1,4 @@
-"""The sizes of a text in words, characters and bytes, also of a text that is stored as tokens."""
+"""The sizes of a text in words, characters and bytes, also of a text that is stored as tokens; and its lines."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int, Integer
 
+from tinygpt2.alignment.borders import spelled
 from tinygpt2.data.encoding import token_bytes
 
 if TYPE_CHECKING:
@@ -58,3 +59,14 @@ def decoded(tokenizer: Tokenizer, tokens: Integer[np.ndarray, " N"], at_once: in
             end += 1
         yield str(backend.decode(tokens[start:end].tolist(), skip_special_tokens=True))
         start = end
+
+
+def line_bytes(texts: Iterable[str]) -> Int[np.ndarray, " L"]:
+    """Return the bytes of each line of the text that some texts make together, with those of the line ends."""
+    return np.array([len(line.encode()) + 1 for line in "".join(texts).split("\n")], dtype=np.int64)
+
+
+def token_lines(tokenizer: Tokenizer, tokens: Integer[np.ndarray, " N"]) -> Int[np.ndarray, " N1"]:
+    """Return for each token of a text the number of the line in which it begins, and lastly that of the last line."""
+    ends = np.array([piece.count(b"\n") for piece in spelled(tokenizer)[0]], dtype=np.int64)
+    return np.concatenate([[0], ends[tokens].cumsum()])

@@ -19,7 +19,7 @@ from tests.evaluation.choices.files import FORMS, Asked, lines, write, write_own
 from tinygpt2 import PplConfig, ppl
 from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, DataError
-from tinygpt2.evaluation import branches
+from tinygpt2.evaluation.choices import branches
 from tinygpt2.evaluation.choices.paradigms import PARADIGMS
 from tinygpt2.evaluation.conventions import ModelTokenizer, tokenize_task
 from tinygpt2.evaluation.named_tasks import SPECS

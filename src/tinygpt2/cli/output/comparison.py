@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _LONGEST_NAME = 14  # characters of a model's name in the heading of a column
 _NOT_COMPARABLE = "n/a"
+_ABOVE = ("", ", stderr", ", bits per byte", ", bits per byte, stderr")  # columns of CSV
 
 _SHARED: dict[str, Callable[[PplRow], str]] = {
     "per": lambda row: row.unit,
@@ -66,22 +67,31 @@ class Comparison:
         self.rows = sorted(result.results, key=lambda row: order.index(row.task))
         self.first = next(iter(self.models))
         self._pairs = {(pair.task, pair.a, pair.b): pair for pair in result.paired}
+        # losses per token cannot be compared if some models predict different tokens; bits per byte can
+        self.in_bits = any(one.difference is None and one.bits_per_byte is not None for one in result.paired)
+        self.unit = "bits per byte" if self.in_bits else "nats per token"
 
-    def difference(self, task: str, model: str, other: str) -> tuple[float | None, float | None] | None:
+    def difference(
+        self, task: str, model: str, other: str, *, in_bits: bool = False
+    ) -> tuple[float | None, float | None] | None:
         """Return the loss of `model` minus that of `other`, and its standard error; None for one and the same model.
 
-        Both are None if the models predict different tokens.
+        Both are None if they cannot be compared.
+
+        Args:
+            in_bits: in bits per byte instead of nats per token.
         """
         if model == other:
             return None
-        if (pair := self._pairs.get((task, model, other))) is not None:
-            return pair.difference, pair.stderr
-        pair = self._pairs[task, other, model]
-        return None if pair.difference is None else -pair.difference, pair.stderr
+        sign, pair = 1, self._pairs.get((task, model, other))
+        if pair is None:
+            sign, pair = -1, self._pairs[task, other, model]
+        value, error = (pair.bits_per_byte, pair.bits_per_byte_stderr) if in_bits else (pair.difference, pair.stderr)
+        return None if value is None else sign * value, error
 
     def shown_difference(self, task: str, model: str, other: str) -> str:
         """Return a difference as a text."""
-        found = self.difference(task, model, other)
+        found = self.difference(task, model, other, in_bits=self.in_bits)
         if found is None:
             return ""
         return _NOT_COMPARABLE if found[0] is None else _with_error(f"{found[0]:+.4f}", found[1])
@@ -161,8 +171,13 @@ class Comparison:
             lines.append(FIDELITY_NOTE)
         if len(self.models) > 1:
             than = "" if self.above.endswith(first := self.models[self.first]) else f" from {first}"
-            lines.append(f"{self.above}: difference of the losses{than} in nats per token ± standard error")
-        if any(pair.difference is None for pair in self._pairs.values()):
+            what = (
+                f"in bits per byte ± standard error over {self._parts()}"
+                if self.in_bits
+                else "in nats per token ± standard error"
+            )
+            lines.append(f"{self.above}: difference of the losses{than} {what}")
+        if any(pair.difference is None and pair.bits_per_byte is None for pair in self._pairs.values()):
             lines.append(
                 f"{_NOT_COMPARABLE}: the models predict different tokens, so their losses cannot be compared; "
                 "bits per byte can"
@@ -177,6 +192,12 @@ class Comparison:
                 f"from {short_path(row.source)}"
             )
         return lines
+
+    def _parts(self) -> str:
+        """Return what the standard errors of differences in bits per byte are over."""
+        found = {one.over for one in self._pairs.values() if one.over is not None}
+        named = [f"{over}s" + (" where both predict the same tokens" if over == "window" else "") for over in found]
+        return " or ".join(sorted(named))
 
     def matrix(self, task: str) -> list[Column]:
         """Return the differences of all pairs of models on a task, each once: the row's loss minus the column's."""
@@ -212,23 +233,30 @@ def render_ppl(result: PplResult, console: Console) -> None:
         for task, matrix in matrices.items():
             where = f" on {comparison.tasks[task]}" if len(matrices) > 1 else ""
             console.print()
-            print_note(f"loss of the row's model minus the column's{where}, in nats per token", console, style="bold")
+            print_note(
+                f"loss of the row's model minus the column's{where}, in {comparison.unit}", console, style="bold"
+            )
             print_table(matrix, console)
 
 
 def as_csv(result: PplResult) -> str:
     """Return all figures of `ppl` as CSV, in full precision. The columns have the names of the JSON keys.
 
-    With several models, two more columns for each say how far the loss is above that model's, and the standard error.
+    With several models, four more columns for each say how far the loss is above that model's, in nats per token and in
+    bits per byte, each with its standard error.
     """
     comparison = Comparison(result)
     others = comparison.models if len(comparison.models) > 1 else {}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     figures = [_flat(row) for row in result.results]
-    writer.writerow([*figures[0], *(f"above {name}{part}" for name in others.values() for part in ("", ", stderr"))])
+    writer.writerow([*figures[0], *(f"above {name}{part}" for name in others.values() for part in _ABOVE)])
     for row, values in zip(result.results, figures, strict=True):
-        differences = [comparison.difference(row.task, row.model, other) or (None, None) for other in others]
+        differences = [
+            comparison.difference(row.task, row.model, other, in_bits=in_bits) or (None, None)
+            for other in others
+            for in_bits in (False, True)
+        ]
         writer.writerow([*values.values(), *(part for pair in differences for part in pair)])
     return text.getvalue()
 
