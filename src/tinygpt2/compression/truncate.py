@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, cut_vocabulary
+from tinygpt2.alignment.translation import Translation, translate
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
 from tinygpt2.compression.conversion import Conversion, LoadedTeacher, load_teacher, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
@@ -23,6 +24,7 @@ from tinygpt2.compression.importance import (
     active_dimensions,
     depth_importance,
     important_dimensions,
+    plot_importance,
 )
 from tinygpt2.compression.least_squares import refit
 from tinygpt2.compression.measurements import Measurements
@@ -32,7 +34,7 @@ from tinygpt2.compression.sizes import check_sizes, position_count, sizes_of
 from tinygpt2.config.common import OTHER_OUT
 from tinygpt2.config.compression import Position, TruncateStudentConfig
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
-from tinygpt2.data.tokenizer import fingerprint
+from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.card import HubMetadata, model_card
@@ -46,7 +48,6 @@ from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import require_free, shared_name
 from tinygpt2.utils.hub import at_commit, hub_revision
 from tinygpt2.utils.locks import writes_out
-from tinygpt2.utils.plotting import paint
 from tinygpt2.utils.progress import track
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ PICTURE = "importance.png"
 class CutPerplexity:
     """Held-out perplexity per token of the student right after the cut and of the teacher.
 
-    Both are measured on the same blocks; `sequences` is their number. A smaller vocabulary is cut afterwards, because
+    Both are measured on the same blocks; `sequences` is their number. Tokens are cut or replaced afterwards, because
     perplexities per token need equal tokens.
     """
 
@@ -69,7 +70,7 @@ class CutPerplexity:
 
     def described(self, config: TruncateStudentConfig) -> str:
         """Return on what both were measured, for the model card."""
-        tokens = ", in the teacher's tokens" if config.vocab_size is not None else ""
+        tokens = ", in the teacher's tokens" if config.changes_tokens else ""
         return f"{self.sequences} blocks of the test split of {shared_name(config.data or '')}{tokens}"
 
 
@@ -131,7 +132,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     )
     save_student(config, subject, student, _card(config, kept, result, subject.commit))
     if importance is not None:
-        _plot(importance, out / PICTURE)
+        plot_importance(importance, out / PICTURE)
     return result
 
 
@@ -145,7 +146,7 @@ class Subject:
         positions: number of the student's positions, and how their embeddings are chosen.
         conversion: how a teacher of another architecture became a GPT-2.
         commit: of a teacher from the Hub.
-        vocabulary: the student's tokens, if they are fewer. All that is measured is in the teacher's.
+        vocabulary: the student's tokens, if they are others. All that is measured is in the teacher's.
     """
 
     loaded: LoadedTeacher
@@ -155,10 +156,12 @@ class Subject:
     positions: tuple[int, Position]
     conversion: Conversion | None
     commit: str | None
-    vocabulary: RankCut | None = None
+    vocabulary: RankCut | Translation | None = None
 
     def finished(self, student: GPT2LMHeadModel) -> GPT2LMHeadModel:
-        """Return a student with its own vocabulary, which is cut last."""
+        """Return a student with its own vocabulary, which is cut or replaced last."""
+        if isinstance(self.vocabulary, Translation):
+            return translate(student, self.vocabulary)
         return student if self.vocabulary is None else cut_vocabulary(student, self.vocabulary)
 
 
@@ -175,11 +178,7 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
     tokenizer = model_tokenizer(directory)
     check_sizes(config, teacher.config)  # before anything is measured
     positions = position_count(config, teacher.config.n_positions)
-    vocabulary = None
-    if config.vocab_size is not None:
-        if tokenizer is None:
-            raise ModelError(f"teacher {config.teacher} has no tokenizer, which --vocab-size cuts")
-        vocabulary = cut_by_rank(tokenizer, config.vocab_size, teacher.config.vocab_size)
+    vocabulary = _vocabulary(config, tokenizer, teacher.config.vocab_size)
     data = None
     if config.data is not None:
         data = load_packed_dataset(config.data)
@@ -193,6 +192,18 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
         tell_machine(current_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
     return Subject(loaded, tokenizer, data, batches, positions, conversion, hub_revision(directory), vocabulary)
+
+
+def _vocabulary(config: TruncateStudentConfig, tokenizer: Tokenizer | None, rows: int) -> RankCut | Translation | None:
+    """Return the student's tokens, if they are not the teacher's; the teacher has a number of rows."""
+    if not config.changes_tokens:
+        return None
+    if tokenizer is None:
+        what = "which --vocab-size cuts" if config.tokenizer is None else "so --tokenizer cannot compare tokens"
+        raise ModelError(f"teacher {config.teacher} has no tokenizer, {what}")
+    if config.tokenizer is not None:
+        return Translation.of(tokenizer, load_tokenizer(config.tokenizer), rows)
+    return cut_by_rank(tokenizer, config.vocab_size or 0, rows)
 
 
 def save_student(config: TruncateStudentConfig, subject: Subject, student: GPT2LMHeadModel, card: str) -> None:
@@ -301,7 +312,7 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
         base_model=[] if commit is None else [config.teacher.partition("@")[0]],
         language=config.language,
         license=config.license,
-        perplexities={} if perplexity is None or config.vocab_size else {"held-out text": perplexity.student},
+        perplexities={} if perplexity is None or config.changes_tokens else {"held-out text": perplexity.student},
     )
     return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags(shared=True)}", metadata)
 
@@ -328,22 +339,7 @@ def _reasons(
             yield f"heads kept in block {new}", ", ".join(map(str, heads.tolist()))
     if config.vocab_size is not None:
         yield "tokens", f"{config.vocab_size:,}: the first ones of the teacher's by merge rank"
+    if config.tokenizer is not None:
+        yield "tokens", f"those of {shared_name(config.tokenizer)}: means of the teacher's embeddings"
     if config.n_positions is not None:
         yield "positions", f"{kept.positions[0]} ({kept.positions[1]})"
-
-
-def _plot(importance: DepthImportance, path: Path) -> None:
-    """Draw how much the loss rises without each block, round by round, and the block influence."""
-
-    def fill(figure: Any) -> None:
-        costs, influence = figure.subplots(1, 2)
-        for number, one in enumerate(importance.rounds, 1):
-            label = f"round {number}: removes {one.removed}"
-            costs.plot(list(one.costs), list(one.costs.values()), marker=".", label=label)
-        costs.set(xlabel="block", ylabel="rise of the loss without the block (nats per token)", yscale="symlog")
-        if importance.rounds:
-            costs.legend(fontsize=7)
-        influence.bar(range(len(importance.influence)), importance.influence)
-        influence.set(xlabel="block", ylabel="block influence, 1 - cos(input, output)")
-
-    paint(path, (12.8, 4.4), fill)
