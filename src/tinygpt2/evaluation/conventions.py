@@ -300,16 +300,13 @@ def _continued(
 
 
 def _blocks(packed: PackedDataset, model: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
-    """Read a dataset's test split as one text, in windows of its block length."""
+    """Read a dataset's test split as one text, in windows of its block length. Of pairs, score the responses."""
     check_fits(packed, model.config, model.tokenizer and fingerprint(model.tokenizer), f"model {model.name}")
     blocks = packed.test
     if not len(blocks):
         raise DataError(f"the test split of {packed.name} is empty")
     if blocks.divided:
-        raise DataError(
-            f"{packed.name} holds pairs of prompt and response, which are no text",
-            "finetune and distill measure the loss of their responses: give it as --eval-data",
-        )
+        return _responses(packed, convention)
     # Blocks that overlap repeat tokens of the block before. Each token has to count once.
     seen = packed.sequence_length - packed.manifest["stride"]
     if seen and packed.manifest.get("shards", 1) > 1:
@@ -326,6 +323,22 @@ def _blocks(packed: PackedDataset, model: ModelTokenizer, convention: Convention
     tokens = _after(ModelTokenizer(model.name, model.config, tokenizer).prefix, tokens)
     spans = list(windows(len(tokens), packed.sequence_length + 1, step, full=True))
     return TokenizedTask(tokens, spans, "word", sizes.words, *sizes, step)
+
+
+def _responses(packed: PackedDataset, convention: Convention) -> TokenizedTask:
+    """Score the responses of a dataset's held-out pairs, each after its own prompt, as in training."""
+    spans, rows, targets = [], [], []
+    for index in range(len(packed.test)):
+        batch, offset = packed.test.batch([index]), index * packed.sequence_length
+        rows.append(batch.input_ids[0].numpy())
+        for begins, first, stop in batch.answers(0):
+            first = max(first, begins + 1)  # nothing predicts the first token of a pair
+            if first < stop:
+                spans.append(Window(offset + begins, offset + stop, first - begins))
+                targets.append(rows[-1][first:stop])
+    sizes = TextSizes.of(decoded(packed.tokenizer(), np.concatenate(targets)))
+    unit: Any = "token" if convention in ("hf", "tinygpt2") else "word"
+    return TokenizedTask(np.concatenate(rows), spans, unit, sizes.words, *sizes, None)
 
 
 def _stride(stride: int | None, window: int) -> int:
