@@ -27,7 +27,7 @@ from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.detokenize import detokenize, detokenize_page, pages
 from tinygpt2.evaluation.scoring import Scores, Window, windows
-from tinygpt2.evaluation.sizes import TextSizes, decoded, line_bytes
+from tinygpt2.evaluation.sizes import TextSizes, decoded, line_bytes, token_lines
 from tinygpt2.evaluation.tasks import Task
 from tinygpt2.models.compatibility import check_fits, first_token, require_tokenizer
 
@@ -121,6 +121,13 @@ class TokenizedTask:
         """For each question, the number of the right candidate's window."""
         answers: Int[np.ndarray, " Q"] = np.cumsum(self.candidates) - self.candidates + self.right
         return answers
+
+    def lines(self, tokenizer: Tokenizer | None) -> Int[np.ndarray, " N1"] | None:
+        """Return `token_lines`; None if the task has no lines, or the tokens do not have all of them."""
+        if self.stride is None or not len(self.parts) or tokenizer is None:
+            return None
+        lines = token_lines(tokenizer, self.tokens)
+        return lines if lines[-1] + 1 == len(self.parts) else None
 
     def same_targets(self, other: TokenizedTask) -> bool:
         """Return whether both tasks have the same windows and tokens, so that losses compare window by window."""
