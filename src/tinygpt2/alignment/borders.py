@@ -36,12 +36,15 @@ class Borders(NamedTuple):
         ours, theirs: for each common border, the student's token and the teacher's token that begin there, by their
             places in the block.
         sure: whether the teacher's token is certainly the one that it has there in the whole text.
+        spans: for each of them, how many tokens of the student and of the teacher spell the text up to the next one, or
+            to the text's end (C, 2); zeros where they do not spell the same, or the end is not known.
     """
 
     tokens: Array
     ours: Array
     theirs: Array
     sure: Array
+    spans: Array
 
 
 class ByteAligner(BlockAligner):
@@ -83,24 +86,35 @@ class ByteAligner(BlockAligner):
             texts = [(text[one:], skipped + one) for (text, skipped), one in zip(texts, added, strict=True)]
         encoded = self._backend.encode_batch([text for text, _ in texts], add_special_tokens=False)
         tokens: list[int] = []
-        found: list[tuple[int, int, bool]] = []
+        found: list[tuple[int, int, bool, int, int]] = []
         lost = True  # whether the text before a span is unknown to the teacher
         for (start, stop), (text, skipped), one in zip(spans, texts, encoded, strict=True):
             begins = np.concatenate([[0], self._sizes[ids[start:stop]].cumsum()])[:-1] - skipped
             ours = {int(begin): start + place for place, begin in enumerate(begins)}
-            first, last = _complete(text, cut_before=lost, cut_after=stop == len(ids) and not whole)
-            for place, begin in enumerate(self._begins(text, one)):
-                if first <= begin <= last and begin in ours:
-                    found.append((ours[begin], len(tokens) + place, begin < last))
+            cut_after = stop == len(ids) and not whole
+            first, last = _complete(text, cut_before=lost, cut_after=cut_after)
+            theirs = self._begins(text, one)
+            common = [
+                _Place(begin, ours[begin], place)
+                for place, begin in enumerate(theirs)
+                if first <= begin <= last and begin in ours
+            ]
+            end = _Place(len(text.encode()), stop, len(one.ids))
+            known = not cut_after and int(self._sizes[ids[start:stop]].sum()) - skipped == end.at
+            pieces = [self._own[token] for token in one.ids]
+            for border, after in zip(common, [*common[1:], end if known else None], strict=False):
+                span = _span(border, after, theirs, pieces)
+                found.append((border.ours, len(tokens) + border.theirs, border.at < last, *span))
             tokens.extend(one.ids)
             if stop < len(ids):
                 number = int(self._special[ids[stop]])
                 lost = number == _UNKNOWN
                 if not lost:
-                    found.append((stop, len(tokens), True))
+                    found.append((stop, len(tokens), True, 1, 1))
                     tokens.append(number)
-        ours_at, theirs_at, sure = (np.array(part, np.int64) for part in zip(*found, strict=True)) if found else _NONE
-        return Borders(np.array(tokens, np.int64), ours_at, theirs_at, sure.astype(bool))
+        columns = np.array(found, np.int64).reshape(-1, 5)
+        ours_at, theirs_at, sure = columns[:, :3].T
+        return Borders(np.array(tokens, np.int64), ours_at, theirs_at, sure.astype(bool), columns[:, 3:])
 
     def _begins(self, text: str, encoding: Encoding) -> list[int]:
         """Return where each of the teacher's tokens begins in a text, in bytes; -1 if it does not spell the text."""
@@ -121,13 +135,40 @@ class ByteAligner(BlockAligner):
 
     def _block(self, ids: Array, *, whole: bool) -> tuple[Array, Array, Array]:
         """See `BlockAligner`."""
-        tokens, ours, theirs, _ = self.borders(ids, whole=whole)
+        found = self.borders(ids, whole=whole)
         states = np.full(len(ids), -1)
-        states[ours] = theirs - 1
-        return tokens, states[1:], np.zeros(len(ids) - 1, np.int64)
+        states[found.ours] = found.theirs - 1
+        return found.tokens, states[1:], np.zeros(len(ids) - 1, np.int64)
 
 
-_NONE = tuple(np.zeros((3, 0), np.int64))
+class _Place(NamedTuple):
+    """A border in a text.
+
+    Attributes:
+        at: in bytes.
+        ours, theirs: in tokens of the student and of the teacher.
+    """
+
+    at: int
+    ours: int
+    theirs: int
+
+
+def _span(border: _Place, after: _Place | None, begins: list[int], pieces: list[bytes]) -> tuple[int, int]:
+    """Return how many tokens of the student and of the teacher are between two borders; 0 if not the same text.
+
+    Args:
+        begins: where each of the teacher's tokens begins; -1 if it does not spell the text.
+        pieces: the bytes of these.
+    """
+    if after is None:
+        return 0, 0
+    at = border.at
+    for place in range(border.theirs, after.theirs):
+        if begins[place] != at:
+            return 0, 0
+        at += len(pieces[place])
+    return (after.ours - border.ours, after.theirs - border.theirs) if at == after.at else (0, 0)
 
 
 def _complete(text: str, *, cut_before: bool, cut_after: bool) -> tuple[int, int]:

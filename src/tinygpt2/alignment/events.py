@@ -99,8 +99,8 @@ def counted_pairs(aligner: ByteAligner, blocks: Blocks) -> Array:
         found |= pairs_of(aligner, ((row[:n], n < len(row)) for row, n in zip(rows, lengths, strict=True)))
     if not found:
         raise ModelError(
-            "the tokens of teacher and data never begin at the same place in the data, so --alignment pieces finds "
-            "nothing to learn",
+            "the tokens of teacher and data never begin at the same place in the data, so --alignment finds nothing to "
+            "learn",
             "use a teacher whose tokens keep the spaces of texts, or longer blocks",
         )
     return np.array(sorted(found), np.int64)

@@ -107,6 +107,11 @@ class AlignedHead:
         """Return what stands for the teacher's logits beside the student's; here these do not matter."""
         return self.logits(records)
 
+    def losses(self, records: Int[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        """Return the losses of next tokens, in nats; those that the teacher does not predict mean nothing."""
+        logits = [self.logits(part).gather(1, part[:, 2:])[:, 0] for part in records.split(256)]  # type: ignore[no-untyped-call]
+        return -torch.cat(logits)
+
     def figures(self, blocks: AlignedBlocks) -> dict[str, Tensor]:
         """Return the metrics of a batch, by their names.
 

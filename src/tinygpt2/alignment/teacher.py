@@ -16,6 +16,7 @@ from tinygpt2.alignment.borders import ByteAligner
 from tinygpt2.alignment.events import Events, Graph, counted_pairs
 from tinygpt2.alignment.rank_cut import RankCut, same_cut
 from tinygpt2.alignment.redistribution import AlignedHead, Redistribution
+from tinygpt2.alignment.spans import SpanAligner, SpanHead
 from tinygpt2.config.base import flag_name
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.data.batches.batch import Batch
@@ -46,7 +47,7 @@ class AlignedTeacher(Teacher):
         teacher: predicts its own tokens.
         align: encodes a student's blocks in these.
         vocabulary: number of tokens of the student.
-        make: makes, on a device, what moves the predictions.
+        make: makes, on a device, what moves the predictions; None if nothing does.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class AlignedTeacher(Teacher):
         teacher: Teacher,
         align: BlockAligner,
         vocabulary: int,
-        make: Callable[[torch.device], Redistribution | Events],
+        make: Callable[[torch.device], Redistribution | Events] | None,
     ) -> None:
         super().__init__(teacher.model, replace(teacher.shape, vocabulary=vocabulary))
         self.align, self._make = align, make
@@ -78,8 +79,14 @@ class AlignedTeacher(Teacher):
         """
         (teacher,), last = self._teacher, self.shape.layers
         states = teacher.collect(blocks.ids, [last]).states[last].flatten(0, 1)
-        self._moves = self._moves or self._make(states.device)
-        return Activations({last: blocks.records}), self._moves.head(head, states)
+        return Activations({last: blocks.records}), self._aligned(blocks, head, states)
+
+    def _aligned(self, blocks: AlignedBlocks, head: Head, states: Float[Tensor, "S D"]) -> AlignedHead:
+        """Return what makes the student's logits of the records of a batch."""
+        if self._moves is None:
+            assert self._make is not None
+            self._moves = self._make(states.device)
+        return self._moves.head(head, states)
 
     @torch.no_grad()
     def losses(
@@ -98,10 +105,8 @@ class AlignedTeacher(Teacher):
         if wanted is not None or ruled_out is not None or documents is not None:
             raise ValueError("a teacher with other tokens is measured on whole blocks")
         blocks = self.align_now(input_ids)
-        records = blocks.records.flatten(0, 1)
         _, aligned = self.read(blocks, head)
-        logits = [aligned.logits(part).gather(1, part[:, 2:])[:, 0] for part in records.split(256)]  # type: ignore[no-untyped-call]
-        found = -torch.cat(logits).view(len(input_ids), -1)
+        found = aligned.losses(blocks.records.flatten(0, 1)).view(len(input_ids), -1)
         known = blocks.records[..., 0] >= 0
         means = (found * known).sum(1) / known.sum(1).clamp(min=1)
         return found.where(known, means[:, None]).to(wide(found)).flatten(), None
@@ -137,6 +142,28 @@ class AlignedTeacher(Teacher):
         raise NotImplementedError
 
 
+class SpanTeacher(AlignedTeacher):
+    """A teacher with any other tokenizer, whose likelihoods of spans the student learns.
+
+    Args:
+        teacher, vocabulary: see `AlignedTeacher`.
+        align: finds the spans in a student's blocks.
+        graph: the events, if their predictions are learned, too.
+        temperatures: see `tinygpt2.objectives.span_losses`.
+    """
+
+    def __init__(
+        self, teacher: Teacher, align: SpanAligner, vocabulary: int, graph: Graph | None, temperatures: list[float]
+    ) -> None:
+        super().__init__(teacher, align, vocabulary, None if graph is None else partial(Events, graph, vocabulary))
+        self._temperatures = temperatures
+
+    def _aligned(self, blocks: AlignedBlocks, head: Head, states: Float[Tensor, "S D"]) -> AlignedHead:
+        """See `AlignedTeacher`."""
+        events = None if self._make is None else super()._aligned(blocks, head, states)
+        return SpanHead(blocks, head, states, self._temperatures, events)
+
+
 def other_tokens(config: DistillConfig, data: PackedDataset) -> tuple[Tokenizer, RankCut | None] | None:
     """Return the tokenizer of a teacher with other tokens than a dataset, and the cut of it that the dataset's is.
 
@@ -168,8 +195,8 @@ def other_tokens(config: DistillConfig, data: PackedDataset) -> tuple[Tokenizer,
         raise ModelError(
             f"teacher {teacher} has other tokens than dataset {data.name} and student {config.student}, and "
             "they are not the first ones of its tokens by merge rank",
-            "give --alignment pieces, tokenize the data with the teacher's tokenizer (tinygpt2 pregenerate "
-            "--tokenizer), or make a student with fewer of its tokens (truncate-student --vocab-size)",
+            "give --alignment pieces or --alignment spans, tokenize the data with the teacher's tokenizer (tinygpt2 "
+            "pregenerate --tokenizer), or make a student with fewer of its tokens (truncate-student --vocab-size)",
         )
     return None
 
@@ -211,13 +238,35 @@ def aligned_teacher(
         align = Aligner(tokenizer, cut, teacher.shape.vocabulary, limit)
         make = partial(Redistribution, align.decomposition, vocabulary)
         return AlignedTeacher(teacher, align, vocabulary, make)
-    by_bytes = ByteAligner(tokenizer, data.tokenizer(), limit)
-    graph = Graph.of(counted_pairs(by_bytes, data.train), vocabulary)
-    say(
-        f"teacher {what}: it reads the texts in its own. {graph.count:,} events, counted on the data, are predicted "
-        f"where tokens of both begin; {len(graph.lumped):,} of the data's tokens share one with others"
+    return _by_bytes(config, teacher, f"teacher {what}: it reads the texts in its own", tokenizer, data, vocabulary)
+
+
+def _by_bytes(
+    config: DistillConfig, teacher: Teacher, what: str, tokenizer: Tokenizer, data: PackedDataset, vocabulary: int
+) -> AlignedTeacher:
+    """Return a teacher with any other tokenizer; the arguments are those of `aligned_teacher`.
+
+    Args:
+        what: says how the tokens differ.
+    """
+    small, positions = data.tokenizer(), teacher.shape.positions
+    limit = None if positions is None else positions - (start_token(tokenizer) is not None)
+    temperatures = config.temperatures_of_spans
+    if config.alignment == "spans":
+        say(f"{what}. The likelihoods of the texts between common borders are compared")
+        spans = SpanAligner(tokenizer, small, limit, events=False)
+        return SpanTeacher(teacher, spans, vocabulary, None, temperatures)
+    align = (ByteAligner if config.alignment == "pieces" else partial(SpanAligner, events=True))(
+        tokenizer, small, limit
     )
-    return AlignedTeacher(teacher, by_bytes, vocabulary, partial(Events, graph, vocabulary))
+    graph = Graph.of(counted_pairs(align, data.train), vocabulary)
+    say(
+        f"{what}. {graph.count:,} events, counted on the data, are predicted where tokens of both begin; "
+        f"{len(graph.lumped):,} of the data's tokens share one with others"
+    )
+    if isinstance(align, SpanAligner):
+        return SpanTeacher(teacher, align, vocabulary, graph, temperatures)
+    return AlignedTeacher(teacher, align, vocabulary, partial(Events, graph, vocabulary))
 
 
 def _check(config: DistillConfig, what: str, *, lumps: bool) -> None:
@@ -235,12 +284,13 @@ def _check(config: DistillConfig, what: str, *, lumps: bool) -> None:
         )
     if lumps and (others := config.losses - {"forward_kl"}):
         raise ConfigError(
-            f"--alignment pieces knows the probabilities of events and not of all tokens, which {min(others)} needs",
+            f"--alignment {config.alignment} does not know the probabilities of all tokens, which {min(others)} needs",
             "use --prediction-loss forward_kl",
         )
     if lumps and config.temperature != 1:
         raise ConfigError(
-            f"--temperature {config.temperature:g} changes tokens before they are summed: --alignment pieces needs 1",
+            f"--temperature {config.temperature:g} changes tokens before they are summed: --alignment "
+            f"{config.alignment} needs 1",
             "leave out --temperature",
         )
     if "reverse_kl" in config.losses:

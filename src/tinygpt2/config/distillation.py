@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from tinygpt2.config.base import extra, flag_name, option, summary
 from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, OWN_TEXT, RUN
 from tinygpt2.config.decoding import OwnTextOptions
-from tinygpt2.config.models import AlignmentOptions
+from tinygpt2.config.models import SpanOptions
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.errors import ConfigError, listed
@@ -31,7 +31,7 @@ SparseKind = Literal["samples", "top"]
 CacheKind = Literal["states", "samples", "top"]
 
 
-class DistillConfig(AlignmentOptions, OwnTextOptions, TrainOptions):
+class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
     """Options of `distill`. A recipe sets objectives and optimisation; an option that is given wins over it.
 
     Sources: TinyGPT2 (attention, hidden states, soft labels), DistilGPT2 (cosine, temperature).

@@ -9,7 +9,8 @@ from typing import Literal
 from tinygpt2.config.base import Config, option
 from tinygpt2.config.common import OBJECTIVES, RUN, Device
 
-Alignment = Literal["pieces"]
+Alignment = Literal["pieces", "spans", "both"]
+_NUMBERS = re.compile(r"\d+(\.\d+)?(,\d+(\.\d+)?)*")
 
 
 class PresetsConfig(Config):
@@ -61,7 +62,34 @@ class AlignmentOptions(Config):
 
     alignment: Alignment | None = option(
         "Learn from a teacher with any other tokenizer. pieces compares predictions where tokens of both begin, summed "
-        "over tokens that cannot be told apart. A student whose tokens are the first of its teacher's needs none.",
+        "over tokens that cannot be told apart. spans compares the likelihoods of the texts between such places. both "
+        "adds the two. A student whose tokens are the first of its teacher's needs none.",
         default=None,
         panel=OBJECTIVES,
     )
+
+
+class SpanOptions(AlignmentOptions):
+    """How the likelihoods of spans are compared."""
+
+    span_temperatures: str = option(
+        "Temperatures at which --alignment spans compares likelihoods, such as 1,100. The mean over them counts.",
+        default="100",
+        panel=OBJECTIVES,
+        commas=True,
+        metavar="N,...",
+    )
+
+    @property
+    def temperatures_of_spans(self) -> list[float]:
+        """The temperatures as numbers."""
+        return [float(one) for one in self.span_temperatures.split(",")]
+
+    def conflicts(self) -> Iterator[str]:
+        """Check the temperatures, and that they have an effect."""
+        yield from super().conflicts()
+        if not _NUMBERS.fullmatch(self.span_temperatures) or not min(self.temperatures_of_spans):
+            yield f"--span-temperatures: expected numbers above 0 such as 1,100, got {self.span_temperatures!r}"
+        default = type(self).model_fields["span_temperatures"].default
+        if self.span_temperatures != default and self.alignment not in ("spans", "both"):
+            yield f"--span-temperatures {self.span_temperatures} has no effect without --alignment spans or both"

@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config
 
 from tinygpt2.alignment.redistribution import AlignedHead
+from tinygpt2.alignment.spans import SpanHead
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.activations import Activations, by_head
 from tinygpt2.models.lm_head import Head
@@ -26,6 +27,7 @@ from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
 from tinygpt2.objectives.policy_gradient import importance, later_returns, token_log_probs
 from tinygpt2.objectives.positions import RealTokens, kept
+from tinygpt2.objectives.span_losses import span_loss
 from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.objectives.weights import Counts, LossWeights, Part, parts_of
 from tinygpt2.utils.types import Array
@@ -141,13 +143,27 @@ class Objectives(nn.Module):
                 if teacher is not None and teacher_head is not None and part.prediction:
                     labels = (kept(teacher.states[self._last[1]], part.positions), teacher_head)
                 hidden, wanted = kept(student.states[self._last[0]], part.positions), kept(targets, part.positions)
-                factors = self._row_factors(part, hidden, student_head, wanted, labels)
-                total, found = prediction_loss(hidden, student_head, wanted, labels, self._objective(part), factors)
+                total, found = self._predicted(part, hidden, student_head, wanted, labels)
                 loss = loss + total
                 for name, term in found.items():
                     key = part.key(name)
                     terms[key] = terms.get(key, 0) + term * part.factor(name)
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _predicted(
+        self,
+        part: Part,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        labels: tuple[Tensor, Tensor | Head | SparseForm | AlignedHead] | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted losses on the predictions of a part, and the terms: see `prediction_loss`."""
+        objective = self._objective(part)
+        if labels is not None and isinstance(labels[1], SpanHead):
+            return span_loss(hidden, head, targets, (labels[0], labels[1]), objective)
+        factors = self._row_factors(part, hidden, head, targets, labels)
+        return prediction_loss(hidden, head, targets, labels, objective, factors)
 
     def _objective(self, part: Part) -> PredictionObjective:
         """Return the losses on the predictions of a part, whose means count with its shares."""
