@@ -33,10 +33,12 @@ from tinygpt2.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
-def other(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer of its own."""
     root = tmp_path_factory.mktemp("other")
-    train_tokenizer(TrainTokenizerConfig(source=[str(corpus)], vocab_size=290, out=str(root / "t")))
+    text = sentences(30, 1) + sentences(60, 2)[::-1]  # so that its merges are not those of the corpus
+    (root / "text.txt").write_text(text, encoding="utf-8")
+    train_tokenizer(TrainTokenizerConfig(source=[str(root / "text.txt")], vocab_size=290, out=str(root / "t")))
     return make_model(root / "other", root / "t", seed=7, vocab_size=290, n_layer=2, n_embd=16)
 
 

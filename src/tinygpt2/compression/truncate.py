@@ -13,7 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, cut_vocabulary
+from tinygpt2.alignment.rank_cut import RankCut, cut_vocabulary
+from tinygpt2.alignment.used_tokens import chosen_vocabulary
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
 from tinygpt2.compression.conversion import Conversion, LoadedTeacher, load_teacher, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
@@ -33,9 +34,9 @@ from tinygpt2.config.common import OTHER_OUT
 from tinygpt2.config.compression import Position, TruncateStudentConfig
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import ConfigError, DataError, ModelError
+from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.scoring import perplexity_of
-from tinygpt2.models.card import HubMetadata, model_card
+from tinygpt2.models.card import cut_metadata, model_card
 from tinygpt2.models.compatibility import check_fits
 from tinygpt2.models.loading import model_tokenizer
 from tinygpt2.models.parameters import count_parameters
@@ -175,15 +176,11 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
     tokenizer = model_tokenizer(directory)
     check_sizes(config, teacher.config)  # before anything is measured
     positions = position_count(config, teacher.config.n_positions)
-    vocabulary = None
-    if config.vocab_size is not None:
-        if tokenizer is None:
-            raise ModelError(f"teacher {config.teacher} has no tokenizer, which --vocab-size cuts")
-        vocabulary = cut_by_rank(tokenizer, config.vocab_size, teacher.config.vocab_size)
     data = None
     if config.data is not None:
         data = load_packed_dataset(config.data)
         check_fits(data, teacher.config, tokenizer and fingerprint(tokenizer), f"teacher {config.teacher}")
+    vocabulary = chosen_vocabulary(config, tokenizer, teacher.config.vocab_size, data)
     conversion = measured(loaded, config.teacher, data, config.calibration_sequences, positions[0])
     batches: Batches = []
     if data is not None and config.measures:
@@ -297,12 +294,7 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
         + (" in the main directions of its residual stream" if isinstance(kept.dimensions, Rotation) else "")
         + (", with refitted projections." if config.refit else ".")
     )
-    metadata = HubMetadata(
-        base_model=[] if commit is None else [config.teacher.partition("@")[0]],
-        language=config.language,
-        license=config.license,
-        perplexities={} if perplexity is None or config.vocab_size else {"held-out text": perplexity.student},
-    )
+    metadata = cut_metadata(config, commit, None if perplexity is None else perplexity.student)
     return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags(shared=True)}", metadata)
 
 
@@ -327,7 +319,13 @@ def _reasons(
         for new, heads in enumerate(kept.heads):
             yield f"heads kept in block {new}", ", ".join(map(str, heads.tolist()))
     if config.vocab_size is not None:
-        yield "tokens", f"{config.vocab_size:,}: the first ones of the teacher's by merge rank"
+        data = shared_name(config.data or "")
+        which = (
+            "the first ones of the teacher's by merge rank"
+            if config.vocab_choice == "rank"
+            else f"those that {data} uses most"
+        )
+        yield "tokens", f"{config.vocab_size:,}: {which}"
     if config.n_positions is not None:
         yield "positions", f"{kept.positions[0]} ({kept.positions[1]})"
 
