@@ -17,11 +17,13 @@ from tinygpt2 import (
     DataError,
     DistillConfig,
     FinetuneConfig,
+    PplConfig,
     PregenerateConfig,
     TeachConfig,
     VerifyConfig,
     distill,
     finetune,
+    ppl,
     pregenerate,
     teach,
     verify,
@@ -159,6 +161,8 @@ def test_evaluation_counts_the_same_targets(packed: PackedDataset, model: Path) 
             total -= sum(float(found[place - 1, ids[place]]) for place in counted)
             count += len(counted)
     assert evaluate(Accelerator(cpu=True), step, packed.test, 2).loss == pytest.approx(total / count, rel=1e-5)
+    (row,) = ppl(PplConfig(model=[str(model)], task=[packed.name])).results
+    assert (row.loss, row.tokens) == (pytest.approx(total / count, rel=1e-5), count)
 
 
 def test_finetune_and_distill_on_pairs(
@@ -247,6 +251,9 @@ def test_chats_are_known_by_their_messages_and_count_every_answer(tokenizer_dir:
         f"Q: be sad\na cat? A:the mat.!{end}Q: and the dog? A:ran.!{end}": f"the mat.!{end}ran.!{end}",
         f"Q: the A:log!{end}": f"log!{end}",
     }
+    batch = packed.train.batch([0])
+    answers = [tokenizer.decode(batch.input_ids[0, first:stop]) for _, first, stop in batch.answers(0)]
+    assert sorted(answers) == sorted([f"the mat.!{end}", f"ran.!{end}", f"log!{end}"])
 
 
 def test_long_pairs_lose_the_beginning_of_their_prompts(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer as Backend
+from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from tinygpt2.data.encoding import LETTERS, is_plain_bpe, missing_bytes
@@ -24,7 +25,7 @@ from tinygpt2.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
 
-_ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,27 @@ def _renumber(processor: dict[str, Any] | None, number: Callable[[str], int]) ->
 def cut_vocabulary(model: GPT2LMHeadModel, cut: RankCut) -> GPT2LMHeadModel:
     """Return a model with some rows of the embeddings and of the output matrix, in evaluation mode."""
     numbers = {old: new for new, old in enumerate(cut.rows)}
-    ends = {name: numbers.get(getattr(model.config, name, -1)) for name in _ENDS}
-    changed = {**model.config.to_dict(), "vocab_size": len(cut.rows), **ends}
-    smaller = GPT2LMHeadModel(type(model.config).from_dict(changed))
-    weights = model.state_dict()
+    ends = {name: numbers.get(getattr(model.config, name, -1)) for name in ENDS}
     rows = torch.tensor(cut.rows, device=model.lm_head.weight.device)
+    return with_rows(model, len(cut.rows), ends, lambda table: table[rows])
+
+
+def with_rows(
+    model: GPT2LMHeadModel, size: int, ends: dict[str, int | None], make: Callable[[Tensor], Tensor]
+) -> GPT2LMHeadModel:
+    """Return a model with other embeddings, and the same blocks, in evaluation mode.
+
+    Args:
+        size: number of tokens.
+        ends: the tokens at the beginning and the end of texts, and for padding.
+        make: makes the new rows of the embeddings and of the output matrix out of the old ones.
+    """
+    other = GPT2LMHeadModel(type(model.config).from_dict({**model.config.to_dict(), "vocab_size": size, **ends}))
+    weights = model.state_dict()
     for name in ("transformer.wte.weight", "lm_head.weight"):
-        weights[name] = weights[name][rows]
-    smaller.load_state_dict(weights)
-    return smaller.to(rows.device).eval()
+        weights[name] = make(weights[name])
+    other.load_state_dict(weights)
+    return other.to(model.lm_head.weight.device).eval()
 
 
 def same_cut(whole: Tokenizer, small: Tokenizer) -> RankCut | None:

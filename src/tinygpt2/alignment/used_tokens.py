@@ -13,9 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, merged_pairs
-from tinygpt2.config.compression import TruncateStudentConfig
-from tinygpt2.data.dataset import Blocks, PackedDataset
-from tinygpt2.errors import ModelError
+from tinygpt2.data.dataset import Blocks
 from tinygpt2.utils.progress import follow
 
 if TYPE_CHECKING:
@@ -25,29 +23,14 @@ COUNTED = 2**24  # tokens of a dataset, at most
 _AT_ONCE = 256  # blocks
 
 
-def chosen_vocabulary(
-    config: TruncateStudentConfig, tokenizer: Tokenizer | None, rows: int, data: PackedDataset | None
-) -> RankCut | None:
-    """Return the tokens that --vocab-size keeps; None without it.
+def cut_by_use(tokenizer: Tokenizer, size: int, rows: int, blocks: Blocks) -> RankCut:
+    """Keep the tokens that a dataset uses most, with all bytes and special tokens: see `cut_by_rank`.
 
     Args:
-        tokenizer: the teacher's.
-        rows: number of tokens that the teacher has rows for.
-        data: with --vocab-choice used, the dataset in the teacher's tokens.
-
-    Raises:
-        ModelError: the teacher has no tokenizer, or one that cannot be cut.
-        ConfigError: there are not so many tokens.
+        blocks: the dataset, in the tokenizer's tokens.
     """
-    if config.vocab_size is None:
-        return None
-    if tokenizer is None:
-        raise ModelError(f"teacher {config.teacher} has no tokenizer, which --vocab-size cuts")
-    if config.vocab_choice == "rank":
-        return cut_by_rank(tokenizer, config.vocab_size, rows)
-    assert data is not None  # a configuration with this choice requires it
-    order = by_use(tokenizer, token_counts(data.train, max(tokenizer.get_vocab().values()) + 1))
-    return cut_by_rank(tokenizer, config.vocab_size, rows, order)
+    counts = token_counts(blocks, max(tokenizer.get_vocab().values()) + 1)
+    return cut_by_rank(tokenizer, size, rows, by_use(tokenizer, counts))
 
 
 def token_counts(blocks: Blocks, size: int) -> Int[np.ndarray, " V"]:

@@ -112,9 +112,12 @@ def _check_cut(config: TruncateStudentConfig) -> None:
     from tinygpt2.compression.architectures import gpt2_settings
     from tinygpt2.compression.sizes import check_sizes
     from tinygpt2.data.layout import dataset_folders
+    from tinygpt2.data.tokenizer import check_tokenizer
     from tinygpt2.models.configuration import GPT2_DEFAULTS
 
     _require_free(config.out, OTHER_OUT)
+    if config.tokenizer is not None:
+        check_tokenizer(config.tokenizer)
     settings = _local_model(config, config.teacher, "teacher", gpt2_settings)
     if settings is not None:
         check_sizes(config, SimpleNamespace(**(GPT2_DEFAULTS | settings)))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from tinygpt2.compression.taps import removed, tap
 from tinygpt2.models.activations import collect_activations
 from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
+from tinygpt2.utils.plotting import paint
 from tinygpt2.utils.progress import ProgressStage, follow, track
 
 _ROUNDS = 16  # number of rounds in which dimensions are removed
@@ -215,3 +217,20 @@ def _narrowed(model: GPT2LMHeadModel, dims: Int[Tensor, " Ds"]) -> GPT2LMHeadMod
     if tied:
         narrow.lm_head.weight = transformer.wte.weight
     return narrow
+
+
+def plot_importance(importance: DepthImportance, path: Path) -> None:
+    """Draw how much the loss rises without each block, round by round, and the block influence."""
+
+    def fill(figure: Any) -> None:
+        costs, influence = figure.subplots(1, 2)
+        for number, one in enumerate(importance.rounds, 1):
+            label = f"round {number}: removes {one.removed}"
+            costs.plot(list(one.costs), list(one.costs.values()), marker=".", label=label)
+        costs.set(xlabel="block", ylabel="rise of the loss without the block (nats per token)", yscale="symlog")
+        if importance.rounds:
+            costs.legend(fontsize=7)
+        influence.bar(range(len(importance.influence)), importance.influence)
+        influence.set(xlabel="block", ylabel="block influence, 1 - cos(input, output)")
+
+    paint(path, (12.8, 4.4), fill)

@@ -6,15 +6,16 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.alignment.rank_cut import RankCut, cut_vocabulary
-from tinygpt2.alignment.used_tokens import chosen_vocabulary
+from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, cut_vocabulary
+from tinygpt2.alignment.translation import Translation, translate
+from tinygpt2.alignment.used_tokens import cut_by_use
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
 from tinygpt2.compression.conversion import Conversion, LoadedTeacher, load_teacher, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
@@ -24,6 +25,7 @@ from tinygpt2.compression.importance import (
     active_dimensions,
     depth_importance,
     important_dimensions,
+    plot_importance,
 )
 from tinygpt2.compression.least_squares import refit
 from tinygpt2.compression.measurements import Measurements
@@ -33,8 +35,8 @@ from tinygpt2.compression.sizes import check_sizes, position_count, sizes_of
 from tinygpt2.config.common import OTHER_OUT
 from tinygpt2.config.compression import Position, TruncateStudentConfig
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
-from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import ConfigError, DataError
+from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
+from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.scoring import perplexity_of
 from tinygpt2.models.card import cut_metadata, model_card
 from tinygpt2.models.compatibility import check_fits
@@ -47,7 +49,6 @@ from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import require_free, shared_name
 from tinygpt2.utils.hub import at_commit, hub_revision
 from tinygpt2.utils.locks import writes_out
-from tinygpt2.utils.plotting import paint
 from tinygpt2.utils.progress import track
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ PICTURE = "importance.png"
 class CutPerplexity:
     """Held-out perplexity per token of the student right after the cut and of the teacher.
 
-    Both are measured on the same blocks; `sequences` is their number. A smaller vocabulary is cut afterwards, because
+    Both are measured on the same blocks; `sequences` is their number. Tokens are cut or replaced afterwards, because
     perplexities per token need equal tokens.
     """
 
@@ -70,7 +71,7 @@ class CutPerplexity:
 
     def described(self, config: TruncateStudentConfig) -> str:
         """Return on what both were measured, for the model card."""
-        tokens = ", in the teacher's tokens" if config.vocab_size is not None else ""
+        tokens = ", in the teacher's tokens" if config.changes_tokens else ""
         return f"{self.sequences} blocks of the test split of {shared_name(config.data or '')}{tokens}"
 
 
@@ -132,7 +133,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
     )
     save_student(config, subject, student, _card(config, kept, result, subject.commit))
     if importance is not None:
-        _plot(importance, out / PICTURE)
+        plot_importance(importance, out / PICTURE)
     return result
 
 
@@ -146,7 +147,7 @@ class Subject:
         positions: number of the student's positions, and how their embeddings are chosen.
         conversion: how a teacher of another architecture became a GPT-2.
         commit: of a teacher from the Hub.
-        vocabulary: the student's tokens, if they are fewer. All that is measured is in the teacher's.
+        vocabulary: the student's tokens, if they are others. All that is measured is in the teacher's.
     """
 
     loaded: LoadedTeacher
@@ -156,10 +157,12 @@ class Subject:
     positions: tuple[int, Position]
     conversion: Conversion | None
     commit: str | None
-    vocabulary: RankCut | None = None
+    vocabulary: RankCut | Translation | None = None
 
     def finished(self, student: GPT2LMHeadModel) -> GPT2LMHeadModel:
-        """Return a student with its own vocabulary, which is cut last."""
+        """Return a student with its own vocabulary, which is cut or replaced last."""
+        if isinstance(self.vocabulary, Translation):
+            return translate(student, self.vocabulary)
         return student if self.vocabulary is None else cut_vocabulary(student, self.vocabulary)
 
 
@@ -180,7 +183,7 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
     if config.data is not None:
         data = load_packed_dataset(config.data)
         check_fits(data, teacher.config, tokenizer and fingerprint(tokenizer), f"teacher {config.teacher}")
-    vocabulary = chosen_vocabulary(config, tokenizer, teacher.config.vocab_size, data)
+    vocabulary = _vocabulary(config, tokenizer, teacher.config.vocab_size, data)
     conversion = measured(loaded, config.teacher, data, config.calibration_sequences, positions[0])
     batches: Batches = []
     if data is not None and config.measures:
@@ -190,6 +193,23 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
         tell_machine(current_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
     return Subject(loaded, tokenizer, data, batches, positions, conversion, hub_revision(directory), vocabulary)
+
+
+def _vocabulary(
+    config: TruncateStudentConfig, tokenizer: Tokenizer | None, rows: int, data: PackedDataset | None
+) -> RankCut | Translation | None:
+    """Return the student's tokens, if they are not the teacher's; the teacher has a number of rows."""
+    if not config.changes_tokens:
+        return None
+    if tokenizer is None:
+        what = "which --vocab-size cuts" if config.tokenizer is None else "so --tokenizer cannot compare tokens"
+        raise ModelError(f"teacher {config.teacher} has no tokenizer, {what}")
+    if config.tokenizer is not None:
+        return Translation.of(tokenizer, load_tokenizer(config.tokenizer), rows)
+    size = config.vocab_size or 0
+    if config.vocab_choice == "used" and data is not None:
+        return cut_by_use(tokenizer, size, rows, data.train)
+    return cut_by_rank(tokenizer, size, rows)
 
 
 def save_student(config: TruncateStudentConfig, subject: Subject, student: GPT2LMHeadModel, card: str) -> None:
@@ -319,29 +339,10 @@ def _reasons(
         for new, heads in enumerate(kept.heads):
             yield f"heads kept in block {new}", ", ".join(map(str, heads.tolist()))
     if config.vocab_size is not None:
-        data = shared_name(config.data or "")
-        which = (
-            "the first ones of the teacher's by merge rank"
-            if config.vocab_choice == "rank"
-            else f"those that {data} uses most"
-        )
+        used = f"those that {shared_name(config.data or '')} uses most"
+        which = used if config.vocab_choice == "used" else "the first ones of the teacher's by merge rank"
         yield "tokens", f"{config.vocab_size:,}: {which}"
+    if config.tokenizer is not None:
+        yield "tokens", f"those of {shared_name(config.tokenizer)}: means of the teacher's embeddings"
     if config.n_positions is not None:
         yield "positions", f"{kept.positions[0]} ({kept.positions[1]})"
-
-
-def _plot(importance: DepthImportance, path: Path) -> None:
-    """Draw how much the loss rises without each block, round by round, and the block influence."""
-
-    def fill(figure: Any) -> None:
-        costs, influence = figure.subplots(1, 2)
-        for number, one in enumerate(importance.rounds, 1):
-            label = f"round {number}: removes {one.removed}"
-            costs.plot(list(one.costs), list(one.costs.values()), marker=".", label=label)
-        costs.set(xlabel="block", ylabel="rise of the loss without the block (nats per token)", yscale="symlog")
-        if importance.rounds:
-            costs.legend(fontsize=7)
-        influence.bar(range(len(importance.influence)), importance.influence)
-        influence.set(xlabel="block", ylabel="block influence, 1 - cos(input, output)")
-
-    paint(path, (12.8, 4.4), fill)

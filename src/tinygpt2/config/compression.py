@@ -94,6 +94,14 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         "the tokens that they are merged from.",
         default="rank",
     )
+    tokenizer: str | None = option(
+        "Give the student another tokenizer: a directory or a Hub id. A token's embedding is the mean of those of the "
+        "teacher's tokens that spell it; --data stays in the teacher's tokens.",
+        default=None,
+        path=True,
+        metavar="PATH|ID",
+        shown="the teacher's",
+    )
     target_params: int | None = option(
         "Parameters of the student, such as 30M.", default=None, panel=TARGET, ge=1, metavar="N"
     )
@@ -145,6 +153,11 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         return any(size is not None for size in (self.n_embd, self.n_head, self.n_inner))
 
     @property
+    def changes_tokens(self) -> bool:
+        """Whether the student has other tokens than the teacher."""
+        return self.vocab_size is not None or self.tokenizer is not None
+
+    @property
     def rotated(self) -> bool:
         """Whether a smaller hidden size consists of the teacher's main directions."""
         return self.axes != "coordinates"
@@ -168,12 +181,14 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
             yield "--num-layers and --layers cannot be combined: give one of them"
         yield from self._target_conflicts()
         sized = self.cuts_width or self.target is not None
-        sized = sized or self.n_positions is not None or self.vocab_size is not None
+        sized = sized or self.n_positions is not None or self.changes_tokens
         if self.num_layers is None and self.layers is None and not sized:
             yield (
-                "give --num-layers or --layers, a width (--n-embd, --n-head, --n-inner) or --n-positions, fewer tokens "
-                "(--vocab-size), or a target (--target-params, --target-mb, --target-ms)"
+                "give --num-layers or --layers, a width (--n-embd, --n-head, --n-inner) or --n-positions, other tokens "
+                "(--vocab-size, --tokenizer), or a target (--target-params, --target-mb, --target-ms)"
             )
+        if self.tokenizer is not None and self.vocab_size is not None:
+            yield "--vocab-size and --tokenizer cannot be combined: give one of them"
         if self.strategy is not None and self.num_layers is None:
             why = ": --layers already names the layers" if self.layers else ""
             yield f"--strategy needs --num-layers{why}"
@@ -200,6 +215,8 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
             return
         if self.purpose == "draft" and self.vocab_size is not None:
             yield "--for draft cannot be combined with --vocab-size: a draft has its teacher's tokens"
+        if self.tokenizer is not None:
+            yield f"{flag_name(targets[0])} cannot be combined with --tokenizer: the search counts the teacher's tokens"
         sizes = ["num_layers", "strategy", "layers", "n_embd", "n_head", "n_inner", "refit"]
         if found := [flag_name(name) for name in sizes if getattr(self, name)]:
             why = "the search finds all sizes, and refits"

@@ -27,7 +27,7 @@ from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.detokenize import detokenize, detokenize_page, pages
 from tinygpt2.evaluation.scoring import Scores, Window, windows
-from tinygpt2.evaluation.sizes import TextSizes, decoded, line_bytes, token_lines
+from tinygpt2.evaluation.sizes import TextSizes, decoded, line_bytes, text_bytes, token_lines
 from tinygpt2.evaluation.tasks import Task
 from tinygpt2.models.compatibility import check_fits, first_token, require_tokenizer
 
@@ -126,8 +126,7 @@ class TokenizedTask:
         """Return `token_lines`; None if the task has no lines, or the tokens do not have all of them."""
         if self.stride is None or not len(self.parts) or tokenizer is None:
             return None
-        lines = token_lines(tokenizer, self.tokens)
-        return lines if lines[-1] + 1 == len(self.parts) else None
+        return token_lines(tokenizer, self.tokens, len(self.parts))
 
     def same_targets(self, other: TokenizedTask) -> bool:
         """Return whether both tasks have the same windows and tokens, so that losses compare window by window."""
@@ -244,7 +243,7 @@ def _last_words(task: Task, model: ModelTokenizer, convention: Convention) -> To
     whole = "".join(endings)
     unit: Any = "token" if convention == "hf" else "word"
     sizes = len(spans), len(whole), len(whole.encode())
-    return TokenizedTask(tokens, spans, unit, len(spans), *sizes, None, parts=_bytes(endings))
+    return TokenizedTask(tokens, spans, unit, len(spans), *sizes, None, parts=text_bytes(endings))
 
 
 def _choices(task: Task, model: ModelTokenizer, convention: Convention) -> TokenizedTask:
@@ -267,12 +266,8 @@ def _choices(task: Task, model: ModelTokenizer, convention: Convention) -> Token
         np.array([question.right for question in task.questions]),
         np.array([len(question.endings) for question in task.questions]),
         np.array([[len(choice) for choice in choices], [len(choice.encode()) for choice in choices]], dtype=np.int64),
-        _bytes(right),
+        text_bytes(right),
     )
-
-
-def _bytes(texts: Sequence[str]) -> Int[np.ndarray, " P"]:
-    return np.array([len(text.encode()) for text in texts], dtype=np.int64)
 
 
 def _continued(
@@ -307,16 +302,13 @@ def _continued(
 
 
 def _blocks(packed: PackedDataset, model: ModelTokenizer, convention: Convention, stride: int | None) -> TokenizedTask:
-    """Read a dataset's test split as one text, in windows of its block length."""
+    """Read a dataset's test split as one text, in windows of its block length. Of pairs, score the responses."""
     check_fits(packed, model.config, model.tokenizer and fingerprint(model.tokenizer), f"model {model.name}")
     blocks = packed.test
     if not len(blocks):
         raise DataError(f"the test split of {packed.name} is empty")
     if blocks.divided:
-        raise DataError(
-            f"{packed.name} holds pairs of prompt and response, which are no text",
-            "finetune and distill measure the loss of their responses: give it as --eval-data",
-        )
+        return _responses(packed, convention)
     # Blocks that overlap repeat tokens of the block before. Each token has to count once.
     seen = packed.sequence_length - packed.manifest["stride"]
     if seen and packed.manifest.get("shards", 1) > 1:
@@ -333,6 +325,22 @@ def _blocks(packed: PackedDataset, model: ModelTokenizer, convention: Convention
     tokens = _after(ModelTokenizer(model.name, model.config, tokenizer).prefix, tokens)
     spans = list(windows(len(tokens), packed.sequence_length + 1, step, full=True))
     return TokenizedTask(tokens, spans, "word", sizes.words, *sizes, step)
+
+
+def _responses(packed: PackedDataset, convention: Convention) -> TokenizedTask:
+    """Score the responses of a dataset's held-out pairs, each after its own prompt, as in training."""
+    spans, rows, targets = [], [], []
+    for index in range(len(packed.test)):
+        batch, offset = packed.test.batch([index]), index * packed.sequence_length
+        rows.append(batch.input_ids[0].numpy())
+        for begins, first, stop in batch.answers(0):
+            first = max(first, begins + 1)  # nothing predicts the first token of a pair
+            if first < stop:
+                spans.append(Window(offset + begins, offset + stop, first - begins))
+                targets.append(rows[-1][first:stop])
+    sizes = TextSizes.of(decoded(packed.tokenizer(), np.concatenate(targets)))
+    unit: Any = "token" if convention in ("hf", "tinygpt2") else "word"
+    return TokenizedTask(np.concatenate(rows), spans, unit, sizes.words, *sizes, None)
 
 
 def _stride(stride: int | None, window: int) -> int:

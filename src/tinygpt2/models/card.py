@@ -44,13 +44,13 @@ def cut_metadata(config: TruncateStudentConfig, commit: str | None, perplexity: 
 
     Args:
         commit: of a teacher from the Hub.
-        perplexity: held-out, per token of the teacher. It is not the student's own if it has fewer tokens.
+        perplexity: held-out, per token of the teacher. It is not the student's own if it has other tokens.
     """
     return HubMetadata(
         base_model=[] if commit is None else [config.teacher.partition("@")[0]],
         language=config.language,
         license=config.license,
-        perplexities={} if perplexity is None or config.vocab_size else {"held-out text": perplexity},
+        perplexities={} if perplexity is None or config.changes_tokens else {"held-out text": perplexity},
     )
 
 

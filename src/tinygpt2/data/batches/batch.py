@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
 
 from tinygpt2.utils.types import Array
 
@@ -43,6 +46,15 @@ class Batch(NamedTuple):
         own = None if self.own is None else self.own[start:stop]
         shorter = lengths if lengths and min(lengths) < ids.shape[1] else None
         return Batch(ids, shorter, counted, documents, own)
+
+    def answers(self, block: int) -> Iterator[tuple[int, int, int]]:
+        """Yield where each run of counted tokens in a block of pairs begins and ends, after where its pair begins."""
+        begins, counted = 0, cast("Array", self.counted)[block].astype(np.int8)
+        for length in cast("list[list[int]]", self.documents)[block]:
+            edges = np.flatnonzero(np.diff(counted[begins : begins + length], prepend=0, append=0)) + begins
+            for first, stop in edges.reshape(-1, 2).tolist():
+                yield begins, first, stop
+            begins += length
 
     @property
     def targets(self) -> list[int]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from tinygpt2.data.dataset import Blocks, PackedDataset
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.utils.progress import say
@@ -61,18 +59,12 @@ def held_out_prompts(data: PackedDataset, count: int, length: int, new: int, pos
 
 def _pairs(blocks: Blocks, index: int) -> list[tuple[list[int], list[int]]]:
     """Return prompt and first response of every pair in a block."""
-    batch, place, found = blocks.batch([index]), 0, []
-    ids, counted = batch.input_ids[0].tolist(), batch.counted
-    for length in (batch.documents or [[]])[0]:
-        part = slice(place, place + length)
-        wanted = np.zeros(length, np.bool_) if counted is None else counted[0, part]
-        first = int(wanted.argmax())
-        rest = np.flatnonzero(~wanted[first:])
-        last = first + int(rest[0]) if len(rest) else length
-        if wanted.any() and first:
-            found.append((ids[part][:first], ids[part][first:last]))
-        place += length
-    return found
+    batch = blocks.batch([index])
+    ids, found = batch.input_ids[0].tolist(), dict[int, tuple[list[int], list[int]]]()
+    for begins, first, stop in batch.answers(0):
+        if begins < first:
+            found.setdefault(begins, (ids[begins:first], ids[first:stop]))
+    return list(found.values())
 
 
 def room_for(new: int, positions: int) -> int:
