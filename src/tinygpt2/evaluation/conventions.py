@@ -99,8 +99,7 @@ class TokenizedTask:
         right: for each question, the index of the right answer among its candidates.
         candidates: for each question, the number of candidates. Each candidate is one window.
         lengths: characters and bytes of each candidate, by which the normalised accuracies divide; empty if none do.
-        parts: bytes of what models with other tokens are compared by: of each line of a text, of each last word or of
-            each right answer; empty for datasets, whose tokens are given.
+        parts: bytes of each line, last word or right answer, by which models with other tokens are compared.
     """
 
     tokens: Integer[np.ndarray, " N"]
