@@ -2,6 +2,7 @@
 
     python benchmarks/own_text.py --work WORK --minutes 20   # continues where it stopped
     python benchmarks/own_text.py --work WORK --check        # 60 steps of reverse KL on own text, and 60 default ones
+    python benchmarks/own_text.py --work WORK --max-steps 4 --tokens 8192 --texts 8 --blocks 9  # tries every run
 
 Texts, teacher and students are those of the study of recipes (benchmarks/recipes.py, which makes them in WORK). Every
 finished run is a line of --results and is not run again.
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import math
 import os
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from tinygpt2.decoding.sampling import Sampling
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.objectives.weights import LossWeights
+from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.own_text.figures import distinct_pairs
 from tinygpt2.training.step import Step
 
@@ -53,60 +57,100 @@ RUNS: dict[str, dict[str, Any]] = {
 PROMPT = 32  # tokens of the held-out blocks that the judged texts continue
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What is trained, and on what.
+
+    Attributes:
+        stage: its name in the results.
+        students: folder with a student of each size, cut from the teacher.
+        runs: folder for what is trained.
+        measure: returns the figures of a trained model.
+    """
+
+    stage: str
+    teacher: str
+    data: str
+    students: Path
+    runs: Path
+    measure: Callable[[str], dict[str, Any]]
+
+
 def main() -> None:
     """Read the options, and run what is missing."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--work", type=Path, required=True, help="working directory of benchmarks/recipes.py")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
+    parser = arguments(__doc__ or "", HERE / "results.jsonl")
     parser.add_argument("--check", action="store_true", help="only the quick comparison from a fresh cut")
-    parser.add_argument("--minutes", type=float, default=20, help="of each run")
-    parser.add_argument("--tokens", type=int, default=307_200, help="of the default recipe before")
     parser.add_argument("--steps", type=int, default=60, help="of --check")
+    options = parser.parse_args()
+    study = opened(options)
+    study.prepare(*options.sizes)
+    if options.check:
+        for size in options.sizes:
+            check(study, size, options)
+        return
+    data = load_packed_dataset(str(study.work / "data"))
+
+    def measure(model: str) -> dict[str, Any]:
+        losses = block_losses(model, data.test, options.blocks)
+        forward = divergence(model, study.teacher, data.test, max(1, options.blocks // 3))
+        written = judged(model, study, data.test, options)
+        return {"loss": statistics.mean(losses), "forward_kl": forward, **written}
+
+    runs = study.work / "own-text"
+    compare_all(study, Comparison("own text", study.teacher, data.name, study.work, runs, measure), options)
+
+
+def arguments(doc: str, results: Path) -> argparse.ArgumentParser:
+    """Return a parser with the options of a comparison at equal time."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--work", type=Path, required=True, help="working directory of benchmarks/recipes.py")
+    parser.add_argument("--results", type=Path, default=results)
+    parser.add_argument("--minutes", type=float, default=20, help="of each run")
+    parser.add_argument("--max-steps", type=int, help="steps of each run in the place of --minutes: for a try")
+    parser.add_argument("--tokens", type=int, default=307_200, help="of the default recipe before")
     parser.add_argument("--texts", type=int, default=256, help="judged texts")
     parser.add_argument("--blocks", type=int, default=600, help="held-out blocks")
     parser.add_argument("--sizes", nargs="+", default=["half", "fifth"])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    options = parser.parse_args()
+    return parser
+
+
+def opened(options: argparse.Namespace) -> Study:
+    """Return the study of recipes, whose texts, teacher and students are used, with the results of this one."""
+    print(datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    study = Study(options.work, options.results)
-    study.prepare(*options.sizes)
-    for size in options.sizes:
-        if options.check:
-            check(study, size, options)
-        else:
-            for seed in options.seeds:
-                for name in options.runs:
-                    compare(study, size, name, seed, options)
+    return Study(options.work, options.results)
 
 
-def compare(study: Study, size: str, name: str, seed: int, options: argparse.Namespace) -> None:
+def compare_all(study: Study, what: Comparison, options: argparse.Namespace) -> None:
+    """Do all runs that are missing."""
+    for size, seed, name in itertools.product(options.sizes, options.seeds, options.runs):
+        compare(study, what, size, name, seed, options)
+
+
+def compare(study: Study, what: Comparison, size: str, name: str, seed: int, options: argparse.Namespace) -> None:
     """Train a student of a size further by one recipe, and write its line of results."""
-    key = {"stage": "own text", "size": size, "run": name, "seed": seed, "minutes": options.minutes}
-    key["tokens_before"] = options.tokens
+    length = {"minutes": options.minutes} if options.max_steps is None else {"max_steps": options.max_steps}
+    key = {"stage": what.stage, "size": size, "run": name, "seed": seed, **length, "tokens_before": options.tokens}
     if done(study, key):
         return
-    data, folder = str(study.work / "data"), study.work / "own-text"
-    common = {"teacher": study.teacher, "data": data, "precision": "bf16", "micro_batch_size": 4}
+    common = {"teacher": what.teacher, "data": what.data, "precision": "bf16", "micro_batch_size": 4}
     common["eval_blocks"] = options.blocks
-    start = folder / f"start-{size}-{options.tokens}"
+    start = what.runs / f"start-{size}-{options.tokens}"
     if not (start / "run.json").is_file():
         shutil.rmtree(start, ignore_errors=True)
-        distill(DistillConfig(**common, student=str(study.work / size), out=str(start), max_tokens=options.tokens))
-    out = folder / "-".join(["run", size, name.replace(" ", "-"), str(seed)])
+        distill(DistillConfig(**common, student=str(what.students / size), out=str(start), max_tokens=options.tokens))
+    out = what.runs / "-".join(["run", size, name.replace(" ", "-"), str(seed)])
     shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again
     run = {**common, **RUNS[name], "student": str(start), "out": str(out), "seed": seed}
-    result = distill(DistillConfig(**run, max_minutes=options.minutes))
-    test = load_packed_dataset(data).test
-    losses = block_losses(str(out), test, options.blocks)
-    line = {**key, "steps": result.steps, "seconds": round(result.seconds, 1), "loss": statistics.mean(losses)}
-    study.write(
-        {
-            **line,
-            "forward_kl": divergence(str(out), study.teacher, test, options.blocks // 3),
-            **judged(str(out), study, test, options),
-        }
-    )
+    limit = {"max_minutes": options.minutes} if options.max_steps is None else {"max_steps": options.max_steps}
+    result = distill(DistillConfig(**{**run, **limit}))
+    rows = read_metrics(out)
+    shares = [row["own_text/sampling_share"] for row in rows if "own_text/sampling_share" in row]
+    line = {**key, "steps": result.steps, "seconds": round(result.seconds, 1)}
+    line["sampling_share"] = round(statistics.mean(shares), 4) if shares else 0.0
+    study.write({**line, **what.measure(str(out))})
 
 
 def check(study: Study, size: str, options: argparse.Namespace) -> None:
@@ -199,5 +243,4 @@ def divergence(model: str, teacher: str, blocks: Blocks, count: int) -> float:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    print(datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
     main()

@@ -124,14 +124,14 @@ def test_without_alignment_the_error_names_it(
         (("--temperature", 2), "--temperature 2 changes tokens"),
         (("--teacher-cache", "c"), "--teacher-cache needs the teacher's tokens"),
         (("--on-policy-fraction", 0.5), "--on-policy-fraction needs the teacher's tokens"),
+        (("--fraction-growth", 0.1, "--eval-every", 2), "--on-policy-fraction needs the teacher's tokens"),
     ],
 )
 def test_what_events_do_not_know_is_refused(
     pieces: Path, student: Path, data: Path, tmp_path: Path, options: tuple, message: str, cli: Callable[..., Outcome]
 ) -> None:
-    name, value = options
-    value = tmp_path / value if value == "c" else value
-    outcome = cli(*arguments(pieces, student, data, tmp_path / "s"), "--alignment", "pieces", name, value)
+    given = [tmp_path / value if value == "c" else value for value in options]
+    outcome = cli(*arguments(pieces, student, data, tmp_path / "s"), "--alignment", "pieces", *given)
     assert (outcome.code, message in outcome.err.replace("\n", " ")) == (2, True), outcome.err
 
 

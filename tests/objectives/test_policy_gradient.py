@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -49,42 +50,76 @@ def true_gradient(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel) -> torch.T
 
 
 def naive(
-    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, text: tuple[int, ...], *, normalised: bool, share: float
+    student: GPT2LMHeadModel,
+    teacher: GPT2LMHeadModel,
+    text: tuple[int, ...],
+    *,
+    normalised: bool,
+    share: float,
+    clip: float = 0.0,
+    old: GPT2LMHeadModel | None = None,
 ) -> torch.Tensor:
-    """The estimator on one text, written as in the paper, step by step."""
+    """The estimator on one text, written as in the paper, step by step, with PPO's clipped objective for the ratios."""
     s, t = log_probs(student, text), log_probs(teacher, text).detach()
+    before = s.detach() if old is None else log_probs(old, text).detach()
     total = torch.zeros((), dtype=torch.float64)
     for step, token in enumerate(text):
-        p_s, p_t = float(s[step, token].detach().exp()), float(t[step, token].exp())
-        weight = p_s / (share * p_t + (1 - share) * p_s)
+        drawn = share * float(t[step, token].exp()) + (1 - share) * float(before[step, token].exp())
+        ratio = s[step, token].exp() / drawn
         later = [float(t[k, text[k]] - s[k, text[k]].detach()) for k in range(step + 1, N)]
         reward = sum(later) / max(1, len(later)) if normalised else sum(later)
-        total = total + weight * ((s[step].exp() * (s[step] - t[step])).sum() - reward * s[step, token])
+        long, weight = ratio * reward, ratio.detach()
+        if clip:
+            long = torch.minimum(long, ratio.clamp(1 - clip, 1 + clip) * reward)
+            weight = weight.clamp(max=1 + clip)
+        total = total + weight * (s[step].exp() * (s[step] - t[step])).sum() - long
     return gradient(student, total)
 
 
 def ours(
-    student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, text: tuple[int, ...], *, normalised: bool, share: float
+    student: GPT2LMHeadModel,
+    teacher: GPT2LMHeadModel,
+    text: tuple[int, ...],
+    *,
+    normalised: bool,
+    share: float,
+    clip: float = 0.0,
+    old: GPT2LMHeadModel | None = None,
 ) -> torch.Tensor:
     """The gradient of the program's loss on a batch of one text; its mean over positions is made a sum."""
     weights = LossWeights(
-        ce=0.0, own_text=1.0, own_text_loss="policy_gradient", mixture=share, normalise_returns=normalised
-    )
+        ce=0.0, own_text=1.0, own_text_loss="policy_gradient", mixture=share, normalise_returns=normalised,
+        clip_ratio=clip,
+    )  # fmt: skip
     config = DistillConfig(teacher="t", student="s", data="d", out="o", logit_chunk=2)
     step = Step(student, teacher, weights, config).train()
-    counted = np.array([[False, True, True, True]])
-    loss, terms = step(torch.tensor([[PROMPT, *text]]), None, None, None, counted, None, np.array([True]))
+    counted, drawn = np.array([[False, True, True, True]]), None
+    if old is not None:
+        chances = chance_of(old, teacher, text, share)
+        drawn = np.array([[0.0, *map(math.log, chances)]])
+    loss, terms = step(torch.tensor([[PROMPT, *text]]), None, None, None, counted, None, np.array([True]), drawn)
     assert set(terms) == {"own_text", "own_text/student_loss"}
     return N * gradient(student, loss)
 
 
-def mean(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, share: float, **how: bool) -> torch.Tensor:
-    """The estimator's mean over the texts that the student, or its mixture with the teacher, samples."""
+def chance_of(student: GPT2LMHeadModel, teacher: GPT2LMHeadModel, text: tuple[int, ...], share: float) -> list[float]:
+    """The probability with which the mixture of student and teacher draws each token of a text."""
+    s, t = log_probs(student, text).detach().exp(), log_probs(teacher, text).detach().exp()
+    return [float(share * t[k, token] + (1 - share) * s[k, token]) for k, token in enumerate(text)]
+
+
+def mean(
+    student: GPT2LMHeadModel,
+    teacher: GPT2LMHeadModel,
+    share: float,
+    old: GPT2LMHeadModel | None = None,
+    **how: float,
+) -> torch.Tensor:
+    """The estimator's mean over the texts that the student, an old one, or its mixture with the teacher samples."""
     total = torch.zeros_like(dict(student.named_parameters())[WHERE])
     for text in TEXTS:
-        s, t = log_probs(student, text).detach().exp(), log_probs(teacher, text).detach().exp()
-        chance = math.prod(float(share * t[k, token] + (1 - share) * s[k, token]) for k, token in enumerate(text))
-        total += chance * ours(student, teacher, text, share=share, **how)
+        chance = math.prod(chance_of(old or student, teacher, text, share))
+        total += chance * ours(student, teacher, text, share=share, old=old, **how)
     return total
 
 
@@ -98,12 +133,37 @@ def test_the_mean_is_the_gradient_of_the_reverse_kl_of_whole_texts() -> None:
         assert 0.01 < float(bias) < 1.5
 
 
+def moved(student: GPT2LMHeadModel, amount: float) -> GPT2LMHeadModel:
+    """The student that it was some steps before."""
+    other, direction = copy.deepcopy(student), made(9)
+    with torch.no_grad():
+        for mine, its in zip(other.parameters(), direction.parameters(), strict=True):
+            mine.add_(amount * its)
+    return other
+
+
+def test_clipping_alone_brings_a_bias_that_shrinks_with_the_students_distance() -> None:
+    student, teacher = made(0), made(1)
+    expected = true_gradient(student, teacher)
+    biases = []
+    for amount in (0.6, 0.2, 0.0):
+        old = moved(student, amount)
+        plain, clipped = (mean(student, teacher, 0.0, old, normalised=False, clip=clip) for clip in (0.0, 0.2))
+        biases.append(float((clipped - plain).norm() / expected.norm()))
+    assert biases[0] > biases[1] > 0.001
+    assert biases[0] < 1.5
+    assert biases[2] == 0  # the student's own text of now is never clipped, and its mean is the true gradient
+    torch.testing.assert_close(clipped, expected, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("normalised", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.2])
-def test_each_text_gives_the_papers_estimate(normalised: bool, share: float) -> None:
+@pytest.mark.parametrize(("share", "clip"), [(0.0, 0.0), (0.2, 0.0), (0.2, 0.2)])
+@pytest.mark.parametrize("distance", [0.0, 0.5])
+def test_each_text_gives_the_papers_estimate(normalised: bool, share: float, clip: float, distance: float) -> None:
     student, teacher = made(2), made(3)
+    old = moved(student, distance) if distance else None
     for text in TEXTS[::7]:
-        how = {"normalised": normalised, "share": share}
+        how = {"normalised": normalised, "share": share, "clip": clip, "old": old}
         torch.testing.assert_close(
             ours(student, teacher, text, **how), naive(student, teacher, text, **how), rtol=1e-6, atol=1e-9
         )

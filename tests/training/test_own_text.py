@@ -21,6 +21,7 @@ from tinygpt2.decoding.own_text import Lengths
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.parameters import set_dropout
+from tinygpt2.models.teachers.ensemble import as_one
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.training import loop
@@ -36,9 +37,9 @@ def student(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return make_model(tmp_path_factory.mktemp("student") / "m", tokenizer_dir, seed=8, n_layer=2, n_embd=24)
 
 
-def config(teacher: Path, student: Path, data: Path, out: Path, **options: object) -> DistillConfig:
+def config(teacher: Path | list[str], student: Path, data: Path, out: Path, **options: object) -> DistillConfig:
     base = {
-        "teacher": str(teacher), "student": str(student), "data": str(data), "out": str(out), "log_every": 1,
+        "teacher": teacher if isinstance(teacher, list) else str(teacher), "student": str(student), "data": str(data), "out": str(out), "log_every": 1,
         "max_steps": 4, "micro_batch_size": 4, "on_policy_fraction": 0.5, "prompt_tokens": "2:8", "optimizer": "adamw",
         "learning_rate": 1e-3,
     }  # fmt: skip
@@ -137,11 +138,14 @@ def naive(
     return total / count, {name: float(torch.stack(part).mean().detach()) for name, part in sums.items()}
 
 
-def test_every_position_that_counts_weighs_the_same(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
-    """Values and gradients against a naive float64 writing, also as the mean of micro-batches."""
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_position_that_counts_weighs_the_same(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, size: int
+) -> None:
+    """Values and gradients against a naive float64 writing, as the mean of micro-batches, which may lack one kind."""
     packed = load_packed_dataset(str(data))
     options = {"prediction_weight": 0.5, "ce_weight": 0.3, "on_policy_weight": 0.8, "on_policy_loss": "reverse_kl"}
-    how = config(teacher, student, data, tmp_path, max_new_tokens=11, micro_batch_size=2, **options)
+    how = config(teacher, student, data, tmp_path, max_new_tokens=11, micro_batch_size=size, **options)
     own = source(how, packed)
     indices = list(range(6))
     made, share = own.into(packed.train.batch(indices), indices, 0)
@@ -152,12 +156,12 @@ def test_every_position_that_counts_weighs_the_same(teacher: Path, student: Path
     set_dropout(again[0], 0.0)
     step = Step(*again, LossWeights.of(how), how).train()
     losses, sums = [], dict.fromkeys(terms, 0.0)
-    for start in range(0, 6, 2):
-        part = made.part(start, start + 2)
+    for start in range(0, 6, size):
+        part = made.part(start, start + size)
         loss, values = step(part.input_ids, part.lengths, share, None, part.counted, None, part.own)
         losses.append(loss)
         assert set(values) == set(terms)
-        sums = {name: sums[name] + float(values[name]) / 3 for name in sums}
+        sums = {name: sums[name] + float(values[name]) * size / 6 for name in sums}
     (gradient,) = torch.autograd.grad(torch.stack(losses).mean(), [again[0].transformer.h[0].mlp.c_fc.weight])
     assert float(torch.stack(losses).mean().detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert sums == pytest.approx(terms, rel=1e-5)
@@ -234,10 +238,12 @@ def test_a_collapse_is_said_once_with_what_helps(monkeypatch: pytest.MonkeyPatch
     assert "--on-policy-fraction" in said[0]
     figures.add([[0], [5, 6]], [True, False])
     assert figures.taken(accelerator, 1.0)["own_text/ended"] == 0.5
-    figures.add([[7] * 20], [False])
-    figures.taken(accelerator, 1.0)
+    for _ in range(2):
+        figures.add([[7] * 20], [False])
+        figures.taken(accelerator, 1.0)
+        assert figures.taken(accelerator, 1.0) == {}  # nothing was sampled anew: that says nothing
+    assert len(said) == 2
     assert "repeats one token" in said[1]
-    assert figures.taken(accelerator, 1.0) == {}
 
 
 def test_figures_of_a_text() -> None:
@@ -313,6 +319,22 @@ def test_a_mixture_is_the_mean_of_both_distributions(teacher: Path, student: Pat
     torch.testing.assert_close(found, 0.3 * other + 0.7 * mine, rtol=1e-4, atol=1e-6)
 
 
+def test_several_teachers_write_with_the_mean_of_their_probabilities(
+    teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    names = [str(teacher), str(student), str(teacher)]
+    how = config(teacher, student, data, tmp_path, on_policy_fraction=1, sampler="teacher")
+    one = as_one([as_teacher(load_model(name)[0]) for name in names])
+    own = OwnText(how, Accelerator(cpu=True), load_model(student)[0], one, load_packed_dataset(str(data)))
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        found = own._decoder().read(own._decoder().cache(1, 4), ids, every=True).softmax(-1)
+        wanted = torch.stack([load_model(name)[0](ids).logits.softmax(-1) for name in names]).mean(0)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    distill(config(names, student, data, tmp_path / "o", max_steps=2, sampler="teacher", on_policy_fraction=1))
+    assert read_metrics(tmp_path / "o")[-1]["own_text/teacher_loss"] > 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -328,6 +350,22 @@ def test_the_papers_settings_run(teacher: Path, student: Path, data: Path, tmp_p
     assert row["loss/own_text"] > 0
     assert ("own_text/student_loss" in row) == (options["on_policy_loss"] == "policy_gradient")
     assert ("loss/ce" in row) == ("ce_weight" in options)
+
+
+def test_steps_that_are_only_timed_leave_no_texts(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    original = loop._Run.step
+
+    def counted(self: loop._Run, *, stop: bool) -> object:
+        kept.append(int(self._own_text.replayed["added"]))
+        return original(self, stop=True)
+
+    monkeypatch.setattr(loop._Run, "step", counted)
+    with pytest.raises(InterruptedRunError):
+        distill(config(teacher, student, data, tmp_path / "o", max_steps=None, max_minutes=1, replay=64))
+    assert kept == [0]
 
 
 def test_old_texts_stand_for_new_ones_once_there_are_enough() -> None:

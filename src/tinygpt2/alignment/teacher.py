@@ -298,7 +298,7 @@ def _check(config: DistillConfig, what: str, *, lumps: bool) -> None:
             f"--prediction-loss reverse_kl is infinite for tokens that cannot come next: teacher {what}",
             "use another --prediction-loss",
         )
-    if config.on_policy_fraction:
+    if config.samples_text:  # now, or once the share has grown
         raise ConfigError(
             f"--on-policy-fraction needs the teacher's tokens: teacher {what}", "leave out --on-policy-fraction"
         )

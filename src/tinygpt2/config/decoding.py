@@ -223,7 +223,15 @@ class OwnTextOptions(Config):
         default=True,
         panel=OWN_TEXT,
     )
-
+    steps_per_sample: int = option("Optimizer steps on the same sampled sequences.", default=1, panel=OWN_TEXT, ge=1)
+    clip_ratio: float = option(
+        "With policy_gradient, ignore what pushes the probability of a token on, once it is farther than this share "
+        "from the one with which it was drawn. 0 ignores nothing.",
+        default=0.2,
+        panel=OWN_TEXT,
+        ge=0,
+        lt=1,
+    )
     replay: int = option(
         "Keep the last N sampled sequences, and use them again in the place of new ones.",
         default=0,
@@ -245,6 +253,11 @@ class OwnTextOptions(Config):
     )
 
     @property
+    def reuses_text(self) -> bool:
+        """Whether sampled sequences are used in later steps, too."""
+        return bool(self.replay) or self.steps_per_sample > 1
+
+    @property
     def samples_text(self) -> bool:
         """Whether sequences are sampled, now or later."""
         return bool(self.on_policy_fraction or self.fraction_growth)
@@ -264,8 +277,6 @@ class OwnTextOptions(Config):
             yield f"--teacher-share has no effect on --sampler {self.sampler}"
         if not self.replay and self.replay_schedule != type(self).model_fields["replay_schedule"].default:
             yield f"--replay-schedule {self.replay_schedule} has no effect without --replay"
-        if self.replay and self.sampler == "mixture":
-            yield "--replay cannot be combined with --sampler mixture: the importance weights are of new text"
         if given and not self.samples_text and "on_policy_fraction" not in self.model_fields_set:
             yield f"{' and '.join(map(flag_name, given))} has no effect without --on-policy-fraction"
 

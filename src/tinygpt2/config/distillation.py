@@ -273,14 +273,16 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
         loss, ours = self.on_policy_loss, (self.sample_temperature, self.temperature)
         if loss == "ce" and self.sampler != "teacher":
             yield "--on-policy-loss ce learns nothing from text of the student: use --sampler teacher"
-        if loss == "policy_gradient" and self.replay:
-            yield "--on-policy-loss policy_gradient judges new text of the student: leave --replay out"
+        if self.reuses_text and self.sampler == "mixture" and loss != "policy_gradient":
+            yield "--sampler mixture with --replay or --steps-per-sample needs --on-policy-loss policy_gradient"
         if self.fraction_growth and not self.eval_every:
             yield "--fraction-growth reacts to the held-out loss: it needs --eval-every"
         if loss == "policy_gradient" and self.sampler == "teacher":
             yield "--on-policy-loss policy_gradient judges text of the student: use --sampler student or mixture"
         if loss != "policy_gradient" and not self.normalise_returns:
             yield "--no-normalise-returns has no effect without --on-policy-loss policy_gradient"
+        if loss != "policy_gradient" and self.clip_ratio != type(self).model_fields["clip_ratio"].default:
+            yield "--clip-ratio has no effect without --on-policy-loss policy_gradient"
         if (loss == "policy_gradient" or self.sampler == "mixture") and ours != (1, 1):
             yield "--sample-temperature and --temperature have to be 1 with policy_gradient and --sampler mixture"
         if self.on_policy_fraction == 1 and self.ce_weight:

@@ -21,11 +21,13 @@ class Decoded:
         tokens: (B, N), int64; what follows a text's end is 0.
         lengths: (B,), the number of tokens that were added to each prompt, with its end-of-text token.
         ended: (B,), whether each text ended with an end-of-text token.
+        log_probs: (B, N), float32, the model's log-probability of each token at temperature 1, if it was asked for.
     """
 
     tokens: Tensor
     lengths: Tensor
     ended: Tensor
+    log_probs: Tensor | None = None
 
 
 def decode(
@@ -39,6 +41,7 @@ def decode(
     generator: Randomness = None,
     on_tokens: Callable[[list[int]], None] | None = None,
     name: str = "the model",
+    log_probs: bool = False,
 ) -> Decoded:
     """Continue every prompt, until each text has ended or has `max_new_tokens` more tokens.
 
@@ -56,6 +59,7 @@ def decode(
             Numbers from 0 to below 1, (B, max_new_tokens), decide instead: then no text depends on those beside it.
         on_tokens: called with the next token of each text.
         name: what error messages call the model.
+        log_probs: return the log-probabilities of the tokens, too.
 
     Raises:
         ConfigError: the longest prompt and the new tokens exceed the model's positions.
@@ -66,14 +70,17 @@ def decode(
         raise ConfigError(
             f"{name} has {decoder.positions} positions: {width} prompt tokens leave no room for {max_new_tokens} more"
         )
-    steps: list[list[int]] = []
+    steps, likely = list[list[int]](), list[Tensor]()
     open_rows, added = set(range(rows)), [max_new_tokens] * rows
     with torch.inference_mode():
         given, pads = _filled_up_before(prompts.to(decoder.device), lengths)
         cache = decoder.cache(rows, width + max_new_tokens, pads)
         while len(steps) < max_new_tokens and open_rows:
             now = generator[:, len(steps)] if isinstance(generator, Tensor) else generator
-            chosen = next_tokens(decoder.read(cache, given), sampling, now, name)
+            logits = decoder.read(cache, given)
+            chosen = next_tokens(logits, sampling, now, name)
+            if log_probs:
+                likely.append(logits.float().log_softmax(-1).gather(1, chosen[:, None])[:, 0])
             steps.append(chosen.tolist())
             if on_tokens is not None:
                 on_tokens(steps[-1])
@@ -81,11 +88,19 @@ def decode(
                 open_rows.remove(row)
                 added[row] = len(steps)
             given = chosen[:, None]
-    tokens = torch.tensor(steps, device=decoder.device).reshape(len(steps), rows).T
-    counts = torch.tensor(added, device=decoder.device)
-    past = torch.arange(len(steps), device=decoder.device) >= counts[:, None]
-    ended = torch.tensor([row not in open_rows for row in range(rows)], device=decoder.device)
-    return Decoded(tokens.masked_fill(past, 0), counts, ended)
+    ended = [row not in open_rows for row in range(rows)]
+    return _decoded(steps, added, ended, likely, decoder.device)
+
+
+def _decoded(
+    steps: list[list[int]], added: list[int], ended: list[bool], likely: list[Tensor], device: torch.device
+) -> Decoded:
+    """Return the result from the tokens, and maybe their log-probabilities, of each step."""
+    tokens = torch.tensor(steps, device=device).reshape(len(steps), len(added)).T
+    counts = torch.tensor(added, device=device)
+    past = torch.arange(len(steps), device=device) >= counts[:, None]
+    log_probs = torch.stack(likely, 1) if likely else None
+    return Decoded(tokens.masked_fill(past, 0), counts, torch.tensor(ended, device=device), log_probs)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling | None, randomness: Randomness, name: str) -> Tensor:

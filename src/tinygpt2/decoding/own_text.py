@@ -92,6 +92,7 @@ def continued(
     ends: Sequence[int],
     sampling: Sampling,
     name: str = "the model",
+    log_probs: bool = False,
 ) -> Decoded:
     """Continue B prompts side by side with sampled tokens.
 
@@ -101,6 +102,7 @@ def continued(
         new: most tokens to add; with the longest prompt no more than the model's positions.
         ends: the tokens that end a text.
         name: what error messages call the model.
+        log_probs: return the log-probabilities of the sampled tokens, too.
 
     Raises:
         ModelError: the model's logits are NaN or infinite.
@@ -110,8 +112,9 @@ def continued(
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     randomness = random_numbers(seed, numbers, new).to(decoder.device)
     return decode(
-        decoder, filled, lengths, max_new_tokens=new, ends=ends, sampling=sampling, generator=randomness, name=name
-    )
+        decoder, filled, lengths, max_new_tokens=new, ends=ends, sampling=sampling, generator=randomness, name=name,
+        log_probs=log_probs,
+    )  # fmt: skip
 
 
 def random_numbers(seed: int, numbers: Sequence[int], count: int) -> Tensor:

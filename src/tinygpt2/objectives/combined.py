@@ -16,6 +16,7 @@ from transformers import GPT2Config
 
 from tinygpt2.alignment.redistribution import AlignedHead
 from tinygpt2.alignment.spans import SpanHead
+from tinygpt2.data.batches.batch import to_device
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.activations import Activations, by_head
 from tinygpt2.models.lm_head import Head
@@ -25,7 +26,7 @@ from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.hidden import cosine_loss, hidden_loss
 from tinygpt2.objectives.layer_maps import layer_pairs, state_pairs
 from tinygpt2.objectives.logits import PredictionObjective, prediction_loss
-from tinygpt2.objectives.policy_gradient import importance, later_returns, token_log_probs
+from tinygpt2.objectives.policy_gradient import factors_of, importance, later_returns, token_log_probs
 from tinygpt2.objectives.positions import RealTokens, kept
 from tinygpt2.objectives.span_losses import span_loss
 from tinygpt2.objectives.sparse import SparseForm
@@ -102,6 +103,7 @@ class Objectives(nn.Module):
         share: Counts | None = None,
         counted: Array | None = None,
         own_text: Array | None = None,
+        drawn: Array | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """Return the weighted sum, and each active term by its name, unweighted and detached.
 
@@ -117,7 +119,7 @@ class Objectives(nn.Module):
                 batch's term.
             counted: which tokens count as targets: see `Batch`. Cross-entropy and the loss between predictions read
                 the positions before them; the terms that compare hidden states and attention read all real tokens.
-            own_text: which rows are sampled text: see `Batch`. The loss and its weight are others there.
+            own_text, drawn: which rows are sampled text: see `Batch`. The loss and its weight are others there.
         """
         weights = self.weights
         size, length = input_ids.shape
@@ -138,16 +140,16 @@ class Objectives(nn.Module):
             terms = self._compare(student, teacher, real, own, share)
         loss = sum((getattr(weights, name) * term for name, term in terms.items()), student_head.new_zeros(()))
         if weights.predicts:
+            likely = _before(drawn, covered, input_ids.device)
             for part in parts_of(weights, counted, own_text, real, own, share, covered, input_ids.device):
                 labels = None
                 if teacher is not None and teacher_head is not None and part.prediction:
                     labels = (kept(teacher.states[self._last[1]], part.positions), teacher_head)
                 hidden, wanted = kept(student.states[self._last[0]], part.positions), kept(targets, part.positions)
-                total, found = self._predicted(part, hidden, student_head, wanted, labels)
+                total, found = self._predicted(part, hidden, student_head, wanted, labels, likely)
                 loss = loss + total
                 for name, term in found.items():
-                    key = part.key(name)
-                    terms[key] = terms.get(key, 0) + term * part.factor(name)
+                    terms[part.key(name)] = terms.get(part.key(name), 0) + term * part.factor(name)
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _predicted(
@@ -157,20 +159,29 @@ class Objectives(nn.Module):
         head: Tensor,
         targets: Tensor,
         labels: tuple[Tensor, Tensor | Head | SparseForm | AlignedHead] | None,
+        drawn: Float[Tensor, "B T"] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted losses on the predictions of a part, and the terms: see `prediction_loss`."""
+        """Return the weighted losses on the predictions of a part, and the terms: see `prediction_loss`.
+
+        Args:
+            drawn: with which log-probability the token after each position was drawn.
+        """
         objective = self._objective(part)
         if labels is not None and isinstance(labels[1], SpanHead):
             return span_loss(hidden, head, targets, (labels[0], labels[1]), objective)
-        factors = self._row_factors(part, hidden, head, targets, labels)
+        likely = None if drawn is None else kept(drawn, part.positions)
+        factors = self._row_factors(part, hidden, head, targets, labels, likely)
         return prediction_loss(hidden, head, targets, labels, objective, factors)
 
     def _objective(self, part: Part) -> PredictionObjective:
-        """Return the losses on the predictions of a part, whose means count with its shares."""
-        weights = self.weights
+        """Return the losses on the predictions of a part, whose means count with its shares.
+
+        Their terms are reported, as 0, even if the part has no positions here: other micro-batches and processes may.
+        """
+        weights, (predictions, targets) = self.weights, (share or 1.0 for share in part.shares)
         return PredictionObjective(
-            part.prediction * part.shares[0],
-            part.ce * part.shares[1],
+            part.prediction * predictions,
+            part.ce * targets,
             part.loss,
             weights.temperature,
             self.chunk,
@@ -185,6 +196,7 @@ class Objectives(nn.Module):
         head: Tensor,
         targets: Tensor,
         labels: tuple[Tensor, Tensor | Head | SparseForm | AlignedHead] | None,
+        drawn: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return by what the gradients at each position of sampled text are multiplied: see `policy_gradient`."""
         weights = self.weights
@@ -195,11 +207,11 @@ class Objectives(nn.Module):
         other = Head(other, len(head)) if isinstance(other, Tensor) else other
         assert isinstance(other, Head)  # a cache of predictions has none of sampled text
         log_s, log_t = token_log_probs(hidden.detach(), head.detach(), targets, (states, other))
-        likelier = importance(log_s, log_t, weights.mixture)
+        ratio = importance(log_s, log_t, weights.mixture) if drawn is None else (log_s - drawn).exp()
         if not gradient:
-            return likelier, None
+            return ratio, None
         returns = later_returns(log_t - log_s, part.lengths, normalised=weights.normalise_returns)
-        return likelier, likelier * returns
+        return factors_of(ratio, returns, weights.clip_ratio)
 
     @staticmethod
     def _targets(input_ids: Int[Tensor, "B T"], real: RealTokens | None) -> Int[Tensor, "B T"]:
@@ -250,6 +262,13 @@ class Objectives(nn.Module):
         fused = fused if real is None else fused * real.mask.unsqueeze(-1)
         query, key, value = (by_head(part, self.heads) for part in fused.chunk(3, dim=-1))
         return query, key, value
+
+
+def _before(drawn: Array | None, covered: int, device: torch.device) -> Float[Tensor, "B T"] | None:
+    """Return the log-probability with which the token after each of the covered positions was drawn, on a device."""
+    if drawn is None:
+        return None
+    return F.pad(to_device(torch.from_numpy(drawn[:, 1:]), device), (0, 1))[:, :covered]
 
 
 def _check_shapes(weights: LossWeights, student: GPT2Config, teacher: Shape) -> None:

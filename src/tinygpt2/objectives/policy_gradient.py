@@ -4,7 +4,10 @@ The gradient of KL(student || teacher) over whole texts is the sum of two parts.
 the reverse KL at each position, which has a closed form (`divergences.reverse_kl`). The long part is the mean of
 -R(t + 1) times the gradient of log S(y_t), where R(t + 1) is the sum of log T/S over the later tokens: a cross-entropy
 of the sampled tokens with a factor for each. The factors are computed here.
-Source: MiniLLM, arXiv:2306.08543, section 2.2 and appendix A.
+
+The tokens may come from another distribution than the student's of now: from a mixture with the teacher, or from the
+student of an earlier step. Each token's part is then multiplied by the ratio of the probabilities, which is clipped.
+Sources: MiniLLM, arXiv:2306.08543, section 2.2 and appendix A; clipping: PPO, arXiv:1707.06347, section 3.
 """
 
 from __future__ import annotations
@@ -48,6 +51,25 @@ def importance(log_s: Float[Tensor, " N"], log_t: Float[Tensor, " N"], share: fl
     if not share:
         return torch.ones_like(log_s)
     return (log_s - torch.logaddexp(log_t + math.log(share), log_s + math.log1p(-share))).exp()
+
+
+def factors_of(
+    ratio: Float[Tensor, " N"], returns: Float[Tensor, " N"], clip: float
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Return by what the gradients of the two parts at each token are multiplied: the single step, and the long part.
+
+    As in PPO, the long part has no gradient where the ratio has already left 1 by more than `clip` in the direction in
+    which the return pushes it. The ratio at the single step is only bounded from above: its mean is 1 for any return.
+
+    Args:
+        ratio: of the student's probability of a token to that with which it was drawn.
+        returns: see `later_returns`.
+        clip: 0 does not clip.
+    """
+    if not clip:
+        return ratio, ratio * returns
+    gone = ((returns > 0) & (ratio > 1 + clip)) | ((returns < 0) & (ratio < 1 - clip))
+    return ratio.clamp(max=1 + clip), (ratio * returns).masked_fill(gone, 0.0)
 
 
 def later_returns(log_ratio: Float[Tensor, " N"], lengths: Sequence[int], *, normalised: bool) -> Float[Tensor, " N"]:

@@ -29,6 +29,7 @@ class LossWeights:
     own_text_loss: OwnTextLoss = "forward_kl"
     mixture: float = 0.0  # the teacher's share in the distribution that sampled text comes from
     normalise_returns: bool = True
+    clip_ratio: float = 0.2
     skew: float = 0.1
     jsd_beta: float = 0.5
     temperature: float = 1.0
@@ -62,6 +63,7 @@ class LossWeights:
             own_text_loss=config.on_policy_loss or config.prediction_loss,
             mixture=config.teacher_share if config.sampler == "mixture" else 0.0,
             normalise_returns=config.normalise_returns,
+            clip_ratio=config.clip_ratio,
             skew=config.skew,
             jsd_beta=config.jsd_beta,
             temperature=config.temperature,

@@ -226,6 +226,8 @@ class _Run:
         more = self._from_main(min(4, int(0.01 * limit.seconds / max(first, 1e-9))))
         for seconds in [first, *timed(steps=more)]:
             self._meter.count(seconds)
+        if self._own_text is not None:
+            self._own_text.forget()
         self.plan = self._said = Plan.of(self._from_main(self._fitting()))
         self.state.plan, self.state.warmup = asdict(self.plan), warmup_steps(self.total, job.config)
         say(f"--max-minutes {job.config.max_minutes:g}: about {self.total:,} steps")

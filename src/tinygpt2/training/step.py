@@ -103,6 +103,7 @@ class Step(nn.Module):
         counted: Array | None = None,
         documents: list[list[int]] | None = None,
         own_text: Array | None = None,
+        drawn: Array | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the detached terms; see `Objectives` for the arguments.
 
@@ -128,7 +129,7 @@ class Step(nn.Module):
             documents=inside,
         )
         head, (teacher,) = self.student.lm_head.weight, self._teacher
-        known: dict[str, Any] = {"lengths": lengths, "share": share, "counted": counted, "own_text": own_text}
+        known: Any = {"lengths": lengths, "share": share, "counted": counted, "own_text": own_text, "drawn": drawn}
         if not (wanted.teacher_states or wanted.teacher_attention):  # there is no teacher, or it only writes text
             loss, terms = wanted(input_ids, student, head, **known)
         else:
@@ -288,8 +289,7 @@ def gradients(
     data = read_step(accelerator, module, blocks, indices, size) if data is None else data
     whole = data.batch.to(accelerator.device)
     starts = range(0, len(data.rows), size)
-    names: list[str] = []
-    means = torch.zeros((), device=accelerator.device)
+    names, means = list[str](), torch.zeros((), device=accelerator.device)
     for turn, start in enumerate(starts):
         batch = whole.part(start, start + size)
         read = (known := data.read[turn]) and known.to(accelerator.device)

@@ -26,6 +26,8 @@ class Batch(NamedTuple):
         documents: the lengths of the documents in each block, which no token sees beyond its own; they add up to T, as
             padding belongs to the last one. None if a token sees all tokens before it.
         own: which blocks are text that a model sampled (B,), as an array of the host. None if none is.
+        drawn: the log-probabilities with which the tokens of sampled text were drawn (B, T), float32, as an array of
+            the host. None if they are those of the models as they are now.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -33,6 +35,7 @@ class Batch(NamedTuple):
     counted: Array | None = None
     documents: list[list[int]] | None = None
     own: Array | None = None
+    drawn: Array | None = None
 
     def to(self, device: Any) -> Batch:
         """Return the batch with its tokens on another device."""
@@ -44,8 +47,9 @@ class Batch(NamedTuple):
         counted = None if self.counted is None else self.counted[start:stop]
         documents = self.documents and self.documents[start:stop]
         own = None if self.own is None else self.own[start:stop]
+        drawn = None if self.drawn is None else self.drawn[start:stop]
         shorter = lengths if lengths and min(lengths) < ids.shape[1] else None
-        return Batch(ids, shorter, counted, documents, own)
+        return Batch(ids, shorter, counted, documents, own, drawn)
 
     def answers(self, block: int) -> Iterator[tuple[int, int, int]]:
         """Yield where each run of counted tokens in a block of pairs begins and ends, after where its pair begins."""

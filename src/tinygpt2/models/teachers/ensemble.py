@@ -135,6 +135,11 @@ class Ensemble(Teacher):
             yield from one.identity()
 
 
+def members_of(teacher: Teacher) -> list[Teacher]:
+    """Return the teachers that one consists of: itself, if it is no ensemble."""
+    return [*teacher._each()] if isinstance(teacher, Ensemble) else [teacher]
+
+
 def as_one(members: Sequence[Teacher]) -> Teacher | None:
     """Return one teacher for any number of them; None for none."""
     return Ensemble(members) if len(members) > 1 else next(iter(members), None)

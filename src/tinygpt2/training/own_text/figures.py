@@ -72,13 +72,13 @@ class Figures:
             [*own, self.sampling, seconds], dtype=torch.float64, device=float64_device(accelerator.device)
         )
         texts, tokens, ended, distinct, empty, repeating, sampling, whole = accelerator.reduce(sums, "sum").tolist()
-        said, self.collapsed = self.collapsed, bool(texts) and max(empty, repeating) == texts
-        if self.collapsed and not said:
-            warn_of_collapse(empty=empty == texts)
         self.texts = self.tokens = self.ended = self.empty = self.repeating = 0
         self.distinct = self.sampling = 0.0
         if not texts:
             return {}
+        said, self.collapsed = self.collapsed, max(empty, repeating) == texts
+        if self.collapsed and not said:
+            warn_of_collapse(empty=empty == texts)
         return {
             "own_text/length": tokens / texts,
             "own_text/ended": ended / texts,

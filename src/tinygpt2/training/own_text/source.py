@@ -1,7 +1,7 @@
 """Sampled text as a source of batches: some of a step's blocks become continuations of their beginnings.
 
 A text depends on the weights, the seed and the position of its block in the order of training, and on nothing else: not
-on the number of processes, nor on when the run was interrupted. Nothing of it has to be saved.
+on the number of processes, nor on when the run was interrupted. Only texts that are used again have to be saved.
 Source: GKD, arXiv:2306.13649, algorithm 1.
 """
 
@@ -29,6 +29,7 @@ from tinygpt2.decoding.own_text import Lengths, continued
 from tinygpt2.decoding.sampling import Sampling
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.compatibility import first_token
+from tinygpt2.models.teachers.ensemble import members_of
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
 from tinygpt2.models.teachers.vocabularies import Reading
 from tinygpt2.objectives.weights import Counts
@@ -87,7 +88,9 @@ class OwnText:
         self._ends = [] if end is None else [end]
         self._sampling = Sampling(config.sample_temperature, vocabulary=vocabulary)
         self._teachers: Decoder | None = None
-        self._replay = Replay(config.replay, room, config.replay_schedule, config.seed)
+        drawn = config.reuses_text and config.on_policy_loss == "policy_gradient"
+        self._replay = Replay(config.replay, room, config.replay_schedule, config.seed, drawn=drawn)
+        self._keeps_drawn = drawn
         self.figures = Figures()
         self._last: tuple[list[Text], Batch] | None = None
         self._text: Callable[[list[int]], str] = lambda tokens: str(tokenizer.decode(tokens))
@@ -114,42 +117,49 @@ class OwnText:
         Returns:
             The batch, and the counts that means divide by; the same batch and None if the step has no sampled text.
         """
-        started, first = self._clock(), step * len(indices)
+        started = self._clock()
         self._since = started if self._since is None else self._since
         share = self._config.on_policy_fraction if known is None else known[0]
-        chosen = [place for place in range(len(indices)) if becomes_text(first + place, share)]
-        if not chosen:
+        texts = self._texts(indices, step, done, share)
+        if texts is None:
             return batch, None
-        origins = {place: chosen[at - at % self._config.samples_per_prompt] for at, place in enumerate(chosen)}
-        rows = {place: row for row, place in enumerate(self._own_places(len(indices))) if place in origins}
-        old = {place: text for place in chosen if (text := self._replay.chosen(first + place, done)) is not None}
-        new = [place for place in rows if place not in old]
-        begins = [origins[place] for place in new]
-        seed, blocks = self._config.seed, self._blocks
-        prompts = [self.lengths.prompt(blocks, indices[place], seed, first + place) for place in begins]
-        made = dict(zip(new, self._sampled(prompts, [first + place for place in new]), strict=True))
-        self._keep(made)
-        texts = [(old | made)[place] for place in rows]
-        whole = _with(batch, list(rows.values()), texts)
-        self.figures.add([text.added for text in made.values()], [text.ended for text in made.values()])
-        self._last = texts, whole
+        rows = {place: row for row, place in enumerate(self._own_places(len(indices))) if place in texts}
+        own = [texts[place] for place in rows]
+        whole = _with(batch, list(rows.values()), own)
+        self._last = own, whole
         counts = self._counts(whole)
         self.figures.sampling += self._clock() - started
         return whole, counts.over(len(indices) // self._config.micro_batch_size)
 
-    def _keep(self, made: dict[int, Text]) -> None:
-        """Add the new texts of all processes to those that are used again, in the order of their places."""
-        if not self._config.replay:
-            return
-        every = list(made.items())
-        if self._accelerator.num_processes > 1:
-            every = gather_object(every)
-        self._replay.add(text for _, text in sorted(every))
+    def _texts(self, indices: Sequence[int], step: int, done: float, share: float) -> dict[int, Text] | None:
+        """Return the texts of a step by their places in the global batch, at least those of this process; None without.
+
+        Args:
+            share: of the sequences that are sampled text.
+            indices, step, done: see `into`.
+        """
+        config, first = self._config, step * len(indices)
+        if step % config.steps_per_sample:
+            return self._replay.held(len(indices)) or None
+        chosen = [place for place in range(len(indices)) if becomes_text(first + place, share)]
+        origins = {place: chosen[at - at % config.samples_per_prompt] for at, place in enumerate(chosen)}
+        old = {place: text for place in chosen if (text := self._replay.chosen(first + place, done)) is not None}
+        new = [place for place in self._own_places(len(indices)) if place in origins and place not in old]
+        begins = [origins[place] for place in new]
+        prompts = [self.lengths.prompt(self._blocks, indices[place], config.seed, first + place) for place in begins]
+        made = dict(zip(new, self._sampled(prompts, [first + place for place in new]), strict=True))
+        self.figures.add([text.added for text in made.values()], [text.ended for text in made.values()])
+        if chosen and config.reuses_text and self._accelerator.num_processes > 1:
+            made = dict(gather_object(list(made.items())))
+        self._replay.add(text for _, text in sorted(made.items()))
+        if config.steps_per_sample > 1:
+            self._replay.hold(old | made, len(indices))
+        return old | made if chosen else None
 
     @property
     def replayed(self) -> dict[str, Tensor]:
         """The texts that are used again, which checkpoints keep; empty if none are."""
-        return self._replay.tensors if self._config.replay else {}
+        return self._replay.tensors
 
     def evaluated(self, known: tuple[float, float | None] | None, loss: float) -> tuple[float, float | None] | None:
         """Return the share of sampled text after an evaluation, and the loss to compare the next one with.
@@ -175,7 +185,7 @@ class OwnText:
     def _sampled(self, prompts: list[list[int]], numbers: list[int]) -> list[Text]:
         texts: list[Text] = []
         decoder = self._decoder() if prompts else None
-        plain = self._config.sampler == "student" or isinstance(self._teacher, GPT2Teacher)
+        plain = self._config.sampler == "student" or all(isinstance(one, GPT2Teacher) for one in self._writers())
         for start in range(0, len(prompts), _TOGETHER):
             part = slice(start, start + _TOGETHER)
             assert decoder is not None
@@ -183,9 +193,13 @@ class OwnText:
                 made = continued(
                     decoder, prompts[part], numbers[part], seed=self._config.seed, new=self.lengths.new,
                     ends=self._ends, sampling=self._sampling, name=f"the {self._config.sampler}",
+                    log_probs=self._keeps_drawn,
                 )  # fmt: skip
-            found = zip(prompts[part], made.tokens.tolist(), made.lengths.tolist(), made.ended.tolist(), strict=True)
-            texts += [Text(prompt, row[:count], end) for prompt, row, count, end in found]
+            drawn = [[]] * len(made.tokens) if made.log_probs is None else made.log_probs.tolist()
+            found = zip(
+                prompts[part], made.tokens.tolist(), made.lengths.tolist(), made.ended.tolist(), drawn, strict=True
+            )
+            texts += [Text(prompt, row[:count], end, logs[:count]) for prompt, row, count, end, logs in found]
         return texts
 
     def _decoder(self) -> Decoder:
@@ -196,13 +210,24 @@ class OwnText:
         """
         config, sixteen = self._config, self._accelerator.mixed_precision == "bf16"
         if config.sampler != "student" and self._teachers is None:
-            assert self._teacher is not None
-            gpt2 = isinstance(self._teacher, GPT2Teacher)
-            self._teachers = make_decoder(self._teacher.model, "bf16" if sixteen and gpt2 else "fp32", name="teacher")
+            for number, one in enumerate(self._writers(), 1):
+                gpt2 = isinstance(one, GPT2Teacher)
+                made = make_decoder(one.model, "bf16" if sixteen and gpt2 else "fp32", name="teacher")
+                # each has the same share of the mean of all
+                self._teachers = made if self._teachers is None else MixedDecoder(made, self._teachers, 1 / number)
         if config.sampler == "teacher" and self._teachers is not None:
             return self._teachers
         students = make_decoder(self._student, "bf16" if sixteen else "fp32")
         return students if self._teachers is None else MixedDecoder(self._teachers, students, config.teacher_share)
+
+    def _writers(self) -> list[Teacher]:
+        """Return the teachers whose mean the teachers' text is sampled from."""
+        return [] if self._teacher is None else members_of(self._teacher)
+
+    def forget(self) -> None:
+        """Begin anew after steps that were only timed: their texts are neither used again nor counted."""
+        self._replay.forget()
+        self.figures, self._last, self._since = Figures(), None, None
 
     def _counts(self, batch: Batch) -> Counts:
         """Return the counts of all processes' batches."""
@@ -283,6 +308,7 @@ def _with(batch: Batch, rows: Sequence[int], texts: Sequence[Text]) -> Batch:
     counted = np.arange(width) < np.array(lengths)[:, None] if batch.counted is None else batch.counted.copy()
     counted[:, 0] = False
     own = np.zeros(size, np.bool_)
+    drawn = np.zeros((size, width), np.float32) if any(text.drawn for text in texts) else None
     for row, text in zip(rows, texts, strict=True):
         begin, end = len(text.prompt), len(text.prompt) + len(text.added)
         ids[row] = 0  # padding must be a valid token
@@ -290,8 +316,11 @@ def _with(batch: Batch, rows: Sequence[int], texts: Sequence[Text]) -> Batch:
         counted[row] = False
         counted[row, begin:end] = True
         own[row], lengths[row] = True, end
+        if drawn is not None:
+            drawn[row, begin:end] = text.drawn
     if len(rows) == size:  # no block of the data needs the whole width
         width = min(width, -(-max(lengths) // _WIDTH) * _WIDTH)
     shorter = lengths if min(lengths) < width else None
     documents = batch.documents and [[width] if own[row] else each for row, each in enumerate(batch.documents)]
-    return Batch(ids[:, :width], shorter, counted[:, :width], documents, own)
+    likely = None if drawn is None else drawn[:, :width]
+    return Batch(ids[:, :width], shorter, counted[:, :width], documents, own, likely)
