@@ -268,14 +268,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_events_of_other_tokens(teacher: Path, other: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for small, chunk in ((other, 10**6), (teacher, 7)):
-        large = teacher if small is other else other
+    naive = Naive.of(teacher, other, plain.read_text(encoding="utf-8"))
+    rows = list(naive.over_events())
+    for chunk, batch in ((10**6, 3), (7, 5)):
         monkeypatch.setattr("tinygpt2.evaluation.other_tokens.scoring_chunk", lambda *_, chunk=chunk: chunk)
-        asked = PplConfig(model=[str(small)], reference=str(large), task=[str(plain)], batch_size=3)
+        asked = PplConfig(model=[str(other)], reference=str(teacher), task=[str(plain)], batch_size=batch)
         found = ppl(asked).results[0].fidelity
-        naive = Naive.of(large, small, plain.read_text(encoding="utf-8"))
-        assert (found.compared, found.reference) == ("events", str(large))
-        check_across(found, naive, list(naive.over_events()))
+        assert (found.compared, found.reference) == ("events", str(teacher))
+        check_across(found, naive, rows)
+
+
+def test_what_is_beyond_the_references_positions_is_not_compared(teacher: Path, other: Path, plain: Path) -> None:
+    found = ppl(PplConfig(model=[str(teacher)], reference=str(other), task=[str(plain)])).results[0].fidelity
+    assert 0 < found.share < 0.9
+    assert max(part.low for part in found.by_position) < 32
 
 
 def test_sums_of_a_rank_cut(teacher: Path, plain: Path, tmp_path: Path) -> None:
@@ -308,6 +314,6 @@ def test_what_people_see_of_other_tokens(
     (tmp_path / "lambada_test.txt").write_text("\n".join(sentences(1, seed) for seed in range(30)), encoding="utf-8")
     words = ["ppl", "--model", other, "--reference", teacher, "--task", "lambada", "--task-data", tmp_path, "--json"]
     assert cli(*words).json["results"][0]["fidelity"]["share"] > 0.3
-    bare = make_model(tmp_path / "bare", None, vocab_size=290)
+    bare = make_model(tmp_path / "bare", None, vocab_size=320)
     refused = cli("ppl", "--model", other, "--reference", bare, "--task", tmp_path / "d")
     assert refused.code == 4
