@@ -35,11 +35,12 @@ from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.decoding.library import make_decoder
 from tinygpt2.decoding.own_text import continued
 from tinygpt2.decoding.sampling import Sampling
-from tinygpt2.models.loading import load_model
+from tinygpt2.models.loading import load_model, model_config
 from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.own_text.figures import distinct_pairs
+from tinygpt2.training.schedule import peak_learning_rate
 from tinygpt2.training.step import Step
 
 HERE = Path(__file__).parent / "own_text"
@@ -54,6 +55,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "seqkd": {"recipe": "seqkd"},
 }
 """Options over the default recipe."""
+CHECKS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "reverse KL on the data": {"prediction_loss": "reverse_kl"},
+    "own text": {"on_policy_fraction": 1.0, "on_policy_loss": "reverse_kl", "prompt_tokens": "1:16"},
+}
+"""Options of --check over the default recipe."""
+RATES = (1, 2)  # times the rate of the rule, for --check
 PROMPT = 32  # tokens of the held-out blocks that the judged texts continue
 
 
@@ -154,7 +162,7 @@ def compare(study: Study, what: Comparison, size: str, name: str, seed: int, opt
 
 
 def check(study: Study, size: str, options: argparse.Namespace) -> None:
-    """Compare some steps of reverse KL on own text with as many of the default recipe, from a fresh cut."""
+    """Compare some steps of reverse KL, on the data and on own text, with as many of the default, from a fresh cut."""
     data = study.work / "data-128"
     if not data.is_dir():
         held_out = str(study.shared / study.plan["held_out"])
@@ -164,30 +172,27 @@ def check(study: Study, size: str, options: argparse.Namespace) -> None:
                 source=source, test_source=[held_out], tokenizer=study.teacher, sequence_length=128, out=str(data)
             )
         )
-    own = {"on_policy_fraction": 1.0, "on_policy_loss": "reverse_kl", "prompt_tokens": "16:64"}
-    found = {}
-    for name, more in (("default", {}), ("own text", own)):
-        key = {"stage": "check", "size": size, "run": name, "steps": options.steps}
-        if (line := done(study, key)) is None:
-            out = study.work / "own-text" / f"check-{size}-{name.replace(' ', '-')}"
-            shutil.rmtree(out, ignore_errors=True)
-            base = {"teacher": study.teacher, "student": str(study.work / size), "data": str(data), "out": str(out)}
-            distill(
-                DistillConfig(
-                    **base,
-                    **more,
-                    micro_batch_size=16,
-                    max_steps=options.steps,
-                    precision="bf16",
-                    eval_blocks=options.blocks,
-                )
+    base = {"teacher": study.teacher, "student": str(study.work / size), "data": str(data), "micro_batch_size": 16}
+    base |= {"max_steps": options.steps, "eval_blocks": options.blocks, "precision": study.plan["common"]["precision"]}
+    default = None
+    for name, more in CHECKS.items():
+        for factor in RATES:
+            key = {"stage": "check", "size": size, "run": name, "rate": factor, "steps": options.steps}
+            if (line := done(study, key)) is None:
+                out = study.work / "own-text" / f"check-{size}-{name.replace(' ', '-')}-{factor}"
+                shutil.rmtree(out, ignore_errors=True)
+                config = DistillConfig(**base, **more, out=str(out))
+                width = model_config(study.work / size).n_embd
+                distill(config.model_copy(update={"learning_rate": factor * peak_learning_rate(config, width)}))
+                line = {**key, **judged(str(out), study, load_packed_dataset(str(data)).test, options)}
+                study.write(line)
+            default = default or line
+            gain = default["teacher_loss"] - line["teacher_loss"]
+            error = math.hypot(default["teacher_loss_stderr"], line["teacher_loss_stderr"])
+            print(
+                f"{size}, {name}, {factor} times the rate: the teacher's loss on the student's text is "
+                f"{line['teacher_loss']:.3f}, {gain:.3f} +- {error:.3f} below the default"
             )
-            line = {**key, **judged(str(out), study, load_packed_dataset(str(data)).test, options)}
-            study.write(line)
-        found[name] = line
-    gain = found["default"]["teacher_loss"] - found["own text"]["teacher_loss"]
-    error = math.hypot(*(line["teacher_loss_stderr"] for line in found.values()))
-    print(f"{size}: the teacher's loss on the student's text is {gain:.3f} nats lower (standard error {error:.3f})")
 
 
 def done(study: Study, key: dict[str, Any]) -> dict[str, Any] | None:
