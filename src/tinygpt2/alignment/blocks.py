@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -69,8 +70,11 @@ class BlockAligner:
         self._pieces, self._special, self._limit = pieces, np.array(special), limit
         self._sizes = np.array([len(piece) for piece in pieces])
 
-    def __call__(self, batch: Batch) -> AlignedBlocks:
+    def __call__(self, batch: Batch, whole: Sequence[bool] | None = None) -> AlignedBlocks:
         """Return the blocks of a batch in the teacher's tokens.
+
+        Args:
+            whole: whether the last word of each block is complete; None means that those of padded blocks are.
 
         Raises:
             ConfigError: documents see only themselves.
@@ -80,7 +84,8 @@ class BlockAligner:
         ids = batch.input_ids.cpu().numpy().astype(np.int64)
         size, length = ids.shape
         real = batch.lengths or [length] * size
-        blocks = [self._block(row[:count], whole=count < length) for row, count in zip(ids, real, strict=True)]
+        complete = whole or [count < length for count in real]
+        blocks = [self._block(row[:n], whole=one) for row, n, one in zip(ids, real, complete, strict=True)]
         most = max(len(tokens) for tokens, _, _ in blocks)
         roomy = min(-(-most // _MULTIPLE) * _MULTIPLE, max(most, length) if self._longer else length)
         width = max(1, min(roomy, self._limit or roomy))

@@ -212,8 +212,8 @@ def check_keeps_bytes(tokenizer: Tokenizer, role: str) -> None:
         added = part["type"] == "Prepend" and part["prepend"] == "\u2581"
         if not (spaces or added or part["type"] == "NFC"):
             raise ModelError(
-                f"--alignment aligns texts by their bytes, and the {role}'s tokenizer changes them: its "
-                f"normalizer is {part['type']}",
+                f"texts are aligned by their bytes, and the {role}'s tokenizer changes them: its normalizer is "
+                f"{part['type']}",
                 "use a tokenizer without one",
             )
 

@@ -10,7 +10,9 @@ The graph is counted: which pairs of tokens begin together in the blocks of a da
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,16 +20,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tinygpt2.alignment.blocks import AlignedBlocks
-from tinygpt2.alignment.borders import ByteAligner
+from tinygpt2.alignment.borders import ByteAligner, spelled
 from tinygpt2.alignment.redistribution import NEVER, AlignedHead, add_columns
 from tinygpt2.data.dataset import Blocks
+from tinygpt2.data.encoding import encode
 from tinygpt2.errors import ModelError
 from tinygpt2.models.lm_head import Head, operand_rows, scoring_chunk, wide
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
 
+if TYPE_CHECKING:
+    from tinygpt2.utils.types import Tokenizer
+
 COUNTED = 2**22  # tokens of the student whose borders are counted, at most
 _AT_ONCE = 64  # blocks
+_TOGETHER = 256  # texts of single tokens in one block
 
 
 @dataclass(frozen=True)
@@ -88,12 +95,8 @@ def counted_pairs(aligner: ByteAligner, blocks: Blocks) -> Array:
     for start in follow(range(0, len(chosen), _AT_ONCE), "count borders", "batches", announce=False):
         batch = chosen.batch(range(start, min(start + _AT_ONCE, len(chosen))))
         rows = batch.input_ids.cpu().numpy().astype(np.int64)
-        length = rows.shape[1]
-        for row, count in zip(rows, batch.lengths or [length] * len(rows), strict=True):
-            ids = row[:count]
-            one = aligner.borders(ids, whole=count < length)
-            pairs = one.tokens[one.theirs[one.sure]], ids[one.ours[one.sure]]
-            found.update(zip(*(part.tolist() for part in pairs), strict=True))
+        lengths = batch.lengths or [rows.shape[1]] * len(rows)
+        found |= pairs_of(aligner, ((row[:n], n < len(row)) for row, n in zip(rows, lengths, strict=True)))
     if not found:
         raise ModelError(
             "the tokens of teacher and data never begin at the same place in the data, so --alignment finds nothing to "
@@ -101,6 +104,42 @@ def counted_pairs(aligner: ByteAligner, blocks: Blocks) -> Array:
             "use a teacher whose tokens keep the spaces of texts, or longer blocks",
         )
     return np.array(sorted(found), np.int64)
+
+
+def pairs_of(aligner: ByteAligner, rows: Iterable[tuple[Array, bool]]) -> set[tuple[int, int]]:
+    """Return which tokens of teacher and student begin together in some blocks.
+
+    Args:
+        rows: the student's tokens of each block, and whether its last word is complete.
+    """
+    found = set[tuple[int, int]]()
+    for ids, whole in rows:
+        one = aligner.borders(ids, whole=whole)
+        pairs = one.tokens[one.theirs[one.sure]], ids[one.ours[one.sure]]
+        found.update(zip(*(part.tolist() for part in pairs), strict=True))
+    return found
+
+
+def token_rows(whole: Tokenizer, small: Tokenizer) -> Iterator[tuple[Array, bool]]:
+    """Yield rows for `pairs_of` of the text of each token alone, of both tokenizers.
+
+    With them the graph knows every token that is a text, also those that no text at hand has. More pairs make larger
+    events, never wrong ones. Without an end of text there are none.
+    """
+    end = small.eos_token_id
+    pieces = {piece for one in (whole, small) for piece in spelled(one)[0] if piece}
+    texts = [piece.decode() for piece in sorted(pieces) if _is_text(piece)] if end is not None else []
+    for start in range(0, len(texts), _TOGETHER):
+        made = encode(small, texts[start : start + _TOGETHER])
+        yield np.array([end, *(token for ids in made for token in (*ids, end))], np.int64), True
+
+
+def _is_text(piece: bytes) -> bool:
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class Events:
@@ -117,11 +156,30 @@ class Events:
         self.reachable, self.theirs, self.ours, self.lumped = (torch.from_numpy(one).to(device) for one in arrays)
         lumps, groups = np.unique(graph.ours[graph.lumped], return_inverse=True)
         self.groups, self.lumps, self.count = torch.from_numpy(groups).to(device), len(lumps), graph.count
+        self.lumped_events = torch.from_numpy(lumps).to(device)
         self.size, self.width = size, operand_rows(size, device.type)
 
     def head(self, head: Head, states: Float[Tensor, "S D"]) -> EventHead:
         """Return what makes the student's logits of the records of a batch; see `AlignedHead`."""
         return EventHead(self, head, states)
+
+    def probabilities(
+        self, head: Head, states: Float[Tensor, "S D"], state: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n E"], Float[Tensor, " n"]]:
+        """Return the events' probabilities, with a zero for no event at the end, and what is left out.
+
+        Args:
+            head: the teacher's, of its own tokens.
+            states: its last hidden states.
+            state: which of these predicts each event.
+        """
+        logits = head.logits(states[state.clamp(min=0)])[:, : head.size]
+        logits = logits.to(wide(logits))
+        some = logits[:, self.reachable]
+        p, left_out = some.softmax(-1), 1 - (some.logsumexp(-1) - logits.logsumexp(-1)).exp()
+        sums = p.new_zeros(len(p), self.count + 1)
+        add_columns(sums, self.theirs, p)
+        return sums, left_out
 
     def spread(self, logs: Float[Tensor, "n W"], student: Float[Tensor, "n W"], known: Bool[Tensor, " n"]) -> None:
         """Share each event's probability among its tokens as the student does.
@@ -182,14 +240,9 @@ class EventHead(AlignedHead):
     def _part(self, records: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logarithms of some positions, and the probability of the tokens that no border has."""
         events, (state, _, token) = self._events, records.unbind(-1)
-        logits = self._head.logits(self._states[state.clamp(min=0)])[:, : self._head.size]
-        logits = logits.to(wide(logits))
-        some = logits[:, events.reachable]
-        p, left_out = some.softmax(-1), 1 - (some.logsumexp(-1) - logits.logsumexp(-1)).exp()
-        sums = p.new_zeros(len(p), events.count + 1)
-        add_columns(sums, events.theirs, p)
-        logs = p.new_full((len(p), events.width), NEVER)
-        known, rows = state >= 0, torch.arange(len(p), device=p.device)
+        sums, left_out = events.probabilities(self._head, self._states, state)
+        logs = sums.new_full((len(sums), events.width), NEVER)
+        known, rows = state >= 0, torch.arange(len(sums), device=sums.device)
         logs[:, : events.size] = sums.log_().clamp_(min=NEVER)[:, events.ours].where(known[:, None], NEVER)
         logs[rows, token] = logs[rows, token].where(known, 0.0)
         return logs, left_out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class RankCut:
-    """A tokenizer that was cut by rank.
+    """A tokenizer that was cut: by rank, or to other tokens that its merges can make.
 
     Attributes:
         tokenizer: the smaller one. The order of the tokens is the old one.
@@ -41,12 +41,14 @@ class RankCut:
     rows: tuple[int, ...]
 
 
-def cut_by_rank(tokenizer: Tokenizer, size: int, rows: int) -> RankCut:
+def cut_by_rank(tokenizer: Tokenizer, size: int, rows: int, order: Sequence[int] | None = None) -> RankCut:
     """Keep the first tokens of a tokenizer by the rank of their merges, with all bytes and special tokens.
 
     Args:
         size: number of tokens to keep. Special tokens that the model has no row for are kept, too, and do not count.
         rows: number of tokens that the model has rows for.
+        order: the tokens in another order, in which every token comes after those that it is merged from; see
+            `by_use`. The merges that are kept stay in theirs.
 
     Raises:
         ModelError: the tokenizer is no byte-level BPE that vocabulary and merges define alone.
@@ -65,25 +67,36 @@ def cut_by_rank(tokenizer: Tokenizer, size: int, rows: int) -> RankCut:
     least = sum(token < rows for token in kept)
     if size < least:
         raise ConfigError(f"--vocab-size {size} is too small: the bytes and special tokens alone are {least} tokens")
-    merges = []
-    for merge in model["merges"]:
-        made = vocabulary["".join(merge.split(" ") if isinstance(merge, str) else merge)]
-        if made not in kept and least == size:
+    made = [vocabulary["".join(pair)] for pair in merged_pairs(model)]
+    first = len(made)  # the merges that can stay
+    for place, token in enumerate(made if order is None else order):
+        if token not in kept and least == size:
+            first = place if order is None else first
             break
-        least += made not in kept
-        kept.add(made)
-        merges.append(merge)
+        least += token not in kept
+        kept.add(token)
     if least < size:
         raise ConfigError(f"--vocab-size {size}: the teacher's tokenizer has only {least} tokens that texts can have")
     numbers = {old: new for new, old in enumerate(sorted(kept))}
     model["vocab"] = {token: numbers[old] for token, old in vocabulary.items() if old in kept}
-    model["merges"] = merges
+    pairs = zip(model["merges"][:first], merged_pairs(model), made, strict=False)
+    model["merges"] = [merge for merge, pair, token in pairs if kept.issuperset((token, *map(vocabulary.get, pair)))]
     for item in content["added_tokens"]:
         item["id"] = numbers[item["id"]]
     _renumber(content["post_processor"], lambda token: numbers[vocabulary[token]])
     smaller = copy.deepcopy(tokenizer)
     smaller._tokenizer = Backend.from_str(json.dumps(content))
     return RankCut(smaller, tuple(old for old in numbers if old < rows))
+
+
+def merged_pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return both parts of each merge of a BPE.
+
+    Args:
+        model: of its tokenizer.json.
+    """
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return [(left, right) for left, right in pairs]
 
 
 def is_byte_level(content: dict[str, Any], is_token: Callable[[str], bool]) -> bool:

@@ -15,6 +15,7 @@ from transformers import GPT2LMHeadModel
 
 from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, cut_vocabulary
 from tinygpt2.alignment.translation import Translation, translate
+from tinygpt2.alignment.used_tokens import cut_by_use
 from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
 from tinygpt2.compression.conversion import Conversion, LoadedTeacher, load_teacher, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
@@ -37,7 +38,7 @@ from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.scoring import perplexity_of
-from tinygpt2.models.card import HubMetadata, model_card
+from tinygpt2.models.card import cut_metadata, model_card
 from tinygpt2.models.compatibility import check_fits
 from tinygpt2.models.loading import model_tokenizer
 from tinygpt2.models.parameters import count_parameters
@@ -178,11 +179,11 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
     tokenizer = model_tokenizer(directory)
     check_sizes(config, teacher.config)  # before anything is measured
     positions = position_count(config, teacher.config.n_positions)
-    vocabulary = _vocabulary(config, tokenizer, teacher.config.vocab_size)
     data = None
     if config.data is not None:
         data = load_packed_dataset(config.data)
         check_fits(data, teacher.config, tokenizer and fingerprint(tokenizer), f"teacher {config.teacher}")
+    vocabulary = _vocabulary(config, tokenizer, teacher.config.vocab_size, data)
     conversion = measured(loaded, config.teacher, data, config.calibration_sequences, positions[0])
     batches: Batches = []
     if data is not None and config.measures:
@@ -194,7 +195,9 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
     return Subject(loaded, tokenizer, data, batches, positions, conversion, hub_revision(directory), vocabulary)
 
 
-def _vocabulary(config: TruncateStudentConfig, tokenizer: Tokenizer | None, rows: int) -> RankCut | Translation | None:
+def _vocabulary(
+    config: TruncateStudentConfig, tokenizer: Tokenizer | None, rows: int, data: PackedDataset | None
+) -> RankCut | Translation | None:
     """Return the student's tokens, if they are not the teacher's; the teacher has a number of rows."""
     if not config.changes_tokens:
         return None
@@ -203,7 +206,10 @@ def _vocabulary(config: TruncateStudentConfig, tokenizer: Tokenizer | None, rows
         raise ModelError(f"teacher {config.teacher} has no tokenizer, {what}")
     if config.tokenizer is not None:
         return Translation.of(tokenizer, load_tokenizer(config.tokenizer), rows)
-    return cut_by_rank(tokenizer, config.vocab_size or 0, rows)
+    size = config.vocab_size or 0
+    if config.vocab_choice == "used" and data is not None:
+        return cut_by_use(tokenizer, size, rows, data.train)
+    return cut_by_rank(tokenizer, size, rows)
 
 
 def save_student(config: TruncateStudentConfig, subject: Subject, student: GPT2LMHeadModel, card: str) -> None:
@@ -308,12 +314,7 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
         + (" in the main directions of its residual stream" if isinstance(kept.dimensions, Rotation) else "")
         + (", with refitted projections." if config.refit else ".")
     )
-    metadata = HubMetadata(
-        base_model=[] if commit is None else [config.teacher.partition("@")[0]],
-        language=config.language,
-        license=config.license,
-        perplexities={} if perplexity is None or config.changes_tokens else {"held-out text": perplexity.student},
-    )
+    metadata = cut_metadata(config, commit, None if perplexity is None else perplexity.student)
     return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags(shared=True)}", metadata)
 
 
@@ -338,7 +339,9 @@ def _reasons(
         for new, heads in enumerate(kept.heads):
             yield f"heads kept in block {new}", ", ".join(map(str, heads.tolist()))
     if config.vocab_size is not None:
-        yield "tokens", f"{config.vocab_size:,}: the first ones of the teacher's by merge rank"
+        used = f"those that {shared_name(config.data or '')} uses most"
+        which = used if config.vocab_choice == "used" else "the first ones of the teacher's by merge rank"
+        yield "tokens", f"{config.vocab_size:,}: {which}"
     if config.tokenizer is not None:
         yield "tokens", f"those of {shared_name(config.tokenizer)}: means of the teacher's embeddings"
     if config.n_positions is not None:

@@ -16,6 +16,7 @@ Strategy = Literal["uniform", "alternate", "distilgpt2", "first", "middle", "las
 Position = Literal["first", "interpolate"]
 Axes = Literal["rotated", "coordinates"]
 Purpose = Literal["loss", "draft"]
+VocabularyChoice = Literal["rank", "used"]
 Measure = Literal["parameters", "bytes", "milliseconds"]
 
 _UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
@@ -81,11 +82,17 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         shown="first",
     )
     vocab_size: int | None = option(
-        "Tokens of the student. Keeps the first ones by the rank of their merges, with all bytes and special tokens. "
-        "The student's tokenizer is the one that results; --data stays in the teacher's tokens.",
+        "Tokens of the student, with all bytes and special tokens. The student's tokenizer is the one that results; "
+        "--data stays in the teacher's tokens.",
         default=None,
         ge=1,
         shown="as the teacher",
+    )
+    vocab_choice: VocabularyChoice = option(
+        "Which tokens --vocab-size keeps. rank: the first ones by the rank of their merges; then every border of the "
+        "teacher's tokens is one of the student's, and distill learns exactly. used: those that --data uses most, with "
+        "the tokens that they are merged from.",
+        default="rank",
     )
     tokenizer: str | None = option(
         "Give the student another tokenizer: a directory or a Hub id. A token's embedding is the mean of those of the "
@@ -163,6 +170,7 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
             "a narrower student": self.cuts_width,
             "--refit": self.refit,
             "the search for a target": self.target is not None,
+            "--vocab-choice used": self.vocab_choice == "used",
         }
         return [name for name, needed in needs.items() if needed]
 
@@ -186,6 +194,8 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
             yield f"--strategy needs --num-layers{why}"
         if self.axes is not None and self.n_embd is None and self.n_head is None and self.target is None:
             yield "--axes needs --n-embd, --n-head or a target"
+        if self.vocab_choice != "rank" and self.vocab_size is None:
+            yield f"--vocab-choice {self.vocab_choice} needs --vocab-size"
         if self.position is not None and self.n_positions is None:
             yield "--position needs --n-positions"
         if self.data is None and self.calibration_sequences != type(self).model_fields["calibration_sequences"].default:

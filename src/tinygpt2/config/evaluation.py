@@ -33,6 +33,13 @@ FIDELITY_NOTE = (
     "± standard error over windows"
 )
 
+OTHER_TOKENS_NOTE = (
+    "other tokens than the reference's: predictions are compared for the given share of the targets. sums: the "
+    "reference's predictions, summed to the model's tokens, are exact; events: both predictions are summed over events "
+    "where tokens of both begin, and KL is at most that of tokens; in lumps: the reference's probability in events of "
+    "several tokens; left out: that of its tokens that begin nowhere with one of the model's"
+)
+
 
 class PplConfig(ModelOptions, DeviceOptions, FileOptions):
     """Options of `ppl`."""
@@ -45,7 +52,8 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
     )
     reference: str | None = option(
         "Also say how close the models' predictions are to those of this model (KL, agreement, calibration): a local "
-        "directory or a Hub id with the same vocabulary. It and all models are in memory at once.",
+        "directory or a Hub id. With other tokens, predictions are compared where tokens of both begin. It and all "
+        "models are in memory at once.",
         default=None,
         path=True,
         metavar="PATH|ID",

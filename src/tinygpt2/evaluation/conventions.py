@@ -27,7 +27,7 @@ from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.evaluation.detokenize import detokenize, detokenize_page, pages
 from tinygpt2.evaluation.scoring import Scores, Window, windows
-from tinygpt2.evaluation.sizes import TextSizes, decoded, line_bytes
+from tinygpt2.evaluation.sizes import TextSizes, decoded, line_bytes, text_bytes, token_lines
 from tinygpt2.evaluation.tasks import Task
 from tinygpt2.models.compatibility import check_fits, first_token, require_tokenizer
 
@@ -99,8 +99,7 @@ class TokenizedTask:
         right: for each question, the index of the right answer among its candidates.
         candidates: for each question, the number of candidates. Each candidate is one window.
         lengths: characters and bytes of each candidate, by which the normalised accuracies divide; empty if none do.
-        parts: bytes of what models with other tokens are compared by: of each line of a text, of each last word or of
-            each right answer; empty for datasets, whose tokens are given.
+        parts: bytes of each line, last word or right answer, by which models with other tokens are compared.
     """
 
     tokens: Integer[np.ndarray, " N"]
@@ -121,6 +120,12 @@ class TokenizedTask:
         """For each question, the number of the right candidate's window."""
         answers: Int[np.ndarray, " Q"] = np.cumsum(self.candidates) - self.candidates + self.right
         return answers
+
+    def lines(self, tokenizer: Tokenizer | None) -> Int[np.ndarray, " N1"] | None:
+        """Return `token_lines`; None if the task has no lines, or the tokens do not have all of them."""
+        if self.stride is None or not len(self.parts) or tokenizer is None:
+            return None
+        return token_lines(tokenizer, self.tokens, len(self.parts))
 
     def same_targets(self, other: TokenizedTask) -> bool:
         """Return whether both tasks have the same windows and tokens, so that losses compare window by window."""
@@ -237,7 +242,7 @@ def _last_words(task: Task, model: ModelTokenizer, convention: Convention) -> To
     whole = "".join(endings)
     unit: Any = "token" if convention == "hf" else "word"
     sizes = len(spans), len(whole), len(whole.encode())
-    return TokenizedTask(tokens, spans, unit, len(spans), *sizes, None, parts=_bytes(endings))
+    return TokenizedTask(tokens, spans, unit, len(spans), *sizes, None, parts=text_bytes(endings))
 
 
 def _choices(task: Task, model: ModelTokenizer, convention: Convention) -> TokenizedTask:
@@ -260,12 +265,8 @@ def _choices(task: Task, model: ModelTokenizer, convention: Convention) -> Token
         np.array([question.right for question in task.questions]),
         np.array([len(question.endings) for question in task.questions]),
         np.array([[len(choice) for choice in choices], [len(choice.encode()) for choice in choices]], dtype=np.int64),
-        _bytes(right),
+        text_bytes(right),
     )
-
-
-def _bytes(texts: Sequence[str]) -> Int[np.ndarray, " P"]:
-    return np.array([len(text.encode()) for text in texts], dtype=np.int64)
 
 
 def _continued(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,13 +22,16 @@ from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask
 from tinygpt2.evaluation.scoring import Scorer, Scores, Window, batches, padded
 from tinygpt2.models.lm_head import rows_at_once, scoring_chunk, wide
 from tinygpt2.runtime.devices import current_device
+from tinygpt2.utils.types import Array
 
 CALIBRATION_BINS = 15
 """Equal bins of confidence for the calibration error, as in Guo et al. 2017, arXiv:1706.04599, section 5."""
 
 _CONFIDENCE_BINS, _POSITION_BINS = 10, 16  # of the charts
-_KEPT = ("kl", "reverse_kl", "same_top", "acceptance", "loss", "confidence", "hit")  # of each target
-_OF_REFERENCE = ("loss", "confidence", "hit")
+KEPT = ("kl", "reverse_kl", "same_top", "acceptance", "loss", "confidence", "hit")
+"""What is kept of each target for each model."""
+OF_REFERENCE = ("loss", "confidence", "hit")
+"""What is kept of each target for the reference."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,13 @@ class Fidelity:
             probability, in `CALIBRATION_BINS` equal bins.
         by_position: the targets by their position in the window.
         by_confidence: the targets by the probability of the reference's likeliest token.
+        compared: what the predictions are of. tokens: both have the same. sums: the model's tokens are the reference's
+            cut by rank, and its predictions were summed to theirs. events: the tokens differ, and both predictions were
+            summed over the events of common borders. In the last two cases, "token" above means these, and
+            `reverse_kl` is None: it can be infinite.
+        share: of the model's targets for which both predictions compare. The other figures are over these.
+        lumped: mean probability, by the reference, of events with several of the model's tokens.
+        left_out: mean probability, by the reference, of its tokens that begin at no common border.
     """
 
     reference: str
@@ -77,7 +88,7 @@ class Fidelity:
     stderr: float | None
     kl_median: float
     kl_p99: float
-    reverse_kl: float
+    reverse_kl: float | None
     reverse_kl_stderr: float | None
     same_top: float
     same_top_stderr: float | None
@@ -89,30 +100,35 @@ class Fidelity:
     reference_calibration_error: float
     by_position: list[FidelityPart]
     by_confidence: list[FidelityPart]
+    compared: Literal["tokens", "sums", "events"] = "tokens"
+    share: float = 1.0
+    lumped: float = 0.0
+    left_out: float = 0.0
 
 
-def check_comparable(
-    reference: tuple[ModelTokenizer, TokenizedTask], model: tuple[ModelTokenizer, TokenizedTask], task: str
-) -> None:
-    """Check that the reference can predict a model's targets.
+def reads_alike(
+    reference: tuple[ModelTokenizer, TokenizedTask | None], model: tuple[ModelTokenizer, TokenizedTask], task: str
+) -> bool:
+    """Return whether the reference reads a model's targets as the same tokens.
+
+    Args:
+        reference: the task is None if it is a dataset in other tokens.
 
     Raises:
-        ModelError: the vocabularies or the tokens differ, or the model's windows are longer than the reference's
-            positions.
+        ModelError: a tokenizer is missing with which other tokens could be compared, or the tokens are the same and the
+            model's windows are longer than the reference's positions.
     """
     (teacher, theirs), (student, ours) = reference, model
     sizes = teacher.config.vocab_size, student.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ModelError(
-            f"the reference {teacher.name} has a vocabulary of {sizes[0]} tokens, but model {student.name} has one of "
-            f"{sizes[1]}",
-            "their predictions can only be compared if both use the same tokenizer; bits per byte compares the others",
-        )
-    if not np.array_equal(theirs.tokens, ours.tokens):
-        raise ModelError(
-            f"the reference {teacher.name} and model {student.name} read {task} as different tokens",
-            "their predictions can only be compared if both use the same tokenizer; bits per byte compares the others",
-        )
+    if theirs is None or sizes[0] != sizes[1] or not np.array_equal(theirs.tokens, ours.tokens):
+        if teacher.tokenizer is None or student.tokenizer is None:
+            bare = teacher if teacher.tokenizer is None else student
+            raise ModelError(
+                f"the reference {teacher.name} and model {student.name} read {task} as different tokens, and "
+                f"{bare.name} has no tokenizer with which these could be aligned",
+                "copy the tokenizer's files into the model's directory",
+            )
+        return False
     longest = max(span.stop - span.start for span in ours.spans) - 1
     if longest > teacher.positions:
         raise ModelError(
@@ -120,6 +136,7 @@ def check_comparable(
             f"{teacher.name} has {teacher.positions} positions",
             "give a reference with at least as many positions",
         )
+    return True
 
 
 def compare(
@@ -140,29 +157,57 @@ def compare(
         advance: called with the number of targets that all processes have just compared, and a note.
     """
     name, teacher = reference
-    spans = counted_spans(tokenized)
-    state = PartialState(cpu=current_device().type == "cpu")
-    counts = np.array([span.targets for span in spans])
-    ends, total = np.cumsum(counts), int(counts.sum())
-    found = np.zeros((len(models), len(_KEPT), total))
-    theirs, done = np.zeros((len(_OF_REFERENCE), total)), 0
-    for batch in list(batches(list(map(len, spans)), budget))[state.process_index :: state.num_processes]:
+    spans, scorers = counted_spans(tokenized), [teacher, *models.values()]
+    total = sum(span.targets for span in spans)
+    theirs, found = np.zeros((len(OF_REFERENCE), total)), np.zeros((len(models), len(KEPT), total))
+
+    def measure(batch: list[int], place: Int[np.ndarray, " M"]) -> str:
         input_ids, wanted = padded(tokenized.tokens, [spans[index] for index in batch], teacher.head.matrix.device)
-        place = np.concatenate([np.arange(ends[index] - counts[index], ends[index]) for index in batch])
         targets = input_ids[:, 1:].flatten().index_select(0, wanted)
-        states = [one.model.predicting(input_ids, wanted) for one in (teacher, *models.values())]
-        of_reference, of_models = _statistics([teacher, *models.values()], states, targets)
+        states = [one.model.predicting(input_ids, wanted) for one in scorers]
+        of_reference, of_models = _statistics(scorers, states, targets)
         theirs[:, place], found[:, :, place] = of_reference.cpu().numpy(), of_models.cpu().numpy()
-        just = min(len(place) * state.num_processes, total - done)
-        done += just
-        advance(just, f"KL {found[0, 0, place].mean():.4f}")
-    if state.num_processes > 1:
-        theirs, found = (reduce(torch.from_numpy(x).to(state.device), "sum").cpu().numpy() for x in (theirs, found))
-    whole = dict(zip(_OF_REFERENCE, theirs, strict=True))
+        return f"KL {found[0, 0, place].mean():.4f}"
+
+    theirs, found = over_batches(spans, budget, measure, (theirs, found), advance)
+    whole = dict(zip(OF_REFERENCE, theirs, strict=True))
     return {
-        model: _summary(name, dict(zip(_KEPT, values, strict=True)), whole, spans)
+        model: summary(name, dict(zip(KEPT, values, strict=True)), whole, spans)
         for model, values in zip(models, found, strict=True)
     }
+
+
+def over_batches(
+    spans: Sequence[Window],
+    budget: int,
+    measure: Callable[[list[int], Int[np.ndarray, " M"]], str],
+    arrays: tuple[Array, Array],
+    advance: Callable[[int, str], None],
+) -> tuple[Array, Array]:
+    """Measure windows in batches, of which every process takes its share.
+
+    Args:
+        measure: writes the figures of a batch into the arrays, given the windows' numbers and the places of their
+            targets among all; returns a note.
+        arrays: zeros that `measure` fills.
+        advance: called with the number of targets that all processes have just measured, and the note.
+
+    Returns:
+        The arrays with what all processes have measured.
+    """
+    state = PartialState(cpu=current_device().type == "cpu")
+    counts = np.array([span.targets for span in spans])
+    ends, total, done = np.cumsum(counts), int(counts.sum()), 0
+    for batch in list(batches(list(map(len, spans)), budget))[state.process_index :: state.num_processes]:
+        place = np.concatenate([np.arange(ends[index] - counts[index], ends[index]) for index in batch])
+        note = measure(batch, place)
+        just = min(len(place) * state.num_processes, total - done)
+        done += just
+        advance(just, note)
+    if state.num_processes == 1:
+        return arrays
+    left, right = (reduce(torch.from_numpy(x).to(state.device), "sum").cpu().numpy() for x in arrays)
+    return left, right
 
 
 def counted_spans(tokenized: TokenizedTask) -> list[Window]:
@@ -174,7 +219,7 @@ def counted_spans(tokenized: TokenizedTask) -> list[Window]:
 def _statistics(
     scorers: Sequence[Scorer], states: Sequence[Float[Tensor, "N D"]], targets: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, "R N"], Float[Tensor, "M K N"]]:
-    """Return the numbers `_OF_REFERENCE` and, for each of the M other models, the numbers `_KEPT` of N targets.
+    """Return the numbers `OF_REFERENCE` and, for each of the M other models, the numbers `KEPT` of N targets.
 
     Args:
         scorers: the reference and the models, and `states` their last hidden states; their widths may differ.
@@ -182,8 +227,8 @@ def _statistics(
     first = scorers[0]
     vocabulary, device = first.head.size, targets.device.type
     chunk, rows = scoring_chunk(vocabulary, device), rows_at_once(vocabulary, device)
-    theirs = torch.empty(len(_OF_REFERENCE), len(targets), dtype=wide(first.head.matrix), device=targets.device)
-    ours = torch.empty(len(scorers) - 1, len(_KEPT), len(targets), dtype=theirs.dtype, device=targets.device)
+    theirs = torch.empty(len(OF_REFERENCE), len(targets), dtype=wide(first.head.matrix), device=targets.device)
+    ours = torch.empty(len(scorers) - 1, len(KEPT), len(targets), dtype=theirs.dtype, device=targets.device)
     for start in range(0, len(targets), chunk):
         logits = [scorer.head.logits(one[start : start + chunk]) for one, scorer in zip(states, scorers, strict=True)]
         for inner in range(0, len(logits[0]), rows):
@@ -208,14 +253,25 @@ def _divergences(
     return (p * (teacher - student)).sum(-1), (q * (student - teacher)).sum(-1), torch.minimum(p, q).sum(-1)
 
 
-def _summary(
+def summary(
     reference: str,
     ours: Mapping[str, Float[np.ndarray, " N"]],
     theirs: Mapping[str, Float[np.ndarray, " N"]],
     spans: Sequence[Window],
+    known: Bool[np.ndarray, " N"] | None = None,
 ) -> Fidelity:
-    counts = np.array([span.targets for span in spans])
-    owner = np.repeat(np.arange(len(spans)), counts)
+    """Return the figures of all targets.
+
+    Args:
+        ours, theirs: the numbers of each target by their names: `KEPT` of the model, `OF_REFERENCE` of the reference.
+        known: which targets count; None if all do.
+    """
+    owner = np.repeat(np.arange(len(spans)), [span.targets for span in spans])
+    position = np.concatenate([np.arange(span.first, span.stop - span.start) for span in spans])
+    if known is not None:
+        owner, position = owner[known], position[known]
+        ours, theirs = ({key: values[known] for key, values in one.items()} for one in (ours, theirs))
+    counts = np.bincount(owner, minlength=len(spans))
 
     def mean(values: Float[np.ndarray, " N"]) -> tuple[float, float | None]:
         scores = Scores(np.bincount(owner, values, len(spans)), counts)
@@ -225,7 +281,6 @@ def _summary(
     means["loss_difference"] = mean(ours["loss"] - theirs["loss"])
     values = {key: value for key, (value, _) in means.items()}
     errors = {"stderr" if key == "kl" else f"{key}_stderr": error for key, (_, error) in means.items()}
-    position = np.concatenate([np.arange(span.first, span.stop - span.start) for span in spans])
     length = int(position.max()) + 1
     edges = np.unique(np.linspace(1, length, min(_POSITION_BINS, length - 1) + 1).round())
     return Fidelity(
@@ -239,8 +294,7 @@ def _summary(
         by_confidence=_parts(
             theirs["confidence"], np.linspace(0, 1, _CONFIDENCE_BINS + 1), ours["kl"], ours["same_top"]
         ),
-        **values,
-        **errors,  # type: ignore[arg-type]
+        **{**values, **errors},  # type: ignore[arg-type]
     )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor, distributed
 
 from tinygpt2.config.evaluation import Convention, PplConfig
 from tinygpt2.data.encoding import encode
+from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError, TinyGPT2Error, out_of_memory
 from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, tokenize_task
-from tinygpt2.evaluation.fidelity import Fidelity, check_comparable, compare, counted_spans
+from tinygpt2.evaluation.fidelity import Fidelity, compare, counted_spans, reads_alike
+from tinygpt2.evaluation.other_tokens import compare_across
 from tinygpt2.evaluation.plots import plot_comparison
 from tinygpt2.evaluation.results import PplResult, PplRow, make_pair, make_row, short_names
 from tinygpt2.evaluation.scoring import Scorer, Scores
-from tinygpt2.evaluation.sizes import token_lines
 from tinygpt2.evaluation.stopwords import STOP_WORDS
 from tinygpt2.evaluation.tasks import Task, load_tasks
 from tinygpt2.models.activations import attention_kernel
@@ -128,7 +129,7 @@ def tokenize_fitting_tasks(
 
 def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> PplResult:
     names = list(dict.fromkeys(config.model))
-    tasks, tokenized_tasks = _tokenize_all(config, names, tasks)
+    tasks, tokenized_tasks, alike = _tokenize_all(config, names, tasks)
     tell_machine(device, config.precision)
     detail(f"attention: {attention_kernel(device.type, DTYPES[config.precision], gradients=False)}")
     rows, done = [], {}
@@ -150,7 +151,7 @@ def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> 
         for a, b in combinations(names, 2)
     ]
     if config.reference is not None:
-        fidelity = _compare_all(config, config.reference, names, tasks, tokenized_tasks, device)
+        fidelity = _compare_all(config, config.reference, names, tasks, tokenized_tasks, alike, device)
         rows = [replace(row, fidelity=fidelity[row.model, row.task]) for row in rows]
     return PplResult(rows, paired)
 
@@ -170,23 +171,39 @@ def _compare_all(
     names: list[str],
     tasks: list[Task],
     tokenized_tasks: dict[tuple[str, str], TokenizedTask],
+    alike: set[tuple[str, str]],
     device: torch.device,
 ) -> dict[tuple[str, str], Fidelity]:
-    """Return the fidelity of every model, by its absolute name, on every task."""
+    """Return the fidelity of every model, by its absolute name, on every task.
+
+    Args:
+        alike: the models and tasks that the reference reads as the same tokens.
+    """
     found: dict[tuple[str, str], Fidelity] = {}
-    scorers = {name: _opened(name, config, device)[0] for name in dict.fromkeys([reference, *names])}
+    opened = {name: _opened(name, config, device) for name in dict.fromkeys([reference, *names])}
+    readers = {name: (tokenizer, scorer) for name, (scorer, tokenizer) in opened.items()}
     for task in tasks:
         waiting = list(names)
         while waiting:  # models that read the task as the same windows are compared at once
             tokenized = tokenized_tasks[waiting[0], task.name]
-            alike = [name for name in waiting if tokenized.same_targets(tokenized_tasks[name, task.name])]
-            waiting = [name for name in waiting if name not in alike]
-            title = f"{', '.join(short_names(alike).values())} beside {Path(reference).name} on {Path(task.name).name}"
+            same = (waiting[0], task.name) in alike
+            group = [
+                name
+                for name in waiting
+                if ((name, task.name) in alike) == same and tokenized.same_targets(tokenized_tasks[name, task.name])
+            ]
+            waiting = [name for name in waiting if name not in group]
+            title = f"{', '.join(short_names(group).values())} beside {Path(reference).name} on {Path(task.name).name}"
             budget = _budget(config, tokenized, device.type)
             total = sum(span.targets for span in counted_spans(tokenized))
             with track(title, total, "tokens") as stage, _enough_memory(task.name):
-                models = {absolute(name): scorers[name] for name in alike}
-                compared = compare((absolute(reference), scorers[reference]), models, tokenized, budget, stage.advance)
+                if same:
+                    models = {absolute(name): opened[name][0] for name in group}
+                    whole = absolute(reference), opened[reference][0]
+                    compared = compare(whole, models, tokenized, budget, stage.advance)
+                else:
+                    others = {absolute(name): readers[name] for name in group}
+                    compared = compare_across(readers[reference], others, tokenized, budget, stage.advance)
             found |= {(name, task.name): one for name, one in compared.items()}
     return found
 
@@ -223,12 +240,13 @@ class _Stages(ExitStack):
 
 def _tokenize_all(
     config: PplConfig, names: list[str], tasks: list[Task]
-) -> tuple[list[Task], dict[tuple[str, str], TokenizedTask]]:
+) -> tuple[list[Task], dict[tuple[str, str], TokenizedTask], set[tuple[str, str]]]:
     """Tokenize every task for every model before anything is measured, so that errors are reported early.
 
     Returns:
-        The tasks to measure, and the tokenized task for each model and task. Tasks that were found by `all` and do not
-        fit every model and the convention are skipped.
+        The tasks to measure, the tokenized task for each model and task, and the models and tasks that the reference
+        reads as the same tokens. Tasks that were found by `all` and do not fit every model and the convention are
+        skipped.
     """
     tokenized_tasks: dict[tuple[str, str], TokenizedTask] = {}
     every = list(dict.fromkeys([*names, *([config.reference] if config.reference else [])]))
@@ -236,18 +254,36 @@ def _tokenize_all(
     for name in follow(every, "tokenize the tasks", "models", announce=False):
         model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle, hollow=True)
         readers[name] = tokenizer = ModelTokenizer(name, text_sizes(model), model_tokenizer(directory))
-        fitting = tokenize_fitting_tasks(tasks, tokenizer, config.convention, config.stride)
+        own = [task for task in tasks if name in names or _reads(tokenizer, task)]
+        fitting = tokenize_fitting_tasks(own, tokenizer, config.convention, config.stride)
         tokenized_tasks |= {(name, task): tokenized for task, tokenized in fitting.items()}
-    kept = [task for task in tasks if all((name, task.name) in tokenized_tasks for name in every)]
+    kept = [task for task in tasks if all((name, task.name) in tokenized_tasks for name in names)]
+    alike = set()
     if config.reference is not None:
-        for name, task in product(names, kept):
-            pairs = [(readers[one], tokenized_tasks[one, task.name]) for one in (config.reference, name)]
-            check_comparable(pairs[0], pairs[1], task.name)
+        whole = readers[config.reference]
+        kept = [task for task in kept if (whole.name, task.name) in tokenized_tasks or not _reads(whole, task)]
+        alike = {
+            (name, task.name)
+            for name in names
+            for task in kept
+            if reads_alike(
+                (whole, tokenized_tasks.get((whole.name, task.name))),
+                (readers[name], tokenized_tasks[name, task.name]),
+                task.name,
+            )
+        }
     if not kept:
         raise DataError("none of the tasks fits the models and the convention")
     if config.stride is not None and all(tokenized.stride is None for tokenized in tokenized_tasks.values()):
         raise ConfigError("--stride has no effect: in these tasks every passage is one window")
-    return kept, tokenized_tasks
+    return kept, tokenized_tasks, alike
+
+
+def _reads(model: ModelTokenizer, task: Task) -> bool:
+    """Return whether a task has tokens for a model: a text has, and a dataset if they are the model's."""
+    if task.packed is None or model.tokenizer is None:
+        return True
+    return fingerprint(model.tokenizer) == str(task.packed.manifest["tokenizer_fingerprint"])
 
 
 def _measure(
@@ -269,7 +305,7 @@ def _measure(
     started = time.perf_counter()
     with _enough_memory(task.name):
         candidates = tokenized.candidates if len(tokenized.candidates) else None
-        lines = _lines(model, tokenized) if len(config.model) > 1 else None
+        lines = tokenized.lines(model.tokenizer) if len(config.model) > 1 else None
         every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out, candidates, lines)
     seconds = time.perf_counter() - started
     scores = counted(tokenized, every)
@@ -309,11 +345,3 @@ def _stop_words(tokenizer: Tokenizer | None, vocabulary: int) -> Bool[Tensor, " 
         words = {f"{space}{word}" for word in STOP_WORDS for space in ("", " ")}
         mask[[ids[0] for ids in encode(tokenizer, sorted(words)) if len(ids) == 1]] = True
     return mask
-
-
-def _lines(model: ModelTokenizer, tokenized: TokenizedTask) -> Int[np.ndarray, " N1"] | None:
-    """Return `token_lines` of a task; None if the task has no lines, or the tokens do not have all of them."""
-    if tokenized.stride is None or not len(tokenized.parts) or model.tokenizer is None:
-        return None
-    lines = token_lines(model.tokenizer, tokenized.tokens)
-    return lines if lines[-1] + 1 == len(tokenized.parts) else None

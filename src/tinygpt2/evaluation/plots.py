@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinygpt2.config.evaluation import CONVENTION_NOTES, FIDELITY_NOTE, PplConfig
+from tinygpt2.config.evaluation import CONVENTION_NOTES, FIDELITY_NOTE, OTHER_TOKENS_NOTE, PplConfig
 from tinygpt2.evaluation.results import Paired, PplResult, PplRow, short_names
 from tinygpt2.utils.charts import Chart, Series
 from tinygpt2.utils.html_report import chart_section, paragraphs, settings_section, table_section, write_page
@@ -88,18 +88,23 @@ def _fidelity_table(rows: Sequence[PplRow]) -> str:
     if not compared:
         return ""
     headings = ["model", "task", "KL", "median", "99 %", "reverse KL", "same top", "acceptance", "loss above",
-                "calibration", "its own"]  # fmt: skip
+                "calibration", "its own", "compared", "in lumps"]  # fmt: skip
     cells = [
         [
             names[row.model], tasks[row.task], f"{one.kl:.4f}" + (f" ± {one.stderr:.4f}" if one.stderr else ""),
-            f"{one.kl_median:.4f}", f"{one.kl_p99:.3f}", f"{one.reverse_kl:.4f}", f"{one.same_top:.2%}",
+            f"{one.kl_median:.4f}", f"{one.kl_p99:.3f}",
+            "-" if one.reverse_kl is None else f"{one.reverse_kl:.4f}", f"{one.same_top:.2%}",
             f"{one.acceptance:.2%}", f"{one.loss_difference:+.4f}", f"{one.calibration_error:.2%}",
-            f"{one.reference_calibration_error:.2%}",
+            f"{one.reference_calibration_error:.2%}", f"{one.compared}, {one.share:.1%}",
+            f"{one.lumped:.2%}" if one.compared == "events" else "-",
         ]
         for row, one in compared
     ]  # fmt: skip
     reference = short_names([compared[0][1].reference]).popitem()[1]
-    return table_section(f"Fidelity to {reference}", headings, cells, f"{FIDELITY_NOTE}; its own: the reference's.")
+    note = f"{FIDELITY_NOTE}; its own: the reference's."
+    if any(one.compared != "tokens" for _, one in compared):
+        note += f" {OTHER_TOKENS_NOTE.capitalize()}."
+    return table_section(f"Fidelity to {reference}", headings, cells, note)
 
 
 def _table(rows: Sequence[PplRow]) -> tuple[list[str], list[list[str]], str]:

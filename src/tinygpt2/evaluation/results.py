@@ -195,19 +195,20 @@ def make_pair(
     named, size = (absolute(a), absolute(b), task), max(one.bytes, 1)
     if one.same_targets(other):
         tokens = Scores(ours.sums - theirs.sums, ours.counts)
-        bits = [_bits(value, tokens.targets / size) for value in (tokens.loss, tokens.stderr)]
+        bits = _bits(tokens, size)
         return Paired(*named, tokens.loss, tokens.stderr, *bits, "window", len(tokens.sums))
     sums = [scores.sums if one.stride is None else scores.by_line for scores in (ours, theirs)]
     if any(found is None or len(found) != len(one.parts) for found in sums) or not one.parts.sum():
         return Paired(*named, None, None)
     lines = Scores(sums[0] - sums[1], one.parts)  # type: ignore[operator]
-    bits = [_bits(value, lines.targets / size) for value in (lines.loss, lines.stderr)]
+    bits = _bits(lines, size)
     return Paired(*named, None, None, *bits, "text" if one.stride is None else "line", len(one.parts))
 
 
-def _bits(nats: float | None, per_byte: float) -> float | None:
-    """Return nats per target as bits per byte, of which there are so many targets for each."""
-    return None if nats is None else nats * per_byte / math.log(2)
+def _bits(scores: Scores, size: int) -> tuple[float, float | None]:
+    """Return mean and standard error of scores in bits per byte of a text of `size` bytes."""
+    factor = scores.targets / size / math.log(2)
+    return scores.loss * factor, None if scores.stderr is None else scores.stderr * factor
 
 
 def _share(hits: Bool[np.ndarray, " Q"] | None) -> dict[str, float | None]:

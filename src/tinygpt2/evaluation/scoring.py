@@ -187,9 +187,9 @@ class Scorer:
             done += just
             advance(just, f"perplexity {perplexity_of(total / targets):,.4g}")
         found, by_line = _of_all_processes(found, state), _of_all_processes(by_line, state)
-        hit = (None, None) if ruled_out is None else (found[1] > 0, found[2] > 0)
+        greedy, filtered = (None, None) if ruled_out is None else (found[1] > 0, found[2] > 0)
         counts = np.array([span.targets for span in spans])
-        return Scores(found[0], counts, *hit, by_line=None if lines is None else by_line)
+        return Scores(found[0], counts, greedy, filtered, by_line=None if lines is None else by_line)
 
 
 def _of_all_processes(sums: Float[np.ndarray, "*shape"], state: PartialState) -> Float[np.ndarray, "*shape"]:

@@ -66,7 +66,20 @@ def line_bytes(texts: Iterable[str]) -> Int[np.ndarray, " L"]:
     return np.array([len(line.encode()) + 1 for line in "".join(texts).split("\n")], dtype=np.int64)
 
 
-def token_lines(tokenizer: Tokenizer, tokens: Integer[np.ndarray, " N"]) -> Int[np.ndarray, " N1"]:
-    """Return for each token of a text the number of the line in which it begins, and lastly that of the last line."""
+def text_bytes(texts: Iterable[str]) -> Int[np.ndarray, " P"]:
+    """Return the bytes of each text."""
+    return np.array([len(text.encode()) for text in texts], dtype=np.int64)
+
+
+def token_lines(tokenizer: Tokenizer, tokens: Integer[np.ndarray, " N"], count: int) -> Int[np.ndarray, " N1"] | None:
+    """Return for each token of a text the number of the line in which it begins, and lastly that of the last line.
+
+    Args:
+        count: number of the text's lines.
+
+    Returns:
+        None if the tokens do not have all of them.
+    """
     ends = np.array([piece.count(b"\n") for piece in spelled(tokenizer)[0]], dtype=np.int64)
-    return np.concatenate([[0], ends[tokens].cumsum()])
+    lines = np.concatenate([[0], ends[tokens].cumsum()])
+    return lines if lines[-1] + 1 == count else None

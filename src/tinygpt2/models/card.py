@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.errors import one_line
 from tinygpt2.utils.files import shared_text
 
@@ -36,6 +37,21 @@ class HubMetadata:
     language: list[str] = field(default_factory=list)
     license: str | None = None
     perplexities: dict[str, float] = field(default_factory=dict)
+
+
+def cut_metadata(config: TruncateStudentConfig, commit: str | None, perplexity: float | None) -> HubMetadata:
+    """Return the metadata of a student that was cut from a teacher.
+
+    Args:
+        commit: of a teacher from the Hub.
+        perplexity: held-out, per token of the teacher. It is not the student's own if it has other tokens.
+    """
+    return HubMetadata(
+        base_model=[] if commit is None else [config.teacher.partition("@")[0]],
+        language=config.language,
+        license=config.license,
+        perplexities={} if perplexity is None or config.changes_tokens else {"held-out text": perplexity},
+    )
 
 
 def model_card(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinygpt2.cli.output.tables import Column, print_note, print_table, short_path, total_width
-from tinygpt2.config.evaluation import CONVENTION_NOTES, FIDELITY_NOTE
+from tinygpt2.config.evaluation import CONVENTION_NOTES, FIDELITY_NOTE, OTHER_TOKENS_NOTE
 from tinygpt2.utils.units import number, short_count
 
 if TYPE_CHECKING:
@@ -46,13 +46,20 @@ _FIDELITY: list[tuple[str, int, Callable[[Fidelity], str]]] = [
     ("KL", 0, lambda one: _with_error(f"{one.kl:.4f}", one.stderr)),
     ("median", 4, lambda one: f"{one.kl_median:.4f}"),
     ("99 %", 3, lambda one: f"{one.kl_p99:.3f}"),
-    ("reverse KL", 6, lambda one: f"{one.reverse_kl:.4f}"),
+    ("reverse KL", 6, lambda one: "-" if one.reverse_kl is None else f"{one.reverse_kl:.4f}"),
     ("same top", 1, lambda one: _percent(one.same_top, one.same_top_stderr)),
     ("acceptance", 2, lambda one: _percent(one.acceptance, one.acceptance_stderr)),
     ("loss above", 5, lambda one: _with_error(f"{one.loss_difference:+.4f}", one.loss_difference_stderr)),
     ("calibration", 7, lambda one: f"{one.calibration_error:.2%}"),
 ]
 """Headings, ranks and texts of the columns that compare with the reference."""
+
+_OTHER_TOKENS: list[tuple[str, int, Callable[[Fidelity], str]]] = [
+    ("compared", 1, lambda one: f"{one.compared}, {one.share:.1%}"),
+    ("in lumps", 2, lambda one: f"{one.lumped:.2%}" if one.compared == "events" else "-"),
+    ("left out", 5, lambda one: f"{one.left_out:.2%}" if one.compared == "events" else "-"),
+]
+"""The same of what is compared if a model's tokens are not the reference's."""
 
 
 class Comparison:
@@ -158,17 +165,22 @@ class Comparison:
         if len({row.task for row in rows}) > 1:
             columns.insert(0, Column("task", [self.tasks[row.task] for row in rows], left=True))
         else:
-            caption += f" on {self.tasks[rows[0].task]}, {compared[0].tokens:,} targets"
+            caption += f" on {self.tasks[rows[0].task]}"
+            if len(counts := {one.tokens for one in compared}) == 1:
+                caption += f", {counts.pop():,} targets"
         if len(errors := {one.reference_calibration_error for one in compared}) == 1:
             caption += f", its own calibration error {errors.pop():.2%}"
-        columns += [Column(name, [text(one) for one in compared], rank) for name, rank, text in _FIDELITY]
-        return caption, columns
+        shown = [*_FIDELITY, *(_OTHER_TOKENS if any(one.compared != "tokens" for one in compared) else [])]
+        columns += [Column(name, [text(one) for one in compared], rank) for name, rank, text in shown]
+        return caption, [column for column in columns if set(column.cells) != {"-"}]
 
     def notes(self) -> list[str]:
         """Return the lines below the table: what its columns mean, the convention, and the texts."""
         lines = []
         if any(row.fidelity is not None for row in self.rows):
             lines.append(FIDELITY_NOTE)
+        if any(row.fidelity is not None and row.fidelity.compared != "tokens" for row in self.rows):
+            lines.append(OTHER_TOKENS_NOTE)
         if len(self.models) > 1:
             than = "" if self.above.endswith(first := self.models[self.first]) else f" from {first}"
             what = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tinygpt2.compression.sizes import Shape
 from tinygpt2.config.compression import TruncateStudentConfig
-from tinygpt2.models.card import HubMetadata, model_card
+from tinygpt2.models.card import cut_metadata, model_card
 from tinygpt2.utils.charts import Chart, Series
 from tinygpt2.utils.files import shared_name
 from tinygpt2.utils.html_report import (
@@ -57,12 +57,7 @@ def search_card(config: TruncateStudentConfig, result: CutSearchResult, commit: 
         + f" and distilled for {result.steps} steps. It is the best of {len(result.candidates)} shapes for the target "
         f"{result.target}; {REPORT} compares them."
     )
-    metadata = HubMetadata(
-        base_model=[] if commit is None else [config.teacher.partition("@")[0]],
-        language=config.language,
-        license=config.license,
-        perplexities={} if perplexity is None or config.vocab_size else {"held-out text": perplexity.student},
-    )
+    metadata = cut_metadata(config, commit, None if perplexity is None else perplexity.student)
     return model_card(Path(config.out).name, how, figures, f"truncate-student {config.flags(shared=True)}", metadata)
 
 
