@@ -157,6 +157,24 @@ def test_evaluations_take_their_share_of_the_time(teacher: Path, data: Path, tmp
     assert often.steps < rare.steps
 
 
+def test_steps_are_timed_with_their_sampling(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"teacher": str(teacher), "student": str(teacher), "data": str(data), "out": str(tmp_path / "o")}
+    widths, original = [], budget.OwnText.into
+
+    def seen(self: budget.OwnText, *where: object) -> object:
+        found = original(self, *where)
+        widths.append(int(found[0].own.sum()))
+        return found
+
+    monkeypatch.setattr(budget.OwnText, "into", seen)
+    (one,) = plan_budget(DistillConfig(**base, plan=True, on_policy_fraction=0.5, micro_batch_size=4)).candidates
+    assert one.steps > 0
+    assert len(widths) == 4
+    assert all(widths)
+
+
 def test_a_student_that_does_not_fit_is_a_line(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,10 +27,11 @@ from tinygpt2.runtime.processes import launched
 from tinygpt2.training.failures import step_explained
 from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job, settle_batch, training_arithmetic
 from tinygpt2.training.optimizers import make_optimizer
+from tinygpt2.training.own_text.source import OwnText
 from tinygpt2.training.preparation import TrainingSetup, training_setup
 from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import MAX_PASSES, proposed_batch_tokens
-from tinygpt2.training.step import Step, TeacherEvaluation
+from tinygpt2.training.step import Step, StepData, TeacherEvaluation
 from tinygpt2.training.throughput import evaluation_seconds, step_seconds
 from tinygpt2.utils.progress import say
 from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
@@ -233,9 +234,18 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
     module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
     module.train()
     sequences = job.sequences(accelerator.num_processes)
-    size, count = config.micro_batch_size, _TIMED + 1
-    _, *seconds = step_seconds(accelerator, module, optimizer, data.train, sequences, size, count)
-    each = statistics.median(seconds)
+    size, own = config.micro_batch_size, None
+    if isinstance(config, DistillConfig) and config.on_policy_fraction:
+        own = OwnText(config, accelerator, job.model, job.teacher, data)
+
+    def with_text(read: StepData, rows: list[int], step: int) -> StepData:
+        batch, share = (read.batch, None) if own is None else own.into(read.batch, rows, step)
+        return read if share is None else read._replace(batch=batch, share=share)
+
+    place = (accelerator, module, optimizer, data.train, sequences, size)
+    _, *seconds = step_seconds(*place, _TIMED + 1, prepare=with_text)
+    # of the steps on the same texts, one samples them
+    each = statistics.median(seconds) if own is None else statistics.fmean(seconds)
     evaluation = evaluation_seconds(accelerator, module, job.evaluated, size)
     fixed = evaluation + _before_training(job, accelerator, size, evaluation)
     between = evaluation / config.eval_every if config.eval_every else 0.0
