@@ -205,7 +205,11 @@ class OwnTextOptions(Config):
         metavar="MIN:MAX",
     )
     max_new_tokens: int | None = option(
-        "Most tokens to sample after it.", default=None, panel=OWN_TEXT, ge=1, shown="as many as a block has after MAX tokens"
+        "Most tokens to sample after it.",
+        default=None,
+        panel=OWN_TEXT,
+        ge=1,
+        shown="as many as a block has after MAX tokens",
     )
     sample_temperature: float = option(
         "Sample with this temperature. The losses have their own, --temperature.", default=1.0, panel=OWN_TEXT, gt=0
