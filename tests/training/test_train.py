@@ -457,7 +457,7 @@ def test_distillation_takes_rate_and_length_from_the_sizes() -> None:
     assert peak_learning_rate(PretrainConfig(model="m", **more), 768) == 0.3 / 768
     assert [peak_learning_rate(PretrainConfig(shape="gpt2", **more), n) for n in (64, 500)] == [1e-2, 2.5 / 500]
     old = PretrainConfig(shape="gpt2", optimizer="adamw", **more)
-    assert [peak_learning_rate(old, n) for n in (64, 500, 10_000)] == [3e-3, 0.5 / 500, 1e-4]
+    assert [peak_learning_rate(old, n) for n in (64, 500, 10_000)] == [1.5e-3, 0.5 / 500, 1e-4]
     assert peak_learning_rate(FinetuneConfig(model="m", **more), 64) == 5e-4
 
 

@@ -17,7 +17,7 @@ T = TypeVar("T", bound=TrainOptions)
 DEFAULT_RATE = 5e-4
 # by optimizer: the rate times the width, and the largest rate
 FROM_WEIGHTS: dict[Optimizer, tuple[float, float]] = {"adamw": (0.2, 4e-3), "muon": (0.3, 4e-3)}
-FROM_RANDOM: dict[Optimizer, tuple[float, float]] = {"adamw": (0.5, 3e-3), "muon": (2.5, 1e-2)}
+FROM_RANDOM: dict[Optimizer, tuple[float, float]] = {"adamw": (0.5, 1.5e-3), "muon": (2.5, 1e-2)}
 SMALLEST_RATE = 1e-4
 MAX_PASSES = 4
 
@@ -30,9 +30,10 @@ def peak_learning_rate(options: TrainOptions, width: int) -> float:
 
     For `distill`, and for `pretrain` of existing weights, the constant of each optimizer lies between those that were
     best at widths of 128 and 256 (docs/recipes.md). Random weights take larger steps (docs/pretraining.md): 0.5 / width
-    with AdamW follows GPT-3's rates (Brown et al. 2020, arXiv:2005.14165, table 2.1: 6e-4 at 768, 2e-4 at 2,048). With
-    Muon, 2.5 / width is 1e-2 at the width of 256, the best of three rates that were tried there, and 3.3e-3 at 768,
-    where Jordan et al. (2024, kellerjordan.github.io/posts/muon) use 0.02, which is 3.6e-3 in the units of our Muon.
+    with AdamW follows GPT-3's rates (Brown et al. 2020, arXiv:2005.14165, table 2.1: 6e-4 at 768, 2e-4 at 2,048), up to
+    1.5e-3, the best of three rates at a width of 128. With Muon, 2.5 / width is 1e-2 at the width of 256, and 1e-2 was
+    the best of three rates there and at 128. At 768 it is 3.3e-3, where Jordan et al. (2024,
+    kellerjordan.github.io/posts/muon) use 0.02, which is 3.6e-3 in the units of our Muon.
     """
     if options.learning_rate:
         return options.learning_rate
