@@ -215,7 +215,7 @@ def test_pilots_predict_the_loss_of_the_planned_run(teacher: Path, data: Path, t
     other = {**base, "out": str(tmp_path / "other")}
     printed = cli(
         "pretrain", *(f"--{name.replace('_', '-')}={value}" for name, value in other.items()), "--plan", "--pilot",
-        "--budget-minutes", 0.001,
+        "--budget-minutes", 0.002,
     )  # fmt: skip
     assert printed.code == 0, printed.err
     assert "too short to be predicted" in printed.out
