@@ -436,7 +436,7 @@ def interrupted(number: int, *arguments: object, text: str | None = None) -> tup
             assert line, said
             said += line
         process.send_signal(number)
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=120)
     assert b"Traceback" not in errors
     return process.returncode, output, errors.decode()
 
