@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from pretraining import paired
-from recipes import block_losses, grouped
+from recipes import begun_within, block_losses, grouped
 
 from tinygpt2 import FinetuneConfig, PregenerateConfig, finetune, pregenerate
 from tinygpt2.data.dataset import load_packed_dataset
@@ -188,11 +187,8 @@ def main() -> None:
     if not options.report:
         options.work.mkdir(parents=True, exist_ok=True)
         study.prepare()
-        until = time.monotonic() + 60 * options.minutes
         with fast_products():
-            for run in study.runs():
-                if time.monotonic() > until:
-                    break
+            for run in begun_within(options.minutes, study.runs()):
                 study.train(run)
     print(report(study.lines()))
 

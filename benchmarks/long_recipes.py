@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import yaml
 from pretraining import paired
-from recipes import Run, Study
+from recipes import Run, Study, begun_within
 
 from tinygpt2 import DistillConfig
 from tinygpt2.planning.scaling_law import Law
@@ -162,12 +161,11 @@ def main() -> None:
         )
     options.work.mkdir(parents=True, exist_ok=True)
     results = options.work / "results.jsonl" if options.tiny else options.results
-    study, until = LongStudy(options.work, results, options.tiny), time.monotonic() + 60 * options.minutes
+    study = LongStudy(options.work, results, options.tiny)
+    runs = begun_within(options.minutes, study.runs())
     study.prepare()
     with fast_products():
-        for run in study.runs():
-            if time.monotonic() > until:
-                break
+        for run in runs:
             wanted = run.recipe.startswith(options.only) and options.size in (None, run.size)
             if wanted and run.tokens <= (options.longest or math.inf):
                 study.train(run)

@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from recipes import begun_within
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
+from vocabulary import bits
 
 from tinygpt2 import (
     DistillConfig,
-    PplConfig,
     PregenerateConfig,
     PretrainConfig,
     TruncateStudentConfig,
     distill,
-    ppl,
     pregenerate,
     pretrain,
     truncate_student,
@@ -148,9 +148,9 @@ class Study:
         step = batch * length / result.tokens_per_second
         line = {
             **known,
-            "bits_per_byte": self.bits(str(out)),
-            "bits_before": self.bits(str(student)),
-            "teacher_bits": self.bits(teacher),
+            "bits_per_byte": bits(str(out), self.options.held_out),
+            "bits_before": bits(str(student), self.options.held_out),
+            "teacher_bits": bits(teacher, self.options.held_out),
             "tokens": result.steps * batch * length,
             "step_seconds": step,
             **{key: mean_of(rows, f"teacher/{key}") for key in ("absent", "lumped", "left_out", "span_tokens")},
@@ -158,12 +158,6 @@ class Study:
         }
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-    def bits(self, model: str) -> float:
-        """Return the bits per byte of the held-out texts together."""
-        tasks = [str(path) for path in self.options.held_out]
-        rows = ppl(PplConfig(model=[model], task=tasks, convention="lm-eval")).results
-        return sum(row.bits_per_byte * row.bytes for row in rows) / sum(row.bytes for row in rows)
 
     def alignment_seconds(self) -> float:
         """Return how long it takes to encode a micro-batch in the second teacher's tokens and to align it."""
@@ -235,10 +229,7 @@ def main() -> None:
         if not (options.same and options.texts and options.held_out):
             parser.error("give --same, --texts and --held-out, or --report")
         options.work.mkdir(parents=True, exist_ok=True)
-        until = time.monotonic() + 60 * options.stop_after
-        for run in study.runs():
-            if time.monotonic() > until:
-                break
+        for run in begun_within(options.stop_after, study.runs()):
             study.train(run)
     print(report(study.lines()))
 

@@ -21,7 +21,6 @@ import os
 import shutil
 import statistics
 import tarfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from recipes import block_losses, grouped
+from recipes import begun_within, block_losses, grouped
 
 from tinygpt2 import PregenerateConfig, PretrainConfig, pregenerate, pretrain
 from tinygpt2.data.dataset import load_packed_dataset
@@ -289,12 +288,11 @@ def main() -> None:
         raise SystemExit("give --work, and set TINYGPT2_TEST_DATA to the folder that holds the plan's texts")
     options.work.mkdir(parents=True, exist_ok=True)
     results = options.work / "results.jsonl" if options.tiny else options.results
-    study, until = Study(options.work, results, options.tiny), time.monotonic() + 60 * options.minutes
+    study = Study(options.work, results, options.tiny)
+    runs = begun_within(options.minutes, study.runs())
     study.prepare()
     with fast_products():
-        for run in study.runs():
-            if time.monotonic() > until:
-                break
+        for run in runs:
             if run.variant.startswith(options.only) and options.size in (None, run.size):
                 study.train(run)
     if options.tiny:

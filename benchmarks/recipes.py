@@ -22,11 +22,11 @@ import shutil
 import statistics
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ from tinygpt2.training.schedule import peak_learning_rate
 from tinygpt2.training.step import Step
 from tinygpt2.training.teacher_cache import TeacherCache
 from tinygpt2.training.throughput import step_seconds
+
+T = TypeVar("T")
 
 HERE = Path(__file__).parent / "recipes"
 CLOSE = 0.01  # nats per token: recipes that are closer than this may change places on another machine
@@ -347,6 +349,12 @@ def grouped(losses: list[float]) -> list[float]:
     return [round(float(part.mean()), 5) for part in np.array_split(np.array(losses), min(GROUPS, len(losses)))]
 
 
+def begun_within(minutes: float, runs: Iterable[T]) -> Iterator[T]:
+    """Yield runs until so many minutes have passed."""
+    until = time.monotonic() + 60 * minutes
+    return itertools.takewhile(lambda _: time.monotonic() <= until, runs)
+
+
 def main() -> None:
     """Continue the plan, or repeat its smallest comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -368,11 +376,9 @@ def main() -> None:
 
 def go_on(study: Study, minutes: float) -> None:
     """Do the runs of the plan that are missing, in its order."""
-    until = time.monotonic() + 60 * minutes
+    runs = begun_within(minutes, everything(study))
     study.prepare()
-    for run in everything(study):
-        if time.monotonic() > until:
-            return
+    for run in runs:
         study.train(run)
 
 

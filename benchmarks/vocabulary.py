@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from recipes import begun_within
 
 from tinygpt2 import (
     DistillConfig,
@@ -116,9 +117,9 @@ class Study:
         absent = [row["teacher/absent"] for row in rows if "teacher/absent" in row]
         line = {
             **known,
-            "bits_per_byte": self.bits(str(out)),
-            "bits_before": self.bits(str(student)),
-            "teacher_bits": self.bits(self.options.teacher),
+            "bits_per_byte": bits(str(out), self.options.held_out),
+            "bits_before": bits(str(student), self.options.held_out),
+            "teacher_bits": bits(self.options.teacher, self.options.held_out),
             "step_seconds": batch * self.options.sequence_length / result.tokens_per_second,
             "bytes_seen": result.steps * step_bytes,
             "tokens_per_byte": entry["tokens"] / entry["bytes"],
@@ -129,11 +130,11 @@ class Study:
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def bits(self, model: str) -> float:
-        """Return the bits per byte of the held-out texts together."""
-        tasks = [str(path) for path in self.options.held_out]
-        rows = ppl(PplConfig(model=[model], task=tasks, convention="lm-eval")).results
-        return sum(row.bits_per_byte * row.bytes for row in rows) / sum(row.bytes for row in rows)
+
+def bits(model: str, texts: list[Path]) -> float:
+    """Return a model's bits per byte of some texts together."""
+    rows = ppl(PplConfig(model=[model], task=[str(path) for path in texts], convention="lm-eval")).results
+    return sum(row.bits_per_byte * row.bytes for row in rows) / sum(row.bytes for row in rows)
 
 
 def report(found: list[dict[str, Any]]) -> str:
@@ -183,10 +184,7 @@ def main() -> None:
         if not (options.teacher and options.texts and options.held_out):
             parser.error("give --teacher, --texts and --held-out, or --report")
         options.work.mkdir(parents=True, exist_ok=True)
-        until = time.monotonic() + 60 * options.stop_after
-        for run in study.runs():
-            if time.monotonic() > until:
-                break
+        for run in begun_within(options.stop_after, study.runs()):
             study.train(run)
     print(report(study.lines()))
 
