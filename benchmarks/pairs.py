@@ -82,8 +82,15 @@ def seconds(step: Step, work: list[Batch], device: torch.device) -> float:
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Measure both forms in turns, and return their best speeds."""
     device = current_device()
+    heads = max(1, options.width // 64)
     shape = GPT2Config(
-        n_layer=options.layers, n_embd=options.width, n_head=max(1, options.width // 64), n_positions=options.length
+        vocab_size=options.vocab_size,
+        n_layer=options.layers,
+        n_embd=options.width,
+        n_head=heads,
+        n_positions=options.length,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     pairs = some_pairs(options.pairs, shape.vocab_size, options.length)
     step = Step(random_model(shape, 0), None, LossWeights(), PretrainConfig(data="-", shape="-", out="-"))
@@ -114,6 +121,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=256)
     parser.add_argument("--in-step", type=int, default=32, help="pairs in an optimizer step")
     parser.add_argument("--length", type=int, default=512, help="tokens in a block")
+    parser.add_argument("--vocab-size", type=int, default=50_257)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--turns", type=int, default=3)

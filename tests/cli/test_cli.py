@@ -413,7 +413,8 @@ pieces = Corpus.pieces
 def slow(self):
     yield from pieces(self)
     print("waiting", file=sys.stderr, flush=True)
-    time.sleep(60)
+    for _ in range(60_000):  # a thread that wakes up while Python ends must not abort it
+        time.sleep(0.001)
 Corpus.pieces = slow
 main()
 """

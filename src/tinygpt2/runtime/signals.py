@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
+from tinygpt2.errors import InterruptedRunError
 from tinygpt2.runtime.processes import launched
 from tinygpt2.utils.progress import say
 
@@ -70,7 +74,7 @@ def consumed_interruptibly(consume: Callable[[Iterator[T]], object], items: Iter
 
     A library that iterates in threads of its own would keep Python from seeing a signal until it has finished.
     """
-    stopped, errors = threading.Event(), []
+    stopped, ended, errors = threading.Event(), threading.Event(), []
 
     def until_stopped() -> Iterator[T]:
         for item in items:
@@ -83,15 +87,27 @@ def consumed_interruptibly(consume: Callable[[Iterator[T]], object], items: Iter
             consume(until_stopped())
         except BaseException as error:  # it is raised in the thread that waits
             errors.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    threading.Thread(target=work, daemon=True).start()
     try:
-        thread.join()
+        ended.wait()  # an interrupted join would call the thread ended
+    except KeyboardInterrupt:
+        atexit.register(_end_unless, ended)
+        raise
     finally:
         stopped.set()
     if errors:
         raise errors[0]
+
+
+def _end_unless(ended: threading.Event) -> None:
+    """End the program at once if a library still runs in a thread: as Python ends, the thread would abort it."""
+    if not ended.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(InterruptedRunError.exit_code)
 
 
 def raise_interrupt(number: int, frame: Any) -> None:
