@@ -94,7 +94,7 @@ def test_a_cache_takes_at_most_200_bytes_a_token(data: Path, taught: Path) -> No
     assert size <= 200 * len(packed.train) * packed.sequence_length
     for vocabulary in (50_257, 65_536, 65_537, 10**6):
         form = SparseForm("samples", vocabulary)
-        assert 24 <= form.kept <= 60
+        assert 40 <= form.kept <= 100
         assert 2 * form.width + 4 <= 200
 
 

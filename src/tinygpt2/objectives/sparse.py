@@ -2,10 +2,11 @@
 
 `samples`: K tokens stand for the teacher's distribution p. Likely tokens are kept with their probabilities. The others
 are drawn: with a threshold c, each with probability p / c, and a drawn token gets the weight c. So the expected weight
-of every token is its probability, and the gradient of forward KL is estimated without bias. A token is kept for certain
-if p > c, and c makes K tokens in all. Sampled targets for distillation: Anshumann et al. 2025, arXiv:2503.16870. The
-threshold, with which no other such choice of K tokens has a smaller squared error: Fearnhead and Clifford 2003,
-"On-line inference for hidden Markov models via particle filters".
+of every token is its probability, and the gradient of forward KL is estimated without bias. Sampled targets for
+distillation: Anshumann et al. 2025, arXiv:2503.16870. A token is kept for certain if p > c, and with K tokens, no
+other such choice has a smaller squared error: Fearnhead and Clifford 2003, "On-line inference for hidden Markov models
+via particle filters". All drawn tokens share one weight. So a drawn token takes half of the room of one that is kept
+with its probability, and K differs from position to position: as many tokens as the room holds.
 
 `top`: the K likeliest tokens with their probabilities, and the mass of the rest. The rest counts as one more token,
 whose probability under the student is what its K tokens leave. The loss is the KL between these K + 1 events, which is
@@ -22,11 +23,13 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tinygpt2.config.distillation import CacheKind, SparseKind
 from tinygpt2.models.lm_head import Head, default_chunk, rows_at_once
 
 BYTES = 200  # for each position, with the part of a block's checksum (4 bytes) that falls on it
+LAYOUT = 2  # of the records; a cache with another one is not read
 _STEPS = 2048  # a stored logarithm is a multiple of 1 / 2048, so a weight is off by at most 0.025 %
 _NONE = 2**16 - 1  # stands for the weight 0
 _SHIFT = 2**15  # int16 holds numbers from 0 to 65535 minus this
@@ -36,20 +39,23 @@ class SparseTargets(NamedTuple):
     """A teacher's predictions at N positions.
 
     Attributes:
-        tokens: the K tokens that were kept; a token may be there twice.
-        weights: their probabilities, or what stands for them. Those of `samples` add up to 1.
+        tokens: the tokens that stand for the distribution; a token may be there twice.
+        weights: their probabilities, or what stands for them, and 0 in places that are not used. Those of `samples` add
+            up to 1.
+        certain: how many of them, from the first on, have their own probability; the others were drawn.
         extra: of `samples`, the entropy of the teacher's whole distribution in nats; of `top`, the rest's probability.
         kind: which of the two this is.
     """
 
     tokens: Int[Tensor, "N K"]
     weights: Float[Tensor, "N K"]
+    certain: Int[Tensor, " N"]
     extra: Float[Tensor, " N"]
     kind: SparseKind
 
     def part(self, rows: slice) -> SparseTargets:
         """Return those of some positions."""
-        return SparseTargets(self.tokens[rows], self.weights[rows], self.extra[rows], self.kind)
+        return SparseTargets(self.tokens[rows], self.weights[rows], self.certain[rows], self.extra[rows], self.kind)
 
 
 def sparse_kl(student: Float[Tensor, "N V"], teacher: SparseTargets) -> tuple[Float[Tensor, ""], Tensor]:
@@ -82,11 +88,13 @@ class SparseForm:
         kind: which tokens are kept.
         vocabulary: V, the number of tokens.
         temperature: divides the logits.
+        layout: of the records.
     """
 
     kind: SparseKind
     vocabulary: int
     temperature: float = 1.0
+    layout: int = LAYOUT
 
     @classmethod
     def of(cls, kind: CacheKind | None, vocabulary: int, temperature: float) -> SparseForm | None:
@@ -94,18 +102,43 @@ class SparseForm:
         return None if kind is None or kind == "states" else cls(kind, vocabulary, temperature)
 
     @property
-    def kept(self) -> int:
-        """K: a number takes 2 bytes in a vocabulary of up to 65536 tokens, else 4; a weight takes 2, and `extra` 4."""
-        return min((BYTES - 8) // (4 if self._short else 6), self.vocabulary - (self.kind == "top"))
-
-    @property
     def width(self) -> int:
-        """The size of a position's record in numbers of 2 bytes."""
-        return self.kept * (2 if self._short else 3) + 2
+        """The size of a position's record in numbers of 16 bits: tokens with weights, and 4 that stand alone."""
+        return self._room + 4
 
     @property
-    def _short(self) -> bool:
-        return self.vocabulary <= 2**16
+    def kept(self) -> int:
+        """K at most: the places of tokens in `SparseTargets`."""
+        return self._room // (self._whole if self._room == self._full or self.kind == "top" else self._size)
+
+    @property
+    def _most(self) -> int:
+        """How many tokens can be kept with their probabilities. There is room to draw at least one beside them."""
+        spare = 0 if self._room == self._full or self.kind == "top" else self._size
+        return (self._room - spare) // self._whole
+
+    @property
+    def _room(self) -> int:
+        return min(BYTES // 2 - 6, self._full)
+
+    @property
+    def _full(self) -> int:
+        """The room that all tokens with their probabilities would take."""
+        return (self.vocabulary - (self.kind == "top")) * self._whole
+
+    @property
+    def _size(self) -> int:
+        """How many numbers of 16 bits a token takes."""
+        return 1 if self.vocabulary <= 2**16 else 2
+
+    @property
+    def _whole(self) -> int:
+        """How many a token takes with its own probability."""
+        return self._size + 1
+
+    def _drawn(self, certain: Tensor) -> Tensor:
+        """Return how many tokens there is room to draw beside those that are kept for certain."""
+        return (self._room - certain * self._whole) // self._size
 
     def targets(self, logits: Float[Tensor, "N V"], start: Float[Tensor, " N"]) -> SparseTargets:
         """Make the targets of some positions.
@@ -115,21 +148,39 @@ class SparseForm:
         """
         logs = (logits / self.temperature).log_softmax(-1)
         p = logs.exp()
-        top, tokens = p.topk(self.kept, sorted=True)
+        top, tokens = p.topk(self._most, sorted=True)
         if self.kind == "top":
-            return SparseTargets(tokens, top, p.scatter(-1, tokens, 0.0).sum(-1), "top")
+            rest = p.scatter(-1, tokens, 0.0).sum(-1)
+            return SparseTargets(tokens, top, torch.full_like(rest, self._most, dtype=torch.long), rest, "top")
         entropy = -(p * logs).sum(-1)
-        places = torch.arange(self.kept, device=p.device)
         after = 1 - top.cumsum(-1) + top  # the mass of each token and all after it
-        sure = (top * (self.kept - places) > after).int().cumprod(-1).sum(-1, keepdim=True)
-        sure = sure.clamp(max=self.kept - 1) if self.kept < self.vocabulary else torch.full_like(sure, self.kept)
+        certain = torch.full_like(tokens[:, 0], self._most)
+        if self._room < self._full:
+            draws = self._drawn(torch.arange(self._most, device=p.device))
+            certain = (top * draws > after).int().cumprod(-1).sum(-1)
+        places = torch.arange(self.kept, device=p.device)
+        kept = torch.arange(self._most, device=p.device) < certain[:, None]
         precise = torch.float32 if p.device.type == "mps" else torch.float64
-        sums = p.scatter(-1, tokens, top.where(places >= sure, 0.0)).cumsum(-1, dtype=precise)
-        step = sums[:, -1:] / (self.kept - sure).clamp(min=1)
-        points = (places - sure + start[:, None].to(precise)).clamp(min=0) * step
+        sums = p.scatter(-1, tokens, top.masked_fill(kept, 0.0)).cumsum(-1, dtype=precise)
+        step = sums[:, -1:] / self._drawn(certain).clamp(min=1)[:, None]
+        points = (places - certain[:, None] + start[:, None].to(precise)).clamp(min=0) * step
         drawn = torch.searchsorted(sums, points, right=True).clamp(max=self.vocabulary - 1)
-        first = places < sure
-        return SparseTargets(tokens.where(first, drawn), top.where(first, step.to(top.dtype)), entropy, "samples")
+        return self._joined(tokens, top, certain, drawn, step.to(top.dtype), entropy)
+
+    def _joined(
+        self, tokens: Tensor, weights: Tensor, certain: Tensor, drawn: Tensor, weight: Tensor, extra: Tensor
+    ) -> SparseTargets:
+        """Put certain tokens and drawn ones, which share a weight, into the same rows; leave unused places empty."""
+        places = torch.arange(self.kept, device=tokens.device)
+        first, unused = places < certain[:, None], places >= (certain + self._drawn(certain))[:, None]
+        spare = (0, self.kept - self._most)
+        return SparseTargets(
+            pad(tokens[:, : self._most], spare).where(first, drawn).masked_fill(unused, 0),
+            pad(weights, spare).where(first, weight).masked_fill(unused, 0.0),
+            certain,
+            extra,
+            self.kind,
+        )
 
     def records(self, head: Head, states: Float[Tensor, "B T D"], ids: Int[Tensor, "B S"]) -> Int[Tensor, "B T R"]:
         """Make the records of blocks from a teacher's last hidden states, chunk by chunk.
@@ -148,24 +199,38 @@ class SparseForm:
         return torch.cat(found).view(*states.shape[:2], self.width)
 
     def pack(self, targets: SparseTargets) -> Int[Tensor, "N R"]:
-        """Return targets as records of 16-bit numbers: tokens, logarithms of weights, `extra` as float32."""
-        tokens = targets.tokens
-        ids = (tokens - _SHIFT).to(torch.int16) if self._short else tokens.to(torch.int32).view(torch.int16)
-        logs = (targets.weights.log() * -_STEPS).round().clamp(0, _NONE)
+        """Return targets as records of 16-bit numbers.
+
+        The tokens come first. The weights of the certain ones fill the same room from its end. After it come the number
+        of certain tokens, the weight of each drawn one, and `extra` as float32. Of weights, the logarithms are stored.
+        """
+        tokens, weights, certain = targets.tokens, targets.weights, targets.certain[:, None]
+        ids = (tokens - _SHIFT).to(torch.int16) if self._size == 1 else tokens.to(torch.int32).view(torch.int16)
+        logs = ((weights.log() * -_STEPS).round().clamp(0, _NONE) - _SHIFT).to(torch.int16)
+        own = pad(logs[:, : self._most], (0, self._room - self._most)).flip(-1)
+        from_end = self._room - 1 - torch.arange(self._room, device=tokens.device)
+        room = own.where(from_end < certain, pad(ids, (0, self._room - ids.shape[1])))
+        drawn = logs.gather(-1, certain.clamp(max=self.kept - 1))
         extra = targets.extra.float().contiguous()[:, None].view(torch.int16)
-        return torch.cat([ids, (logs - _SHIFT).to(torch.int16), extra], -1)
+        return torch.cat([room, certain.to(torch.int16), drawn, extra], -1)
 
     def unpack(self, records: Int[Tensor, "N R"]) -> SparseTargets:
         """Return the targets that records hold. The rounded weights are scaled to their right sum."""
-        size = self.width - 2 - self.kept
-        ids, logs, extra = records[:, :size], records[:, size:-2], records[:, -2:]
-        tokens = ids.long() + _SHIFT if self._short else ids.contiguous().view(torch.int32).long()
-        steps = logs.to(torch.int32) + _SHIFT
-        weights = (steps.float() / -_STEPS).exp().masked_fill(steps == _NONE, 0.0)
+        room, certain, drawn, extra = records.split([self._room, 1, 1, 2], -1)
+        ids = room[:, : self.kept * self._size]
+        tokens = ids.long() + _SHIFT if self._size == 1 else ids.contiguous().view(torch.int32).long()
         last = extra.contiguous().view(torch.float32)[:, 0]
+        found = self._joined(
+            tokens, _weights(room.flip(-1)[:, : self._most]), certain[:, 0].long(), tokens, _weights(drawn), last
+        )
         mass = 1 - last if self.kind == "top" else torch.ones_like(last)
-        weights = weights * (mass / weights.sum(-1).clamp(min=math.exp(-32)))[:, None]
-        return SparseTargets(tokens, weights, last, self.kind)
+        scale = mass / found.weights.sum(-1).clamp(min=math.exp(-32))
+        return found._replace(weights=found.weights * scale[:, None])
+
+
+def _weights(logs: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+    steps = logs.to(torch.int32) + _SHIFT
+    return (steps.float() / -_STEPS).exp().masked_fill(steps == _NONE, 0.0)
 
 
 def _random(ids: Int[Tensor, "B S"], length: int) -> Float[Tensor, "B T"]:

@@ -9,7 +9,7 @@ from typing import NamedTuple, get_args
 
 from tinygpt2.config.distillation import CacheKind, SparseKind
 from tinygpt2.errors import ConfigError, DataError, listed
-from tinygpt2.objectives.sparse import SparseForm
+from tinygpt2.objectives.sparse import LAYOUT, SparseForm
 
 ABOUT = "about.json"  # in the directory of each cache
 
@@ -73,7 +73,7 @@ def _stored(file: Path) -> StoredPredictions | None:
     """Return what a file about.json says, if it is of a cache of predictions."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         about = json.loads(file.read_text("utf-8"))
-        if about["kind"] in get_args(SparseKind):
+        if about["kind"] in get_args(SparseKind) and about["layout"] == LAYOUT:
             form = SparseForm(about["kind"], int(about["vocabulary"]), float(about["temperature"]))
             return StoredPredictions(file.parent, about["teacher"], form, int(about["length"]), about["data"])
     return None
