@@ -216,7 +216,7 @@ class SparseForm:
 
     def unpack(self, records: Int[Tensor, "N R"]) -> SparseTargets:
         """Return the targets that records hold. The rounded weights are scaled to their right sum."""
-        room, certain, drawn, extra = records.split([self._room, 1, 1, 2], -1)
+        room, certain, drawn, extra = records[:, :-4], records[:, -4:-3], records[:, -3:-2], records[:, -2:]
         ids = room[:, : self.kept * self._size]
         tokens = ids.long() + _SHIFT if self._size == 1 else ids.contiguous().view(torch.int32).long()
         last = extra.contiguous().view(torch.float32)[:, 0]
