@@ -10,6 +10,8 @@ The cases:
                     teacher's ratio of inner units. They are refitted and distilled for as many steps as the student of
                     `half`, with the same recipe, on the same blocks in the same order.
     draft           --for draft with --target-params 1M: the fastest draft beside the one with the lowest loss
+    vocabularies    --target-params 3M with --vocab-sizes: the teacher's tokens, half of them and a quarter; in bits per
+                    byte
 
 A finished case is a line of FOLDER/results.jsonl and is not run again, so the command continues where it stopped.
 Losses are in nats per token above the teacher's, on the same blocks of the dataset's test split.
@@ -45,7 +47,7 @@ from tinygpt2.models.parameters import count_parameters
 from tinygpt2.runtime.cpu import fast_products, usable_cores
 from tinygpt2.utils import progress
 
-CASES = ("3M", "half", "by hand", "2M", "draft")
+CASES = ("3M", "half", "by hand", "2M", "draft", "vocabularies")
 _DEPTHS = 4  # of the cuts by hand: the teacher's, and the next smaller ones
 _STEP_OF_WIDTH = 8
 
@@ -98,6 +100,25 @@ def search(study: Study, name: str, target: int, **options: Any) -> None:
         "minutes": result.seconds / 60, "cores": usable_cores(), "shape": [len(result.layers), result.n_embd,
         result.n_head, result.n_inner], "steps": result.steps, "tokens": result.tokens, "loss": study.above(out),
         "score": asdict(result.score), "rounds": result.rounds and asdict(result.rounds),
+        "verified": verify(VerifyConfig(path=str(out))).ok,
+        "candidates": [asdict(one) for one in result.candidates],
+    })  # fmt: skip
+
+
+def vocabularies(study: Study, target: int) -> None:
+    """Search through vocabularies, too."""
+    whole, out = study.shape.vocab_size, study.out("vocabularies")
+    result = cut_to_target(
+        TruncateStudentConfig(
+            teacher=study.teacher, data=study.data, out=str(out), target_params=target,
+            vocab_sizes=",".join(str(whole // part) for part in (1, 2, 4)),
+        )
+    )  # fmt: skip
+    study.add("vocabularies", {
+        "parameters": result.parameters, "minutes": result.seconds / 60, "cores": usable_cores(), "steps": result.steps,
+        "tokens": result.tokens, "score": asdict(result.score), "vocab_size": result.vocab_size,
+        "vocabularies": [asdict(one) for one in result.vocabularies or []],
+        "bits_per_byte": result.bits_per_byte and asdict(result.bits_per_byte),
         "verified": verify(VerifyConfig(path=str(out))).ok,
         "candidates": [asdict(one) for one in result.candidates],
     })  # fmt: skip
@@ -169,6 +190,13 @@ def show(study: Study) -> None:
             f"| {line['target']:,} | {rounds['rounds']} | {rounds['one']['loss']:.4f} | "
             f"{rounds['several']['loss']:.4f} | {line['steps']} |"
         )
+    if found := study.done.get("vocabularies"):
+        print(f"\n{found['minutes']:.1f} minutes; bits per byte above the teacher:\n")
+        print("| tokens | student | parameters | quick fit | whole fit | distilled |\n" + "|---" * 6 + "|")
+        for one in [one for one in found["candidates"] if one["trained"]]:
+            losses = " | ".join(f"{one[stage]['loss']:.4f}" for stage in ("quick", "fitted", "trained"))
+            shape = f"{one['n_layer']} x {one['n_embd']}, {one['n_head']} heads, {one['n_inner']} inner"
+            print(f"| {one['vocab_size']:,} | {shape} | {one['parameters']:,} | {losses} |")
     if "draft" in study.done:
         print("\n| draft | ms per token | loss | accepted | expected speedup |\n" + "|---" * 5 + "|")
         for one in [one for one in study.done["draft"]["candidates"] if one["trained"]]:
@@ -202,6 +230,8 @@ def main() -> None:
             if "half" not in study.done:
                 parser.error("the case `by hand` needs the number of steps of `half`: run that first")
             by_hand(study)
+        elif name == "vocabularies" and name not in study.done:
+            vocabularies(study, targets["3M"])
         elif name not in study.done:
             search(study, name, targets[name], purpose="draft" if name == "draft" else "loss")
     if options.json:

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from tinygpt2.planning.dry_run import CompiledStep, RunPlan, compile_step, plan_run
     from tinygpt2.training.step import Evaluation
     from tinygpt2.workflows.budget import BudgetPlan, Candidate, LossPrediction, plan_budget
-    from tinygpt2.workflows.cuts.results import CutCandidate, CutRounds, CutSearchResult
+    from tinygpt2.workflows.cuts.results import CutBits, CutCandidate, CutRounds, CutSearchResult, CutVocabulary
     from tinygpt2.workflows.cuts.scoring import CutScore
     from tinygpt2.workflows.cuts.search import cut_to_target
     from tinygpt2.workflows.model_verification import Agreement
@@ -123,7 +123,7 @@ _HOME = {
     "planning.dry_run": ["CompiledStep", "RunPlan", "compile_step", "plan_run"],
     "training.step": ["Evaluation"],
     "workflows.budget": ["BudgetPlan", "Candidate", "LossPrediction", "plan_budget"],
-    "workflows.cuts.results": ["CutCandidate", "CutRounds", "CutSearchResult"],
+    "workflows.cuts.results": ["CutBits", "CutCandidate", "CutRounds", "CutSearchResult", "CutVocabulary"],
     "workflows.cuts.scoring": ["CutScore"],
     "workflows.cuts.search": ["cut_to_target"],
     "workflows.model_verification": ["Agreement"],
@@ -147,11 +147,13 @@ __all__ = [
     "Candidate",
     "CompiledStep",
     "ConfigError",
+    "CutBits",
     "CutCandidate",
     "CutPerplexity",
     "CutRounds",
     "CutScore",
     "CutSearchResult",
+    "CutVocabulary",
     "DataError",
     "DepthImportance",
     "DistillConfig",

@@ -12,7 +12,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2 import TruncateStudentConfig
-from tinygpt2.compression.sizes import Shape, Space, shapes_within, space_of, spread
+from tinygpt2.compression.sizes import (
+    Shape,
+    Space,
+    shapes_by_vocabulary,
+    shapes_within,
+    space_of,
+    spaces_of,
+    spread,
+)
 from tinygpt2.config.compression import Target
 from tinygpt2.errors import ConfigError
 
@@ -99,6 +107,35 @@ def test_the_smallest_student_is_possible() -> None:
     assert shapes_within(Target("parameters", least, ""), SMALL, SMALL.parameters)
     with pytest.raises(ConfigError):
         shapes_within(Target("parameters", least - 1, ""), SMALL, SMALL.parameters)
+
+
+def test_each_vocabulary_has_the_shapes_that_it_has_alone() -> None:
+    teacher = SimpleNamespace(n_layer=4, n_embd=32, n_head=4, n_inner=None, vocab_size=320, n_positions=32)
+    spaces = spaces_of(config(target_params=60_500, vocab_sizes="257,320,290"), teacher)
+    assert [(one.vocab_size, one.fewer_tokens) for one in spaces] == [(320, False), (290, True), (257, True)]
+    target = Target("parameters", 60_500, "--target-params 60500")
+    found = shapes_by_vocabulary(target, {one: one.parameters for one in spaces})
+    for one, shapes in found.items():
+        assert all(0.98 * 60_500 <= one.parameters(shape) <= 60_500 for shape in shapes)
+        assert shapes == shapes_within(target, one, one.parameters)
+    # with fewer tokens, all blocks can stay
+    assert [SMALL.teacher in found.get(one, []) for one in spaces] == [False, False, True]
+    assert spaces_of(config(target_params=9000), teacher) == [SMALL]
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [(61_900, None), (100, "has 1,282 parameters"), (10**6, "the teacher, which has 62,144 parameters")],
+)
+def test_vocabularies_without_students_are_left_out_or_refused(limit: int, message: str | None) -> None:
+    spaces = [SMALL, replace(SMALL, vocab_size=257, fewer_tokens=True)]
+    target, costs = Target("parameters", limit, f"--target-params {limit}"), {one: one.parameters for one in spaces}
+    if message is None:
+        assert list(shapes_by_vocabulary(target, costs)) == [SMALL]
+        return
+    with pytest.raises(ConfigError) as caught:
+        shapes_by_vocabulary(target, costs)
+    assert message in caught.value.message
 
 
 def test_a_spread_has_every_depth_and_few_shapes() -> None:

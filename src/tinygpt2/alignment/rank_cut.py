@@ -41,7 +41,9 @@ class RankCut:
     rows: tuple[int, ...]
 
 
-def cut_by_rank(tokenizer: Tokenizer, size: int, rows: int, order: Sequence[int] | None = None) -> RankCut:
+def cut_by_rank(
+    tokenizer: Tokenizer, size: int, rows: int, order: Sequence[int] | None = None, option: str = "--vocab-size"
+) -> RankCut:
     """Keep the first tokens of a tokenizer by the rank of their merges, with all bytes and special tokens.
 
     Args:
@@ -49,6 +51,7 @@ def cut_by_rank(tokenizer: Tokenizer, size: int, rows: int, order: Sequence[int]
         rows: number of tokens that the model has rows for.
         order: the tokens in another order, in which every token comes after those that it is merged from; see
             `by_use`. The merges that are kept stay in theirs.
+        option: what gave the size, for messages.
 
     Raises:
         ModelError: the tokenizer is no byte-level BPE that vocabulary and merges define alone.
@@ -58,15 +61,15 @@ def cut_by_rank(tokenizer: Tokenizer, size: int, rows: int, order: Sequence[int]
     model = content["model"]
     if not is_byte_level(content, vocabulary.__contains__):
         raise ModelError(
-            "--vocab-size needs a byte-level BPE, such as GPT-2's, and the teacher's tokenizer is none",
-            "leave out --vocab-size",
+            f"{option} needs a byte-level BPE, such as GPT-2's, and the teacher's tokenizer is none",
+            f"leave out {option}",
         )
     always = {item["content"] for item in content["added_tokens"]} | {model.get("unk_token")}
     always |= {chr(letter) for letter in LETTERS.values()}
     kept = {vocabulary[token] for token in always if token in vocabulary}
     least = sum(token < rows for token in kept)
     if size < least:
-        raise ConfigError(f"--vocab-size {size} is too small: the bytes and special tokens alone are {least} tokens")
+        raise ConfigError(f"{option} {size} is too small: the bytes and special tokens alone are {least} tokens")
     made = [vocabulary["".join(pair)] for pair in merged_pairs(model)]
     first = len(made)  # the merges that can stay
     for place, token in enumerate(made if order is None else order):
@@ -76,7 +79,7 @@ def cut_by_rank(tokenizer: Tokenizer, size: int, rows: int, order: Sequence[int]
         least += token not in kept
         kept.add(token)
     if least < size:
-        raise ConfigError(f"--vocab-size {size}: the teacher's tokenizer has only {least} tokens that texts can have")
+        raise ConfigError(f"{option} {size}: the teacher's tokenizer has only {least} tokens that texts can have")
     numbers = {old: new for new, old in enumerate(sorted(kept))}
     model["vocab"] = {token: numbers[old] for token, old in vocabulary.items() if old in kept}
     pairs = zip(model["merges"][:first], merged_pairs(model), made, strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,12 +37,14 @@ class Space:
         teacher: its sizes.
         vocab_size, n_positions: of the student.
         tied: whether the student's output matrix is its embedding.
+        fewer_tokens: whether the student has fewer tokens than the teacher, so that nothing else needs to be cut.
     """
 
     teacher: Shape
     vocab_size: int
     n_positions: int
     tied: bool
+    fewer_tokens: bool = False
 
     def embeddings(self, width: int) -> int:
         """Return the number of weights of the embeddings and the output matrix."""
@@ -111,7 +113,7 @@ class Space:
         for shape in self.grid():
             inner = _most_inner(shape, cost, limit)
             fits = replace(shape, n_inner=inner)
-            if inner and fits != self.teacher and cost(fits) >= (1 - TOLERANCE) * limit:
+            if inner and (fits != self.teacher or self.fewer_tokens) and cost(fits) >= (1 - TOLERANCE) * limit:
                 found.append(fits)
         return found
 
@@ -163,7 +165,33 @@ def space_of(config: TruncateStudentConfig, teacher: Any) -> Space:
     """
     whole = Shape(teacher.n_layer, teacher.n_embd, teacher.n_head, teacher.n_inner or 4 * teacher.n_embd)
     tied = getattr(teacher, "tie_word_embeddings", True) and not config.untie_head
-    return Space(whole, config.vocab_size or teacher.vocab_size, config.n_positions or teacher.n_positions, tied)
+    size = config.vocab_size or teacher.vocab_size
+    return Space(whole, size, config.n_positions or teacher.n_positions, tied, size < teacher.vocab_size)
+
+
+def spaces_of(config: TruncateStudentConfig, teacher: Any) -> list[Space]:
+    """Return the students that the search looks at, by their vocabulary, the largest one first; see `space_of`."""
+    one = space_of(config, teacher)
+    sizes = config.vocabularies or [one.vocab_size]
+    return [replace(one, vocab_size=size, fewer_tokens=size < teacher.vocab_size) for size in sizes]
+
+
+def shapes_by_vocabulary(target: Target, costs: Mapping[Space, Callable[[Shape], float]]) -> dict[Space, list[Shape]]:
+    """Return the students within a target for each vocabulary that has some, from the largest vocabulary on.
+
+    Raises:
+        ConfigError: as `shapes_within`, if no vocabulary has any.
+    """
+    found, problems = {}, []
+    for space, cost in costs.items():
+        try:
+            found[space] = shapes_within(target, space, cost)
+        except ConfigError as problem:
+            problems.append(problem)
+    if not found:
+        last, cost = list(costs.items())[-1]
+        raise problems[-1 if cost(last.smallest(cost)) > target.limit else 0]
+    return found
 
 
 def shapes_within(target: Target, space: Space, cost: Callable[[Shape], float]) -> list[Shape]:
@@ -180,7 +208,7 @@ def shapes_within(target: Target, space: Space, cost: Callable[[Shape], float]) 
             f"{target.option} is too small: the smallest student of this teacher has {said(target, least)}{part}",
             f"that is 1 layer with a hidden size of {smallest.n_embd}; a smaller vocabulary makes smaller students",
         )
-    if target.limit >= teacher:
+    if target.limit >= teacher and not (space.fewer_tokens and teacher >= (1 - TOLERANCE) * target.limit):
         raise ConfigError(
             f"{target.option} is not smaller than the teacher, which has {said(target, teacher)}",
             "give a smaller target",
@@ -211,14 +239,15 @@ def check_sizes(config: TruncateStudentConfig, teacher: Any) -> None:
         ConfigError: the teacher has no such parts, or they do not fit together, or an option has no effect.
     """
     sizes_of(config, teacher)
-    target = config.target
-    if target is not None and target.measure != "milliseconds":
-        space = space_of(config, teacher)
-        shapes_within(target, space, getattr(space, target.measure))
     if config.untie_head and not getattr(teacher, "tie_word_embeddings", True):
         raise ConfigError("--untie-head has no effect: the teacher has an output matrix of its own already")
-    if (config.vocab_size or 0) > teacher.vocab_size:
-        raise ConfigError(f"--vocab-size {config.vocab_size}: the teacher has only {teacher.vocab_size} tokens")
+    most = max([config.vocab_size or 0, *config.vocabularies])
+    if most > teacher.vocab_size:
+        name = "--vocab-sizes" if config.vocabularies else "--vocab-size"
+        raise ConfigError(f"{name} {most}: the teacher has only {teacher.vocab_size} tokens")
+    target = config.target
+    if target is not None and target.measure != "milliseconds":
+        shapes_by_vocabulary(target, {space: getattr(space, target.measure) for space in spaces_of(config, teacher)})
     _check_depth(config, teacher.n_layer)
     position_count(config, teacher.n_positions)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import field_validator
 
 from tinygpt2.config.base import flag_name, option
-from tinygpt2.config.common import TARGET
+from tinygpt2.config.common import FINALISTS, TARGET
 from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
 
 Strategy = Literal["uniform", "alternate", "distilgpt2", "first", "middle", "last", "importance"]
@@ -118,6 +118,15 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         panel=TARGET,
         gt=0,
     )
+    vocab_sizes: str | None = option(
+        "Vocabularies for the search to look through, such as 8192,4096: the first tokens of the teacher's by the rank "
+        "of their merges, and its own number for all of them. Students learn from text in their own tokens, and are "
+        "compared in bits per byte.",
+        default=None,
+        panel=TARGET,
+        commas=True,
+        metavar="N,...",
+    )
     purpose: Purpose = option(
         "What makes a student the best one. loss: the lowest loss. draft: the largest expected gain as the draft of "
         "its teacher, from the tokens that the teacher would accept and the time that both take.",
@@ -146,6 +155,11 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
             if (value := getattr(self, name)) is not None:
                 return Target(measure, unit * value, f"{flag_name(name)} {value:.12g}")
         return None
+
+    @property
+    def vocabularies(self) -> list[int]:
+        """The vocabularies that the search looks through, the largest first; empty without --vocab-sizes."""
+        return sorted(map(int, self.vocab_sizes.split(",")), reverse=True) if self.vocab_sizes else []
 
     @property
     def cuts_width(self) -> bool:
@@ -212,7 +226,10 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         if not targets:
             if self.purpose != "loss":
                 yield "--for needs --target-params, --target-mb or --target-ms"
+            if self.vocab_sizes is not None:
+                yield "--vocab-sizes needs --target-params, --target-mb or --target-ms"
             return
+        yield from self._vocabulary_conflicts()
         if self.purpose == "draft" and self.vocab_size is not None:
             yield "--for draft cannot be combined with --vocab-size: a draft has its teacher's tokens"
         if self.tokenizer is not None:
@@ -221,3 +238,16 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         if found := [flag_name(name) for name in sizes if getattr(self, name)]:
             why = "the search finds all sizes, and refits"
             yield f"{flag_name(targets[0])} cannot be combined with {' and '.join(found)}: {why}"
+
+    def _vocabulary_conflicts(self) -> Iterator[str]:
+        sizes = self.vocab_sizes
+        if sizes is None:
+            return
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", sizes):
+            yield f"--vocab-sizes: expected numbers of tokens such as 8192,4096, got {sizes!r}"
+        elif len(found := sizes.split(",")) > FINALISTS or len(set(found)) < len(found):
+            yield f"--vocab-sizes {sizes}: list each vocabulary once, and at most {FINALISTS} of them"
+        if self.vocab_size is not None:
+            yield "--vocab-sizes and --vocab-size cannot be combined: give one of them"
+        if self.purpose == "draft":
+            yield "--for draft cannot be combined with --vocab-sizes: a draft has its teacher's tokens"

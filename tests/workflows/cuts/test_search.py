@@ -13,13 +13,11 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from tests.conftest import Outcome, make_model
+from tests.conftest import Outcome
 from tinygpt2 import (
-    PretrainConfig,
     TruncateStudentConfig,
     VerifyConfig,
     cut_to_target,
-    pretrain,
     truncate_student,
     verify,
 )
@@ -28,29 +26,13 @@ from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.models.loading import load_model
 from tinygpt2.workflows.cuts import search as module
-from tinygpt2.workflows.cuts import timing
+from tinygpt2.workflows.cuts import timing, vocabularies
 from tinygpt2.workflows.cuts.results import CutCandidate
 from tinygpt2.workflows.cuts.scoring import CutScore, Judge, accepted_share, expected_speedup
 from tinygpt2.workflows.cuts.search import _varied, between
 from tinygpt2.workflows.cuts.timing import predicted_milliseconds, token_milliseconds
 
 TEACHER = Space(Shape(4, 32, 4, 128), 320, 32, tied=True)
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher that knows something, of 4 layers of 32."""
-    root = tmp_path_factory.mktemp("trained")
-    start = make_model(root / "start", tokenizer_dir, n_positions=32)
-    pretrain(PretrainConfig(model=str(start), data=str(data), out=str(root / "m"), max_steps=100, learning_rate=3e-3))
-    return root / "m"
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search of seconds."""
-    for name, value in {"SHAPES": 6, "FINALISTS": 2, "STEPS": 3, "STEP_TOKENS": 128}.items():
-        monkeypatch.setattr(module, name, value)
 
 
 def test_the_speedup_of_a_draft_is_what_a_simulation_gives() -> None:
@@ -119,7 +101,7 @@ def test_rounds_shrink_every_size_by_the_same_factor() -> None:
 
 def test_finalists_have_several_depths() -> None:
     ranked = [
-        CutCandidate(depth, 32, 4, inner, 1, 1, 1.0, CutScore(float(number)))
+        CutCandidate(depth, 32, 4, inner, 320, 1, 1, 1.0, CutScore(float(number)))
         for number, (depth, inner) in enumerate([(4, 10), (4, 11), (4, 12), (4, 13), (3, 20), (2, 30)])
     ]
     assert [(one.n_layer, one.n_inner) for one in _varied(ranked, 4)] == [(4, 10), (4, 11), (3, 20), (2, 30)]
@@ -200,7 +182,7 @@ def test_a_time_is_met(trained: Path, data: Path, tmp_path: Path, small: None, m
         shape = model.config
         return shape.n_layer * (0.3 + 1e-4 * shape.n_embd * (shape.n_inner or 4 * shape.n_embd) ** 0.9)
 
-    for place in (module, timing):
+    for place in (module, timing, vocabularies):
         monkeypatch.setattr(place, "token_milliseconds", milliseconds)
     config = TruncateStudentConfig(teacher=str(trained), data=str(data), out=str(tmp_path / "s"), target_ms=1.0)
     result = cut_to_target(config)
@@ -266,5 +248,5 @@ def test_ctrl_c_leaves_nothing(
 def test_results_are_json(trained: Path) -> None:
     from tinygpt2.cli.output.render import to_json
 
-    one = CutCandidate(1, 4, 1, 2, 3, 4, 5.0, CutScore(1.0))
+    one = CutCandidate(1, 4, 1, 2, 9, 3, 4, 5.0, CutScore(1.0))
     assert json.loads(json.dumps(to_json(replace(one, fitted=CutScore(0.5)))))["fitted"]["loss"] == 0.5

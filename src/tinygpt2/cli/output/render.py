@@ -122,15 +122,17 @@ def _render_search(result: Any, console: Console) -> None:
     drafts = result.score.speedup is not None
     found = result.candidates
     last = [one.trained or one.fitted or one.quick for one in found]
+    several = result.vocabularies is not None
     columns = [
         Column("layers", [str(one.n_layer) for one in found]),
         *(
             Column(heading, [number(getattr(one, key)) for one in found])
             for heading, key in (("width", "n_embd"), ("heads", "n_head"), ("inner", "n_inner"))
         ),
+        *([Column("tokens", [number(one.vocab_size) for one in found])] if several else []),
         Column("parameters", [short_count(one.parameters) for one in found], 2),
         Column("weights", [size(one.bytes) for one in found], 3),
-        Column("ms/token", [f"{one.milliseconds:.2f}" for one in found], 1),
+        Column("ms" if several else "ms/token", [f"{one.milliseconds:.2f}" for one in found], 1),
         *(
             Column(heading, ["" if score is None else f"{score.loss:.4f}" for score in scores], rank)
             for heading, scores, rank in (
@@ -144,16 +146,24 @@ def _render_search(result: Any, console: Console) -> None:
         columns.append(Column("accepted", [f"{score.acceptance:.1%}" for score in last]))
         columns.append(Column("speedup", [f"{score.speedup:.2f}" for score in last]))
     print_table(columns, console)
-    print_note("losses in nats per token above the teacher's on the same blocks", console)
+    print_note(f"losses in {result.unit} above the teacher's on the same {'text' if several else 'blocks'}", console)
+    if several:
+        print_note(
+            "after a fit they compare shapes with equally many tokens, after distillation all; ms are for the text of "
+            "one of the teacher's tokens",
+            console,
+        )
     console.print()
     labels = {
         "model": "student", "parameters": "parameters", "teacher_parameters": "teacher's parameters", "n_embd": "width",
-        "n_head": "heads", "n_inner": "inner units", "bytes": "weights", "milliseconds": "ms per token",
+        "n_head": "heads", "n_inner": "inner units", "vocab_size": "tokens", "bytes": "weights",
+        "milliseconds": "ms for the same text" if several else "ms per token",
         "teacher_milliseconds": "teacher's ms per token", "perplexity": "held-out perplexity",
+        "bits_per_byte": "held-out bits per byte", "unit": "losses in",
         "score": "beside the teacher", "loss": "loss", "steps": "steps of distillation",
         "tokens": "tokens of distillation",
     }  # fmt: skip
-    print_facts(result, console, labels, hidden=("candidates", "rounds"))
+    print_facts(result, console, labels, hidden=("candidates", "rounds", "vocabularies"))
     if (rounds := result.rounds) is not None:
         print_note(
             f"cut in one round its loss is {rounds.one.loss:.4f}, in {rounds.rounds} rounds {rounds.several.loss:.4f}, "

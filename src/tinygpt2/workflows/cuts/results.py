@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tinygpt2.compression.sizes import Shape
 from tinygpt2.compression.truncate import CutPerplexity
-from tinygpt2.workflows.cuts.scoring import CutScore
+from tinygpt2.workflows.cuts.scoring import NATS, CutScore
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class CutCandidate:
 
     Attributes:
         bytes: of its weights in float32.
-        milliseconds: for a token that it decodes.
+        milliseconds: for a token that it decodes; with --vocab-sizes, for as much text as one of the teacher's tokens.
         quick: its score after a fit on a quarter of the calibration texts, on a quarter of the texts to score on.
         fitted: after a fit on all of them.
         trained: after that and a short distillation.
@@ -25,6 +25,7 @@ class CutCandidate:
     n_embd: int
     n_head: int
     n_inner: int
+    vocab_size: int
     parameters: int
     bytes: int
     milliseconds: float
@@ -55,6 +56,34 @@ class CutRounds:
 
 
 @dataclass(frozen=True)
+class CutVocabulary:
+    """A vocabulary that the search for a target has looked at.
+
+    Attributes:
+        tokens_per_byte: on the text that students are scored on.
+        length: tokens for the text of one of the teacher's tokens, mean. A candidate's milliseconds, divided by it,
+            are those for one of its own tokens.
+    """
+
+    vocab_size: int
+    tokens_per_byte: float
+    length: float
+
+
+@dataclass(frozen=True)
+class CutBits:
+    """Held-out bits per byte of a student and of its teacher, on the same bytes.
+
+    Attributes:
+        sequences: number of blocks of the test split.
+    """
+
+    student: float
+    teacher: float
+    sequences: int
+
+
+@dataclass(frozen=True)
 class CutSearchResult:
     """The result of `truncate-student` with a target.
 
@@ -62,12 +91,15 @@ class CutSearchResult:
         layers: the teacher's blocks that were kept, counted from 0.
         target: the option that gave it.
         bytes: size of the weights (float32).
-        milliseconds, teacher_milliseconds: for a token that is decoded.
+        milliseconds, teacher_milliseconds: for a token that is decoded; see `CutCandidate`.
         score: of the student.
         steps, tokens: of the distillation that the student has seen.
         candidates: all that were looked at, in the order of their last scores.
         rounds: None if the student has at least half of the teacher's parameters.
-        perplexity: on the test split; None if it is empty.
+        perplexity: on the test split; None if it is empty, or with --vocab-sizes.
+        unit: of all losses: nats per token, or with --vocab-sizes bits per byte.
+        vocabularies: that were looked at; None without --vocab-sizes.
+        bits_per_byte: on the test split; None if it is empty, or without --vocab-sizes.
     """
 
     model: str
@@ -77,6 +109,7 @@ class CutSearchResult:
     n_embd: int
     n_head: int
     n_inner: int
+    vocab_size: int
     target: str
     bytes: int
     milliseconds: float
@@ -88,3 +121,6 @@ class CutSearchResult:
     seconds: float
     rounds: CutRounds | None = None
     perplexity: CutPerplexity | None = None
+    unit: str = NATS
+    vocabularies: list[CutVocabulary] | None = None
+    bits_per_byte: CutBits | None = None

@@ -12,7 +12,9 @@ from tinygpt2.config.compression import Purpose
 from tinygpt2.models.activations import collect_activations
 from tinygpt2.models.lm_head import rows_at_once
 from tinygpt2.runtime.devices import current_device
+from tinygpt2.workflows.cuts.texts import Pieces, SharedText
 
+NATS, BITS = "nats per token", "bits per byte"  # the units of losses
 _DRAFTED = 16  # tokens that a draft may propose at a time
 
 
@@ -21,7 +23,7 @@ class CutScore:
     """How good a student is on texts that it was not fitted on.
 
     Attributes:
-        loss: nats per token above the teacher's loss on the same blocks.
+        loss: what it has more than the teacher on the same text: nats per token, or with --vocab-sizes bits per byte.
         acceptance: with --for draft, the mean of sum(min(p, q)), the share of drafted tokens that the teacher accepts.
         speedup: with --for draft, how many times as fast the teacher is expected to decode with this draft.
     """
@@ -84,6 +86,25 @@ class Judge:
             return CutScore(loss)
         acceptance = accepted_share(self._teacher, student, batches)
         return CutScore(loss, acceptance, expected_speedup(acceptance, milliseconds / self._milliseconds))
+
+
+class ByteJudge:
+    """Scores students of a teacher that may have other tokens: by the bits for each byte of the same text.
+
+    Args:
+        text: what is predicted.
+        usual, own: the teacher's vocabulary and the students'.
+    """
+
+    def __init__(self, text: SharedText, teacher: GPT2LMHeadModel, usual: Pieces, own: Pieces) -> None:
+        self._text, self._teacher, self._usual, self._own = text, teacher, usual, own
+        self._bits: dict[int, float] = {}
+
+    def score(self, student: GPT2LMHeadModel, milliseconds: float, every: int = 1) -> CutScore:
+        """Score a student; see `Judge.score`. Its time has no influence."""
+        if every not in self._bits:
+            self._bits[every] = self._text.bits_per_byte(self._teacher, self._usual, every)
+        return CutScore(self._text.bits_per_byte(student, self._own, every) - self._bits[every])
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import GPT2LMHeadModel
@@ -20,7 +21,7 @@ from tinygpt2.compression.calibration import Batches, calibration_batches, mean_
 from tinygpt2.compression.cut import cut_model
 from tinygpt2.compression.least_squares import refit
 from tinygpt2.compression.measurements import Measurements
-from tinygpt2.compression.sizes import Shape, Space, shapes_within, space_of, spread
+from tinygpt2.compression.sizes import Shape, Space
 from tinygpt2.compression.truncate import (
     Subject,
     choose_parts,
@@ -42,8 +43,9 @@ from tinygpt2.utils.progress import follow, say, without_notes
 from tinygpt2.utils.units import duration
 from tinygpt2.workflows.cuts.report import described, search_card, write_pictures
 from tinygpt2.workflows.cuts.results import CutCandidate, CutRounds, CutSearchResult
-from tinygpt2.workflows.cuts.scoring import Judge
-from tinygpt2.workflows.cuts.timing import predicted_milliseconds, shape_milliseconds, token_milliseconds
+from tinygpt2.workflows.cuts.scoring import BITS, NATS
+from tinygpt2.workflows.cuts.timing import token_milliseconds
+from tinygpt2.workflows.cuts.vocabularies import Vocabulary, held_out_bits, seen, shapes_to_try, vocabularies_of
 from tinygpt2.workflows.train import distill
 
 SHAPES = 48
@@ -93,9 +95,13 @@ def cut_to_target(config: TruncateStudentConfig) -> CutSearchResult:
             found = search.run()
         except InterruptedRunError:
             raise InterruptedRunError("the search was stopped; nothing was written", "run it again") from None
-    perplexity = held_out_perplexity(config, subject, search.best.model)
-    result = replace(found, perplexity=perplexity, seconds=time.perf_counter() - began)
-    save_student(config, subject, subject.finished(search.best.model), search_card(config, result, subject.commit))
+    student, vocabulary = search.best.model, search.best_vocabulary
+    bits = held_out_bits(config, subject, vocabulary, student)
+    perplexity = None if config.vocabularies else held_out_perplexity(config, subject, student)
+    seconds = time.perf_counter() - began
+    result = replace(found, perplexity=perplexity, bits_per_byte=bits, seconds=seconds)
+    card, student = search_card(config, result, subject.commit), subject.finished(student)
+    save_student(config, replace(subject, vocabulary=vocabulary.cut or subject.vocabulary), student, card)
     write_pictures(config, result)
     return result
 
@@ -108,29 +114,20 @@ class Search:
     """
 
     best: Student
+    best_vocabulary: Vocabulary
 
     def __init__(self, config: TruncateStudentConfig, target: Target, subject: Subject, scratch: Path) -> None:
         self._config, self._target, self._subject, self._scratch = config, target, subject, scratch
         self._teacher = subject.loaded.model
         self._fit, judged = _halves(config, subject)
-        self._space = space_of(config, self._teacher.config)
-        config_of_students = type(self._teacher.config).from_dict(
-            {
-                **self._teacher.config.to_dict(),
-                "n_positions": subject.positions[0],
-                "vocab_size": self._space.vocab_size,
-            }
-        )
-        self._measure = shape_milliseconds(config_of_students)
         self._teacher_milliseconds = token_milliseconds(self._teacher)
-        self._judge = Judge(self._teacher, judged, config.purpose, self._teacher_milliseconds)
+        self._vocabularies = vocabularies_of(config, subject, judged, self._teacher_milliseconds)
         self._measured = Measurements(self._teacher, self._fit)
 
     def run(self) -> CutSearchResult:
         """Find the best student, keep it in `best`, and return the result without what is measured afterwards."""
-        shapes = spread(self._shapes(), SHAPES)
-        ranked = self._quickly(shapes)
-        finalists = _varied(ranked, FINALISTS)
+        ranked = self._quickly(shapes_to_try(self._target, self._vocabularies, SHAPES))
+        finalists = _of_each_vocabulary(ranked, FINALISTS)
         trained: list[tuple[CutCandidate, Student, Student]] = []  # the best so far: as it was cut, and trained
         done = []
         for candidate in follow(finalists, "fit and train the best shapes", "students"):
@@ -140,17 +137,26 @@ class Search:
                 trained = [(scored, start, end)]
         ((winner, start, self.best),) = trained
         rounds, steps = None, STEPS
-        if 2 * winner.parameters < self._space.parameters(self._space.teacher):
+        self.best_vocabulary = vocabulary = self._vocabulary(winner)
+        if 2 * winner.parameters < vocabulary.space.parameters(vocabulary.space.teacher):
             rounds, steps = self._in_rounds(winner, start)
         score = min((rounds.one, rounds.several), key=lambda one: one.rank) if rounds else winner.trained
         assert score is not None
-        shown = {one.shape: one for one in [*ranked, *done]}.values()
+        shown = {(one.vocab_size, one.shape): one for one in [*ranked, *done]}.values()
         return CutSearchResult(
             str(Path(self._config.out).resolve()), self.best.layers, winner.parameters,
-            self._subject.loaded.parameters, winner.n_embd, winner.n_head, winner.n_inner, self._target.option,
-            winner.bytes, winner.milliseconds, self._teacher_milliseconds, score, steps,
+            self._subject.loaded.parameters, winner.n_embd, winner.n_head, winner.n_inner, winner.vocab_size,
+            self._target.option, winner.bytes, winner.milliseconds, self._teacher_milliseconds, score, steps,
             steps * self._step_blocks * self._length, sorted(shown, key=self._order), 0.0, rounds,
+            unit=self._unit, vocabularies=seen(self._vocabularies),
         )  # fmt: skip
+
+    @property
+    def _unit(self) -> str:
+        return BITS if self._config.vocabularies else NATS
+
+    def _vocabulary(self, one: CutCandidate) -> Vocabulary:
+        return next(vocabulary for vocabulary in self._vocabularies if vocabulary.size == one.vocab_size)
 
     def _order(self, one: CutCandidate) -> tuple[bool, int, float]:
         """Return what sorts candidates: those that are fast enough first, and the ones with later scores before."""
@@ -160,45 +166,21 @@ class Search:
     def _too_slow(self, one: CutCandidate) -> bool:
         return self._target.measure == "milliseconds" and one.milliseconds > self._target.limit
 
-    def _shapes(self) -> list[Shape]:
-        """Return the shapes that meet the target."""
-        if self._target.measure != "milliseconds":
-            return shapes_within(self._target, self._space, getattr(self._space, self._target.measure))
-        predict = predicted_milliseconds(self._space, self._measure)
-        shapes = spread(shapes_within(self._target, self._space, predict), SHAPES)
-        corrected = (self._to_time(shape, predict) for shape in follow(shapes, "time the shapes", "shapes"))
-        found = list(dict.fromkeys(shape for shape in corrected if shape is not None))
-        if not found:
-            raise ConfigError(
-                f"{self._target.option}: no shape that was tried takes so little time",
-                "times vary while other programs run: try again, or give a larger --target-ms",
-            )
-        return found
-
-    def _to_time(self, shape: Shape, predict: Callable[[Shape], float]) -> Shape | None:
-        """Change the inner units until the measured time meets the target; None if it cannot."""
-        for _ in range(3):
-            ratio = self._measure(shape) / predict(shape)
-            if self._measure(shape) <= self._target.limit:
-                return shape
-            shape = replace(shape, n_inner=max(1, int(shape.n_inner * 0.97 / ratio)))
-        return shape if self._measure(shape) <= self._target.limit else None
-
-    def _quickly(self, shapes: Sequence[Shape]) -> list[CutCandidate]:
+    def _quickly(self, shapes: Sequence[tuple[Vocabulary, Shape]]) -> list[CutCandidate]:
         """Cut, fit, time and score every shape, with a quarter of the texts; return them, the best first."""
-        self._measured.projections(range(self._space.teacher.n_layer))  # of all blocks in one pass
+        self._measured.projections(range(self._teacher.config.n_layer))  # of all blocks in one pass
         found: list[CutCandidate] = []
-        for number, shape in enumerate(follow(shapes, "cut, fit and score shapes", "shapes")):
+        for number, (vocabulary, shape) in enumerate(follow(shapes, "cut, fit and score shapes", "shapes")):
             started = time.perf_counter()
-            student = self._cut(shape, self._measured, quick=True)
-            finished = self._subject.finished(student.model)
-            milliseconds = token_milliseconds(finished)
-            score = self._judge.score(student.model, milliseconds, _QUICK)
+            student = vocabulary.own(self._cut(shape, self._measured, quick=True).model)
+            finished = self._subject.finished(student)
+            milliseconds = vocabulary.milliseconds(finished)
+            score = vocabulary.judge.score(student, milliseconds, _QUICK)
             parameters = count_parameters(finished)
             found.append(
                 CutCandidate(
-                    shape.n_layer, shape.n_embd, shape.n_head, shape.n_inner, parameters, self._space.bytes(shape),
-                    milliseconds, score,
+                    shape.n_layer, shape.n_embd, shape.n_head, shape.n_inner, vocabulary.size, parameters,
+                    vocabulary.space.bytes(shape), milliseconds, score,
                 )
             )  # fmt: skip
             if number == min(1, len(shapes) - 1):  # the first one also measured the stream
@@ -216,7 +198,7 @@ class Search:
         started = time.perf_counter()
         mean_loss(self._teacher, self._fit[::_QUICK])
         forward = (time.perf_counter() - started) / tokens  # of the teacher, for a token
-        share = parameters / self._space.parameters(self._space.teacher)
+        share = parameters / count_parameters(self._teacher)
         step = STEPS * self._step_blocks * self._length * forward * (1 + 3 * share)
         finalists = min(FINALISTS, shapes)
         runs = finalists + (ROUND_RUNS if 2 * share < 1 else 0)
@@ -227,12 +209,15 @@ class Search:
 
     def _thoroughly(self, candidate: CutCandidate) -> tuple[CutCandidate, Student, Student]:
         """Cut again with all texts, score, distil for some steps, and score again."""
-        start = self._cut(candidate.shape, self._measured)
-        fitted = self._judge.score(start.model, candidate.milliseconds)
-        end = self._distilled(start, STEPS)
-        trained = self._judge.score(end.model, candidate.milliseconds)
+        vocabulary = self._vocabulary(candidate)
+        cut = self._cut(candidate.shape, self._measured)
+        start = Student(vocabulary.own(cut.model), cut.layers)
+        fitted = vocabulary.judge.score(start.model, candidate.milliseconds)
+        end = self._distilled(start, STEPS, vocabulary)
+        trained = vocabulary.judge.score(end.model, candidate.milliseconds)
+        tokens = f", {vocabulary.size:,} tokens" if self._config.vocabularies else ""
         say(
-            f"{described(candidate.shape)}: {fitted.loss:.4f} nats per token above the teacher after the fit, "
+            f"{described(candidate.shape)}{tokens}: {fitted.loss:.4f} {self._unit} above the teacher after the fit, "
             f"{trained.loss:.4f} after {STEPS} steps"
         )
         return replace(candidate, fitted=fitted, trained=trained), start, end
@@ -240,7 +225,7 @@ class Search:
     def _cut(self, shape: Shape, measured: Measurements, *, quick: bool = False) -> Student:
         """Cut a student out of a model and refit it."""
         sizes = {"num_layers": shape.n_layer, "n_embd": shape.n_embd, "n_head": shape.n_head, "n_inner": shape.n_inner}
-        targets = {"target_params": None, "target_mb": None, "target_ms": None}
+        targets = {"target_params": None, "target_mb": None, "target_ms": None, "vocab_sizes": None}
         config = self._config.model_copy(update={**targets, **sizes, "refit": True})
         source, device = measured.teacher, current_device()
         kept, _ = choose_parts(config, measured, self._subject.positions, quick=quick)
@@ -248,22 +233,28 @@ class Search:
         refit(student, source.to(device), kept, self._fit[::_QUICK] if quick else self._fit, announce=False)
         return Student(student, kept.layers)
 
-    def _distilled(self, student: Student, steps: int, number: int = 0) -> Student:
+    def _distilled(
+        self, student: Student, steps: int, vocabulary: Vocabulary | None = None, number: int = 0
+    ) -> Student:
         """Return a student after some steps of distillation with the default recipe.
 
         Args:
+            vocabulary: its own; None if it still has the teacher's tokens.
             number: another number gives other blocks of the data.
         """
+        subject = self._subject
+        tokenizer = subject.tokenizer if vocabulary is None else vocabulary.tokenizer(subject)
         before, after = self._scratch / "start", self._scratch / "student"
-        save_model(student.model.cpu(), before, self._subject.tokenizer, "")
+        save_model(student.model.cpu(), before, tokenizer, "")
         config = self._config
         options = DistillConfig(
             teacher=config.teacher, student=str(before), data=config.data or "", out=str(after), max_steps=steps,
             micro_batch_size=self._step_blocks, eval_blocks=1, device=config.device, allow_pickle=config.allow_pickle,
             seed=_SEED + number,
         )  # fmt: skip
+        read = None if vocabulary is None else vocabulary.data(subject, steps * self._step_blocks, options.seed)
         with without_notes():
-            distill(options)
+            distill(options, read)
         model, _ = load_model(str(after))
         for directory in (before, after):
             shutil.rmtree(directory)
@@ -283,17 +274,21 @@ class Search:
 
         The better student becomes `best`.
         """
-        share = winner.parameters / self._space.parameters(self._space.teacher)
+        vocabulary = self.best_vocabulary
+        share = winner.parameters / vocabulary.space.parameters(vocabulary.space.teacher)
         rounds = max(2, math.ceil(-math.log2(share)))
-        shapes = between(self._space, winner.shape, rounds)
+        shapes = between(vocabulary.space, winner.shape, rounds)
         say(f"the student keeps {share:.0%} of the parameters: cutting it in {rounds} rounds, too")
-        one = self._distilled(start, rounds * STEPS)
+        one = self._distilled(start, rounds * STEPS, vocabulary)
         source, measured = Student(self._teacher, list(range(self._teacher.config.n_layer))), self._measured
         for number, shape in enumerate(follow(shapes, "cut and distil in rounds", "rounds")):
-            cut = self._cut(shape, measured)
-            source = self._distilled(Student(cut.model, [source.layers[layer] for layer in cut.layers]), STEPS, number)
-            measured = Measurements(source.model, self._fit)
-        scores = [self._judge.score(student.model, winner.milliseconds) for student in (one, source)]
+            cut, layers = self._cut(shape, measured), source.layers
+            last = vocabulary if number == rounds - 1 else None  # until then, the texts to fit on are the teacher's
+            model = cut.model if last is None else last.own(cut.model)
+            source = self._distilled(Student(model, [layers[layer] for layer in cut.layers]), STEPS, last, number)
+            if last is None:
+                measured = Measurements(source.model, self._fit)
+        scores = [vocabulary.judge.score(student.model, winner.milliseconds) for student in (one, source)]
         self.best = one if scores[0].rank <= scores[1].rank else source
         return CutRounds(rounds, shapes, *scores), rounds * STEPS
 
@@ -318,6 +313,19 @@ def _halves(config: TruncateStudentConfig, subject: Subject) -> tuple[Batches, B
     assert subject.data is not None
     batches = calibration_batches(subject.data.train, 2 * config.calibration_sequences, current_device())
     return (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
+
+
+def _of_each_vocabulary(ranked: Sequence[CutCandidate], count: int) -> list[CutCandidate]:
+    """Return the best candidates, equally many of each vocabulary; see `_varied`.
+
+    A student that was only fitted has never read the tokens of a smaller vocabulary. So its loss says what it is worth
+    beside students with the same one, and too much against it beside others. Vocabularies meet after the training.
+    """
+    groups: dict[int, list[CutCandidate]] = {}
+    for one in ranked:
+        groups.setdefault(one.vocab_size, []).append(one)
+    turns = zip_longest(*(_varied(group, count) for group in groups.values()))
+    return [one for turn in turns for one in turn if one is not None][:count]
 
 
 def _varied(ranked: Sequence[CutCandidate], count: int) -> list[CutCandidate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -62,6 +63,18 @@ def predicted_milliseconds(space: Space, measure: Callable[[Shape], float]) -> C
     rows = torch.tensor([_features(space, shape) for shape in shapes], dtype=torch.float64)
     weights = _not_negative(rows, torch.tensor(times, dtype=torch.float64)).tolist()
     return lambda shape: float(sum(w * x for w, x in zip(weights, _features(space, shape), strict=True)))
+
+
+def to_time(
+    shape: Shape, measure: Callable[[Shape], float], predict: Callable[[Shape], float], limit: float
+) -> Shape | None:
+    """Change the inner units until the measured time meets a limit; None if it cannot."""
+    for _ in range(3):
+        ratio = measure(shape) / predict(shape)
+        if measure(shape) <= limit:
+            return shape
+        shape = replace(shape, n_inner=max(1, int(shape.n_inner * 0.97 / ratio)))
+    return shape if measure(shape) <= limit else None
 
 
 def _corners(space: Space) -> Iterable[Shape]:
