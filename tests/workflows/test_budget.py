@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,7 +197,9 @@ def test_a_student_that_does_not_fit_is_a_line(
         plan_budget(config)
 
 
-def test_pilots_predict_the_loss_of_the_planned_run(teacher: Path, data: Path, tmp_path: Path, cli: Callable) -> None:
+def test_pilots_predict_the_loss_of_the_planned_run(
+    teacher: Path, data: Path, tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = tmp_path / "shape.yaml"
     shape.write_text("{n_layer: 1, n_embd: 16, n_head: 2, n_positions: 32}")
     base = {"model_config": str(shape), "data": str(data), "out": str(tmp_path / "m"), "micro_batch_size": 2}
@@ -212,11 +215,10 @@ def test_pilots_predict_the_loss_of_the_planned_run(teacher: Path, data: Path, t
     assert "--pilot" not in plan.commands[0]
     short = pretrain(PretrainConfig(**base, max_steps=max(2, round(one.steps / 48))))
     assert short.eval.loss == losses[0]  # a pilot is a plain run of its length
-    other = {**base, "out": str(tmp_path / "other")}
-    printed = cli(
-        "pretrain", *(f"--{name.replace('_', '-')}={value}" for name, value in other.items()), "--plan", "--pilot",
-        "--budget-minutes", 0.002,
-    )  # fmt: skip
+    other, timed = {**base, "out": str(tmp_path / "other")}, budget._timed
+    monkeypatch.setattr(budget, "_timed", lambda *arguments: replace(timed(*arguments), steps=20))
+    options = (f"--{name.replace('_', '-')}={value}" for name, value in other.items())
+    printed = cli("pretrain", *options, "--plan", "--pilot", "--budget-minutes", 1)
     assert printed.code == 0, printed.err
     assert "too short to be predicted" in printed.out
 
