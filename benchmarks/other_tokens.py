@@ -29,7 +29,7 @@ from recipes import begun_within
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
-from vocabulary import bits
+from vocabulary import bits, bits_of_fixed
 
 from tinygpt2 import (
     DistillConfig,
@@ -149,8 +149,8 @@ class Study:
         line = {
             **known,
             "bits_per_byte": bits(str(out), self.options.held_out),
-            "bits_before": bits(str(student), self.options.held_out),
-            "teacher_bits": bits(teacher, self.options.held_out),
+            "bits_before": bits_of_fixed(str(student), *self.options.held_out),
+            "teacher_bits": bits_of_fixed(teacher, *self.options.held_out),
             "tokens": result.steps * batch * length,
             "step_seconds": step,
             **{key: mean_of(rows, f"teacher/{key}") for key in ("absent", "lumped", "left_out", "span_tokens")},

@@ -143,8 +143,7 @@ def compare(study: Study, what: Comparison, size: str, name: str, seed: int, opt
     key = {"stage": what.stage, "size": size, "run": name, "seed": seed, **length, "tokens_before": options.tokens}
     if done(study, key):
         return
-    common = {"teacher": what.teacher, "data": what.data, "precision": "bf16", "micro_batch_size": 4}
-    common["eval_blocks"] = options.blocks
+    common = {"teacher": what.teacher, "data": what.data, **study.plan["common"], "eval_blocks": options.blocks}
     start = what.runs / f"start-{size}-{options.tokens}"
     if not (start / "run.json").is_file():
         shutil.rmtree(start, ignore_errors=True)

@@ -69,7 +69,7 @@ def main() -> None:
         shutil.rmtree(teacher, ignore_errors=True)
         steps = options.teacher_steps
         passes = {"num_epochs": options.teacher_epochs} if steps is None else {"max_steps": steps}
-        common = {"precision": "bf16", "micro_batch_size": 8, "eval_blocks": options.blocks}
+        common = {**study.plan["common"], "micro_batch_size": 8, "eval_blocks": options.blocks}
         finetune(FinetuneConfig(model=study.teacher, data=str(data), out=str(teacher), **common, **passes))
     for size in options.sizes:
         if not (out := work / size).is_dir():

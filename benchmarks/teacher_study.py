@@ -17,7 +17,6 @@ import json
 import math
 import shutil
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from llama_teacher import mean_loss, spaced
-from recipes import Study, block_losses, grouped
+from recipes import Study, begun_within, block_losses, grouped
 from transformers import AutoModelForCausalLM
 
 from tinygpt2 import DistillConfig, distill
@@ -145,14 +144,11 @@ def main() -> None:
     if not options.report:
         if options.work is None or options.llama is None:
             parser.error("give --work and --llama, or --report")
-        until = time.monotonic() + 60 * options.minutes
         options.work.mkdir(parents=True, exist_ok=True)
         study = Study(options.work, options.results)
         with fast_products():
             study.prepare()
-            for run in runs(options.tokens):
-                if time.monotonic() > until:
-                    break
+            for run in begun_within(options.minutes, runs(options.tokens)):
                 train(study, run, study.teacher if run.teacher == "gpt2" else options.llama)
     print(report(lines(options.results)))
 

@@ -65,6 +65,11 @@ def test_lines_say_count_rate_and_time_left(clock: Clock, capsys: pytest.Capture
         clock.now += 7
         stage.advance()
         stage.report()
+    with progress.track("measure", 6, "batches") as stage:
+        for _ in range(2):
+            clock.now += 7
+            stage.advance()
+        stage.report()
     assert capsys.readouterr().err.splitlines() == [
         "read: 100.0 MB",
         "read: 50.0 MB of 100.0 MB, 1.0 MB/s, 0:50 left",
@@ -72,6 +77,8 @@ def test_lines_say_count_rate_and_time_left(clock: Clock, capsys: pytest.Capture
         "score: 15.5k of 300k tokens, 500 tokens/s, 9:29 left, perplexity 8.2",
         "fit: 6 layers",
         "fit: 2 of 6 layers, 7 s/layer, 0:28 left",
+        "measure: 6 batches",
+        "measure: 2 of 6 batches, 7 s/batch, 0:28 left",
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
@@ -16,13 +16,21 @@ from tinygpt2.utils.progress import ProgressStage
 Batches = list[Int[Tensor, "B T"]]
 
 _TOKENS = 2048  # at most, in one forward pass
+_SEQUENCES, _MEASURED = 64, 32_768  # blocks without --calibration-sequences, and the tokens that they hold at most
+_SIDE = 512  # columns of the squares that a product of activations with themselves consists of
 
 
-def calibration_batches(blocks: Blocks, count: int, device: torch.device) -> Batches:
-    """Return up to `count` evenly spaced blocks, in batches.
+def calibration_count(blocks: Blocks, asked: int | None) -> int:
+    """Return how many blocks to measure on: as many as asked, or 64, but not more than 32,768 tokens."""
+    return asked or max(1, min(_SEQUENCES, _MEASURED // blocks.sequence_length))
+
+
+def calibration_batches(blocks: Blocks, asked: int | None, device: torch.device) -> Batches:
+    """Return up to `calibration_count` evenly spaced blocks, in batches.
 
     If blocks are padded, only the longest ones are used, without their padding.
     """
+    count = calibration_count(blocks, asked)
     lengths = blocks.lengths(range(len(blocks))) if blocks.padded else []
     longest = max(lengths, default=None)
     whole = [index for index, length in enumerate(lengths) if length == longest] or range(len(blocks))
@@ -37,6 +45,20 @@ def calibration_batches(blocks: Blocks, count: int, device: torch.device) -> Bat
 def tokens_of(batches: Batches) -> int:
     """Return the number of tokens in all blocks."""
     return sum(ids.numel() for ids in batches)
+
+
+def add_products(total: Float[Tensor, "N N"], rows: Float[Tensor, "B N"]) -> None:
+    """Add rows^T rows to a float64 total, on the total's device, in the rows' precision.
+
+    The result is symmetric, so squares below the diagonal are copies. A total of several batches loses nothing: float32
+    is exact to about 1e-6 of a batch's largest products, which is less than what texts differ by.
+    """
+    rows = rows.to(total.device)
+    for start in range(0, len(total), _SIDE):
+        square = slice(start, start + _SIDE)
+        products = (rows[:, square].T @ rows[:, start:]).double()
+        total[square, start:] += products
+        total[start + _SIDE :, square] += products[:, _SIDE:].T
 
 
 @torch.no_grad()

@@ -172,13 +172,13 @@ def _compared(name: str, original: PreTrainedModel, model: GPT2LMHeadModel, wind
 
 
 def measured(
-    teacher: LoadedTeacher, name: str, data: PackedDataset | None, count: int, positions: int
+    teacher: LoadedTeacher, name: str, data: PackedDataset | None, count: int | None, positions: int
 ) -> Conversion | None:
     """Say what it costs that GPT-2 has no local attention, and measure it if there is something to measure.
 
     Args:
         name: what the notes call the teacher.
-        data: measured on `count` blocks of its test split or, if that is empty, of its training split.
+        data: measured on `calibration_count` blocks of its test split or, if that is empty, of its training split.
         positions: the number of the student's positions; blocks are shortened to it.
 
     Returns:

@@ -11,17 +11,17 @@ projection is regressed on what the student gives it to read:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from tinygpt2.compression.calibration import Batches, tokens_of
+from tinygpt2.compression.calibration import Batches, add_products, tokens_of
 from tinygpt2.compression.cut import KeptParts
 from tinygpt2.models.activations import mixed_heads
 from tinygpt2.runtime.devices import float64_device
@@ -57,17 +57,26 @@ def refit(
             template = teacher.transformer.h[layer]
             scale = template.attn.scaling / block.attn.scaling
             fused, units = heads.fused(scale).to(student.lm_head.weight), units.to(device)
-            _fit(block.attn.c_attn, map(block.ln_1, student_states),
-                 (template.attn.c_attn(template.ln_1(x)) @ fused for x in teacher_states), stage)  # fmt: skip
+            attention, mlp = template.attn.c_attn, template.mlp.c_fc
+            targets = _projected(template.ln_1, attention.weight @ fused, attention.bias @ fused, teacher_states)
+            _fit(block.attn.c_attn, map(block.ln_1, student_states), targets, stage)
             teacher_states = [_attention(template, x) for x in teacher_states]
             student_states = follow(block.attn.c_proj, partial(_mixed, block), student_states, teacher_states)
-            _fit(block.mlp.c_fc, map(block.ln_2, student_states),
-                 (template.mlp.c_fc(template.ln_2(x))[..., units] for x in teacher_states), stage)  # fmt: skip
+            targets = _projected(template.ln_2, mlp.weight[:, units], mlp.bias[units], teacher_states)
+            _fit(block.mlp.c_fc, map(block.ln_2, student_states), targets, stage)
             teacher_states = [_mlp(template, x) for x in teacher_states]
             for other in teacher.transformer.h[layer + 1 : end]:
                 teacher_states = [_mlp(other, _attention(other, x)) for x in teacher_states]
             reached = end
             student_states = follow(block.mlp.c_proj, partial(_inner, block), student_states, teacher_states)
+
+
+def _projected(
+    norm: nn.Module, weight: Float[Tensor, "D M"], bias: Float[Tensor, " M"], states: list[Float[Tensor, "B T D"]]
+) -> Iterator[Float[Tensor, "B T M"]]:
+    """Yield what a linear map makes of the states after a norm."""
+    for x in states:
+        yield norm(x) @ weight + bias
 
 
 def _followed(
@@ -96,9 +105,9 @@ def _fit(
     cross = torch.zeros(size, len(bias), dtype=torch.float64, device=exact)
     for x, target in zip(inputs, targets, strict=True):
         left = target - (x @ weight + bias)
-        ones = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1).to(exact).double()
-        square += ones.T @ ones
-        cross += ones.T @ left.flatten(0, 1).to(exact).double()
+        ones = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1)
+        add_products(square, ones)
+        cross += (ones.T @ left.flatten(0, 1)).to(exact).double()
         stage.advance(x.shape[0] * x.shape[1])
     square.diagonal().add_(RIDGE * square.diagonal().mean())
     change = torch.linalg.solve(square, cross).to(weight.dtype).to(weight.device)

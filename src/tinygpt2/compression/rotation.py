@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.compression.calibration import Batches
+from tinygpt2.compression.calibration import Batches, add_products
 from tinygpt2.compression.importance import norm_gradients
 from tinygpt2.compression.taps import tap
 from tinygpt2.models.lm_head import scoring_chunk
@@ -108,8 +108,8 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
     with_loss = 0
 
     def see(x: Float[Tensor, "B T D"], number: int) -> None:
-        z = F.layer_norm(x, x.shape[-1:], eps=model.config.layer_norm_epsilon).flatten(0, 1).to(exact)
-        moments[number] += (z.T @ z).double()
+        normed = F.layer_norm(x, x.shape[-1:], eps=model.config.layer_norm_epsilon)
+        add_products(moments[number], normed.flatten(0, 1))
 
     for ids in follow(batches, "measure the residual stream", "batches"):
         last = tap(model, ids, {norm: partial(see, number=number) for number, norm in enumerate(norms)})
@@ -118,8 +118,7 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
             continue
         with_loss += ids.numel()
         for norm, total, (_, gradient) in zip(norms, gradients, norm_gradients(model, ids), strict=True):
-            rows = (gradient * norm.weight).flatten(0, 1).to(exact) * ids.numel()
-            total += (rows.T @ rows).double()
+            add_products(total, (gradient * norm.weight).flatten(0, 1) * ids.numel())
         if tied:
             chunk = scoring_chunk(len(head), head.device.type)
             for rows in last.flatten(0, 1).split(chunk):  # type: ignore[no-untyped-call]

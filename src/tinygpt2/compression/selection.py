@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.compression.calibration import Batches
+from tinygpt2.compression.calibration import Batches, add_products
 from tinygpt2.compression.taps import tap
 from tinygpt2.runtime.devices import float64_device
 from tinygpt2.utils.progress import follow
@@ -59,9 +59,9 @@ def _moments(model: GPT2LMHeadModel, batches: Batches, modules: list[Any]) -> li
     sums = [torch.zeros(len(one.weight), dtype=torch.float64, device=exact) for one in modules]
 
     def see(x: Float[Tensor, "B T N"], place: int) -> None:
-        rows = x.flatten(0, 1).to(exact)
-        squares[place] += (rows.T @ rows).double()
-        sums[place] += rows.double().sum(0)
+        rows = x.flatten(0, 1)
+        add_products(squares[place], rows)
+        sums[place] += rows.to(exact).double().sum(0)
 
     taps: dict[nn.Module, Callable[[Tensor], object]] = {
         one: partial(see, place=place) for place, one in enumerate(modules)

@@ -131,7 +131,7 @@ def truncate_student(config: TruncateStudentConfig) -> TruncateStudentResult:
         perplexity,
         subject.conversion,
     )
-    save_student(config, subject, student, _card(config, kept, result, subject.commit))
+    save_student(config, subject, student, _card(config, kept, result, subject))
     if importance is not None:
         plot_importance(importance, out / PICTURE)
     return result
@@ -296,13 +296,13 @@ def held_out_perplexity(
     return CutPerplexity(perplexity_of(after), perplexity_of(before), sum(len(ids) for ids in batches))
 
 
-def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult, commit: str | None) -> str:
+def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult, subject: Subject) -> str:
     figures = {"parameters": f"{result.parameters:,}", "teacher's parameters": f"{result.teacher_parameters:,}"}
-    if commit is not None:
+    if (commit := subject.commit) is not None:
         figures["revision of the teacher"] = commit
     if result.conversion is not None:
         figures["made a GPT-2 from"] = result.conversion.described()
-    figures |= dict(_reasons(config, kept, result))
+    figures |= dict(_reasons(config, kept, result, subject.batches))
     if (perplexity := result.perplexity) is not None:
         figures["perplexity before any training"] = f"{perplexity.student:,.2f} (teacher {perplexity.teacher:,.2f})"
         figures["measured on"] = perplexity.described(config)
@@ -319,7 +319,7 @@ def _card(config: TruncateStudentConfig, kept: KeptParts, result: TruncateStuden
 
 
 def _reasons(
-    config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult
+    config: TruncateStudentConfig, kept: KeptParts, result: TruncateStudentResult, batches: Batches
 ) -> Iterator[tuple[str, str]]:
     """Yield rows for the model card: which parts were kept, and why."""
     why = "chosen with --layers" if config.layers is not None else f"strategy {config.strategy or 'uniform'}"
@@ -328,7 +328,7 @@ def _reasons(
         why += f"; removed in this order, with the rise of the loss in nats per token: {removed}"
     yield "blocks kept (counted from 0)", f"{', '.join(map(str, kept.layers))} ({why})"
     if config.cuts_width:
-        where = f"up to {config.calibration_sequences} blocks of {shared_name(config.data or '')}"
+        where = f"{tokens_of(batches):,} tokens of {shared_name(config.data or '')}"
         sizes = f"{kept.width}, {len(kept.heads[0])}, {len(kept.inner[0])}"
         yield "hidden size, heads, inner units", f"{sizes}: the ones that matter most on {where}"
         if isinstance(kept.dimensions, Rotation):

@@ -139,7 +139,12 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         default=None,
         path=True,
     )
-    calibration_sequences: int = option("How many blocks of --data to measure on.", default=64, ge=1)
+    calibration_sequences: int | None = option(
+        "How many blocks of --data to measure on.",
+        default=None,
+        ge=1,
+        shown="64, or as many as hold 32,768 tokens if those are fewer",
+    )
 
     @field_validator("target_params", mode="before")
     @classmethod
@@ -212,7 +217,7 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
             yield f"--vocab-choice {self.vocab_choice} needs --vocab-size"
         if self.position is not None and self.n_positions is None:
             yield "--position needs --n-positions"
-        if self.data is None and self.calibration_sequences != type(self).model_fields["calibration_sequences"].default:
+        if self.data is None and self.calibration_sequences is not None:
             yield "--calibration-sequences has no effect without --data"
         if self.measures and self.data is None:
             yield f"--data is required to measure on: {' and '.join(self.measures)}"

@@ -1,4 +1,4 @@
-"""Options of `generate`, `sample` and `bench`, and of sampling in `distill`."""
+"""Options of `generate`, `sample` and `bench`, and of sampling in other commands."""
 
 from __future__ import annotations
 
@@ -120,7 +120,21 @@ def _range_mistakes(text: str) -> Iterator[str]:
         yield f"--prompt-tokens: {error}"
 
 
-class SampleConfig(ModelOptions, DeviceOptions):
+class SamplingOptions(Config):
+    """How tokens are sampled."""
+
+    temperature: float = option("Sample with this temperature.", default=1.0, panel=DECODING, gt=0)
+    top_k: int = option("Sample from the K most likely tokens; 0 means all of them.", default=0, panel=DECODING, ge=0)
+    top_p: float = option(
+        "Sample from the most likely tokens that together have this probability.",
+        default=1.0,
+        panel=DECODING,
+        gt=0,
+        le=1,
+    )
+
+
+class SampleConfig(ModelOptions, DeviceOptions, SamplingOptions):
     """Options of `sample`."""
 
     model: str = option("Model that writes: a local directory or a Hub id.", path=True, metavar="PATH|ID")
@@ -145,15 +159,6 @@ class SampleConfig(ModelOptions, DeviceOptions):
     )
     max_new_tokens: int | None = option(
         "Most tokens to sample in a text.", default=None, panel=DECODING, ge=1, shown="until a block or positions end"
-    )
-    temperature: float = option("Sample with this temperature.", default=1.0, panel=DECODING, gt=0)
-    top_k: int = option("Sample from the K most likely tokens; 0 means all of them.", default=0, panel=DECODING, ge=0)
-    top_p: float = option(
-        "Sample from the most likely tokens that together have this probability.",
-        default=1.0,
-        panel=DECODING,
-        gt=0,
-        le=1,
     )
     weights: DecodingWeights = option("Format of the weights in memory: see generate.", default="fp32", panel=RUN)
     batch_size: int = option("Texts side by side. The result does not depend on it.", default=32, panel=RUN, ge=1)

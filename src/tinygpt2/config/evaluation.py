@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tinygpt2.config.base import option
 from tinygpt2.config.common import DECODING, MAX_SEED, Precision
 from tinygpt2.config.data import FileOptions
+from tinygpt2.config.decoding import SamplingOptions
 from tinygpt2.config.models import DeviceOptions, ModelOptions
 from tinygpt2.errors import ConfigError
 
@@ -143,7 +144,7 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
             yield f"--plot {self.plot} is a directory: give the name of a file"
 
 
-class EvaluateTextConfig(ModelOptions, DeviceOptions):
+class EvaluateTextConfig(ModelOptions, DeviceOptions, SamplingOptions):
     """Options of `evaluate-text`."""
 
     model: list[str] = option(
@@ -160,15 +161,6 @@ class EvaluateTextConfig(ModelOptions, DeviceOptions):
     num_prompts: int = option("Prompts to continue.", default=256, ge=1)
     prompt_tokens: int = option("Tokens of a prompt; those of pairs have their own lengths.", default=64, ge=1)
     max_new_tokens: int = option("Most tokens to add to a prompt.", default=128, panel=DECODING, ge=1)
-    temperature: float = option("Sample with this temperature.", default=1.0, panel=DECODING, gt=0)
-    top_k: int = option("Sample from the K most likely tokens; 0 means all of them.", default=0, panel=DECODING, ge=0)
-    top_p: float = option(
-        "Sample from the most likely tokens that together have this probability.",
-        default=1.0,
-        panel=DECODING,
-        gt=0,
-        le=1,
-    )
     seed: int = option("Seed for sampling.", default=42, panel=DECODING, ge=0, le=MAX_SEED)
     batch_size: int = option("Texts to write side by side.", default=16, ge=1)
     plot: str | None = option("PNG to write: the excess error by the number of tokens.", default=None, path=True)

@@ -83,7 +83,7 @@ def _rate(task: Task) -> str:
     if unit == "bytes":
         return f"{amount(int(speed), unit)}/s"
     if speed < 1:
-        return f"{1 / speed:.3g} s/{unit.removesuffix('s')}"
+        return f"{1 / speed:.3g} s/{unit.removesuffix('es' if unit.endswith('ches') else 's')}"
     return f"{speed:.2g} {unit}/s" if speed < 10 else f"{speed:,.0f} {unit}/s"
 
 

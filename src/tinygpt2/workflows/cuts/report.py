@@ -104,7 +104,7 @@ def write_pictures(config: TruncateStudentConfig, result: CutSearchResult) -> No
         chart_section("Front", charts),
         table_section("Shapes", *candidate_table(result), _NOTE),
         settings_section("Settings", {"target": result.target, "for": config.purpose, "data": config.data,
-                                      "calibration sequences": config.calibration_sequences}),
+                                      "calibration sequences": config.calibration_sequences or "default"}),
     ])  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from transformers import GPT2LMHeadModel
 
-from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
+from tinygpt2.compression.calibration import Batches, calibration_batches, calibration_count, mean_loss, tokens_of
 from tinygpt2.compression.cut import cut_model
 from tinygpt2.compression.least_squares import refit
 from tinygpt2.compression.measurements import Measurements
@@ -311,7 +311,8 @@ def between(space: Space, shape: Shape, rounds: int) -> list[Shape]:
 def _halves(config: TruncateStudentConfig, subject: Subject) -> tuple[Batches, Batches]:
     """Return texts to measure and fit on, and as many others to score on, from the training split."""
     assert subject.data is not None
-    batches = calibration_batches(subject.data.train, 2 * config.calibration_sequences, current_device())
+    blocks = subject.data.train
+    batches = calibration_batches(blocks, 2 * calibration_count(blocks, config.calibration_sequences), current_device())
     return (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
 
 
