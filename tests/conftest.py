@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -27,6 +28,7 @@ import pytest  # noqa: E402
 from tinygpt2 import PregenerateConfig, TrainTokenizerConfig, pregenerate, train_tokenizer  # noqa: E402
 from tinygpt2.cli import app  # noqa: E402
 from tinygpt2.data.tokenizer import load_tokenizer  # noqa: E402
+from tinygpt2.errors import InterruptedRunError  # noqa: E402
 
 WORDS = [
     "the",
@@ -146,3 +148,19 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(exit_.value.code, out, err)
 
     return run
+
+
+@contextmanager
+def stopped_after(step: int) -> Iterator[None]:
+    """Stop the training run within after a step, as a signal would, and expect that it says so."""
+    from tinygpt2.training import loop
+
+    original = loop._Run.step
+
+    def stopped(self: loop._Run, *, stop: bool) -> object:
+        return original(self, stop=stop or self.state.step == step)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop._Run, "step", stopped)
+        with pytest.raises(InterruptedRunError):
+            yield

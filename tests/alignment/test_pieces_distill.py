@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,37 +9,15 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from tests.alignment.test_pieces import bpe, unigram
+from tests.alignment.conftest import arguments
+from tests.alignment.test_pieces import bpe
 from tests.conftest import Outcome, make_model
 from tinygpt2 import PregenerateConfig, pregenerate
 from tinygpt2.alignment.borders import ByteAligner
 from tinygpt2.alignment.events import Graph, counted_pairs
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.tokenizer import load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def pieces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with a tokenizer of sentencepiece's kind."""
-    root = tmp_path_factory.mktemp("pieces")
-    texts = [(corpus / f"{number:02}.txt").read_text(encoding="utf-8") for number in range(8)]
-    tokenizer = unigram(texts)
-    tokenizer.save_pretrained(root / "t")
-    return make_model(root / "m", root / "t", vocab_size=len(tokenizer), n_positions=64)
-
-
-@pytest.fixture(scope="module")
-def student(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("student") / "m", tokenizer_dir, seed=8, n_layer=2, n_embd=24)
-
-
-def rows(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def arguments(teacher: Path, student: object, data: Path, out: Path) -> list[object]:
-    return ["distill", "--teacher", teacher, "--student", student, "--data", data, "--out", out, "--micro-batch-size",
-            4, "--log-every", 1, "--ce-weight", 0]  # fmt: skip
+from tinygpt2.training.metrics import read_metrics
 
 
 def test_a_student_learns_from_sentencepieces(
@@ -50,7 +27,7 @@ def test_a_student_learns_from_sentencepieces(
     outcome = cli(*given, "--alignment", "pieces", "--max-steps", 10, "--learning-rate", 3e-3)
     assert outcome.code == 0, outcome.err
     assert "events, counted on the data" in outcome.err
-    steps = [row for row in rows(tmp_path / "s") if "loss" in row]
+    steps = [row for row in read_metrics(tmp_path / "s") if "loss" in row]
     assert all(0 < row["teacher/absent"] < 0.8 for row in steps)
     assert all(0 <= row["teacher/lumped"] <= 1 for row in steps)
     assert all(0 <= row["teacher/left_out"] < 1 for row in steps)
@@ -67,7 +44,7 @@ def test_the_first_loss_is_what_both_models_say(
     given = arguments(pieces, student, data, tmp_path / "s")
     given[given.index("--micro-batch-size") + 1] = size
     assert cli(*given, "--alignment", "pieces", "--max-steps", 1, "--learning-rate", 1e-9).code == 0
-    row = next(row for row in rows(tmp_path / "s") if "loss" in row)
+    row = next(row for row in read_metrics(tmp_path / "s") if "loss" in row)
     whole, small = load_tokenizer(str(pieces)), load_tokenizer(str(student))
     old, new = (GPT2LMHeadModel.from_pretrained(str(path)).eval().double() for path in (pieces, student))
     aligner = ByteAligner(whole, small, 64)
@@ -104,7 +81,7 @@ def test_a_byte_level_teacher_and_a_student_of_sentencepieces(
     given = arguments(teacher, pieces, tmp_path / "d", tmp_path / "s")
     outcome = cli(*given, "--alignment", "pieces", "--max-steps", 2)
     assert outcome.code == 0, outcome.err
-    assert all(row["teacher/absent"] < 1 for row in rows(tmp_path / "s") if "loss" in row)
+    assert all(row["teacher/absent"] < 1 for row in read_metrics(tmp_path / "s") if "loss" in row)
 
 
 def test_without_alignment_the_error_names_it(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Callable
@@ -14,9 +13,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from tests.alignment.conftest import arguments
 from tests.alignment.test_pieces import OTHERS, bpe, unigram
 from tests.alignment.test_redistribution import MERGES
-from tests.conftest import Outcome, make_model
+from tests.conftest import Outcome, stopped_after
 from tinygpt2 import DistillConfig, distill
 from tinygpt2.alignment.blocks import AlignedBlocks
 from tinygpt2.alignment.borders import ByteAligner
@@ -26,12 +26,11 @@ from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import encode
 from tinygpt2.data.tokenizer import load_tokenizer
-from tinygpt2.errors import InterruptedRunError
 from tinygpt2.models.lm_head import Head
 from tinygpt2.objectives.divergences import IGNORED
 from tinygpt2.objectives.logits import PredictionObjective
 from tinygpt2.objectives.span_losses import bernoulli_kl, span_loss
-from tinygpt2.training import loop
+from tinygpt2.training.metrics import read_metrics
 
 CPU = torch.device("cpu")
 
@@ -237,29 +236,6 @@ def test_spans_need_the_same_text(tokenizer_dir: Path) -> None:
     assert one.spans[-1].tolist() == [0, 0]
 
 
-@pytest.fixture(scope="module")
-def pieces(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with a tokenizer of sentencepiece's kind."""
-    root = tmp_path_factory.mktemp("pieces")
-    tokenizer = unigram([(corpus / f"{number:02}.txt").read_text(encoding="utf-8") for number in range(8)])
-    tokenizer.save_pretrained(root / "t")
-    return make_model(root / "m", root / "t", vocab_size=len(tokenizer), n_positions=64)
-
-
-@pytest.fixture(scope="module")
-def student(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("student") / "m", tokenizer_dir, seed=8, n_layer=2, n_embd=24)
-
-
-def rows_of(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def arguments(teacher: Path, student: object, data: Path, out: Path) -> list[object]:
-    return ["distill", "--teacher", teacher, "--student", student, "--data", data, "--out", out, "--micro-batch-size",
-            4, "--log-every", 1, "--ce-weight", 0]  # fmt: skip
-
-
 @pytest.mark.parametrize("alignment", ["spans", "both"])
 def test_a_student_learns_spans(
     pieces: Path, student: Path, data: Path, tmp_path: Path, alignment: str, cli: Callable[..., Outcome]
@@ -267,7 +243,7 @@ def test_a_student_learns_spans(
     given = arguments(pieces, student, data, tmp_path / "s")
     outcome = cli(*given, "--alignment", alignment, "--max-steps", 10, "--learning-rate", 3e-3)
     assert outcome.code == 0, outcome.err
-    steps = [row for row in rows_of(tmp_path / "s") if "loss" in row]
+    steps = [row for row in read_metrics(tmp_path / "s") if "loss" in row]
     assert all(0 < row["teacher/absent"] < 0.8 for row in steps)
     assert all(row["teacher/span_tokens"] >= 1 for row in steps)
     assert all(0 <= row["loss/spans"] < row["loss/prediction"] for row in steps)
@@ -286,7 +262,7 @@ def test_the_first_loss_is_what_both_models_say(
     given[given.index("--micro-batch-size") + 1] = size
     options = ("--alignment", "spans", "--span-temperatures", "1,100")
     assert cli(*given, *options, "--max-steps", 1, "--learning-rate", 1e-9).code == 0
-    row = next(row for row in rows_of(tmp_path / "s") if "loss" in row)
+    row = next(row for row in read_metrics(tmp_path / "s") if "loss" in row)
     old, new = (GPT2LMHeadModel.from_pretrained(str(path)).eval().double() for path in (pieces, student))
     aligner = ByteAligner(load_tokenizer(str(pieces)), load_tokenizer(str(student)), 64)
     total = spans = torch.zeros((), dtype=torch.float64)
@@ -317,26 +293,19 @@ def test_the_teachers_loss_is_that_of_its_spans(pieces: Path, student: Path, dat
     for alignment in ("spans", "pieces"):
         out = tmp_path / alignment
         distill(DistillConfig(**common, alignment=alignment, micro_batch_size=4, out=str(out)))
-        losses.append(next(row["teacher/loss"] for row in rows_of(out) if "teacher/loss" in row))
+        losses.append(next(row["teacher/loss"] for row in read_metrics(out) if "teacher/loss" in row))
     assert 0 < losses[1] < losses[0] < 10
 
 
 @pytest.mark.parametrize("alignment", ["spans", "both"])
 def test_an_interrupted_run_goes_on_bit_for_bit(
-    pieces: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alignment: str
+    pieces: Path, student: Path, data: Path, tmp_path: Path, alignment: str
 ) -> None:
     options = {"teacher": str(pieces), "student": str(student), "data": str(data), "alignment": alignment}
     options |= {"micro_batch_size": 2, "gradient_accumulation_steps": 2, "save_every": 2, "max_steps": 4}
     distill(DistillConfig(**options, out=str(tmp_path / "whole")))
-    original = loop._Run.step
-
-    def stopped(self: loop._Run, *, stop: bool) -> object:
-        return original(self, stop=stop or self.state.step == 2)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "step", stopped)
-        with pytest.raises(InterruptedRunError):
-            distill(DistillConfig(**options, out=str(tmp_path / "parts")))
+    with stopped_after(2):
+        distill(DistillConfig(**options, out=str(tmp_path / "parts")))
     distill(DistillConfig(**options, out=str(tmp_path / "parts"), resume=True))
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert one == other

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.conftest import LENGTH, make_model
+from tests.conftest import LENGTH, make_model, stopped_after
 from tinygpt2 import DistillConfig, distill
 from tinygpt2.config.decoding import token_range
 from tinygpt2.data.batches.batch import Batch
@@ -188,19 +188,12 @@ def test_no_gradient_flows_through_sampling_and_a_run_is_logged(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_interrupted_run_goes_on_bit_for_bit(
-    teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    teacher: Path, student: Path, data: Path, tmp_path: Path, precision: str
 ) -> None:
     options = {"precision": precision, "max_steps": 6, "save_every": 2, "eval_every": 2}
     distill(config(teacher, student, data, tmp_path / "whole", **options))
-    original = loop._Run.step
-
-    def stopped(self: loop._Run, *, stop: bool) -> object:
-        return original(self, stop=stop or self.state.step == 2)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "step", stopped)
-        with pytest.raises(InterruptedRunError):
-            distill(config(teacher, student, data, tmp_path / "parts", **options))
+    with stopped_after(2):
+        distill(config(teacher, student, data, tmp_path / "parts", **options))
     distill(config(teacher, student, data, tmp_path / "parts", resume=True, **options))
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     assert (tmp_path / "parts" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
@@ -398,15 +391,8 @@ def test_a_run_with_old_texts_resumes_and_two_processes_keep_the_same(
     options = {"replay": 4, "max_steps": 6, "save_every": 2, "eval_every": 1, "fraction_growth": 0.25}
     monkeypatch.setattr("tinygpt2.training.own_text.replay._RISE", -10.0)  # every evaluation counts as a rise
     distill(config(teacher, student, data, tmp_path / "whole", **options))
-    original = loop._Run.step
-
-    def stopped(self: loop._Run, *, stop: bool) -> object:
-        return original(self, stop=stop or self.state.step == 3)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "step", stopped)
-        with pytest.raises(InterruptedRunError):
-            distill(config(teacher, student, data, tmp_path / "parts", **options))
+    with stopped_after(3):
+        distill(config(teacher, student, data, tmp_path / "parts", **options))
     assert list((tmp_path / "parts" / "checkpoints").glob("*/replay.safetensors"))
     distill(config(teacher, student, data, tmp_path / "parts", resume=True, **options))
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")

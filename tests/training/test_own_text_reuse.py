@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import make_model
+from tests.conftest import make_model, stopped_after
 from tests.training.test_own_text import config, source, weights
 from tinygpt2 import distill
 from tinygpt2.data.dataset import load_packed_dataset
-from tinygpt2.errors import InterruptedRunError
 from tinygpt2.models.loading import load_model
-from tinygpt2.training import loop
 from tinygpt2.training.metrics import read_metrics
 
 MINILLM = {
@@ -54,19 +52,12 @@ def test_steps_share_texts_and_know_with_which_probability_they_were_drawn(
 
 @pytest.mark.parametrize("replay", [0, 4])
 def test_a_run_stopped_between_steps_on_the_same_texts_resumes_bit_for_bit(
-    teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replay: int
+    teacher: Path, student: Path, data: Path, tmp_path: Path, replay: int
 ) -> None:
     options = {**MINILLM, "replay": replay, "max_steps": 8, "save_every": 4}
     distill(config(teacher, student, data, tmp_path / "whole", **options))
-    original = loop._Run.step
-
-    def stopped(self: loop._Run, *, stop: bool) -> object:
-        return original(self, stop=stop or self.state.step == 4)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "step", stopped)
-        with pytest.raises(InterruptedRunError):
-            distill(config(teacher, student, data, tmp_path / "parts", **options))
+    with stopped_after(4):
+        distill(config(teacher, student, data, tmp_path / "parts", **options))
     distill(config(teacher, student, data, tmp_path / "parts", resume=True, **options))
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 

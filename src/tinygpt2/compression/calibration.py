@@ -16,13 +16,15 @@ from tinygpt2.utils.progress import ProgressStage
 Batches = list[Int[Tensor, "B T"]]
 
 _TOKENS = 2048  # at most, in one forward pass
-_SEQUENCES, _MEASURED = 64, 32_768  # blocks without --calibration-sequences, and the tokens that they hold at most
+_SEQUENCES = 64  # blocks without --calibration-sequences, but not more than hold the tokens that follow
+_FITTED = 32_768  # tokens to measure the teacher and to fit the student on
+_HELD_OUT = 16_384  # tokens to compare student and teacher on
 _SIDE = 512  # columns of the squares that a product of activations with themselves consists of
 
 
-def calibration_count(blocks: Blocks, asked: int | None) -> int:
-    """Return how many blocks to measure on: as many as asked, or 64, but not more than 32,768 tokens."""
-    return asked or max(1, min(_SEQUENCES, _MEASURED // blocks.sequence_length))
+def calibration_count(blocks: Blocks, asked: int | None, tokens: int = _FITTED) -> int:
+    """Return how many blocks to measure on: as many as asked, or 64, but not more than hold some tokens."""
+    return asked or max(1, min(_SEQUENCES, tokens // blocks.sequence_length))
 
 
 def calibration_batches(blocks: Blocks, asked: int | None, device: torch.device) -> Batches:
@@ -40,6 +42,11 @@ def calibration_batches(blocks: Blocks, asked: int | None, device: torch.device)
     size = max(1, _TOKENS // blocks.batch(chosen[:1]).input_ids.shape[1])
     batches = (blocks.batch(chosen[i : i + size]).input_ids for i in range(0, len(chosen), size))
     return [ids[:, :longest].to(device) for ids in batches]
+
+
+def held_out_batches(blocks: Blocks, asked: int | None, device: torch.device) -> Batches:
+    """Return blocks to compare a student with its teacher on: `calibration_batches` with fewer tokens by default."""
+    return calibration_batches(blocks, calibration_count(blocks, asked, _HELD_OUT), device)
 
 
 def tokens_of(batches: Batches) -> int:

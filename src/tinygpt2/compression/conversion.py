@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tinygpt2.compression.architectures import NAMES, gpt2_settings
-from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
+from tinygpt2.compression.calibration import Batches, held_out_batches, mean_loss, tokens_of
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.errors import ModelError, listed
 from tinygpt2.models.configuration import make_model_config
@@ -178,7 +178,7 @@ def measured(
 
     Args:
         name: what the notes call the teacher.
-        data: measured on `calibration_count` blocks of its test split or, if that is empty, of its training split.
+        data: measured on `held_out_batches` of its test split or, if that is empty, of its training split.
         positions: the number of the student's positions; blocks are shortened to it.
 
     Returns:
@@ -195,7 +195,7 @@ def measured(
     )
     blocks = None if data is None else data.test if len(data.test) else data.train
     device = current_device()
-    batches = calibration_batches(blocks, count, device) if blocks is not None and len(blocks) else []
+    batches = held_out_batches(blocks, count, device) if blocks is not None and len(blocks) else []
     batches = [ids[:, :positions] for ids in batches]
     length = max((ids.shape[1] for ids in batches), default=0)
     if positions <= window:

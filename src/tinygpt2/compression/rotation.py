@@ -30,7 +30,7 @@ from transformers import GPT2LMHeadModel
 
 from tinygpt2.compression.calibration import Batches, add_products
 from tinygpt2.compression.importance import norm_gradients
-from tinygpt2.compression.taps import tap
+from tinygpt2.compression.taps import tap, tapped
 from tinygpt2.models.lm_head import scoring_chunk
 from tinygpt2.runtime.devices import float64_device
 from tinygpt2.utils.progress import follow
@@ -111,16 +111,20 @@ def stream_moments(model: GPT2LMHeadModel, batches: Batches, *, tied: bool) -> S
         normed = F.layer_norm(x, x.shape[-1:], eps=model.config.layer_norm_epsilon)
         add_products(moments[number], normed.flatten(0, 1))
 
+    taps = {norm: partial(see, number=number) for number, norm in enumerate(norms)}
     for ids in follow(batches, "measure the residual stream", "batches"):
-        last = tap(model, ids, {norm: partial(see, number=number) for number, norm in enumerate(norms)})
         count += ids.numel()
         if with_loss >= LOSS_TOKENS:
+            tap(model, ids, taps)
             continue
         with_loss += ids.numel()
-        for norm, total, (_, gradient) in zip(norms, gradients, norm_gradients(model, ids), strict=True):
+        with tapped(taps):
+            found = norm_gradients(model, ids)
+        for norm, total, (_, gradient) in zip(norms, gradients, found, strict=True):
             add_products(total, (gradient * norm.weight).flatten(0, 1) * ids.numel())
         if tied:
             chunk = scoring_chunk(len(head), head.device.type)
+            last, _ = found[-1]
             for rows in last.flatten(0, 1).split(chunk):  # type: ignore[no-untyped-call]
                 tokens += (rows @ head.T).softmax(-1).sum(0).to(exact).double()
     return StreamMoments(

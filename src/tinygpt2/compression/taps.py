@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -14,18 +14,25 @@ from tinygpt2.models.activations import collect_activations
 
 
 def tap(
-    model: GPT2LMHeadModel, ids: Int[Tensor, "B T"], inputs: dict[nn.Module, Callable[[Tensor], object]]
+    model: GPT2LMHeadModel, ids: Int[Tensor, "B T"], inputs: Mapping[nn.Module, Callable[[Tensor], object]]
 ) -> Float[Tensor, "B T D"]:
     """Run the transformer once, pass the input of each given module to its function, and return the last state."""
-    with ExitStack() as hooks:
-        for module, see in inputs.items():
-            hooks.enter_context(removed(module.register_forward_pre_hook(lambda _, x, see=see: _shown(see, x[0]))))
+    with tapped(inputs):
         layers = len(model.transformer.h)
         return collect_activations(model, ids, states=[layers]).states[layers]
 
 
+@contextmanager
+def tapped(inputs: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[None]:
+    """Pass what each given module reads to its function, in every forward pass within."""
+    with ExitStack() as hooks:
+        for module, see in inputs.items():
+            hooks.enter_context(removed(module.register_forward_pre_hook(lambda _, x, see=see: _shown(see, x[0]))))
+        yield
+
+
 def _shown(see: Callable[[Tensor], object], x: Tensor) -> None:
-    see(x)  # return nothing, because a hook's return value would replace the module's input
+    see(x.detach())  # return nothing, because a hook's return value would replace the module's input
 
 
 @contextmanager

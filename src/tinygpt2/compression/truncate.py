@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, cut_vocabulary
 from tinygpt2.alignment.translation import Translation, translate
 from tinygpt2.alignment.used_tokens import cut_by_use
-from tinygpt2.compression.calibration import Batches, calibration_batches, mean_loss, tokens_of
+from tinygpt2.compression.calibration import Batches, calibration_batches, held_out_batches, mean_loss, tokens_of
 from tinygpt2.compression.conversion import Conversion, LoadedTeacher, load_teacher, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
 from tinygpt2.compression.heads import head_moments, narrow_heads
@@ -287,7 +287,7 @@ def held_out_perplexity(
         return None
     before = None if subject.conversion is None else subject.conversion.original_loss
     device = current_device()
-    blocks = calibration_batches(subject.data.test, config.calibration_sequences, device)
+    blocks = held_out_batches(subject.data.test, config.calibration_sequences, device)
     batches = [ids[:, : student.config.n_positions] for ids in blocks]
     models = [model.to(device) for model in ([student, subject.loaded.model] if before is None else [student])]
     with track("measure student and teacher", len(models) * tokens_of(batches), "tokens") as stage:

@@ -143,7 +143,7 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         "How many blocks of --data to measure on.",
         default=None,
         ge=1,
-        shown="64, or as many as hold 32,768 tokens if those are fewer",
+        shown="64, but not more than hold 32,768 tokens; 16,384 for the perplexity",
     )
 
     @field_validator("target_params", mode="before")

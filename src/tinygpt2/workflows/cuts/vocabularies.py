@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, cut_vocabulary
-from tinygpt2.compression.calibration import Batches, calibration_batches
+from tinygpt2.compression.calibration import Batches, held_out_batches
 from tinygpt2.compression.sizes import Shape, Space, shapes_by_vocabulary, spaces_of, spread
 from tinygpt2.compression.truncate import Subject
 from tinygpt2.config.compression import Target, TruncateStudentConfig
@@ -194,7 +194,7 @@ def held_out_bits(
         return None
     teacher = subject.loaded.model
     usual = Pieces.of(whole, None, teacher.config.vocab_size)
-    blocks = calibration_batches(data.test, config.calibration_sequences, current_device())
+    blocks = held_out_batches(data.test, config.calibration_sequences, current_device())
     sizes = sizes_in_bytes(whole, teacher.config.vocab_size)
     text = SharedText(blocks, sizes, [usual, own], subject.positions[0])
     return CutBits(text.bits_per_byte(student, own), text.bits_per_byte(teacher, usual), text.blocks)
