@@ -72,22 +72,6 @@ class Study:
         text = self.results.read_text(encoding="utf-8") if self.results.is_file() else ""
         return [json.loads(line) for line in text.splitlines()]
 
-    def prepare(self) -> None:
-        """Encode the text with the model's tokenizer, the last tenth of its lines as the test split."""
-        if self.data.is_dir():
-            return
-        lines = self.options.text.read_text(encoding="utf-8").splitlines(keepends=True)
-        parts = {"train": lines[: len(lines) * 9 // 10], "test": lines[len(lines) * 9 // 10 :]}
-        paths = {name: self.options.work / f"{self.options.text.stem}-{name}.txt" for name in parts}
-        for name, part in parts.items():
-            paths[name].write_text("".join(part), encoding="utf-8")
-        pregenerate(
-            PregenerateConfig(
-                source=[str(paths["train"])], test_source=[str(paths["test"])], tokenizer=str(self.options.model),
-                sequence_length=self.options.sequence_length, out=str(self.data),
-            )
-        )  # fmt: skip
-
     def run(self, optimizer: str, rate: float, choice: str = "", passes: int = PASSES, seed: int = 1) -> Run:
         """Return a run of this model on this text."""
         return Run(self.options.model.name, self.options.text.name, optimizer, rate, choice, passes, seed)
@@ -148,6 +132,23 @@ class Study:
                 yield self.run(*self.best(*RATES), choice, passes)
 
 
+def encode_text(text: Path, tokenizer: str, length: int, data: Path) -> None:
+    """Make a dataset of a text, unless it is there: the last tenth of the lines is the test split."""
+    if data.is_dir():
+        return
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    parts = {"train": lines[: len(lines) * 9 // 10], "test": lines[len(lines) * 9 // 10 :]}
+    paths = {name: data.with_name(f"{text.stem}-{name}.txt") for name in parts}
+    for name, part in parts.items():
+        paths[name].write_text("".join(part), encoding="utf-8")
+    pregenerate(
+        PregenerateConfig(
+            source=[str(paths["train"])], test_source=[str(paths["test"])], tokenizer=tokenizer,
+            sequence_length=length, out=str(data),
+        )
+    )  # fmt: skip
+
+
 def report(lines: list[dict[str, Any]]) -> str:
     """Return the table of all lines: differences are to AdamW at the rate of version 0.1, after as many passes."""
     text = [
@@ -186,7 +187,7 @@ def main() -> None:
     study = Study(options)
     if not options.report:
         options.work.mkdir(parents=True, exist_ok=True)
-        study.prepare()
+        encode_text(options.text, str(options.model), options.sequence_length, study.data)
         with fast_products():
             for run in begun_within(options.minutes, study.runs()):
                 study.train(run)
