@@ -141,7 +141,7 @@ class Study:
         result: Any = distill(
             DistillConfig(
                 student=str(student), data=str(self.work / "data"), out=str(out), seed=run.seed,
-                micro_batch_size=batch, save_every=10**6, **how, **limit,
+                micro_batch_size=batch, save_every=10**6, eval_blocks=16, **how, **limit,
             )
         )  # fmt: skip
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -111,7 +111,7 @@ class Study:
         result: Any = distill(
             DistillConfig(
                 teacher=self.options.teacher, student=str(student), data=str(data), out=str(out), seed=run.seed,
-                micro_batch_size=batch, save_every=10**6, **length,
+                micro_batch_size=batch, save_every=10**6, eval_blocks=16, **length,
             )
         )  # fmt: skip
         rows = (json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
