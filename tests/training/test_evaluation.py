@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +119,22 @@ def test_several_datasets_share_the_blocks(
     assert one == other
     assert result.eval.loss == pytest.approx(one.loss)
     assert result.eval.stderr == pytest.approx(one.stderr / np.sqrt(2))
+
+
+def test_the_speed_of_a_run_is_that_of_its_steps(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*place: Any) -> Evaluation:
+        time.sleep(0.2)
+        return evaluate(*place)
+
+    monkeypatch.setattr(loop, "evaluate", slow)
+    result = pretrain(
+        PretrainConfig(
+            model=str(teacher), data=str(data), out=str(tmp_path / "m"), max_steps=2, eval_every=1, eval_blocks=2
+        )
+    )
+    assert result.tokens / result.tokens_per_second < result.seconds - 2 * 0.2
 
 
 def test_one_block_of_a_dataset_gives_no_error_of_the_whole(data: Path) -> None:

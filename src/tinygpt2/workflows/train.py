@@ -51,7 +51,9 @@ class TrainResult:
     Attributes:
         model: the path of its directory.
         loss: of the last step, the mean over the global batch.
+        seconds: since the run began to train, with its evaluations.
         eval: the last evaluation.
+        tokens_per_second: the speed of the steps, without evaluations.
         eval_by_data: the last evaluation on each dataset, if --data named several; else None.
         tokens_by_data: tokens of each dataset that the run trained on, if --data gave them shares; else None.
         tasks: perplexity on each --eval-task, in the default convention of `ppl`; None without --eval-task.
@@ -257,7 +259,7 @@ def _result(job: Job, state: RunState, parameters: int) -> TrainResult:
         loss=state.loss,
         eval=None if state.eval is None else _evaluation(state.eval),
         parameters=parameters,
-        tokens_per_second=state.tokens / state.seconds,
+        tokens_per_second=state.tokens / max(state.seconds - state.eval_seconds, 1e-9),
         peak_memory_bytes=peak_memory(),
         eval_by_data={name: _evaluation(one) for name, one in (state.eval_by_data or {}).items()} or None,
         tokens_by_data=_tokens_by_data(job, state),
