@@ -57,8 +57,8 @@ def tokens_of(batches: Batches) -> int:
 def add_products(total: Float[Tensor, "N N"], rows: Float[Tensor, "B N"]) -> None:
     """Add rows^T rows to a float64 total, on the total's device, in the rows' precision.
 
-    The result is symmetric, so what is below the diagonal is copied. Float32 is enough for a batch: its error, about 1e-6
-    of the largest products, is far below what texts differ by.
+    The result is symmetric, so what is below the diagonal is copied. Float32 is enough for a batch: its error, about
+    1e-6 of the largest products, is far below what texts differ by.
     """
     rows = rows.to(total.device)
     for start in range(0, len(total), _SIDE):
