@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pretraining import paired
-from recipes import begun_within, block_losses, grouped
+from recipes import begun_within, block_losses, measured
+from result_lines import add_line, finished_runs, is_finished
 
 from tinygpt2 import FinetuneConfig, PregenerateConfig, finetune, pregenerate
 from tinygpt2.data.dataset import load_packed_dataset
@@ -67,11 +68,6 @@ class Study:
         self.options, self.results = options, Path(options.results)
         self.data = options.work / f"data-{options.text.stem}" if options.work else Path()
 
-    def lines(self) -> list[dict[str, Any]]:
-        """Return the finished runs."""
-        text = self.results.read_text(encoding="utf-8") if self.results.is_file() else ""
-        return [json.loads(line) for line in text.splitlines()]
-
     def run(self, optimizer: str, rate: float, choice: str = "", passes: int = PASSES, seed: int = 1) -> Run:
         """Return a run of this model on this text."""
         return Run(self.options.model.name, self.options.text.name, optimizer, rate, choice, passes, seed)
@@ -79,7 +75,7 @@ class Study:
     def train(self, run: Run) -> None:
         """Fine-tune and write the line of results, unless it is there already."""
         known = asdict(run)
-        if any(known == {key: line.get(key) for key in known} for line in self.lines()):
+        if is_finished(self.results, known):
             return
         print(f"{datetime.datetime.now():%H:%M:%S} {known}", flush=True)
         out = self.options.work / "run"
@@ -92,19 +88,14 @@ class Study:
             eval_every=len(data.train) // batch, **CHOICES.get(run.choice, {}),
         )  # fmt: skip
         result = finetune(config)
-        rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        losses = block_losses(str(out), data.test, len(data.test))
         line = {
-            **known, "loss": float(np.mean(losses)), "groups": grouped(losses),
-            "curve": [[row["tokens"], round(row["eval/loss"], 5)] for row in rows if "eval/loss" in row],
-            "before": float(np.mean(block_losses(str(self.options.model), data.test, len(data.test)))),
+            **known, **measured(out, data.test, len(data.test)),
+            "before": loss_of_fixed(str(self.options.model), str(self.data)),
             "tokens": int(data.manifest["splits"]["train"]["tokens"]), "seconds": round(result.seconds, 1),
             "parameters": result.parameters, "load": round(os.getloadavg()[0], 1), "cores": os.cpu_count(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }  # fmt: skip
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        with self.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(self.results, line)
 
     def best(self, *optimizers: str) -> tuple[str, float]:
         """Return the optimizer and the rate with the lowest loss after the usual number of passes."""
@@ -112,7 +103,7 @@ class Study:
         same = [key for key in wanted if key not in ("optimizer", "rate")]
         found = [
             (line["loss"], line["optimizer"], line["rate"])
-            for line in self.lines()
+            for line in finished_runs(self.results)
             if line["optimizer"] in optimizers and all(line[key] == wanted[key] for key in same)
         ]
         return min(found)[1:] if found else (optimizers[0], RATES[optimizers[0]][0])
@@ -147,6 +138,13 @@ def encode_text(text: Path, tokenizer: str, length: int, data: Path) -> None:
             sequence_length=length, out=str(data),
         )
     )  # fmt: skip
+
+
+@cache
+def loss_of_fixed(model: str, data: str) -> float:
+    """Return the held-out loss of a model that no longer changes, measured once."""
+    test = load_packed_dataset(data).test
+    return float(np.mean(block_losses(model, test, len(test))))
 
 
 def report(lines: list[dict[str, Any]]) -> str:
@@ -191,7 +189,7 @@ def main() -> None:
         with fast_products():
             for run in begun_within(options.minutes, study.runs()):
                 study.train(run)
-    print(report(study.lines()))
+    print(report(finished_runs(study.results)))
 
 
 if __name__ == "__main__":

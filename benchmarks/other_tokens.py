@@ -17,7 +17,6 @@ again; an interrupted training of the second teacher goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from typing import Any
 
 import yaml
 from recipes import begun_within
+from result_lines import add_line, finished_runs, is_finished
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, PreTrainedTokenizerFast
@@ -44,6 +44,7 @@ from tinygpt2 import (
 from tinygpt2.alignment.spans import SpanAligner
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.tokenizer import load_tokenizer
+from tinygpt2.training.metrics import read_metrics
 
 METHODS = ("ce", "pieces", "spans", "both", "same-ce", "same")
 _BATCHES = 16  # whose alignment is timed
@@ -70,11 +71,6 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work, self.results = options, options.work, options.work / "results.jsonl"
         self.teacher = self.work / "teacher"
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Return the finished runs."""
-        text = self.results.read_text(encoding="utf-8") if self.results.is_file() else ""
-        return [json.loads(line) for line in text.splitlines()]
 
     def runs(self) -> list[Run]:
         """Return all runs. Methods take turns, so that a study that stops early still compares them."""
@@ -122,7 +118,7 @@ class Study:
     def train(self, run: Run) -> None:
         """Train one student and write its line of results. Skip it if the line exists already."""
         known = asdict(run)
-        if any(known == {key: line.get(key) for key in known} for line in self.lines()):
+        if is_finished(self.results, known):
             return
         print(known, flush=True)
         self.prepare()
@@ -144,7 +140,7 @@ class Study:
                 micro_batch_size=batch, save_every=10**6, eval_blocks=16, **how, **limit,
             )
         )  # fmt: skip
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = read_metrics(out)
         step = batch * length / result.tokens_per_second
         line = {
             **known,
@@ -156,8 +152,7 @@ class Study:
             **{key: mean_of(rows, f"teacher/{key}") for key in ("absent", "lumped", "left_out", "span_tokens")},
             "alignment": self.alignment_seconds() / step if "alignment" in how else None,
         }
-        with self.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(self.results, line)
 
     def alignment_seconds(self) -> float:
         """Return how long it takes to encode a micro-batch in the second teacher's tokens and to align it."""
@@ -231,7 +226,7 @@ def main() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
         for run in begun_within(options.stop_after, study.runs()):
             study.train(run)
-    print(report(study.lines()))
+    print(report(finished_runs(study.results)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import os
 import shutil
@@ -21,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from finetuning import encode_text
+from finetuning import encode_text, loss_of_fixed
 from pretraining import paired
-from recipes import begun_within, block_losses, grouped
+from recipes import begun_within, measured
+from result_lines import add_line, finished_runs, is_finished
 
 from tinygpt2 import DistillConfig, FinetuneConfig, TruncateStudentConfig, distill, finetune, truncate_student
 from tinygpt2.data.dataset import load_packed_dataset
@@ -59,11 +58,6 @@ class Study:
         self.options, self.results = options, Path(options.results)
         self.data = str(options.work / "data") if options.work else ""
 
-    def lines(self) -> list[dict[str, Any]]:
-        """Return the finished runs."""
-        text = self.results.read_text(encoding="utf-8") if self.results.is_file() else ""
-        return [json.loads(line) for line in text.splitlines()]
-
     def teacher(self, name: str) -> str:
         """Return a teacher's directory."""
         return str(self.options.teacher if name == "general" else self.options.work / "tuned")
@@ -97,7 +91,7 @@ class Study:
     def train(self, run: Run) -> None:
         """Train a student and write its line of results, unless it is there already."""
         known = asdict(run)
-        if any(known == {key: line.get(key) for key in known} for line in self.lines()):
+        if is_finished(self.results, known):
             return
         print(f"{datetime.datetime.now():%H:%M:%S} {known}", flush=True)
         teachers, start = METHODS[run.method]
@@ -112,21 +106,14 @@ class Study:
                 num_epochs=run.passes, micro_batch_size=4, save_every=10**6, eval_every=len(data.train) // 4, **how,
             )
         )  # fmt: skip
-        rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        losses = block_losses(str(out), data.test, len(data.test))
         line = {
-            **known, "loss": float(np.mean(losses)), "groups": grouped(losses),
-            "curve": [[row["tokens"], round(row["eval/loss"], 5)] for row in rows if "eval/loss" in row],
-            "teachers": [
-                float(np.mean(block_losses(self.teacher(name), data.test, len(data.test)))) for name in teachers
-            ],
+            **known, **measured(out, data.test, len(data.test)),
+            "teachers": [loss_of_fixed(self.teacher(name), self.data) for name in teachers],
             "tokens": int(data.manifest["splits"]["train"]["tokens"]), "seconds": round(result.seconds, 1),
             "parameters": result.parameters, "cores": os.cpu_count(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }  # fmt: skip
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        with self.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(self.results, line)
 
 
 def report(lines: list[dict[str, Any]]) -> str:
@@ -166,7 +153,7 @@ def main() -> None:
             study.prepare()
             for run in begun_within(options.minutes, study.runs()):
                 study.train(run)
-    print(report(study.lines()))
+    print(report(finished_runs(study.results)))
 
 
 if __name__ == "__main__":

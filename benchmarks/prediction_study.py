@@ -13,16 +13,17 @@ token. Every finished run is a line of benchmarks/predictions/results.jsonl and 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import shutil
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recipes import Study, block_losses, grouped
+from recipes import Study, begun_within, block_losses, grouped
+from result_lines import finished_runs, is_finished
 
 from tinygpt2 import DistillConfig, distill
 from tinygpt2.data.dataset import load_packed_dataset
@@ -34,16 +35,10 @@ KINDS = ("exact", "samples", "top")
 SEEDS = (1, 2)
 
 
-def lines(results: Path) -> list[dict[str, Any]]:
-    """Return the finished runs."""
-    text = results.read_text(encoding="utf-8") if results.is_file() else ""
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def train(study: Study, kind: str, seed: int, tokens: int) -> None:
     """Train one student and write its line of results. Skip it if the line exists already."""
     known = {"kind": kind, "seed": seed, "tokens": tokens}
-    if any(known == {key: line.get(key) for key in known} for line in lines(study.results)):
+    if is_finished(study.results, known):
         return
     print(known, flush=True)
     data, out = study.work / "data", study.work / "predictions" / f"{kind}-{seed}-{tokens}"
@@ -106,17 +101,13 @@ def main() -> None:
     if not options.report:
         if options.work is None:
             parser.error("give --work, or --report")
-        until = time.monotonic() + 60 * options.minutes
         options.work.mkdir(parents=True, exist_ok=True)
-        options.results.parent.mkdir(parents=True, exist_ok=True)
         study = Study(options.work, options.results)
         with fast_products():
             study.prepare()
-            for seed in SEEDS:
-                for kind in KINDS:
-                    if time.monotonic() < until:
-                        train(study, kind, seed, options.tokens)
-    rows = summary(lines(options.results))
+            for seed, kind in begun_within(options.minutes, itertools.product(SEEDS, KINDS)):
+                train(study, kind, seed, options.tokens)
+    rows = summary(finished_runs(options.results))
     print(json.dumps(rows) if options.json else report(rows))
 
 

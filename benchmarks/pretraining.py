@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import json
 import math
 import os
 import shutil
@@ -28,7 +27,8 @@ from typing import Any
 
 import numpy as np
 import yaml
-from recipes import begun_within, block_losses, grouped
+from recipes import begun_within, measured
+from result_lines import add_line, finished_runs, is_finished
 
 from tinygpt2 import PregenerateConfig, PretrainConfig, pregenerate, pretrain
 from tinygpt2.data.dataset import load_packed_dataset
@@ -71,9 +71,7 @@ class Study:
 
     def lines(self, *stages: str) -> list[dict[str, Any]]:
         """Return the results of some stages; without names, of all."""
-        text = self.results.read_text(encoding="utf-8") if self.results.is_file() else ""
-        found = [json.loads(line) for line in text.splitlines()]
-        return [line for line in found if not stages or line["stage"] in stages]
+        return [line for line in finished_runs(self.results) if not stages or line["stage"] in stages]
 
     def prepare(self) -> None:
         """Make the texts, the dataset and the shapes that do not exist yet."""
@@ -118,24 +116,21 @@ class Study:
         """Train a model and write its line of results. Skip it if there is one already, of any stage."""
         known = asdict(run)
         same = {key: value for key, value in known.items() if key != "stage"}
-        if any(same == {key: line.get(key) for key in same} for line in self.lines()):
+        if is_finished(self.results, same):
             return
         print(f"{datetime.datetime.now():%H:%M:%S} {known}", flush=True)
         out = self.work / "runs" / "-".join(map(str, known.values()))
         shutil.rmtree(out, ignore_errors=True)  # an interrupted run starts again
         config = self.configuration(run, out)
         result = pretrain(config)
-        rows = [json.loads(row) for row in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        losses = block_losses(str(out), load_packed_dataset(str(self.work / "data")).test, self.plan["blocks"])
+        blocks = load_packed_dataset(str(self.work / "data")).test
         line = {
-            **known, "rate": config.learning_rate, "loss": float(np.mean(losses)), "groups": grouped(losses),
-            "curve": [[row["tokens"], round(row["eval/loss"], 5)] for row in rows if "eval/loss" in row],
+            **known, "rate": config.learning_rate, **measured(out, blocks, self.plan["blocks"]),
             "seconds": round(result.seconds, 1), "tokens_per_second": round(result.tokens_per_second, 1),
             "parameters": result.parameters, "load": round(os.getloadavg()[0], 1),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cores": os.cpu_count(),
         }  # fmt: skip
-        with self.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(self.results, line)
         shutil.rmtree(out)
 
     def best(self, variant: str, size: str) -> float:

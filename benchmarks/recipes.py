@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from result_lines import add_line, finished_runs
 
 from tinygpt2 import DistillConfig, PregenerateConfig, TruncateStudentConfig, distill, pregenerate, truncate_student
 from tinygpt2.data.batches.block_readers import MapPart
@@ -41,6 +42,7 @@ from tinygpt2.models.lm_head import target_losses
 from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.schedule import peak_learning_rate
 from tinygpt2.training.step import Step
@@ -80,16 +82,12 @@ class Study:
 
     def lines(self, *stages: str) -> list[dict[str, Any]]:
         """Return the results of some stages."""
-        if not self.results.is_file():
-            return []
-        found = [json.loads(line) for line in self.results.read_text(encoding="utf-8").splitlines()]
-        return [line for line in found if line["stage"] in stages]
+        return [line for line in finished_runs(self.results) if line["stage"] in stages]
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one finished result."""
         line |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cores": os.cpu_count()}
-        with self.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(self.results, line)
 
     def prepare(self, *sizes: str) -> None:
         """Make the texts, datasets and cut students that do not exist yet; without sizes, students of all sizes."""
@@ -347,6 +345,13 @@ def block_losses(model: str, blocks: Blocks, count: int) -> list[float]:
 def grouped(losses: list[float]) -> list[float]:
     """Return the mean losses of groups of neighbouring blocks."""
     return [round(float(part.mean()), 5) for part in np.array_split(np.array(losses), min(GROUPS, len(losses)))]
+
+
+def measured(model: Path, blocks: Blocks, count: int) -> dict[str, Any]:
+    """Return the held-out loss of a trained model, by groups too, and the losses on the way."""
+    losses = block_losses(str(model), blocks, count)
+    curve = [[row["tokens"], round(row["eval/loss"], 5)] for row in read_metrics(model) if "eval/loss" in row]
+    return {"loss": float(np.mean(losses)), "groups": grouped(losses), "curve": curve}
 
 
 def begun_within(minutes: float, runs: Iterable[T]) -> Iterator[T]:

@@ -13,7 +13,6 @@ benchmarks/teachers/results.jsonl and is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 from llama_teacher import mean_loss, spaced
 from recipes import Study, begun_within, block_losses, grouped
+from result_lines import finished_runs, is_finished
 from transformers import AutoModelForCausalLM
 
 from tinygpt2 import DistillConfig, distill
@@ -59,16 +59,10 @@ def runs(tokens: int) -> Iterator[Run]:
                     yield Run(teacher, start, rate, seed, tokens)
 
 
-def lines(results: Path) -> list[dict[str, Any]]:
-    """Return the finished runs."""
-    text = results.read_text(encoding="utf-8") if results.is_file() else ""
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def train(study: Study, run: Run, teacher: str) -> None:
     """Train one student and write its line of results. Skip it if the line exists already."""
     known = asdict(run)
-    if any(known == {key: line.get(key) for key in known} for line in lines(study.results)):
+    if is_finished(study.results, known):
         return
     print(known, flush=True)
     data, out = study.work / "data", study.work / "teachers" / "-".join(map(str, known.values()))
@@ -150,7 +144,7 @@ def main() -> None:
             study.prepare()
             for run in begun_within(options.minutes, runs(options.tokens)):
                 train(study, run, study.teacher if run.teacher == "gpt2" else options.llama)
-    print(report(lines(options.results)))
+    print(report(finished_runs(options.results)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ by rank, or the whole one. The texts are the same bytes, encoded again for each 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import begun_within
+from result_lines import add_line, finished_runs, is_finished
 
 from tinygpt2 import (
     DistillConfig,
@@ -31,6 +31,7 @@ from tinygpt2 import (
     truncate_student,
 )
 from tinygpt2.data.dataset import load_packed_dataset
+from tinygpt2.training.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,6 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.results = options, options.work / "results.jsonl"
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Return the finished runs."""
-        text = self.results.read_text(encoding="utf-8") if self.results.is_file() else ""
-        return [json.loads(line) for line in text.splitlines()]
 
     def runs(self) -> list[Run]:
         """Return all runs. Vocabularies take turns, so that a study that stops early still compares them."""
@@ -97,7 +93,7 @@ class Study:
     def train(self, run: Run) -> None:
         """Train one student and write its line of results. Skip it if the line exists already."""
         known = asdict(run)
-        if any(known == {key: line.get(key) for key in known} for line in self.lines()):
+        if is_finished(self.results, known):
             return
         print(known, flush=True)
         student, data = self.prepared(run.vocabulary)
@@ -114,7 +110,7 @@ class Study:
                 micro_batch_size=batch, save_every=10**6, eval_blocks=16, **length,
             )
         )  # fmt: skip
-        rows = (json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        rows = read_metrics(out)
         absent = [row["teacher/absent"] for row in rows if "teacher/absent" in row]
         line = {
             **known,
@@ -128,8 +124,7 @@ class Study:
             "file_bytes": (out / "model.safetensors").stat().st_size,
             "absent": sum(absent) / len(absent) if absent else 0.0,
         }
-        with self.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(self.results, line)
 
 
 def bits(model: str, texts: list[Path]) -> float:
@@ -193,7 +188,7 @@ def main() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
         for run in begun_within(options.stop_after, study.runs()):
             study.train(run)
-    print(report(study.lines()))
+    print(report(finished_runs(study.results)))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+load("result_lines")  # which recipes.py imports by name
 study, report = load("recipes"), load("recipes_report")
 PLAN = yaml.safe_load((BENCHMARKS / "recipes" / "plan.yaml").read_text())
 

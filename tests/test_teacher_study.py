@@ -29,6 +29,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+load("result_lines")
 llama, recipes = load("llama_teacher"), load("recipes")
 study = load("teacher_study")
 
