@@ -4,14 +4,16 @@
     python benchmarks/other_tokens.py --work WORK --report                                           # the table alone
 
 T is a GPT-2. A second teacher of the same shape learns the texts with a tokenizer of its own, of sentencepiece's kind,
-for as many tokens as asked: choose them so that both teachers have equal bits per byte, which the table shows. A
-student is half of a teacher's layers, refitted, with T's tokenizer. From the second teacher it learns by `--alignment`
-pieces, spans or both; `ce` learns from the data alone, from the same start. `same` is half of T and learns from T, and
+for as many tokens as asked: choose them so that both teachers have equal bits per byte, which the table shows. It
+starts from random weights or, with --from-same, from T's, with the means of T's embeddings of each piece. A student is
+half of a teacher's layers, refitted, with T's tokenizer. From the second teacher it learns by `--alignment` pieces,
+spans or both; `ce` learns from the data alone, from the same start. `same` is half of T and learns from T, and
 `same-ce` learns from the data alone, from that start.
 
 Bits per byte are those of `ppl` on the held-out texts. `alignment` is the time to encode a batch again and align it, as
-a share of a step; in a run, another thread does it. Every finished run is a line of WORK/results.jsonl and is not run
-again; an interrupted training of the second teacher goes on.
+a share of a step; in a run, another thread does it. `sums` is the share of the sums over events, with the teacher's
+logits. Every finished run is a line of WORK/results.jsonl and is not run again; an interrupted training of the second
+teacher goes on.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from recipes import begun_within
 from result_lines import add_line, finished_runs, is_finished
@@ -33,17 +36,22 @@ from vocabulary import bits, bits_of_fixed
 
 from tinygpt2 import (
     DistillConfig,
+    FinetuneConfig,
     PregenerateConfig,
     PretrainConfig,
     TruncateStudentConfig,
     distill,
+    finetune,
     pregenerate,
     pretrain,
     truncate_student,
 )
+from tinygpt2.alignment.borders import ByteAligner
+from tinygpt2.alignment.events import Events, Graph, counted_pairs
 from tinygpt2.alignment.spans import SpanAligner
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.tokenizer import load_tokenizer
+from tinygpt2.models.lm_head import Head
 from tinygpt2.training.metrics import read_metrics
 
 METHODS = ("ce", "pieces", "spans", "both", "same-ce", "same")
@@ -92,17 +100,8 @@ class Study:
                     )
                 )  # fmt: skip
         shape = GPT2Config.from_pretrained(self.options.same)
-        keys = ("n_layer", "n_embd", "n_head", "n_positions")
-        written = self.work / "shape.yaml"
-        written.write_text(yaml.safe_dump({key: getattr(shape, key) for key in keys}), encoding="utf-8")
         if not (self.teacher / "model.safetensors").exists():
-            pretrain(
-                PretrainConfig(
-                    shape=str(written), data=str(self.work / "own"), out=str(self.teacher),
-                    max_tokens=self.options.teacher_tokens, micro_batch_size=self.options.micro_batch_size,
-                    resume=self.teacher.exists(),
-                )
-            )  # fmt: skip
+            self.train_teacher(shape, str(pieces))
         for name, teacher, data, tokens in (
             ("student", str(self.teacher), "own", self.options.same),
             ("same-student", self.options.same, "data", None),
@@ -114,6 +113,27 @@ class Study:
                         tokenizer=tokens, out=str(self.work / name),
                     )
                 )  # fmt: skip
+
+    def train_teacher(self, shape: GPT2Config, pieces: str) -> None:
+        """Train the second teacher, or go on with it."""
+        how: dict[str, Any] = {
+            "data": str(self.work / "own"), "out": str(self.teacher), "max_tokens": self.options.teacher_tokens,
+            "micro_batch_size": self.options.micro_batch_size, "resume": self.teacher.exists(),
+        }  # fmt: skip
+        if self.options.from_same:
+            start = self.work / "with-pieces"
+            if not start.exists():
+                truncate_student(
+                    TruncateStudentConfig(
+                        teacher=self.options.same, num_layers=shape.n_layer, tokenizer=pieces, out=str(start)
+                    )
+                )
+            finetune(FinetuneConfig(model=str(start), **how))
+        else:
+            keys = ("n_layer", "n_embd", "n_head", "n_positions")
+            written = self.work / "shape.yaml"
+            written.write_text(yaml.safe_dump({key: getattr(shape, key) for key in keys}), encoding="utf-8")
+            pretrain(PretrainConfig(shape=str(written), **how))
 
     def train(self, run: Run) -> None:
         """Train one student and write its line of results. Skip it if the line exists already."""
@@ -151,6 +171,7 @@ class Study:
             "step_seconds": step,
             **{key: mean_of(rows, f"teacher/{key}") for key in ("absent", "lumped", "left_out", "span_tokens")},
             "alignment": self.alignment_seconds() / step if "alignment" in how else None,
+            "sums": self.sums_seconds() / step if run.method in ("pieces", "both") else None,
         }
         add_line(self.results, line)
 
@@ -164,6 +185,27 @@ class Study:
         start = time.perf_counter()
         for _ in range(_BATCHES):
             align(batch)
+        return (time.perf_counter() - start) / _BATCHES
+
+    @torch.no_grad()
+    def sums_seconds(self) -> float:
+        """Return how long it takes to make a micro-batch's predictions of events, from a teacher's last hidden states.
+
+        They do not depend on the weights, so these are random.
+        """
+        data, tokenizer = load_packed_dataset(str(self.work / "data")), load_tokenizer(str(self.teacher))
+        align, size = ByteAligner(tokenizer, data.tokenizer(), None), len(data.tokenizer())
+        events = Events(Graph.of(counted_pairs(align, data.train), size), size, torch.device("cpu"))
+        blocks = align(data.train.batch(list(range(min(self.options.micro_batch_size, len(data.train))))))
+        matrix = torch.randn(len(tokenizer), GPT2Config.from_pretrained(self.teacher).n_embd)
+        states = torch.randn(blocks.ids.numel(), matrix.shape[1])
+        records = blocks.records.flatten(0, 1)
+        student = torch.randn(len(records), size)
+        head = events.head(Head(matrix, len(matrix)), states)
+        head.given(records, student)  # the first call takes memory
+        start = time.perf_counter()
+        for _ in range(_BATCHES):
+            head.given(records, student)
         return (time.perf_counter() - start) / _BATCHES
 
 
@@ -187,11 +229,12 @@ def mean_of(rows: list[dict[str, Any]], name: str) -> float | None:
 def report(found: list[dict[str, Any]]) -> str:
     """Return the results as a Markdown table."""
     heading = ["method", "limit", "seed", "bits per byte", "before", "teacher", "tokens (millions)", "step (s)",
-               "absent", "lumped", "span (tokens)", "alignment / step"]  # fmt: skip
+               "absent", "lumped", "span (tokens)", "alignment / step", "sums / step"]  # fmt: skip
     table = [f"| {' | '.join(heading)} |", "|" + "---|" * len(heading)]
     for line in sorted(found, key=lambda one: (one["limit"], one["amount"], METHODS.index(one["method"]), one["seed"])):
         rest = [
-            (line["absent"], ".1%"), (line["lumped"], ".1%"), (line["span_tokens"], ".2f"), (line["alignment"], ".1%")
+            (line["absent"], ".1%"), (line["lumped"], ".1%"), (line["span_tokens"], ".2f"), (line["alignment"], ".1%"),
+            (line["sums"], ".1%"),
         ]  # fmt: skip
         cells = [
             line["method"], f"{line['amount']:g} {line['limit']}", str(line["seed"]), f"{line['bits_per_byte']:.4f}",
@@ -211,6 +254,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, nargs="+", default=[], help="texts to measure on")
     parser.add_argument("--pieces", type=int, default=6000, help="tokens of the second teacher")
     parser.add_argument("--teacher-tokens", type=int, default=100_000_000)
+    parser.add_argument("--from-same", action="store_true", help="start the second teacher from T's weights")
     parser.add_argument("--tokens", type=float, default=5e6, help="that each student sees; 0 for no such runs")
     parser.add_argument("--minutes", type=float, default=30, help="time that each student gets; 0 for no such runs")
     parser.add_argument("--seeds", type=int, default=2)

@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from tinygpt2.alignment.blocks import AlignedBlocks
 from tinygpt2.alignment.borders import ByteAligner, spelled
-from tinygpt2.alignment.redistribution import NEVER, AlignedHead, add_columns
+from tinygpt2.alignment.redistribution import NEVER, AlignedHead, add_columns, columns
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.encoding import encode
 from tinygpt2.errors import ModelError
-from tinygpt2.models.lm_head import Head, operand_rows, scoring_chunk, wide
+from tinygpt2.models.lm_head import Head, operand_rows, rows_at_once, scoring_chunk, wide
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
 
@@ -143,7 +144,7 @@ def _is_text(piece: bytes) -> bool:
 
 
 class Events:
-    """Makes the logarithms of the events' probabilities out of a teacher's last hidden states.
+    """Sums the probabilities of a teacher's tokens, and shares the sums among a student's.
 
     Args:
         graph: the events.
@@ -152,53 +153,46 @@ class Events:
     """
 
     def __init__(self, graph: Graph, size: int, device: torch.device) -> None:
-        arrays = graph.reachable, graph.theirs, graph.ours, graph.lumped
-        self.reachable, self.theirs, self.ours, self.lumped = (torch.from_numpy(one).to(device) for one in arrays)
-        lumps, groups = np.unique(graph.ours[graph.lumped], return_inverse=True)
-        self.groups, self.lumps, self.count = torch.from_numpy(groups).to(device), len(lumps), graph.count
-        self.lumped_events = torch.from_numpy(lumps).to(device)
-        self.size, self.width = size, operand_rows(size, device.type)
+        width, count = operand_rows(size, device.type), graph.count
+        theirs, ours = torch.from_numpy(graph.theirs), torch.from_numpy(graph.ours)
+        self.reachable, self._theirs = torch.from_numpy(graph.reachable).to(device), theirs.to(device)
+        self.ours = F.pad(ours, (0, width - size), value=count).to(device)
+        self.lumps = torch.from_numpy(np.unique(graph.ours[graph.lumped])).to(device)
+        self.size, self.width, self.count = size, width, count
 
     def head(self, head: Head, states: Float[Tensor, "S D"]) -> EventHead:
         """Return what makes the student's logits of the records of a batch; see `AlignedHead`."""
         return EventHead(self, head, states)
 
-    def probabilities(
-        self, head: Head, states: Float[Tensor, "S D"], state: Int[Tensor, " n"]
-    ) -> tuple[Float[Tensor, "n E"], Float[Tensor, " n"]]:
+    def probabilities(self, logits: Float[Tensor, "n R"]) -> tuple[Float[Tensor, "n E"], Float[Tensor, " n"]]:
         """Return the events' probabilities, with a zero for no event at the end, and what is left out.
 
         Args:
-            head: the teacher's, of its own tokens.
-            states: its last hidden states.
-            state: which of these predicts each event.
+            logits: of the teacher's own tokens.
         """
-        logits = head.logits(states[state.clamp(min=0)])[:, : head.size]
         logits = logits.to(wide(logits))
-        some = logits[:, self.reachable]
-        p, left_out = some.softmax(-1), 1 - (some.logsumexp(-1) - logits.logsumexp(-1)).exp()
-        sums = p.new_zeros(len(p), self.count + 1)
-        add_columns(sums, self.theirs, p)
-        return sums, left_out
+        some = columns(logits, self.reachable)
+        sums = some.new_zeros(len(some), self.count + 1)
+        add_columns(sums, self._theirs, some.softmax(-1))
+        return sums, 1 - (some.logsumexp(-1) - logits.logsumexp(-1)).exp()
 
-    def spread(self, logs: Float[Tensor, "n W"], student: Float[Tensor, "n W"], known: Bool[Tensor, " n"]) -> None:
-        """Share each event's probability among its tokens as the student does.
+    def shared(self, logs: Float[Tensor, "n E"], student: Float[Tensor, "n W"]) -> Float[Tensor, "n W"]:
+        """Return the logarithms of the probabilities of tokens that share those of their events as the student does.
 
-        Forward KL between the result and the student is the KL over events, with the same gradient.
+        Each of the student's probabilities is multiplied by that of its event and divided by the student's own of the
+        event. Forward KL between the result and the student is the KL over events, with the same gradient.
 
         Args:
-            logs: of the event of each token, changed in place.
+            logs: logarithms of the events' probabilities, changed in place.
             student: logits.
-            known: at which positions.
         """
-        if not self.lumps:
-            return
-        own = student[:, self.lumped].to(logs.dtype)
-        index = self.groups.expand(len(own), -1)
-        empty = own.new_zeros(len(own), self.lumps)
-        most = empty.scatter_reduce(1, index, own, "amax", include_self=False).gather(1, index)
-        sums = empty.scatter_add(1, index, (own - most).exp()).gather(1, index)
-        logs[:, self.lumped] += (own - most - sums.log()) * known[:, None]
+        own = student.to(logs.dtype)
+        index = self.ours.expand(len(own), -1)
+        most = own.new_full(logs.shape, NEVER).scatter_reduce_(1, index, own, "amax")
+        sums = torch.zeros_like(logs).scatter_add_(1, index, (own - most.gather(1, index)).exp_())
+        logs -= most.add_(sums.log_())
+        logs[:, self.count] = NEVER
+        return own + logs.gather(1, index)
 
 
 class EventHead(AlignedHead):
@@ -215,21 +209,11 @@ class EventHead(AlignedHead):
 
     def logits(self, records: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
         """Return the logarithm of the probability of each token's event; only the first V columns count."""
-        chunk = scoring_chunk(max(self._head.size, self._events.size), records.device.type)
-        return torch.cat([self._part(part)[0] for part in records.split(chunk)])  # type: ignore[no-untyped-call]
+        return self._parts(records, None)
 
     def given(self, records: Int[Tensor, "N 3"], student: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
         """Return the logarithms of probabilities whose forward KL to the student is that over events."""
-        chunk = scoring_chunk(max(self._head.size, self._events.size), records.device.type)
-        found = []
-        for rows, logits in zip(records.split(chunk), student.split(chunk), strict=True):  # type: ignore[no-untyped-call]
-            logs, left_out = self._part(rows)
-            known = rows[:, 0] >= 0
-            self._events.spread(logs, logits, known)
-            lumped = logs[:, self._events.lumped].exp().sum(1)
-            self._sums += torch.stack([(one * known).sum() for one in (lumped, left_out, known)])
-            found.append(logs)
-        return torch.cat(found)
+        return self._parts(records, student)
 
     def figures(self, blocks: AlignedBlocks) -> dict[str, Tensor]:
         """Return the metrics of a batch whose predictions were compared; see `AlignedHead`."""
@@ -237,12 +221,33 @@ class EventHead(AlignedHead):
         count = count.clamp(min=1)
         return super().figures(blocks) | {"teacher/lumped": lumped / count, "teacher/left_out": left_out / count}
 
-    def _part(self, records: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logarithms of some positions, and the probability of the tokens that no border has."""
-        events, (state, _, token) = self._events, records.unbind(-1)
-        sums, left_out = events.probabilities(self._head, self._states, state)
-        logs = sums.new_full((len(sums), events.width), NEVER)
-        known, rows = state >= 0, torch.arange(len(sums), device=sums.device)
-        logs[:, : events.size] = sums.log_().clamp_(min=NEVER)[:, events.ours].where(known[:, None], NEVER)
-        logs[rows, token] = logs[rows, token].where(known, 0.0)
-        return logs, left_out
+    def _parts(self, records: Tensor, student: Tensor | None) -> Tensor:
+        """Return the logarithms of some positions; see `logits` and `given`.
+
+        The products are made for many positions at a time, and the sums for as many as fit into a CPU's cache.
+        """
+        events, device = self._events, records.device.type
+        largest = max(self._head.size, events.size)
+        chunk, at_once = scoring_chunk(largest, device), rows_at_once(largest, device)
+        found = torch.empty(len(records), events.width, dtype=wide(self._states), device=records.device)
+        for start in range(0, len(records), chunk):
+            states = records[start : start + chunk, 0]
+            logits = self._head.logits(self._states[states.clamp(min=0)])[:, : self._head.size]
+            for inner in range(0, len(logits), at_once):
+                part = slice(start + inner, min(start + inner + at_once, start + len(logits)))
+                found[part] = self._part(
+                    logits[inner : inner + at_once], records[part], None if student is None else student[part]
+                )
+        return found
+
+    def _part(self, logits: Tensor, records: Tensor, student: Tensor | None) -> Tensor:
+        """Return the logarithms of positions whose logits of the teacher are there."""
+        events, known = self._events, records[:, 0] >= 0
+        p, left_out = events.probabilities(logits)
+        if student is not None:
+            lumped = p[:, events.lumps].sum(1)
+            self._sums += torch.stack([(one * known).sum() for one in (lumped, left_out, known)])
+        logs = p.log_().clamp_(min=NEVER).masked_fill_(~known[:, None], NEVER)
+        found = columns(logs, events.ours) if student is None else events.shared(logs, student)
+        token = records[:, 2:]
+        return found.scatter_(1, token, found.gather(1, token).where(known[:, None], 0.0))

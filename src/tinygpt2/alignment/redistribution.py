@@ -58,7 +58,7 @@ class Redistribution:
         state, node, token = records.unbind(-1)
         logits = head.logits(states[state.clamp(min=0)])[:, : head.size]
         if len(self._reachable) < head.size:
-            logits = logits[:, self._reachable]
+            logits = columns(logits, self._reachable)
         p = logits.to(wide(logits)).softmax(-1)
         sums = p.new_zeros(len(p), self._width)
         rows = torch.arange(len(p), device=p.device)
@@ -79,6 +79,13 @@ class Redistribution:
         parts = p[row, self._tokens[entry]].clamp(min=torch.finfo(p.dtype).tiny)
         whole = p.new_zeros(len(p)).index_add_(0, row, parts)
         sums.index_put_((row, self._pieces[entry]), parts / whole[row], accumulate=True)
+
+
+def columns(values: Float[Tensor, "n A"], chosen: Int[Tensor, " B"]) -> Float[Tensor, "n B"]:
+    """Return some columns of a matrix, in the order asked for."""
+    if values.device.type == "cpu":  # ten times as fast as indexing
+        return values.gather(1, chosen.expand(len(values), -1))
+    return values.index_select(1, chosen)
 
 
 def add_columns(sums: Tensor, columns: Tensor, values: Tensor) -> None:

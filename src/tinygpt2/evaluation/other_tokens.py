@@ -56,8 +56,9 @@ class Shared:
         if isinstance(self.moves, Redistribution):
             p = self.moves(scorer.head, states, records)[:, : self.size].exp()
             return p, p.new_zeros(len(p)), p.new_zeros(len(p))
-        p, left_out = self.moves.probabilities(scorer.head, states, records[:, 0])
-        return p, p[:, self.moves.lumped_events].sum(1), left_out
+        logits = scorer.head.logits(states[records[:, 0].clamp(min=0)])[:, : scorer.head.size]
+        p, left_out = self.moves.probabilities(logits)
+        return p, p[:, self.moves.lumps].sum(1), left_out
 
     def of_model(self, logits: Float[Tensor, "n W"]) -> Float[Tensor, "n E"]:
         """Return the model's probabilities of the same."""
@@ -65,7 +66,7 @@ class Shared:
         if isinstance(self.moves, Redistribution):
             return q
         sums = q.new_zeros(len(q), self.moves.count + 1)
-        add_columns(sums, self.moves.ours, q)
+        add_columns(sums, self.moves.ours[: self.size], q)
         return sums
 
     def counts(self, tokens: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
