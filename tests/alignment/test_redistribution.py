@@ -19,7 +19,7 @@ from tests.alignment.test_rank_cut import TEXTS
 from tinygpt2.alignment.blocks import Aligner
 from tinygpt2.alignment.decomposition import Decomposition
 from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, same_cut
-from tinygpt2.alignment.redistribution import NEVER, AlignedHead, Redistribution
+from tinygpt2.alignment.redistribution import NEVER, Redistribution
 from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.encoding import LETTERS, encode
 from tinygpt2.data.tokenizer import END_OF_TEXT, load_tokenizer
@@ -45,7 +45,8 @@ def redistributed(found: Decomposition, size: int, p: torch.Tensor, node: int) -
     """Return the student's probabilities from one row of the teacher's."""
     head = Head(torch.eye(len(p), dtype=torch.float64), len(p))
     states = p.log().clamp(min=-1e4)[None]
-    logs = Redistribution(found, size, torch.device("cpu"))(head, states, torch.tensor([[0, node, 0]]))
+    moved = Redistribution(found, size, torch.device("cpu")).head(head, states)
+    logs = moved.logits(torch.tensor([[0, node, 0]]))
     return logs[0, :size].exp()
 
 
@@ -155,7 +156,9 @@ def check_blocks(whole: PreTrainedTokenizerFast, cut: RankCut, length: int) -> N
     head = Certain(len(whole))
     states = torch.nn.functional.pad(aligned.ids.flatten()[1:], (0, 1))[:, None]
     move = Redistribution(aligner.decomposition, len(cut.rows), torch.device("cpu"))
-    logs = move(head, states, records.flatten(0, 1)).gather(1, records.flatten(0, 1)[:, 2:]).view(known.shape)
+    logs = (
+        move.head(head, states).logits(records.flatten(0, 1)).gather(1, records.flatten(0, 1)[:, 2:]).view(known.shape)
+    )
     special = cut.tokenizer.eos_token_id
     for row, block in enumerate(blocks.tolist()):
         parts = words(cut.tokenizer, block)
@@ -254,7 +257,7 @@ def test_losses_and_gradients_are_those_of_plain_sums(loss: str) -> None:
             expected[row] /= expected[row].sum()
     results = []
     for labels in (
-        (records, AlignedHead(Redistribution(found, size, torch.device("cpu")), Head(teacher, rows), states)),
+        (records, Redistribution(found, size, torch.device("cpu")).head(Head(teacher, rows), states)),
         (expected, Head(torch.eye(size, dtype=torch.float64), size)),  # with logarithms as states, as a plain teacher
     ):
         if labels[0] is expected:

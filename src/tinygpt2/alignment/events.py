@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -26,7 +26,7 @@ from tinygpt2.alignment.redistribution import NEVER, AlignedHead, add_columns, c
 from tinygpt2.data.dataset import Blocks
 from tinygpt2.data.encoding import encode
 from tinygpt2.errors import ModelError
-from tinygpt2.models.lm_head import Head, operand_rows, rows_at_once, scoring_chunk, wide
+from tinygpt2.models.lm_head import Head, operand_rows, wide
 from tinygpt2.utils.progress import follow
 from tinygpt2.utils.types import Array
 
@@ -158,7 +158,7 @@ class Events:
         self.reachable, self._theirs = torch.from_numpy(graph.reachable).to(device), theirs.to(device)
         self.ours = F.pad(ours, (0, width - size), value=count).to(device)
         self.lumps = torch.from_numpy(np.unique(graph.ours[graph.lumped])).to(device)
-        self.size, self.width, self.count = size, width, count
+        self.size, self.count = size, count
 
     def head(self, head: Head, states: Float[Tensor, "S D"]) -> EventHead:
         """Return what makes the student's logits of the records of a batch; see `AlignedHead`."""
@@ -196,24 +196,19 @@ class Events:
 
 
 class EventHead(AlignedHead):
-    """Makes a student's logits out of records: those of its events.
+    """Makes a student's logits out of records: the logarithms of the probabilities of its events.
+
+    Beside the student's logits, the logarithms are those whose forward KL to the student is that over events.
 
     Args:
         events: what the tokens of both lead to.
-        head, states: the teacher's head, and its last hidden states of one batch.
+        head, states: see `AlignedHead`.
     """
 
     def __init__(self, events: Events, head: Head, states: Float[Tensor, "S D"]) -> None:
-        self._events, self._head, self._states = events, head, states
+        super().__init__(events.size, head, states)
+        self._events = events
         self._sums = torch.zeros(3, dtype=wide(states), device=states.device)  # lumped, left out, positions
-
-    def logits(self, records: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
-        """Return the logarithm of the probability of each token's event; only the first V columns count."""
-        return self._parts(records, None)
-
-    def given(self, records: Int[Tensor, "N 3"], student: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
-        """Return the logarithms of probabilities whose forward KL to the student is that over events."""
-        return self._parts(records, student)
 
     def figures(self, blocks: AlignedBlocks) -> dict[str, Tensor]:
         """Return the metrics of a batch whose predictions were compared; see `AlignedHead`."""
@@ -221,27 +216,7 @@ class EventHead(AlignedHead):
         count = count.clamp(min=1)
         return super().figures(blocks) | {"teacher/lumped": lumped / count, "teacher/left_out": left_out / count}
 
-    def _parts(self, records: Tensor, student: Tensor | None) -> Tensor:
-        """Return the logarithms of some positions; see `logits` and `given`.
-
-        The products are made for many positions at a time, and the sums for as many as fit into a CPU's cache.
-        """
-        events, device = self._events, records.device.type
-        largest = max(self._head.size, events.size)
-        chunk, at_once = scoring_chunk(largest, device), rows_at_once(largest, device)
-        found = torch.empty(len(records), events.width, dtype=wide(self._states), device=records.device)
-        for start in range(0, len(records), chunk):
-            states = records[start : start + chunk, 0]
-            logits = self._head.logits(self._states[states.clamp(min=0)])[:, : self._head.size]
-            for inner in range(0, len(logits), at_once):
-                part = slice(start + inner, min(start + inner + at_once, start + len(logits)))
-                found[part] = self._part(
-                    logits[inner : inner + at_once], records[part], None if student is None else student[part]
-                )
-        return found
-
     def _part(self, logits: Tensor, records: Tensor, student: Tensor | None) -> Tensor:
-        """Return the logarithms of positions whose logits of the teacher are there."""
         events, known = self._events, records[:, 0] >= 0
         p, left_out = events.probabilities(logits)
         if student is not None:

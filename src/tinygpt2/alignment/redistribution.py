@@ -8,13 +8,15 @@ student are the pieces of the teacher's tokens, one after another.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tinygpt2.alignment.blocks import AlignedBlocks
 from tinygpt2.alignment.decomposition import Decomposition
-from tinygpt2.models.lm_head import Head, operand_rows, scoring_chunk, wide
+from tinygpt2.models.lm_head import Head, operand_rows, rows_at_once, scoring_chunk, wide
 
 NEVER = -1e30  # the logarithm of no probability; finite, so that differences are finite, too
 
@@ -34,30 +36,24 @@ class Redistribution:
         self._reachable, self._first, self._starts, self._tokens, self._pieces = (
             torch.from_numpy(array).to(device) for array in arrays
         )
-        self._size, self._width = size, operand_rows(size, device.type)
+        self.size, self._width = size, operand_rows(size, device.type)
 
-    def head(self, head: Head, states: Float[Tensor, "S D"]) -> AlignedHead:
+    def head(self, head: Head, states: Float[Tensor, "S D"]) -> RedistributedHead:
         """Return what makes the student's logits of the records of a batch; see `AlignedHead`."""
-        return AlignedHead(self, head, states)
+        return RedistributedHead(self, head, states)
 
-    def __call__(self, head: Head, states: Float[Tensor, "S D"], records: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
+    def __call__(self, logits: Float[Tensor, "n R"], records: Int[Tensor, "n 3"]) -> Float[Tensor, "n W"]:
         """Return the logarithms of the probabilities; only the first V columns count.
 
         Where the teacher predicts nothing, the next token of the data has all of the probability. Forward KL is then
         the cross-entropy.
 
         Args:
-            head: the teacher's, of its own tokens.
-            states: its last hidden states.
+            logits: of the teacher's own tokens.
             records: see `AlignedBlocks`.
         """
-        chunk = scoring_chunk(max(head.size, self._size), states.device.type)
-        return torch.cat([self._part(head, states, part) for part in records.split(chunk)])  # type: ignore[no-untyped-call]
-
-    def _part(self, head: Head, states: Tensor, records: Tensor) -> Tensor:
         state, node, token = records.unbind(-1)
-        logits = head.logits(states[state.clamp(min=0)])[:, : head.size]
-        if len(self._reachable) < head.size:
+        if len(self._reachable) < logits.shape[1]:
             logits = columns(logits, self._reachable)
         p = logits.to(wide(logits)).softmax(-1)
         sums = p.new_zeros(len(p), self._width)
@@ -96,23 +92,48 @@ def add_columns(sums: Tensor, columns: Tensor, values: Tensor) -> None:
         sums.index_add_(1, columns, values)
 
 
-class AlignedHead:
+class AlignedHead(ABC):
     """Makes a student's logits out of records, as a `Head` does out of states.
 
     Args:
-        redistribution, head, states: see `Redistribution`; the states are those of one batch.
+        size: V, the number of the student's tokens.
+        head, states: the teacher's head, and its last hidden states of one batch.
     """
 
-    def __init__(self, redistribution: Redistribution, head: Head, states: Float[Tensor, "S D"]) -> None:
-        self._redistribution, self._head, self._states = redistribution, head, states
+    def __init__(self, size: int, head: Head, states: Float[Tensor, "S D"]) -> None:
+        self.size, self._head, self._states = size, head, states
 
     def logits(self, records: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
         """Return the logarithms of the probabilities; only the first V columns count."""
-        return self._redistribution(self._head, self._states, records)
+        return self._all(records, None)
 
     def given(self, records: Int[Tensor, "N 3"], student: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
-        """Return what stands for the teacher's logits beside the student's; here these do not matter."""
-        return self.logits(records)
+        """Return what stands for the teacher's logits beside the student's."""
+        return self._all(records, student)
+
+    def _all(self, records: Tensor, student: Tensor | None) -> Tensor:
+        """Make products for many positions at a time, and the rest for as many as fit into a CPU's cache."""
+        head, device, found = self._head, records.device.type, []
+        largest = max(head.size, self.size)
+        chunk, rows = scoring_chunk(largest, device), rows_at_once(largest, device)
+        for start in range(0, len(records), chunk):
+            read = records[start : start + chunk]
+            logits = head.logits(self._states[read[:, 0].clamp(min=0)])[:, : head.size]
+            own = student if student is None else student[start : start + chunk]
+            for inner in range(0, len(read), rows):
+                part = slice(inner, inner + rows)
+                found.append(self._part(logits[part], read[part], own if own is None else own[part]))
+        return torch.cat(found)
+
+    @abstractmethod
+    def _part(
+        self, logits: Float[Tensor, "n R"], records: Int[Tensor, "n 3"], student: Float[Tensor, "n W"] | None
+    ) -> Float[Tensor, "n W"]:
+        """Return `given` of some positions, or `logits` of them if the student's are None.
+
+        Args:
+            logits: of the teacher's own tokens.
+        """
 
     def losses(self, records: Int[Tensor, "N 3"]) -> Float[Tensor, " N"]:
         """Return the losses of next tokens, in nats; those that the teacher does not predict mean nothing."""
@@ -126,3 +147,19 @@ class AlignedHead:
             blocks: of the batch.
         """
         return {"teacher/absent": blocks.absent}
+
+
+class RedistributedHead(AlignedHead):
+    """Makes the logits of a student whose tokenizer is the teacher's cut by rank.
+
+    Args:
+        redistribution: moves the predictions.
+        head, states: see `AlignedHead`.
+    """
+
+    def __init__(self, redistribution: Redistribution, head: Head, states: Float[Tensor, "S D"]) -> None:
+        super().__init__(redistribution.size, head, states)
+        self._redistribution = redistribution
+
+    def _part(self, logits: Tensor, records: Tensor, student: Tensor | None) -> Tensor:
+        return self._redistribution(logits, records)

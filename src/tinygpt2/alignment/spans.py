@@ -88,8 +88,8 @@ class SpanHead(AlignedHead):
         temperatures: list[float],
         events: AlignedHead | None,
     ) -> None:
-        self._blocks, self._head, self._states = blocks, head, states
-        self.temperatures, self.events = temperatures, events
+        super().__init__(head.size if events is None else events.size, head, states)
+        self._blocks, self.temperatures, self.events = blocks, temperatures, events
         self._counts = torch.zeros(2, device=states.device)  # the student's tokens in spans, and spans
 
     def spans(self, records: Int[Tensor, "N 3"]) -> Spans:
@@ -124,19 +124,15 @@ class SpanHead(AlignedHead):
         sizes = torch.zeros_like(spans.teacher).index_add_(0, spans.numbers, spans.inside.to(spans.teacher))
         return -(spans.teacher / sizes.clamp(min=1))[spans.numbers].where(spans.inside, 0.0)
 
-    def logits(self, records: Int[Tensor, "N 3"]) -> Float[Tensor, "N W"]:
-        """See `tinygpt2.alignment.events.EventHead`.
+    def _part(self, logits: Tensor, records: Tensor, student: Tensor | None) -> Tensor:
+        """See `AlignedHead`.
 
         Raises:
             ValueError: only spans are compared.
         """
         if self.events is None:
             raise ValueError("spans say nothing about single tokens")
-        return self.events.logits(records)
-
-    def given(self, records: Int[Tensor, "N 3"], student: Float[Tensor, "N W"]) -> Float[Tensor, "N W"]:
-        """See `tinygpt2.alignment.events.EventHead`."""
-        return self.logits(records) if self.events is None else self.events.given(records, student)
+        return self.events._part(logits, records, student)
 
     def figures(self, blocks: AlignedBlocks) -> dict[str, Tensor]:
         """Return the metrics of a batch whose spans were compared; see `AlignedHead`."""

@@ -53,10 +53,10 @@ class Shared:
         self, scorer: Scorer, states: Float[Tensor, "S D"], records: Int[Tensor, "n 3"]
     ) -> tuple[Float[Tensor, "n E"], Float[Tensor, " n"], Float[Tensor, " n"]]:
         """Return the reference's probabilities, those in lumps, and those of its tokens that begin at no border."""
-        if isinstance(self.moves, Redistribution):
-            p = self.moves(scorer.head, states, records)[:, : self.size].exp()
-            return p, p.new_zeros(len(p)), p.new_zeros(len(p))
         logits = scorer.head.logits(states[records[:, 0].clamp(min=0)])[:, : scorer.head.size]
+        if isinstance(self.moves, Redistribution):
+            p = self.moves(logits, records)[:, : self.size].exp()
+            return p, p.new_zeros(len(p)), p.new_zeros(len(p))
         p, left_out = self.moves.probabilities(logits)
         return p, p[:, self.moves.lumps].sum(1), left_out
 
