@@ -33,7 +33,10 @@ from tinygpt2.runtime.cpu import fast_products
 
 RESULTS = Path(__file__).parent / "finetuning" / "results.jsonl"
 DEFAULT = 5e-4  # the rate of `finetune` in version 0.1, with AdamW
-RATES: dict[str, list[float]] = {"adamw": [DEFAULT, 1e-4, 2e-4, 1e-3], "muon": [1e-3, 3e-4, 3e-3]}
+RATES: dict[str, list[float]] = {
+    "adamw": [DEFAULT, 1e-4, 2e-4, 1e-3, 2e-3, 4e-3],
+    "muon": [1e-3, 3e-4, 3e-3, 6e-3, 1e-2],
+}
 PASSES = 3
 CHOICES: dict[str, dict[str, Any]] = {
     "dropout 0.1": {"dropout": 0.1},

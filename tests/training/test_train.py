@@ -458,12 +458,12 @@ def test_distillation_takes_rate_and_length_from_the_sizes() -> None:
     assert [peak_learning_rate(PretrainConfig(shape="gpt2", **more), n) for n in (64, 500)] == [1e-2, 2.5 / 500]
     old = PretrainConfig(shape="gpt2", optimizer="adamw", **more)
     assert [peak_learning_rate(old, n) for n in (64, 500, 10_000)] == [1.5e-3, 0.5 / 500, 1e-4]
-    assert peak_learning_rate(FinetuneConfig(model="m", **more), 64) == 5e-4
+    assert peak_learning_rate(FinetuneConfig(model="m", **more), 768) == 0.3 / 768
 
 
 def test_biases_and_layer_norms_never_decay(teacher: Path) -> None:
     model, _ = load_model(str(teacher))
-    decayed, spared = make_optimizer(model, TrainOptions(out="o", weight_decay=0.3)).param_groups
+    decayed, spared = make_optimizer(model, TrainOptions(out="o", optimizer="adamw", weight_decay=0.3)).param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     ids = {id(p): name for name, p in model.named_parameters()}
     assert all(name.endswith("bias") or ".ln_" in name for name in (ids[id(p)] for p in spared["params"]))

@@ -27,8 +27,8 @@ class OptimisationOptions(Config):
         shown="from the two",
     )
     optimizer: Optimizer = option(
-        "adamw for all weights, or muon for the matrices inside the layers and adamw for the others.",
-        default="adamw",
+        "muon for the matrices inside the layers and adamw for the others, or adamw for all weights.",
+        default="muon",
         panel=OPTIMISATION,
     )
     learning_rate: float | None = option(

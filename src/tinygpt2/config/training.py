@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import field_validator
 
 from tinygpt2.config.base import extra, flag_name, option
-from tinygpt2.config.common import LENGTH, OPTIMISATION, RUN, TEXT
+from tinygpt2.config.common import LENGTH, RUN, TEXT
 from tinygpt2.config.data import PackOptions
 from tinygpt2.config.models import CardOptions, DeviceOptions, ModelOptions
-from tinygpt2.config.optimisation import OptimisationOptions, Optimizer
+from tinygpt2.config.optimisation import OptimisationOptions
 
 OnSaveError = Literal["stop", "continue"]
 EvalBlocks = int | Literal["all"]
@@ -257,11 +257,6 @@ def length_options() -> list[str]:
 class PretrainConfig(TrainOptions):
     """Options of `pretrain`."""
 
-    optimizer: Optimizer = option(
-        "muon for the matrices inside the layers and adamw for the others, or adamw for all weights.",
-        default="muon",
-        panel=OPTIMISATION,
-    )
     data: str | list[str] = option(
         "Pregenerated dataset. Repeat it to train on several; DIR:0.7 gives each a share of the tokens.",
         repeated=True,
@@ -293,7 +288,6 @@ class PretrainConfig(TrainOptions):
 class FinetuneConfig(TrainOptions, PackOptions):
     """Options of `finetune`."""
 
-    shown_defaults: ClassVar[dict[str, str]] = {"learning_rate": "5e-4"}
     model: str = option("Model to fine-tune: a local directory or a Hub id.", path=True, metavar="PATH|ID")
     data: str | list[str] = option(
         "Pregenerated dataset, or a text source, which is tokenized with the model's tokenizer. Repeat it to train on "

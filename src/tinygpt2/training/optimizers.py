@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.runtime.devices import has_fast_bf16
-from tinygpt2.training.schedule import DEFAULT_RATE
 
 BETAS = (0.9, 0.95)  # GPT-3's, arXiv:2005.14165, appendix B: steadier than 0.999 in short runs
 MOMENTUM = 0.95
@@ -42,7 +41,7 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Adam
         _group([p for p in trainable if p.ndim < 2], 0.0, options.vector_learning_rate),
     ]
     groups = [group for group in groups if group["params"]]
-    rate = options.learning_rate or DEFAULT_RATE  # the loop sets the rate of each step
+    rate = options.learning_rate or 0.0  # the loop sets the rate of each step
     matrices = [parameter for parameter in trainable if parameter in layers]
     shared = options.shard_optimizer and dist.is_initialized()
     if not matrices:

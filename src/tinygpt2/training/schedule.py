@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.optimisation import Optimizer
-from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
+from tinygpt2.config.training import PretrainConfig, TrainOptions
 from tinygpt2.errors import ConfigError
 
 T = TypeVar("T", bound=TrainOptions)
 
-DEFAULT_RATE = 5e-4
 # by optimizer: the rate times the width, and the largest rate
 FROM_WEIGHTS: dict[Optimizer, tuple[float, float]] = {"adamw": (0.2, 4e-3), "muon": (0.3, 4e-3)}
 FROM_RANDOM: dict[Optimizer, tuple[float, float]] = {"adamw": (0.5, 1.5e-3), "muon": (2.5, 1e-2)}
@@ -25,20 +24,18 @@ MAX_PASSES = 4
 def peak_learning_rate(options: TrainOptions, width: int) -> float:
     """Return the peak learning rate: the one that is given, or a default.
 
-    The default of `finetune` is 5e-4. `distill` and `pretrain` divide a constant by the width, because the best rate
-    is proportional to 1 / width (Yang et al. 2022, arXiv:2203.03466, table 3), and keep the result within bounds.
+    It is a constant divided by the width, because the best rate is proportional to 1 / width (Yang et al. 2022,
+    arXiv:2203.03466, table 3), within bounds.
 
-    For `distill`, and for `pretrain` of existing weights, the constant of each optimizer lies between those that were
-    best at widths of 128 and 256 (docs/recipes.md). Random weights take larger steps (docs/pretraining.md): 0.5 / width
-    with AdamW follows GPT-3's rates (Brown et al. 2020, arXiv:2005.14165, table 2.1: 6e-4 at 768, 2e-4 at 2,048), up to
-    1.5e-3, the best of three rates at a width of 128. With Muon, 2.5 / width is 1e-2 at the width of 256, and 1e-2 was
-    the best of three rates there and at 128. At 768 it is 3.3e-3, where Jordan et al. (2024,
-    kellerjordan.github.io/posts/muon) use 0.02, which is 3.6e-3 in the units of our Muon.
+    For existing weights, the constant of each optimizer lies between those that were best for students at widths of 128
+    and 256 (docs/recipes.md). Random weights take larger steps (docs/pretraining.md): 0.5 / width with AdamW follows
+    GPT-3's rates (Brown et al. 2020, arXiv:2005.14165, table 2.1: 6e-4 at 768, 2e-4 at 2,048), up to 1.5e-3, the best
+    of three rates at a width of 128. With Muon, 2.5 / width is 1e-2 at the width of 256, and 1e-2 was the best of three
+    rates there and at 128. At 768 it is 3.3e-3, where Jordan et al. (2024, kellerjordan.github.io/posts/muon) use 0.02,
+    which is 3.6e-3 in the units of our Muon.
     """
     if options.learning_rate:
         return options.learning_rate
-    if isinstance(options, FinetuneConfig):
-        return DEFAULT_RATE
     random = isinstance(options, PretrainConfig) and options.shape is not None
     constant, largest = (FROM_RANDOM if random else FROM_WEIGHTS)[options.optimizer]
     return min(max(constant / width, SMALLEST_RATE), largest)
