@@ -116,7 +116,7 @@ def test_what_cannot_be_planned(options: dict[str, object], message: str) -> Non
 def test_timed_steps_train_on_the_global_batches_in_order(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = PretrainConfig(model=str(teacher), data=str(data), out=str(tmp_path), dropout=0)
+    config = PretrainConfig(model=str(teacher), data=str(data), out=str(tmp_path), dropout=0, learning_rate=1e-3)
     blocks = load_packed_dataset(str(data)).train
     taken: list[int] = []
     whole = Blocks.batch
