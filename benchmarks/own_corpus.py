@@ -4,8 +4,8 @@
     python benchmarks/own_corpus.py --report                               # the table alone
 
 The last tenth of the text is held out. Every student is half of a teacher's layers, refitted on the text, and reads the
-text as often as --passes says, with the default recipe or, without a teacher, with cross-entropy and the recipe of
-`truncation`. Every finished run is a line of benchmarks/own_corpus/results.jsonl and is not run again.
+text as often as --passes says: with `distill` and its defaults or, without a teacher, with `finetune` and its defaults.
+Every finished run is a line of benchmarks/own_corpus/results.jsonl and is not run again.
 """
 
 from __future__ import annotations
@@ -97,18 +97,18 @@ class Study:
         teachers, start = METHODS[run.method]
         out, data = self.options.work / "run", load_packed_dataset(self.data)
         shutil.rmtree(out, ignore_errors=True)
-        how: dict[str, Any] = {"recipe": "truncation"}
+        shared: dict[str, Any] = {
+            "data": self.data, "out": str(out), "seed": run.seed, "num_epochs": run.passes, "micro_batch_size": 4,
+            "save_every": 10**6, "eval_every": len(data.train) // 4,
+        }  # fmt: skip
+        student, learned_from = str(self.options.work / f"student-{start}"), [self.teacher(name) for name in teachers]
         if teachers:
-            how = {"teacher": [self.teacher(name) for name in teachers]}
-        result = distill(
-            DistillConfig(
-                student=str(self.options.work / f"student-{start}"), data=self.data, out=str(out), seed=run.seed,
-                num_epochs=run.passes, micro_batch_size=4, save_every=10**6, eval_every=len(data.train) // 4, **how,
-            )
-        )  # fmt: skip
+            result = distill(DistillConfig(student=student, teacher=learned_from, **shared))
+        else:
+            result = finetune(FinetuneConfig(model=student, **shared))
         line = {
             **known, **measured(out, data.test, len(data.test)),
-            "teachers": [loss_of_fixed(self.teacher(name), self.data) for name in teachers],
+            "teachers": [loss_of_fixed(teacher, self.data) for teacher in learned_from],
             "tokens": int(data.manifest["splits"]["train"]["tokens"]), "seconds": round(result.seconds, 1),
             "parameters": result.parameters, "cores": os.cpu_count(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
