@@ -100,8 +100,14 @@ def check_all_texts(graph: Graph, teacher: PreTrainedTokenizerFast, student: Pre
         logits = torch.randn(1, len(student), generator=generator, dtype=torch.float64)
         soft = head.given(torch.zeros(1, 3, dtype=torch.int64), logits)
         value, _ = forward_kl(logits, soft)
+        within = torch.from_numpy((graph.ours == graph.ours[0]) & (graph.ours < graph.count))
+        if within[0]:
+            value = value - sums[0] * (logits[0, within].logsumexp(-1) - logits[0, 0])
         truth = float((torch.xlogy(q, q) - q * logits[0].log_softmax(-1)).sum())
         below.append(truth - float(value))
+        came = torch.nn.functional.pad(q.nonzero(), (2, 0))
+        soft = head.given(came, q.log().clamp(min=-1e4).expand(len(came), -1)).exp()
+        torch.testing.assert_close(q[came[:, 2]] @ soft, q, rtol=1e-9, atol=1e-12)  # a student that is right stays so
     return below
 
 
@@ -185,6 +191,9 @@ def test_losses_gradients_and_metrics_are_those_of_plain_sums(scale: float) -> N
             torch.xlogy(mass, mass) - mass * torch.stack([logs[row, one] for one in sorted(ours)]).logsumexp(0)
             for mass, ours in parts
         ]
+        same = next((pair for pair in parts if token in pair[1]), None)
+        if same is not None:
+            events.append(-same[0] * (logs[row, token] - torch.stack([logs[row, one] for one in same[1]]).logsumexp(0)))
         losses.append(sum(events))
     prediction = torch.stack(losses).mean()
     (prediction - 0.5 * logs.gather(1, records[:, 2:]).mean()).backward()

@@ -3,7 +3,8 @@
 At a common border, each of the teacher's tokens can lead to some of the student's tokens. The events are the connected
 components of this graph. Where both models have a border, a text's next tokens are in the same event. So the teacher's
 sum over an event is the probability that the student's next token is in it, and the KL over events is never above the
-one over tokens: it is equal where each event has one of the student's tokens.
+one over tokens: it is equal where each event has one of the student's tokens. Which token of an event comes next, the
+student learns from the data.
 
 The graph is counted: which pairs of tokens begin together in the blocks of a dataset.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -176,29 +177,36 @@ class Events:
         add_columns(sums, self._theirs, some.softmax(-1))
         return sums, 1 - (some.logsumexp(-1) - logits.logsumexp(-1)).exp()
 
-    def shared(self, logs: Float[Tensor, "n E"], student: Float[Tensor, "n W"]) -> Float[Tensor, "n W"]:
-        """Return the logarithms of the probabilities of tokens that share those of their events as the student does.
+    def shared(
+        self, logs: Float[Tensor, "n E"], student: Float[Tensor, "n W"], token: Int[Tensor, "n 1"]
+    ) -> Float[Tensor, "n W"]:
+        """Return the logarithms of the probabilities of tokens that share those of their events.
 
-        Each of the student's probabilities is multiplied by that of its event and divided by the student's own of the
-        event. Forward KL between the result and the student is the KL over events, with the same gradient.
+        The data's next token has all of its event's probability. Other events are shared as the student shares them:
+        each of its probabilities is multiplied by that of the event and divided by the student's own of the event.
+        Forward KL between the result and the student is the KL over events, and the cross-entropy of the next token
+        within its event, times the event's probability.
 
         Args:
             logs: logarithms of the events' probabilities, changed in place.
             student: logits.
+            token: the data's next tokens.
         """
         own = student.to(logs.dtype)
-        index = self.ours.expand(len(own), -1)
+        index, event = self.ours.expand(len(own), -1), self.ours[token]
+        whole = logs.gather(1, event)
         most = own.new_full(logs.shape, NEVER).scatter_reduce_(1, index, own, "amax")
         sums = torch.zeros_like(logs).scatter_add_(1, index, (own - most.gather(1, index)).exp_())
         logs -= most.add_(sums.log_())
         logs[:, self.count] = NEVER
-        return own + logs.gather(1, index)
+        found = own + logs.gather(1, index)
+        return found.masked_fill_(self.ours == event, NEVER).scatter_(1, token, whole)
 
 
 class EventHead(AlignedHead):
     """Makes a student's logits out of records: the logarithms of the probabilities of its events.
 
-    Beside the student's logits, the logarithms are those whose forward KL to the student is that over events.
+    Beside the student's logits, the logarithms are those of `Events.shared`.
 
     Args:
         events: what the tokens of both lead to.
@@ -223,6 +231,6 @@ class EventHead(AlignedHead):
             lumped = p[:, events.lumps].sum(1)
             self._sums += torch.stack([(one * known).sum() for one in (lumped, left_out, known)])
         logs = p.log_().clamp_(min=NEVER).masked_fill_(~known[:, None], NEVER)
-        found = columns(logs, events.ours) if student is None else events.shared(logs, student)
         token = records[:, 2:]
+        found = columns(logs, events.ours) if student is None else events.shared(logs, student, token)
         return found.scatter_(1, token, found.gather(1, token).where(known[:, None], 0.0))
