@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,11 +182,7 @@ class Study:
         align = SpanAligner(load_tokenizer(str(self.teacher)), data.tokenizer(), None, events=True)
         size = min(self.options.micro_batch_size, len(data.train))
         batch = data.train.batch(list(range(size)))
-        align(batch)  # the first call makes the threads of the tokenizer
-        start = time.perf_counter()
-        for _ in range(_BATCHES):
-            align(batch)
-        return (time.perf_counter() - start) / _BATCHES
+        return seconds_of(lambda: align(batch))
 
     @torch.no_grad()
     def sums_seconds(self) -> float:
@@ -202,11 +199,16 @@ class Study:
         records = blocks.records.flatten(0, 1)
         student = torch.randn(len(records), size)
         head = events.head(Head(matrix, len(matrix)), states)
-        head.given(records, student)  # the first call takes memory
-        start = time.perf_counter()
-        for _ in range(_BATCHES):
-            head.given(records, student)
-        return (time.perf_counter() - start) / _BATCHES
+        return seconds_of(lambda: head.given(records, student))
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Return how long a call takes, the first one left out: it makes threads and takes memory."""
+    call()
+    start = time.perf_counter()
+    for _ in range(_BATCHES):
+        call()
+    return (time.perf_counter() - start) / _BATCHES
 
 
 def sentencepieces(texts: list[Path], size: int) -> PreTrainedTokenizerFast:

@@ -84,12 +84,12 @@ def columns(values: Float[Tensor, "n A"], chosen: Int[Tensor, " B"]) -> Float[Te
     return values.index_select(1, chosen)
 
 
-def add_columns(sums: Tensor, columns: Tensor, values: Tensor) -> None:
+def add_columns(sums: Float[Tensor, "n A"], chosen: Int[Tensor, " B"], values: Float[Tensor, "n B"]) -> None:
     """Add each column of the values to one of the sums'."""
     if sums.device.type == "cpu":  # index_add_ would go through the columns one by one
-        sums.scatter_add_(1, columns.expand(len(values), -1), values)
+        sums.scatter_add_(1, chosen.expand(len(values), -1), values)
     else:
-        sums.index_add_(1, columns, values)
+        sums.index_add_(1, chosen, values)
 
 
 class AlignedHead(ABC):
