@@ -25,7 +25,7 @@ from tinygpt2.data.dataset import load_packed_dataset
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "tinygpt2"
 
-FLOORS = [
+LEVELS = [
     "errors", "utils", "config", "runtime", "data", "models", "alignment", "objectives", "decoding", "evaluation",
     "compression", "training", "planning", "exporting", "workflows", "cli", "__main__",
 ]  # fmt: skip
@@ -76,11 +76,11 @@ def wrong_imports(source: Path, order: list[str]) -> list[str]:
     ]
 
 
-def test_the_map_lists_every_module_once_and_keeps_the_order_of_the_floors() -> None:
+def test_the_map_lists_every_module_once_and_keeps_the_order_of_the_levels() -> None:
     order = mapped()
     assert sorted(order) == sorted(modules(SOURCE))
-    floors = [FLOORS.index(name.split(".")[0]) for name in order]
-    assert floors == sorted(floors)
+    levels = [LEVELS.index(name.split(".")[0]) for name in order]
+    assert levels == sorted(levels)
 
 
 def test_a_module_imports_only_from_modules_above_it() -> None:

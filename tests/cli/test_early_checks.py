@@ -31,7 +31,7 @@ MISTAKES = [
     (3, "no such file or directory: gone.txt", "finetune --model m --data gone.txt --out o"),
     (2, "--num-layers 9: the teacher has only 2 layers", "truncate-student --teacher m --num-layers 9 --out o"),
     (2, "share the hidden size equally", "truncate-student --teacher m --n-embd 15 --n-head 2 --out o --data data"),
-    (2, "block 5 does not exist", "truncate-student --teacher m --layers 0,5 --out o"),
+    (2, "layer 5 does not exist", "truncate-student --teacher m --layers 0,5 --out o"),
     (3, "no such file or directory: gone.txt", "pregenerate gone.txt --tokenizer tok --out o"),
     (4, "no such directory: tokenizer ./gone", "pregenerate text.txt --tokenizer ./gone --out o"),
     (4, "no tokenizer in m", "pregenerate text.txt --tokenizer m --out o"),

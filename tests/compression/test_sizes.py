@@ -193,5 +193,5 @@ def test_options_that_contradict_a_target(options: dict[str, object], message: s
 
 
 def test_a_target_needs_data() -> None:
-    with pytest.raises(ConfigError, match="--data is required to measure on: the search for a target"):
+    with pytest.raises(ConfigError, match="the search for a target needs --data, a dataset to measure on"):
         TruncateStudentConfig(teacher="t", out="o", target_params=9000)

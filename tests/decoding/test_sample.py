@@ -149,6 +149,9 @@ def test_what_does_not_fit_is_refused(cli: Callable, teacher: Path, data: Path, 
 @pytest.mark.parametrize(
     ("prompt", "new", "room", "found"),
     [
+        (None, None, 1024, (16, 64, 960)),
+        (None, None, 128, (4, 16, 112)),
+        (None, None, 4, (1, 1, 3)),
         ((16, 64), None, 1024, (16, 64, 960)),
         ((16, 64), 100, 1024, (16, 64, 100)),
         ((16, 64), None, 32, (16, 16, 16)),
@@ -158,6 +161,11 @@ def test_what_does_not_fit_is_refused(cli: Callable, teacher: Path, data: Path, 
     ],
 )
 def test_lengths_that_do_not_fit_are_shortened(
-    prompt: tuple[int, int], new: int | None, room: int, found: tuple[int, int, int]
+    prompt: tuple[int, int] | None, new: int | None, room: int, found: tuple[int, int, int]
 ) -> None:
-    assert Lengths.fitting(prompt, new, room) == found
+    assert Lengths.fitting(prompt, new, room, pairs=False) == found
+
+
+def test_prompts_of_pairs_may_take_half_of_a_block() -> None:
+    assert Lengths.fitting(None, None, 128, pairs=True) == (16, 64, 64)
+    assert Lengths.fitting((4, 8), None, 128, pairs=True) == (4, 8, 120)

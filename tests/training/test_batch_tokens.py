@@ -41,8 +41,8 @@ def test_micro_batch_and_accumulation_follow(given: dict, processes: int, expect
 @pytest.mark.parametrize(
     ("given", "message", "hint"),
     [
-        ({"batch_tokens": 100}, "a multiple of 64 tokens", "give 64 or 128"),
-        ({"batch_tokens": 5}, "a multiple of 64 tokens", "give 64"),
+        ({"batch_tokens": 100}, "must be a multiple of 64", "give 64 or 128"),
+        ({"batch_tokens": 5}, "must be a multiple of 64", "give 64"),
         ({"batch_tokens": 640, "micro_batch_size": 4}, "10 blocks in each process, which micro-batches of 4", "2 or 5"),
         (
             {"batch_tokens": 640, "micro_batch_size": 5, "gradient_accumulation_steps": 3},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,16 @@ def test_marked_blocks_give_the_prompts_of_their_pairs(
     how = config(teacher, student, data, tmp_path, on_policy_fraction=1, prompt_tokens="20")
     made, _ = source(how, pairs).into(pairs.train.batch(range(8)), range(8), 0)
     assert [int(np.flatnonzero(row)[0]) for row in made.counted] == [3 + index for index in range(8)]
+
+
+def test_documents_that_are_apart_are_no_pairs(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
+    """Their first tokens are no targets, but no prompts either."""
+    packed = load_packed_dataset(str(data))
+    apart = replace(packed, train=packed.train.ending(int(packed.train.row(0)[5])))
+    assert apart.train.marked
+    how = config(teacher, student, data, tmp_path, on_policy_fraction=1, prompt_tokens="12")
+    made, _ = source(how, apart).into(apart.train.batch(range(4)), range(4), 0)
+    assert [int(np.flatnonzero(row)[0]) for row in made.counted] == [12] * 4
 
 
 def naive(
@@ -278,7 +289,7 @@ def test_lengths_that_do_not_fit_are_said(
     monkeypatch.setattr("tinygpt2.decoding.own_text.say", said.append)
     assert source(how, load_packed_dataset(str(data))).lengths == (16, 16, 16)
     assert said == [
-        "32 tokens are a text's most: prompts of 16 to 16 tokens, and 16 after them, instead of 100 to 200 and 50"
+        "texts have room for 32 tokens: prompts of 16 to 16 tokens and 16 new ones, instead of 100 to 200 and 50"
     ]
 
 

@@ -80,7 +80,11 @@ class BlockAligner:
             ConfigError: documents see only themselves.
         """
         if batch.documents is not None:
-            raise ConfigError("documents that see only themselves need a teacher with the student's tokens")
+            raise ConfigError(
+                "documents that do not see those before them (--document-mask, or pairs) need a teacher with the "
+                "student's tokens",
+                "use such a teacher, or a dataset of plain texts without --document-mask",
+            )
         ids = batch.input_ids.cpu().numpy().astype(np.int64)
         size, length = ids.shape
         real = batch.lengths or [length] * size

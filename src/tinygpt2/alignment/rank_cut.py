@@ -61,7 +61,7 @@ def cut_by_rank(
     model = content["model"]
     if not is_byte_level(content, vocabulary.__contains__):
         raise ModelError(
-            f"{option} needs a byte-level BPE, such as GPT-2's, and the teacher's tokenizer is none",
+            f"{option} needs a byte-level BPE, such as GPT-2's, but the teacher's tokenizer is of another kind",
             f"leave out {option}",
         )
     always = {item["content"] for item in content["added_tokens"]} | {model.get("unk_token")}

@@ -176,7 +176,7 @@ COMMANDS = [
     Command(
         "teach",
         TeachConfig,
-        "Keep what a teacher says of a dataset, so that distill can learn from it without the teacher.",
+        "Cache a teacher's predictions on a dataset, so that distill can run without the teacher.",
         [
             "teach --teacher gpt2 --data data --out taught",
             "teach --teacher gpt2 --data data --out taught --part 2/8",
@@ -215,7 +215,7 @@ COMMANDS = [
     Command(
         "evaluate-text",
         EvaluateTextConfig,
-        "Let models continue held-out prompts, and let a judge say what that is worth.",
+        "Let models continue held-out prompts, and score the texts with a judge model.",
         ["evaluate-text --model student --judge teacher --data data"],
         _public("evaluate_text"),
     ),
@@ -251,7 +251,7 @@ COMMANDS = [
     Command(
         "export",
         ExportConfig,
-        "Write a model for llama.cpp, onnxruntime or transformers.js, run it there, and say what it lost.",
+        "Write a model for llama.cpp, onnxruntime or transformers.js, run it, and report how far its results differ.",
         [
             "export student --to gguf --type q8_0 --out student.gguf",
             "export student --to onnx --type int8 --out student-onnx",

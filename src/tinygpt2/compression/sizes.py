@@ -286,7 +286,7 @@ def _check_depth(config: TruncateStudentConfig, total: int) -> None:
     """Check the layers that the options ask for.
 
     Raises:
-        ConfigError: a block does not exist, is repeated, or is not in ascending order.
+        ConfigError: a layer does not exist, is repeated, or is not in ascending order.
     """
     if config.num_layers is not None and config.num_layers > total:
         raise ConfigError(f"--num-layers {config.num_layers}: the teacher has only {total} layers")
@@ -294,9 +294,9 @@ def _check_depth(config: TruncateStudentConfig, total: int) -> None:
         return
     layers = [int(number) for number in config.layers.split(",")]
     if bad := [layer for layer in layers if layer >= total]:
-        raise ConfigError(f"--layers: block {bad[0]} does not exist, the teacher has blocks 0 to {total - 1}")
+        raise ConfigError(f"--layers: layer {bad[0]} does not exist, the teacher has layers 0 to {total - 1}")
     if sorted(set(layers)) != layers:
-        raise ConfigError(f"--layers {config.layers}: list the blocks in ascending order, each of them once")
+        raise ConfigError(f"--layers {config.layers}: list the layers in ascending order, each of them once")
 
 
 def position_count(config: TruncateStudentConfig, total: int) -> tuple[int, Position]:

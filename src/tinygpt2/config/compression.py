@@ -220,7 +220,7 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         if self.data is None and self.calibration_sequences is not None:
             yield "--calibration-sequences has no effect without --data"
         if self.measures and self.data is None:
-            yield f"--data is required to measure on: {' and '.join(self.measures)}"
+            yield f"{' and '.join(self.measures)} needs --data, a dataset to measure on"
         if self.layers is not None and not re.fullmatch(r"\d+(,\d+)*", str(self.layers)):
             yield f"--layers: expected layer numbers such as 0,2,4, got {self.layers!r}"
 

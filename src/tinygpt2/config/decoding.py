@@ -16,6 +16,8 @@ DecodingWeights = Literal["fp32", "bf16", "int8"]
 Sampler = Literal["student", "teacher", "mixture"]
 ReplaySchedule = Literal["constant", "rising", "falling"]
 
+DEFAULT_PROMPTS = "16:64, in short blocks up to an eighth; of pairs up to half of a block"
+
 
 class GenerateConfig(ModelOptions, DeviceOptions):
     """Options of `generate`. Decoding is greedy without an option for sampling or beam search."""
@@ -47,7 +49,11 @@ class GenerateConfig(ModelOptions, DeviceOptions):
         "Report how varied, repetitive and long the texts of each model are.", default=False, panel=RUN
     )
     max_new_tokens: int | None = option(
-        "Most tokens to add to a prompt.", default=None, panel=DECODING, ge=1, shown="100, or fewer if positions end"
+        "Maximum number of new tokens for each prompt.",
+        default=None,
+        panel=DECODING,
+        ge=1,
+        shown="100, or fewer if the model has fewer positions left",
     )
     temperature: float | None = option(
         "Sample with this temperature. Below 1 is more conservative, above 1 more diverse, and 0 is greedy.",
@@ -112,10 +118,11 @@ def token_range(text: str) -> tuple[int, int]:
     return least, most
 
 
-def _range_mistakes(text: str) -> Iterator[str]:
+def _range_mistakes(text: str | None) -> Iterator[str]:
     """Yield what is wrong with --prompt-tokens."""
     try:
-        token_range(text)
+        if text is not None:
+            token_range(text)
     except ValueError as error:
         yield f"--prompt-tokens: {error}"
 
@@ -151,14 +158,19 @@ class SampleConfig(ModelOptions, DeviceOptions, SamplingOptions):
         ge=1,
         shown="one text for each block of --prompts; without, 1,000,000",
     )
-    prompt_tokens: str = option(
-        "Fewest and most tokens of a prompt. Each prompt has a random length between them.",
-        default="16:64",
+    prompt_tokens: str | None = option(
+        "Minimum and maximum number of tokens in a prompt. Each prompt has a random length between them.",
+        default=None,
         panel=DECODING,
         metavar="MIN:MAX",
+        shown=DEFAULT_PROMPTS,
     )
     max_new_tokens: int | None = option(
-        "Most tokens to sample in a text.", default=None, panel=DECODING, ge=1, shown="until a block or positions end"
+        "Maximum number of tokens to sample in a text.",
+        default=None,
+        panel=DECODING,
+        ge=1,
+        shown="as many as a block and the model's positions have room for",
     )
     weights: DecodingWeights = option("Format of the weights in memory: see generate.", default="fp32", panel=RUN)
     batch_size: int = option("Texts side by side. The result does not depend on it.", default=32, panel=RUN, ge=1)
@@ -178,15 +190,15 @@ class SampleConfig(ModelOptions, DeviceOptions, SamplingOptions):
     resume: bool = option("Continue an interrupted run, if there is one.", default=False)
 
     @property
-    def prompt_range(self) -> tuple[int, int]:
-        """The fewest and the most tokens of a prompt."""
-        return token_range(self.prompt_tokens)
+    def prompt_range(self) -> tuple[int, int] | None:
+        """The fewest and the most tokens of a prompt; None leaves them to the length of the blocks."""
+        return None if self.prompt_tokens is None else token_range(self.prompt_tokens)
 
     def conflicts(self) -> Iterator[str]:
         """Check the range of prompts, and the format."""
         yield from super().conflicts()
         yield from _range_mistakes(self.prompt_tokens)
-        if self.prompts is None and self.prompt_tokens != type(self).model_fields["prompt_tokens"].default:
+        if self.prompts is None and self.prompt_tokens is not None:
             yield "--prompt-tokens has no effect without --prompts"
         if self.format == "hdf5" and find_spec("h5py") is None:
             yield f"--format hdf5: h5py is not installed; {H5PY_HINT}"
@@ -203,14 +215,15 @@ class OwnTextOptions(Config):
         ge=0,
         le=1,
     )
-    prompt_tokens: str = option(
-        "Fewest and most tokens of such a beginning. Each has a random length between them.",
-        default="16:64",
+    prompt_tokens: str | None = option(
+        "Minimum and maximum number of tokens in such a beginning. Each has a random length between them.",
+        default=None,
         panel=OWN_TEXT,
         metavar="MIN:MAX",
+        shown=DEFAULT_PROMPTS,
     )
     max_new_tokens: int | None = option(
-        "Most tokens to sample after it.",
+        "Maximum number of tokens to sample after it.",
         default=None,
         panel=OWN_TEXT,
         ge=1,
@@ -272,9 +285,9 @@ class OwnTextOptions(Config):
         return bool(self.on_policy_fraction or self.fraction_growth)
 
     @property
-    def prompt_range(self) -> tuple[int, int]:
-        """The fewest and the most tokens of a prompt."""
-        return token_range(self.prompt_tokens)
+    def prompt_range(self) -> tuple[int, int] | None:
+        """The fewest and the most tokens of a prompt; None leaves them to the length of the blocks."""
+        return None if self.prompt_tokens is None else token_range(self.prompt_tokens)
 
     def conflicts(self) -> Iterator[str]:
         """Check the range of prompts, and that options of sampling have an effect."""
@@ -298,8 +311,10 @@ class BenchConfig(ModelOptions, DeviceOptions):
         "compare them.",
         path=True, metavar="PATH|ID", positional=True,
     )  # fmt: skip
-    new_tokens: int = option("Tokens to decode in each turn, or fewer if positions end.", default=64, ge=2)
-    prompt_tokens: int = option("Tokens of the prompt, or fewer if positions end.", default=16, ge=1)
+    new_tokens: int = option(
+        "Tokens to decode in each turn, or fewer if the model has fewer positions left.", default=64, ge=2
+    )
+    prompt_tokens: int = option("Tokens of the prompt, or fewer if the model has fewer positions.", default=16, ge=1)
     turns: int = option(
         "How often each setting is measured, in turns with the others. The best one counts.", default=3, ge=1
     )

@@ -68,7 +68,7 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
         panel=OPTIMISATION,
     )
     teacher_cache: str | None = option(
-        "Cache what the teacher says here, so that later epochs and other students can reuse it.",
+        "Directory that caches the teacher's outputs for later epochs and other students.",
         default=None,
         panel=RUN,
         path=True,
@@ -86,7 +86,6 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
         default="default",
         path=True,
         metavar="RECIPE|PATH",
-        shown="",
     )
     attention_weight: float = option(
         "Weight of the squared error of the attention scores.", default=0.0, panel=OBJECTIVES, ge=0
@@ -294,11 +293,11 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
             return
         states = [*inside, *(["--cosine-weight"] if self.cosine_weight else [])]
         if states:
-            yield f"several teachers share only their predictions, but {listed(states)} above 0 compares states"
+            yield f"a student can only learn the predictions of several teachers: set {listed(states)} to 0"
         if self.teacher_cache is not None:
-            yield "--teacher-cache holds what one teacher says, but --teacher is given several times"
+            yield "--teacher-cache holds the outputs of one teacher, but --teacher is given several times"
         if self.student is None:
-            yield "--student is required with several teachers: there is not one to cut"
+            yield "--student is required with several teachers: there is no single teacher to cut it from"
 
     def _cache_conflicts(self) -> Iterator[str]:
         """Check that the objectives can be computed from a cache of predictions."""

@@ -160,7 +160,7 @@ class EvaluateTextConfig(ModelOptions, DeviceOptions, SamplingOptions):
     )
     num_prompts: int = option("Prompts to continue.", default=256, ge=1)
     prompt_tokens: int = option("Tokens of a prompt; those of pairs have their own lengths.", default=64, ge=1)
-    max_new_tokens: int = option("Most tokens to add to a prompt.", default=128, panel=DECODING, ge=1)
+    max_new_tokens: int = option("Maximum number of new tokens for each prompt.", default=128, panel=DECODING, ge=1)
     seed: int = option("Seed for sampling.", default=42, panel=DECODING, ge=0, le=MAX_SEED)
     batch_size: int = option("Texts to write side by side.", default=16, ge=1)
     plot: str | None = option("PNG to write: the excess error by the number of tokens.", default=None, path=True)

@@ -227,7 +227,7 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
         if self.early_stopping_patience and not self.eval_every:
             yield "--early-stopping-patience needs --eval-every"
         if self.early_stopping_patience and self.average_tail:
-            yield "--early-stopping-patience and --average-tail cannot be combined: the tail is that of the whole run"
+            yield "--early-stopping-patience and --average-tail cannot be combined: the run would stop before its tail"
         if self.early_stopping_patience and self.quantize and self.quantize_from:
             yield "--early-stopping-patience with --quantize needs --quantize-from 0: it could stop before the rounding"
         if self.validate_only and self.compile_only:

@@ -89,7 +89,12 @@ class Blocks:
     @property
     def marked(self) -> bool:
         """Whether not every real token but the first counts as a target."""
-        return self.divided or any(part.marked for part in self._parts)
+        return self.divided or self.labelled
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the stored blocks say which of their tokens count as targets, as those of pairs do."""
+        return any(part.marked for part in self._parts)
 
     @property
     def divided(self) -> bool:

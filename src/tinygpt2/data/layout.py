@@ -32,5 +32,8 @@ def dataset_folders(name: str) -> list[Path]:
     folders = shard_folders(path) or [path]
     if not (folders[0] / MANIFEST).is_file():
         what = f"it has no {MANIFEST}" if path.is_dir() else "it is a file"
-        raise DataError(f"{path} is not a pregenerated dataset: {what}", "make one with tinygpt2 pregenerate")
+        raise DataError(
+            f"{path} is not a pregenerated dataset: {what}",
+            f"make one with: tinygpt2 pregenerate {path} --tokenizer T --out DIR",
+        )
     return folders

@@ -32,21 +32,27 @@ class Lengths(NamedTuple):
     new: int
 
     @classmethod
-    def fitting(cls, prompt: tuple[int, int], new: int | None, room: int) -> Lengths:
+    def fitting(cls, prompt: tuple[int, int] | None, new: int | None, room: int, *, pairs: bool) -> Lengths:
         """Return the lengths of texts of at most `room` tokens, at least 2. What has to be shortened is said.
 
         Args:
-            prompt: fewest and most tokens of a prompt.
+            prompt: fewest and most tokens of a prompt. None takes beginnings of up to an eighth of the room, and of 64
+                tokens, because the fewer tokens are left to sample, the less is learned from a text; or the prompts of
+                pairs, which may take half of the room.
             new: most tokens after it; None takes what a prompt leaves.
+            pairs: whether the prompts are those of pairs.
         """
+        if prompt is None:
+            longest = max(1, room // 2 if pairs else min(64, room // 8))
+            prompt = max(1, longest // 4), longest
         least, most = prompt
         fits = most + (new or 1) <= room
         longest = most if fits else max(1, min(most, max(room - (new or room), room // 2)))
         found = cls(min(least, longest), longest, room - longest if new is None else min(new, room - longest))
         if not fits:
             say(
-                f"{room} tokens are a text's most: prompts of {found.least} to {found.most} tokens, and {found.new} "
-                f"after them, instead of {least} to {most}" + ("" if new is None else f" and {new}")
+                f"texts have room for {room} tokens: prompts of {found.least} to {found.most} tokens and {found.new} "
+                f"new ones, instead of {least} to {most}" + ("" if new is None else f" and {new}")
             )
         return found
 
@@ -54,14 +60,14 @@ class Lengths(NamedTuple):
         """Return what a text begins with: the beginning of a block, or the prompt of one of its pairs.
 
         Args:
-            blocks: if they say which tokens count as targets, a prompt is what stands before the first of these in a
-                document: its last `most` tokens.
+            blocks: if they are labelled, a prompt is what stands before the first target of a document: its last `most`
+                tokens.
             index: the number of the block.
             number: of the prompt. With the seed it decides how long a beginning is, or which pair is taken. At least
                 one token remains after a beginning.
         """
         row, random = blocks.row(index), np.random.default_rng((seed, number))
-        if blocks.marked and (spans := _before_targets(blocks, index)):
+        if blocks.labelled and (spans := _before_targets(blocks, index)):
             begin, end = spans[int(random.integers(len(spans)))]
             return [int(token) for token in row[max(begin, end - self.most) : end]]
         length = int(random.integers(self.least, self.most + 1))
@@ -69,14 +75,17 @@ class Lengths(NamedTuple):
 
 
 def _before_targets(blocks: Blocks, index: int) -> list[tuple[int, int]]:
-    """Return where the tokens stand that come before the first target of each document in a block."""
+    """Return where the prompts stand: the tokens before the first target of each document in a block.
+
+    The first token of a document is never a target, so that one alone is no prompt.
+    """
     batch = blocks.batch([index])
     assert batch.counted is not None
     lengths = batch.documents[0] if batch.documents else [blocks.sequence_length]
     spans, start = list[tuple[int, int]](), 0
     for length in lengths:
         places = np.flatnonzero(batch.counted[0, start : start + length])
-        if len(places) and places[0]:
+        if len(places) and places[0] > 1:
             spans.append((start, start + int(places[0])))
         start += length
     return spans

@@ -154,7 +154,8 @@ def _load(config: SampleConfig) -> _Writer:
         check_fits(prompts, read, fingerprint(tokenizer), f"model {config.model}")
     room = min(int(sizes.n_positions), config.sequence_length or int(sizes.n_positions))
     asked = (1, 1) if prompts is None else config.prompt_range
-    lengths = Lengths.fitting(asked, config.max_new_tokens, room)
+    pairs = prompts is not None and prompts.train.labelled
+    lengths = Lengths.fitting(asked, config.max_new_tokens, room, pairs=pairs)
     model.to(current_device())
     decoder = make_decoder(model, config.weights, copies=True, name=config.model)
     tell_machine(current_device(), config.weights)

@@ -178,7 +178,7 @@ def batch_of(config: T, length: int, processes: int) -> T:
         unit = length * processes
         near = sorted({max(unit, tokens // unit * unit), (tokens // unit + 1) * unit})
         raise ConfigError(
-            f"--batch-tokens {tokens}: a step has a multiple of {unit} tokens ({processes} x a block of {length})",
+            f"--batch-tokens {tokens}: must be a multiple of {unit} ({processes} x a block of {length})",
             f"give {' or '.join(map(str, near))}",
         )
     usual = config.options()["micro_batch_size"].default

@@ -110,7 +110,7 @@ def _check_card(out: Path) -> None:
     except Exception as error:  # YAML and the checks of huggingface_hub raise many kinds
         raise ModelError(f"{out / CARD} is not a model card: {one_line(error, 300)}") from error
     if card.data.get("license") is None:
-        warn(f"{CARD} names no license: nobody may use the model without one; add a line such as `license: mit`")
+        warn(f"{CARD} names no license, without which nobody else may use the model; add a line such as `license: mit`")
     for name in _TEXTS:
         if (out / name).is_file() and (folders := folders_named(read_text(out / name))):
             raise ModelError(

@@ -50,7 +50,7 @@ class OwnText:
         config: of the run, with an `on_policy_fraction` above 0.
         student: its current weights sample.
         teacher: judges the samples in the metrics, and may sample, too.
-        data: the dataset. If its blocks mark which targets count, a prompt is what stands before the first of them.
+        data: the dataset. If its blocks are labelled, a prompt is what stands before the first target.
         clock: returns the time in seconds.
 
     Raises:
@@ -82,7 +82,7 @@ class OwnText:
             check_sampler(teacher, accelerator, config.sampler)
             vocabulary = min(vocabulary, teacher.shape.vocabulary)
         room = min(data.sequence_length, int(student.config.n_positions))
-        self.lengths = Lengths.fitting(config.prompt_range, config.max_new_tokens, room)
+        self.lengths = Lengths.fitting(config.prompt_range, config.max_new_tokens, room, pairs=data.train.labelled)
         tokenizer = data.tokenizer()
         end = first_token([tokenizer.eos_token_id, student.config.eos_token_id], student.config)
         self._ends = [] if end is None else [end]
@@ -288,7 +288,7 @@ def check_sampler(teacher: Teacher, accelerator: Accelerator, sampler: str) -> N
     """
     if teacher.reading != Reading():
         raise ConfigError(
-            f"--sampler {sampler} needs a teacher with the student's own tokens, and this one's have other numbers",
+            f"--sampler {sampler} needs a teacher with the student's own tokens, but this teacher has other token ids",
             "use --sampler student: such a teacher still judges what the student writes",
         )
     if accelerator.mixed_precision == "fp16":

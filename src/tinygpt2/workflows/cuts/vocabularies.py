@@ -166,7 +166,7 @@ def shapes_to_try(target: Target, vocabularies: Sequence[Vocabulary], most: int)
         found += [(one, shape) for shape in shapes]
     if not found:
         raise ConfigError(
-            f"{target.option}: no shape that was tried takes so little time",
+            f"{target.option}: no shape that was tried is fast enough",
             "times vary while other programs run: try again, or give a larger --target-ms",
         )
     return found
