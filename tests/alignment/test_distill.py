@@ -17,6 +17,7 @@ from tinygpt2 import (
     TrainTokenizerConfig,
     TruncateStudentConfig,
     distill,
+    plan_budget,
     pregenerate,
     train_tokenizer,
     truncate_student,
@@ -24,6 +25,7 @@ from tinygpt2 import (
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import encode
 from tinygpt2.data.tokenizer import load_tokenizer
+from tinygpt2.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +144,7 @@ def _incomplete(text: list[str]) -> list[bool]:
         ({"hidden_weight": 1.0}, "--hidden-weight compares positions"),
         ({"attention_weight": 1.0}, "--attention-weight compares positions"),
         ({"prediction_loss": "reverse_kl"}, "infinite for tokens that cannot come next"),
+        ({"prediction_loss": "jsd", "jsd_beta": 1.0}, "infinite for tokens that cannot come next"),
         ({"teacher_cache": "CACHE"}, "--teacher-cache needs the teacher's tokens"),
     ],
 )
@@ -155,6 +158,11 @@ def test_what_needs_equal_tokens_is_refused(
     given = ("--teacher", teacher, "--student", cut, "--data", short, "--out", tmp_path / "s")
     outcome = cli("distill", *given, *flags)
     assert (outcome.code, message in outcome.err) == (2, True), outcome.err
+
+
+def test_cuts_with_other_tokens_than_the_data_are_not_planned(teacher: Path, short: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cuts that have the teacher's tokens"):
+        plan_budget(DistillConfig(teacher=str(teacher), data=str(short), out=str(tmp_path / "s"), plan=True))
 
 
 def test_a_tokenizer_that_is_no_cut_is_refused(

@@ -207,6 +207,31 @@ def test_losses_gradients_and_metrics_are_those_of_plain_sums(scale: float) -> N
     assert float(figures["teacher/absent"]) == 0.25
 
 
+def test_the_end_of_a_text_teaches_no_token() -> None:
+    """Where no token follows, each event is shared as the student shares it."""
+    graph = Graph.of(np.array([(0, 3), (1, 3), (1, 4), (2, 0), (5, 6)]), 8)
+    generator = torch.Generator().manual_seed(0)
+    states, teacher, student = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((1, 4), (6, 4), (1, 8))
+    )
+    head = Events(graph, 8, CPU).head(Head(teacher, 6), states)
+    end = torch.tensor([[0, 0, -1]])
+    sums, shared = head.logits(end)[0].exp(), head.given(end, student)[0].exp()
+    for event in range(graph.count):
+        inside = torch.from_numpy(graph.ours == event)
+        torch.testing.assert_close(shared[inside], sums[inside] * student[0, inside].softmax(0))
+
+
+def test_padding_is_no_next_token(tokenizer_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    other = bpe([("t", "h"), ("th", "e")])
+    ids = torch.tensor(tokenizer("the cat sat on the mat").input_ids)
+    padded = Batch(torch.nn.functional.pad(ids, (0, 3))[None], [len(ids)])
+    records = ByteAligner(other, tokenizer, None)(padded).records[0]
+    assert records[:, 2].tolist() == [*ids[1:].tolist(), -1, -1, -1]
+    assert records[len(ids) - 1, 0] >= 0
+
+
 def spans(tokenizer: PreTrainedTokenizerFast, text: str) -> dict[int, int]:
     """Return the token that begins at each byte of a text: of a byte-level BPE, or of sentencepieces.
 

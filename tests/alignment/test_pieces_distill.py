@@ -99,6 +99,7 @@ def test_without_alignment_the_error_names_it(
         (("--attention-weight", 1), "compares positions"),
         (("--prediction-loss", "jsd"), "jsd needs"),
         (("--temperature", 2), "--temperature 2 changes tokens"),
+        (("--document-mask",), "cannot be aligned"),
         (("--teacher-cache", "c"), "--teacher-cache needs the teacher's tokens"),
         (("--on-policy-fraction", 0.5), "--on-policy-fraction needs the teacher's tokens"),
         (("--fraction-growth", 0.1, "--eval-every", 2), "--on-policy-fraction needs the teacher's tokens"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from tests.conftest import make_model
 from tests.decoding.test_loop import chi_square, made, pairs_of, prompts
@@ -54,6 +55,20 @@ def test_a_draft_that_is_the_teacher_is_always_accepted() -> None:
     assert took.accepted == took.proposed == 16  # five tokens in each pass, of which the last is the teacher's own
     assert out.lengths.tolist() == [21]
     assert took.seconds > 0 < took.alone_seconds
+
+
+def test_drafts_for_a_teacher_whose_attention_reaches_some_tokens_back() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    teacher = MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=8, initializer_range=0.3)).eval()
+    decoder, given = LibraryDecoder(teacher), torch.tensor([[1, 2, 3]])
+    own = teacher.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=30, do_sample=False, eos_token_id=None
+    )
+    assert decode(decoder, given, max_new_tokens=30).tokens.tolist() == own[:, 3:].tolist()
+    out, _ = decode_with_draft(decoder, GPT2Decoder(made(vocab_size=50)), [1, 2, 3], max_new_tokens=30, ahead=4)
+    assert out.tokens.tolist() == own[:, 3:].tolist()
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 4), Sampling(1.5, 0, 0.8)])

@@ -12,10 +12,12 @@ import torch
 from accelerate import Accelerator
 
 from tests.training.test_checkpoint import options
+from tinygpt2 import DistillConfig
 from tinygpt2.errors import ConfigError
-from tinygpt2.planning.batch_size import fit_batch, largest_fitting
+from tinygpt2.planning.batch_size import _try, fit_batch, largest_fitting
 from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.step import Step
+from tinygpt2.workflows.train import _cache
 
 FULL = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 
@@ -36,6 +38,18 @@ def test_the_largest_divisor_is_found_by_doubling(whole: int) -> None:
         # no trial is more than twice as large as the one before, unless there is no size between
         for before, after in itertools.pairwise(tried):
             assert after <= max(2 * before, next((size for size in sizes if size > before), before))
+
+
+@pytest.mark.parametrize("kind", ["states", "samples", "top"])
+def test_a_trial_reads_what_a_step_reads(teacher: Path, data: Path, tmp_path: Path, kind: str) -> None:
+    config = DistillConfig(
+        teacher=str(teacher), student=str(teacher), data=str(data), out=str(tmp_path / "o"), max_steps=1,
+        teacher_cache=str(tmp_path / "cache"), teacher_cache_kind=kind,
+    )  # fmt: skip
+    with prepared_job(config) as (job, accelerator):
+        module = Step(job.model, job.teacher, job.weights, config, _cache(job))
+        _try(job, accelerator, module, 2)
+        assert all(one.grad is not None for one in module.student.parameters())
 
 
 class Card:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tinygpt2.planning.scaling_law import FARTHEST, Law, leave_one_out
+from tinygpt2.planning.scaling_law import Law
 
 
 def true(tokens: float, floor: float = 3.0, factor: float = 300.0, exponent: float = 0.4) -> float:
@@ -58,8 +58,6 @@ def test_tokens_for_a_loss() -> None:
     found = law.tokens_for(law.at(3_000_000).loss)
     assert found == pytest.approx(3_000_000, rel=1e-6)
     assert law.tokens_for(1.0) is None
-    assert law.reaches(FARTHEST * 1_000_000)
-    assert not law.reaches(FARTHEST * 1_000_001)
 
 
 @pytest.mark.parametrize(
@@ -77,4 +75,6 @@ def test_what_cannot_be_predicted(tokens: list[int], losses: list[float], messag
 
 def test_leaving_one_length_out() -> None:
     tokens = [*LENGTHS, 2_000_000, 4_000_000]
-    assert max(map(abs, leave_one_out(tokens, [true(n) for n in tokens]))) < 0.03
+    for left in tokens:
+        kept = [n for n in tokens if n != left]
+        assert Law(kept, [true(n) for n in kept]).at(left).loss == pytest.approx(true(left), abs=0.03)

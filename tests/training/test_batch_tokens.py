@@ -8,10 +8,11 @@ import pytest
 
 from tests.training.test_checkpoint import options
 from tests.training.test_train import same
-from tinygpt2 import DistillConfig, PretrainConfig, plan_budget, plan_run, pretrain
+from tinygpt2 import DistillConfig, PretrainConfig, compile_step, plan_budget, plan_run, pretrain
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.errors import ConfigError
+from tinygpt2.planning import dry_run
 from tinygpt2.training.schedule import batch_of, proposed_batch_tokens
 
 
@@ -55,6 +56,16 @@ def test_what_no_whole_number_of_micro_batches_makes_is_refused(given: dict, mes
     with pytest.raises(ConfigError, match=message) as caught:
         batch_of(TrainOptions(out="o", **given), 32, 2)
     assert hint in str(caught.value.hint)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's compiler, when it is imported
+def test_the_step_that_is_compiled_is_one_of_the_run(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = list[tuple[int, ...]]()
+    monkeypatch.setattr(dry_run, "step_seconds", lambda *place, steps: timed.append(place[4:]) or [0.0] * steps)
+    compile_step(PretrainConfig(model=str(teacher), data=str(data), out=str(tmp_path / "o"), batch_tokens=12 * 32))
+    assert timed == [(6, 6)]
 
 
 def test_a_run_is_the_one_with_the_factors_and_can_be_run_again(teacher: Path, data: Path, tmp_path: Path) -> None:

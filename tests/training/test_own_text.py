@@ -293,6 +293,23 @@ def test_lengths_that_do_not_fit_are_said(
     ]
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"on_policy_loss": "policy_gradient"}, "infinite"),
+        ({"on_policy_loss": "jsd", "jsd_beta": 1.0}, "infinite"),
+        ({"sampler": "teacher"}, "other token ids"),
+    ],
+)
+def test_a_student_with_more_tokens_than_its_teacher_is_refused_before_anything_is_written(
+    teacher: Path, tokenizer_dir: Path, data: Path, tmp_path: Path, more: dict, message: str
+) -> None:
+    wide = make_model(tmp_path / "wide", tokenizer_dir, vocab_size=328, n_layer=1)
+    with pytest.raises(ConfigError, match=message):
+        distill(config(teacher, wide, data, tmp_path / "o", **more))
+    assert not (tmp_path / "o").exists()
+
+
 def test_counts_of_no_sampled_text() -> None:
     assert Counts.of([4, 4]).over(2).own_text == 0
     with pytest.raises(ConfigError):

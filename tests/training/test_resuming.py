@@ -142,6 +142,24 @@ def test_a_run_can_be_made_longer_until_its_rate_decays(
     pretrain(config.model_copy(update={"max_steps": 8}))
 
 
+@pytest.mark.parametrize(
+    ("option", "more"),
+    [("--average-tail", {"average_tail": 0.5}), ("--quantize-from", {"quantize": "q8_0", "quantize_from": 0.5})],
+)
+def test_a_run_whose_end_has_begun_keeps_its_length(
+    teacher: Path, data: Path, tmp_path: Path, option: str, more: dict
+) -> None:
+    base = {**FAST, "model": str(teacher), "data": str(data), "lr_schedule": "constant", "warmup_ratio": 0, **more}
+    pretrain(PretrainConfig(**{**base, "max_steps": 8}, out=str(tmp_path / "m")))
+    config = PretrainConfig(**{**base, "max_steps": 16}, out=str(tmp_path / "m"), resume=True)
+    with pytest.raises(ConfigError, match=f"{option} has begun, so a run of 8 steps cannot become one of 16"):
+        pretrain(config)
+    cut_back(tmp_path / "m", 2)
+    pretrain(config)
+    pretrain(PretrainConfig(**{**base, "max_steps": 16}, out=str(tmp_path / "whole")))
+    assert same_weights(tmp_path / "m", tmp_path / "whole")
+
+
 def test_a_longer_run_keeps_its_warm_up_and_cannot_get_shorter_than_it_is(
     teacher: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.step import Step, gradients
-from tinygpt2.training.teacher_cache import TeacherCache, cache_name
+from tinygpt2.training.teacher_cache import TeacherCache, _reserve, cache_name
 
 
 @pytest.fixture
@@ -122,6 +122,15 @@ def test_what_is_read_teaches_what_was_computed(
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
     assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "plain"), rel=5e-3)
     assert losses(tmp_path / "first") != losses(tmp_path / "plain")
+
+
+def test_space_is_reserved_once_where_the_system_cannot_do_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    path = tmp_path / "states"
+    path.write_bytes(b"abcd")  # of a run that was killed meanwhile
+    for _ in range(2):
+        _reserve(path, 10)
+        assert path.read_bytes() == b"abcd" + bytes(6)
 
 
 def test_a_full_disk_is_an_error_before_training(

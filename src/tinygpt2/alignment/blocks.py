@@ -17,7 +17,6 @@ from tinygpt2.alignment.decomposition import Decomposition
 from tinygpt2.alignment.rank_cut import RankCut
 from tinygpt2.data.batches.batch import to_device
 from tinygpt2.data.encoding import token_bytes
-from tinygpt2.errors import ConfigError
 from tinygpt2.utils.types import Array
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ class AlignedBlocks(NamedTuple):
         ids: the teacher's tokens, with zeros after the end of shorter blocks (B, S).
         records: for each position of the student but the last of a block (B, T - 1, 3): the number of the teacher's
             state that predicts the next token, counted through the batch, or -1 if the teacher does not predict it; the
-            node of the teacher's token that was read so far (see `Decomposition`); and the next token itself.
+            node of the teacher's token that was read so far (see `Decomposition`); and the next token itself, or -1 if
+            the text ends there.
         absent: the share of next tokens that the teacher does not predict.
     """
 
@@ -77,14 +77,10 @@ class BlockAligner:
             whole: whether the last word of each block is complete; None means that those of padded blocks are.
 
         Raises:
-            ConfigError: documents see only themselves.
+            ValueError: documents see only themselves.
         """
         if batch.documents is not None:
-            raise ConfigError(
-                "documents that do not see those before them (--document-mask, or pairs) need a teacher with the "
-                "student's tokens",
-                "use such a teacher, or a dataset of plain texts without --document-mask",
-            )
+            raise ValueError("other tokens are aligned in whole blocks")
         ids = batch.input_ids.cpu().numpy().astype(np.int64)
         size, length = ids.shape
         real = batch.lengths or [length] * size
@@ -102,6 +98,7 @@ class BlockAligner:
             end = len(states)
             records[number, :end, 0] = np.where(states < 0, -1, states + number * width)
             records[number, :end, 1] = nodes
+            records[number, real[number] - 1 :, 2] = -1
             if end + 1 < length and len(tokens) <= width:  # what follows a whole text is predicted, too
                 records[number, end, 0] = number * width + len(tokens) - 1
             absent, targets = absent + int((states < 0).sum()), targets + end

@@ -190,9 +190,10 @@ class Events:
         Args:
             logs: logarithms of the events' probabilities, changed in place.
             student: logits.
-            token: the data's next tokens.
+            token: the data's next tokens; -1 where there is none, so that all events are shared as the student does.
         """
-        own = student.to(logs.dtype)
+        own, some = student.to(logs.dtype), token >= 0
+        token = token.clamp(min=0)
         index, event = self.ours.expand(len(own), -1), self.ours[token]
         whole = logs.gather(1, event)
         most = own.new_full(logs.shape, NEVER).scatter_reduce_(1, index, own, "amax")
@@ -200,7 +201,8 @@ class Events:
         logs -= most.add_(sums.log_())
         logs[:, self.count] = NEVER
         found = own + logs.gather(1, index)
-        return found.masked_fill_(self.ours == event, NEVER).scatter_(1, token, whole)
+        whole = whole.where(some, found.gather(1, token))
+        return found.masked_fill_(self.ours == event.where(some, -1), NEVER).scatter_(1, token, whole)
 
 
 class EventHead(AlignedHead):
@@ -233,4 +235,5 @@ class EventHead(AlignedHead):
         logs = p.log_().clamp_(min=NEVER).masked_fill_(~known[:, None], NEVER)
         token = records[:, 2:]
         found = columns(logs, events.ours) if student is None else events.shared(logs, student, token)
+        token = token.clamp(min=0)
         return found.scatter_(1, token, found.gather(1, token).where(known[:, None], 0.0))

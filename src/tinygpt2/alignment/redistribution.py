@@ -137,7 +137,8 @@ class AlignedHead(ABC):
 
     def losses(self, records: Int[Tensor, "N 3"]) -> Float[Tensor, " N"]:
         """Return the losses of next tokens, in nats; those that the teacher does not predict mean nothing."""
-        logits = [self.logits(part).gather(1, part[:, 2:])[:, 0] for part in records.split(256)]  # type: ignore[no-untyped-call]
+        parts = records.split(256)  # type: ignore[no-untyped-call]
+        logits = [self.logits(part).gather(1, part[:, 2:].clamp(min=0))[:, 0] for part in parts]
         return -torch.cat(logits)
 
     def figures(self, blocks: AlignedBlocks) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from tinygpt2.alignment.spans import SpanAligner, SpanHead
 from tinygpt2.config.base import flag_name
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.data.batches.batch import Batch
-from tinygpt2.data.dataset import PackedDataset
+from tinygpt2.data.dataset import Blocks, PackedDataset
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.models.activations import Activations
@@ -214,12 +214,14 @@ def aligned_teacher(
     found: tuple[Tokenizer, RankCut | None],
     data: PackedDataset,
     vocabulary: int,
+    evaluated: Blocks,
 ) -> AlignedTeacher:
     """Return a teacher that predicts the tokens of a student with other tokens.
 
     Args:
         found: see `other_tokens`.
         vocabulary: number of tokens of the student.
+        evaluated: the held-out blocks.
 
     Raises:
         ConfigError: an option compares what the two do not share.
@@ -230,6 +232,11 @@ def aligned_teacher(
     counts = f"{small:,} others" if cut is None else f"{small:,} of them"
     what = f"{config.teachers[0]} has {len(tokenizer):,} tokens, the data {counts}"
     _check(config, what, lumps=cut is None)
+    if config.document_mask or data.train.divided or evaluated.divided:
+        raise ConfigError(
+            f"teacher {what}. Documents that do not see those before them (--document-mask, pairs) cannot be aligned",
+            "use a teacher with the student's tokens, or plain texts without --document-mask",
+        )
     start, positions = start_token(tokenizer), teacher.shape.positions
     teacher.read_as(Reading(start=start))
     limit = None if positions is None else positions - (start is not None)
@@ -293,9 +300,9 @@ def _check(config: DistillConfig, what: str, *, lumps: bool) -> None:
             f"{config.alignment} needs 1",
             "leave out --temperature",
         )
-    if "reverse_kl" in config.losses:
+    if config.has_reverse_kl:
         raise ConfigError(
-            f"--prediction-loss reverse_kl is infinite for tokens that cannot come next: teacher {what}",
+            f"reverse KL is infinite for tokens that cannot come next: teacher {what}",
             "use another --prediction-loss",
         )
     if config.samples_text:  # now, or once the share has grown

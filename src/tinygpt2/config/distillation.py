@@ -208,6 +208,12 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
         return data | ({self.on_policy_loss or self.prediction_loss} if self.own_text_weight else set())
 
     @property
+    def has_reverse_kl(self) -> bool:
+        """Whether a loss is the reverse KL, which is infinite for tokens that the teacher rules out."""
+        names = {"reverse_kl", "policy_gradient", *(["jsd"] if self.jsd_beta == 1 else [])}
+        return bool(self.losses & names)
+
+    @property
     def from_cache_alone(self) -> bool:
         """Whether the run has no teacher but a cache of one's predictions."""
         given = self.teacher_cache is not None and self.teacher_cache_kind != "states"

@@ -86,10 +86,16 @@ class LibraryDecoder:
 
 
 class LibraryCache:
-    """The library's cache of keys and values; see `Cache`."""
+    """The library's cache of keys and values; see `Cache`.
+
+    It keeps those of all tokens, also of layers whose attention reaches only some tokens back: such layers' own kind of
+    cache cannot forget the last tokens.
+    """
 
     def __init__(self, model: PreTrainedModel, pads: Tensor | None) -> None:
-        self.kept, self.pads = DynamicCache(config=model.config), pads
+        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+        whole = layers <= {"full_attention", "sliding_attention", "chunked_attention"}
+        self.kept, self.pads = DynamicCache() if whole else DynamicCache(config=model.config), pads
 
     @property
     def length(self) -> int:
@@ -98,8 +104,15 @@ class LibraryCache:
 
     @length.setter
     def length(self, value: int) -> None:
-        if value < self.length:
+        if value >= self.length:
+            return
+        try:
             self.kept.crop(value - self.length)  # negative: how many to remove
+        except RuntimeError as error:
+            raise ModelError(
+                f"a layer of the model cannot forget tokens, which drafted ones may have to be: {error}",
+                "leave --draft out",
+            ) from error
 
 
 def make_decoder(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from tinygpt2.config.yaml_files import read_yaml
 from tinygpt2.errors import ConfigError, out_of_gpu_memory
 from tinygpt2.planning.memory_estimate import step_memory
 from tinygpt2.runtime.memory import free_memory
 from tinygpt2.training.job import Job
+from tinygpt2.training.state import RUN_FILE
 from tinygpt2.training.step import Step
 from tinygpt2.utils.progress import say
 
@@ -51,6 +54,23 @@ def fit_batch(job: Job, accelerator: Accelerator, module: Step | None = None) ->
     job.config = config.model_copy(update={"micro_batch_size": largest, "gradient_accumulation_steps": turns})
     accelerator.gradient_accumulation_steps = turns
     say(f"--auto-batch-size: {largest} blocks in a micro-batch, {turns} micro-batches in a step")
+
+
+def fitted_before(job: Job, accelerator: Accelerator) -> bool:
+    """With --resume, use the micro-batch that --auto-batch-size chose at first; return whether there was one.
+
+    So the resumed run computes the same as the run would have without the interruption.
+    """
+    file, config = Path(job.config.out) / RUN_FILE, job.config
+    if not (config.resume and file.is_file()):
+        return False
+    earlier = read_yaml(file)
+    size, turns = earlier["micro_batch_size"], earlier["gradient_accumulation_steps"]
+    if not earlier["auto_batch_size"] or size * turns != config.micro_batch_size * config.gradient_accumulation_steps:
+        return False
+    job.config = config.model_copy(update={"micro_batch_size": size, "gradient_accumulation_steps": turns})
+    accelerator.gradient_accumulation_steps = turns
+    return True
 
 
 def largest_fitting(sizes: list[int], fits: Callable[[int], bool]) -> int:
@@ -107,9 +127,9 @@ def _try(job: Job, accelerator: Accelerator, module: Step, size: int) -> None:
     room = [torch.empty_like(one) for one in module.parameters() if one.requires_grad for _ in range(copies)]
     blocks = [index % len(job.data.train) for index in range(size)]
     device = accelerator.device
-    batch, states = job.data.train.batch(blocks).to(device), None
-    if job.cache is not None:
-        states = job.cache.read(blocks, device).to(device)
+    batch = job.data.train.batch(blocks)
+    read = module.read_for_teacher(batch, blocks, device)
+    batch, states = batch.to(device), None if read is None else read.to(device)
     for _ in range(2):  # the second time, memory also holds all gradients
         with accelerator.autocast():
             loss, _ = module(*batch[:2], None, states, *batch[2:])

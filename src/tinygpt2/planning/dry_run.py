@@ -193,7 +193,7 @@ def compile_step(config: TrainOptions, data: PackedDataset | None = None) -> Com
             job.teacher.to(accelerator.device)
         module = accelerator.prepare(Step(job.model, job.teacher, job.weights, job.config, job.cache))
         module.train()
-        blocks = config.micro_batch_size
+        blocks = job.config.micro_batch_size
         first, second = step_seconds(
             accelerator, module, None, job.data.train, blocks * accelerator.num_processes, blocks, steps=2
         )

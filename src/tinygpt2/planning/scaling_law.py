@@ -69,10 +69,6 @@ class Law:
         variance = float(self._shares @ (own + (means - mean) ** 2)) + NOISE**2
         return Forecast(mean, math.sqrt(variance))
 
-    def reaches(self, tokens: float) -> bool:
-        """Return whether a run of so many tokens is near enough to the known ones to be predicted."""
-        return tokens <= FARTHEST * self._longest
-
     def tokens_for(self, loss: float) -> float | None:
         """Return after how many tokens the predicted loss is this one; None if that is too far away to be predicted."""
         low, high = 1.0, FARTHEST * self._longest
@@ -82,13 +78,3 @@ class Law:
             middle = math.sqrt(low * high)
             low, high = (low, middle) if self.at(middle).loss <= loss else (middle, high)
         return high
-
-
-def leave_one_out(tokens: Sequence[int], losses: Sequence[float]) -> list[float]:
-    """Return how far below its forecast from the other runs each loss lies; needs runs of four lengths."""
-    errors = []
-    for left in range(len(tokens)):
-        kept = [place for place in range(len(tokens)) if place != left]
-        law = Law([tokens[place] for place in kept], [losses[place] for place in kept])
-        errors.append(law.at(tokens[left]).loss - losses[left])
-    return errors

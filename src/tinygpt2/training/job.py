@@ -290,20 +290,21 @@ def distillation_job(
         student, directory = load_model(start, "student", allow_pickle=config.allow_pickle, hollow=hollow)
     for name, (one, source) in zip(names, loaded, strict=True):
         if other is None:
-            read_as_student(one, data, student.config, model_tokenizer(source), (name, config.student), config.losses)
+            own, both = model_tokenizer(source), (name, config.student)
+            read_as_student(one, data, student.config, own, both, reverse_kl=config.has_reverse_kl)
     teacher, sources = as_one([one for one, _ in loaded]), [source for _, source in loaded]
     if len(loaded) > 1:
         config = config.model_copy(update={"teacher": pinned(names, sources)})
     check_fits(data, student.config, tokenizer_fingerprint(directory), f"student {config.student}")
+    evaluated = setup.evaluated(data, student.config, config)
     if teacher is not None and other is not None:
-        teacher = aligned_teacher(config, teacher, other, data, student.config.vocab_size)
+        teacher = aligned_teacher(config, teacher, other, data, student.config.vocab_size, evaluated)
     cache = open_without_teacher(config, data, student.config.vocab_size) if config.from_cache_alone else None
     how = (
         f"A GPT-2 distilled from {_named(config, teacher, cache)} with the recipe {config.recipe} on "
         f"{_sources(data)}. "
         f"The training started from {shared_name(start)}."
     )
-    evaluated = setup.evaluated(data, student.config, config)
     revisions = _revisions(teacher=sources[0] if len(sources) == 1 else None, student=directory)
     weights, new, cached = LossWeights.of(config), directory is None, float(cache is not None)
     return Job("distill", config, how, student, data, evaluated, weights, teacher, revisions, new, cached, cache)

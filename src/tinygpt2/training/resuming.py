@@ -114,13 +114,14 @@ def check_schedule(
     """Check that a resumed run may have the length and the peak learning rate that it now has.
 
     Another length is possible if the learning rates of the steps that are done are the same for both. So a run whose
-    schedule is constant, or wsd and not yet decaying, can be made longer.
+    schedule is constant, or wsd and not yet decaying, can be made longer; not any more if something has begun that
+    belongs to the end of a run.
 
     Args:
         steps, peak: return the number of steps and the peak rate that options mean for this run.
 
     Raises:
-        ConfigError: the learning rates differ, or more steps are done than the run may now have.
+        ConfigError: the learning rates differ, more steps are done than the run may now have, or its end has begun.
     """
     earlier = read_yaml(Path(config.out) / RUN_FILE)
     before = config.model_copy(update={key: earlier.get(key) for key in (*length_options(), "learning_rate")})
@@ -141,8 +142,20 @@ def check_schedule(
             f"does not fit a run of {total} steps (--max-steps, --max-tokens, --num-epochs)",
             "keep the length; only a run with --lr-schedule constant, or wsd before its decay, can be made longer",
         )
+    if begun := _begun_at(config, max(state.step / end for end in (steps(before), total))):
+        raise ConfigError(
+            f"--resume: {begun} has begun, so a run of {steps(before)} steps cannot become one of {total}",
+            "keep the length",
+        )
     if state.warmup not in (None, warmup_steps(total, config)):
         say(f"the run now has {total} steps instead of {steps(before)}, and keeps its warm-up of {state.warmup} steps")
+
+
+def _begun_at(config: TrainOptions, share: float) -> str | None:
+    """Return the option that has begun to take effect when this share of a run is over, and would not have later."""
+    if config.average_tail and share > 1 - config.average_tail + 1e-9:
+        return "--average-tail"
+    return "--quantize-from" if config.quantize and 0 < config.quantize_from <= share + 1e-9 else None
 
 
 def _differs(options: str, out: Path) -> ConfigError:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 RUN_FILE, RECORD_FILE, CHECKPOINTS = "config.yaml", "run.json", "checkpoints"
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,8 @@ def _reserve(path: Path, length: int) -> None:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, length)
             else:
-                for start in follow(range(0, length, 1 << 20), f"reserve {path}", "MiB", announce=False):
+                begun = file.seek(0, os.SEEK_END)  # by a run that was killed
+                for start in follow(range(begun, length, 1 << 20), f"reserve {path}", "MiB", announce=False):
                     file.write(bytes(min(1 << 20, length - start)))
     except OSError:
         path.unlink(missing_ok=True)

@@ -197,7 +197,7 @@ def step_seconds(
         size: blocks in a process's micro-batch.
         steps: how many to take.
         clock: returns the time in seconds.
-        prepare: changes what was read for a step before the step; its arguments are those of `OwnText.into`.
+        prepare: returns what a step uses in the place of what was read for it, the numbers of its blocks and its own.
     """
     seconds = []
     for step in range(steps):

@@ -14,10 +14,12 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tinygpt2.alignment.teacher import other_tokens
 from tinygpt2.config.common import FINALISTS, ROUND_RUNS, STEP_TOKENS, STEPS
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
 from tinygpt2.data.dataset import PackedDataset
+from tinygpt2.data.mixture import load_datasets
 from tinygpt2.errors import ConfigError, MachineError
 from tinygpt2.models.loading import load_causal_lm
 from tinygpt2.models.parameters import count_parameters, freeze, set_dropout
@@ -160,6 +162,11 @@ def _jobs(
         raise ConfigError(
             f"--plan without --student times cuts of a GPT-2, and the teacher is a {type(teacher).__name__}",
             "give a student with --student, such as a preset",
+        )
+    if other_tokens(config, data or load_datasets(config.data)) is not None:
+        raise ConfigError(
+            "--plan without --student times cuts that have the teacher's tokens, and the data has others",
+            "give a student with --student",
         )
     for layers in cuts(teacher.config):
         shape = GPT2Config.from_dict({**teacher.config.to_dict(), "n_layer": layers})

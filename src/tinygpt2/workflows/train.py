@@ -14,7 +14,6 @@ from accelerate.utils import set_seed
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions
-from tinygpt2.config.yaml_files import load_yaml
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.mixture import MixedOrder, training_order
 from tinygpt2.errors import ConfigError, InterruptedRunError, listed, reason_of
@@ -24,13 +23,14 @@ from tinygpt2.models.card import held_out_table, model_card
 from tinygpt2.models.parameters import count_parameters, set_dropout
 from tinygpt2.models.saving import save_model
 from tinygpt2.objectives.sparse import SparseForm
-from tinygpt2.planning.batch_size import fit_batch
+from tinygpt2.planning.batch_size import fit_batch, fitted_before
 from tinygpt2.runtime.devices import chosen_precision, device_chosen
 from tinygpt2.runtime.launch import check_number, launch
 from tinygpt2.runtime.memory import peak_memory
 from tinygpt2.runtime.processes import command_began, launched
 from tinygpt2.training.job import Job, prepared_job
 from tinygpt2.training.loop import run_loop
+from tinygpt2.training.own_text.source import check_sampling
 from tinygpt2.training.resuming import record_end, record_run
 from tinygpt2.training.state import RUN_FILE, RunState
 from tinygpt2.training.step import Evaluation, Step
@@ -140,7 +140,9 @@ def _train(job: Job, accelerator: Accelerator) -> TrainResult:
     module = Step(job.model, job.teacher, job.weights, config, _cache(job))
     if job.teacher is not None:
         job.teacher.to(accelerator.device)
-    if config.auto_batch_size and not _fitted_before(job, accelerator):
+    if isinstance(config, DistillConfig) and config.samples_text:
+        check_sampling(config, accelerator, job.teacher)  # before the directory is begun
+    if config.auto_batch_size and not fitted_before(job, accelerator):
         fit_batch(job, accelerator, module)
     config = job.config
     if accelerator.is_main_process and not (config.resume and (out / RUN_FILE).is_file()):
@@ -219,23 +221,6 @@ def _measured(job: Job, result: TrainResult, state: RunState, accelerator: Accel
     if accelerator.is_main_process:
         write_text(Path(config.out) / "README.md", _card(job, result, state))
     return result
-
-
-def _fitted_before(job: Job, accelerator: Accelerator) -> bool:
-    """With --resume, use the micro-batch that --auto-batch-size chose at first; return whether there was one.
-
-    So the resumed run computes the same as the run would have without the interruption.
-    """
-    file, config = Path(job.config.out) / RUN_FILE, job.config
-    if not (config.resume and file.is_file()):
-        return False
-    earlier = load_yaml(file.read_text(encoding="utf-8"), file)
-    size, turns = earlier["micro_batch_size"], earlier["gradient_accumulation_steps"]
-    if not earlier["auto_batch_size"] or size * turns != config.micro_batch_size * config.gradient_accumulation_steps:
-        return False
-    job.config = config.model_copy(update={"micro_batch_size": size, "gradient_accumulation_steps": turns})
-    accelerator.gradient_accumulation_steps = turns
-    return True
 
 
 def _begin_tracking(accelerator: Accelerator, config: TrainOptions) -> None:

@@ -222,11 +222,6 @@ def _compared(
     return _Compared(Scores(sums[0], counts), Scores(sums[1], counts), kl)
 
 
-def _last_states(scorer: Scorer, ids: Tensor) -> Tensor:
-    last = scorer.model.shape.layers
-    return scorer.model.collect(ids, [last]).states[last]
-
-
 def _differences(
     model: Scorer, judge: Scorer, own: Tensor, other: Tensor, targets: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +63,8 @@ def read_as_student(
     student: GPT2Config,
     tokenizer: Tokenizer | None,
     names: tuple[str | None, str | None],
-    losses: Container[str] = (),
+    *,
+    reverse_kl: bool = False,
 ) -> None:
     """Let a teacher read the tokens of a dataset, and predict a student's tokens.
 
@@ -73,7 +73,7 @@ def read_as_student(
     Args:
         tokenizer: the teacher's own.
         names: of teacher and student for error messages.
-        losses: the names of the losses between predictions.
+        reverse_kl: whether the student learns by it.
 
     Raises:
         ModelError: their pieces of text differ.
@@ -91,11 +91,11 @@ def read_as_student(
             "tokens of the student are unknown to it": reading.rows.count(-1),
         }
         say(f"teacher {names[0]}: {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}")
-    if "reverse_kl" in losses and -1 in (reading.rows or ()):
+    if reverse_kl and -1 in (reading.rows or ()):
         raise ConfigError(
             f"reverse_kl is infinite for tokens that the teacher lacks, and student {names[1]} has "
             f"{(reading.rows or ()).count(-1):,} of them",
-            "use another --prediction-loss, and with sampled text --on-policy-loss",
+            "use another --prediction-loss, and with sampled text another --on-policy-loss",
         )
     if reading.start is not None:
         say(f"teacher {names[0]} reads its start token (number {reading.start}) before each block")

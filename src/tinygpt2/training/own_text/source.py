@@ -72,14 +72,9 @@ class OwnText:
     ) -> None:
         self._config, self._accelerator, self._student, self._teacher = config, accelerator, student, teacher
         self._blocks, self._clock = data.train, clock
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ConfigError(
-                "--on-policy-fraction needs the whole student in every process, which FSDP and DeepSpeed divide",
-                "leave them out: each process then holds the student and the teacher",
-            )
+        check_sampling(config, accelerator, teacher)
         vocabulary = min(data.vocab_size, int(student.config.vocab_size))
         if config.sampler != "student" and teacher is not None:
-            check_sampler(teacher, accelerator, config.sampler)
             vocabulary = min(vocabulary, teacher.shape.vocabulary)
         room = min(data.sequence_length, int(student.config.n_positions))
         self.lengths = Lengths.fitting(config.prompt_range, config.max_new_tokens, room, pairs=data.train.labelled)
@@ -280,12 +275,20 @@ def becomes_text(position: int, share: float) -> bool:
     return math.floor((position + 1) * share + 1e-9) > math.floor(position * share + 1e-9)
 
 
-def check_sampler(teacher: Teacher, accelerator: Accelerator, sampler: str) -> None:
-    """Check that a teacher can write the student's tokens.
+def check_sampling(config: DistillConfig, accelerator: Accelerator, teacher: Teacher | None) -> None:
+    """Check that the student can sample in every process, and that the teacher can write the student's tokens.
 
     Raises:
-        ConfigError: its tokens are others, or the run computes in fp16.
+        ConfigError: the student is divided among the processes, the teacher's tokens are others, or the run computes in
+            fp16.
     """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ConfigError(
+            "--on-policy-fraction needs the whole student in every process, which FSDP and DeepSpeed divide",
+            "leave them out: each process then holds the student and the teacher",
+        )
+    if (sampler := config.sampler) == "student" or teacher is None:
+        return
     if teacher.reading != Reading():
         raise ConfigError(
             f"--sampler {sampler} needs a teacher with the student's own tokens, but this teacher has other token ids",

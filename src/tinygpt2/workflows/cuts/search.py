@@ -287,7 +287,7 @@ class Search:
             model = cut.model if last is None else last.own(cut.model)
             source = self._distilled(Student(model, [layers[layer] for layer in cut.layers]), STEPS, last, number)
             if last is None:
-                measured = Measurements(source.model, self._fit)
+                measured = Measurements(source.model.to(current_device()), self._fit)
         scores = [vocabulary.judge.score(student.model, winner.milliseconds) for student in (one, source)]
         self.best = one if scores[0].rank <= scores[1].rank else source
         return CutRounds(rounds, shapes, *scores), rounds * STEPS
