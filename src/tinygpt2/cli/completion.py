@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tinygpt2.config.distillation import built_in_recipes
+from tinygpt2.config.yaml_files import built_in_recipes
 from tinygpt2.errors import first_sentence
 
 _MOST = 76  # characters of a description; Typer breaks longer ones into lines, which shells take for more names

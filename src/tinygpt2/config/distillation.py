@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,7 @@ from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, OWN_TEXT, RUN
 from tinygpt2.config.decoding import OwnTextOptions
 from tinygpt2.config.models import SpanOptions
 from tinygpt2.config.training import TrainOptions
-from tinygpt2.config.yaml_files import read_yaml
+from tinygpt2.config.yaml_files import built_in_recipes, read_yaml
 from tinygpt2.errors import ConfigError, listed
 from tinygpt2.utils.suggestions import did_you_mean
 
@@ -320,12 +319,6 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
             )
         if self.cosine_weight:
             yield "--teacher-cache with samples or top holds no hidden states, which --cosine-weight compares"
-
-
-def built_in_recipes() -> dict[str, Path]:
-    """Return the file of every built-in recipe, by the recipe's name."""
-    folder = files("tinygpt2.config").joinpath("recipes")
-    return {Path(item.name).stem: Path(str(item)) for item in folder.iterdir() if item.name.endswith(".yaml")}
 
 
 def read_recipe(name: str) -> dict[str, Any]:

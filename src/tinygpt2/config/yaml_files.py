@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: the option {name} stands twice, with a dash and with an underscore")
         options[name] = value
     return options
+
+
+def built_in_recipes() -> dict[str, Path]:
+    """Return the file of every built-in recipe, by the recipe's name."""
+    folder = files("tinygpt2.config").joinpath("recipes")
+    return {Path(item.name).stem: Path(str(item)) for item in folder.iterdir() if item.name.endswith(".yaml")}

@@ -207,10 +207,8 @@ class PackedDataset:
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer with which the dataset was made."""
-        made_with: Tokenizer = (
-            load_tokenizer(str(self.made_with)) if isinstance(self.made_with, Path) else self.made_with
-        )
-        return made_with
+        made: Tokenizer = load_tokenizer(str(self.made_with)) if isinstance(self.made_with, Path) else self.made_with
+        return made
 
 
 def from_map_style(train: Any, test: Any, tokenizer: Tokenizer, name: str = "custom dataset") -> PackedDataset:
