@@ -88,7 +88,7 @@ class Study:
         config = FinetuneConfig(
             model=str(self.options.model), data=str(self.data), out=str(out), seed=run.seed, num_epochs=run.passes,
             optimizer=run.optimizer, learning_rate=run.rate, micro_batch_size=batch, save_every=10**6,
-            eval_every=len(data.train) // batch, **CHOICES.get(run.choice, {}),
+            eval_every=len(data.train) // batch, **{"lr_schedule": "cosine", **CHOICES.get(run.choice, {})},
         )  # fmt: skip
         result = finetune(config)
         line = {

@@ -154,7 +154,7 @@ def compare(study: Study, what: Comparison, size: str, name: str, seed: int, opt
     limit = {"max_minutes": options.minutes} if options.max_steps is None else {"max_steps": options.max_steps}
     result = distill(DistillConfig(**{**run, **limit}))
     rows = read_metrics(out)
-    shares = [row["own_text/sampling_share"] for row in rows if "own_text/sampling_share" in row]
+    shares = [row["sample/seconds_share"] for row in rows if "sample/seconds_share" in row]
     line = {**key, "steps": result.steps, "seconds": round(result.seconds, 1)}
     line["sampling_share"] = round(statistics.mean(shares), 4) if shares else 0.0
     study.write({**line, **what.measure(str(out))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,12 @@ def test_a_home_directory_is_known_in_every_place(
     assert "~" not in printed
     for part in (f"recipe: {tmp_path}/recipe.yaml", f"- {tmp_path}/a:0.5", "learning_rate: 0.001", "max_steps: 1000"):
         assert part in printed
+
+
+def test_a_wrong_value_names_the_list_of_options(cli: Callable) -> None:
+    found = json.loads(cli("generate", "--num-beams", "x", "--json").out)["error"]
+    assert found["hint"] == "tinygpt2 generate --help-all lists the options"
+    assert "--model is required: a local directory" in found["message"]
 
 
 @pytest.mark.parametrize("arguments", [["ppl", "--list-tasks"], ["--help"]])

@@ -32,6 +32,24 @@ def test_all_problems_at_once() -> None:
         assert part in message, part
 
 
+def test_names_between_commas_and_repeated_ones_mean_the_same() -> None:
+    both = [PretrainConfig(**PRETRAIN, report_to=value) for value in ("tensorboard,tensorboard", ["tensorboard"] * 2)]
+    assert both[0].report_to == both[1].report_to == ["tensorboard", "tensorboard"]
+    with pytest.raises(ConfigError, match="got 'aim'"):
+        PretrainConfig(**PRETRAIN, report_to="tensorboard,aim")
+
+
+def test_a_shape_names_the_ends_of_the_tokenizer_or_none(tokenizer_dir: Path, tmp_path: Path) -> None:
+    shape, tokenizer = tmp_path / "shape.yaml", load_tokenizer(str(tokenizer_dir))
+    size = "{n_layer: 1, n_embd: 16, n_head: 2, n_positions: 32"
+    for ends in ("", ", eos_token_id: 0", ", bos_token_id: 50256, eos_token_id: 50256"):
+        shape.write_text(f"{size}{ends}}}")
+        assert read_model_config(str(shape), tokenizer).eos_token_id == 0
+    shape.write_text(f"{size}, eos_token_id: 7}}")
+    with pytest.raises(ConfigError, match="eos_token_id is 7, but the data's tokenizer has 0"):
+        read_model_config(str(shape), tokenizer)
+
+
 def test_contradictions_are_found_beside_other_problems_and_not_invented() -> None:
     with pytest.raises(ConfigError) as caught:
         GenerateConfig(num_beams="4", num_samples="9")

@@ -98,7 +98,7 @@ def ours(
         chances = chance_of(old, teacher, text, share)
         drawn = np.array([[0.0, *map(math.log, chances)]])
     loss, terms = step(torch.tensor([[PROMPT, *text]]), None, None, None, counted, None, np.array([True]), drawn)
-    assert set(terms) == {"own_text", "own_text/student_loss"}
+    assert set(terms) == {"own_text", "sample/student_loss"}
     return N * gradient(student, loss)
 
 

@@ -94,6 +94,20 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
     assert same(whole, out)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_kept_as_it_is(
+    whole: Path, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "m"
+    shutil.copytree(whole, out)
+    for path in finished(out / "checkpoints"):
+        flip(path)
+    lines = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(ModelError, match=r"every checkpoint in .*checkpoints is damaged"):
+        pretrain(options(teacher, data, out, resume=True))
+    assert (out / "metrics.jsonl").read_bytes() == lines
+    assert same(whole, out)
+
+
 def test_nothing_is_kept_of_teachers_and_random_generators(teacher: Path, data: Path, tmp_path: Path) -> None:
     whole = tmp_path / "m"
     common = {"teacher": str(teacher), "student": str(teacher), "data": str(data), "max_steps": 1}

@@ -185,13 +185,14 @@ def test_no_gradient_flows_through_sampling_and_a_run_is_logged(
     out = tmp_path / "o"
     distill(config(teacher, student, data, out, on_policy_loss="reverse_kl", eval_every=2))
     rows = read_metrics(out)
-    names = {"length", "ended", "distinct_2", "sampling_share", "teacher_loss"}
+    names = {"share", "seconds_share", "length", "ended", "distinct_2", "teacher_loss"}
     for row in rows:
-        assert {f"own_text/{name}" for name in names} <= set(row)
+        assert {f"sample/{name}" for name in names} <= set(row)
         assert row["loss/own_text"] > 0
         assert row["loss/prediction"] > 0
-        assert 0 < row["own_text/sampling_share"] < 1
-        assert 1 <= row["own_text/length"] <= LENGTH
+        assert row["sample/share"] == 0.5
+        assert 0 < row["sample/seconds_share"] < 1
+        assert 1 <= row["sample/length"] <= LENGTH
     texts = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [text["step"] for text in texts] == [2, 2, 4, 4]
     assert all(text["prompt"] for text in texts)
@@ -216,7 +217,7 @@ def test_two_processes_sample_other_texts_and_agree_with_one(
     distill(config(teacher, student, data, tmp_path / "one", max_steps=3))
     distill(config(teacher, student, data, tmp_path / "two", max_steps=3, micro_batch_size=2, num_processes=2))
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    for name in ("loss", "loss/prediction", "loss/own_text", "own_text/length", "own_text/distinct_2"):
+    for name in ("loss", "loss/prediction", "loss/own_text", "sample/length", "sample/distinct_2"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-4), name
 
 
@@ -241,7 +242,7 @@ def test_a_collapse_is_said_once_with_what_helps(monkeypatch: pytest.MonkeyPatch
     assert "is empty" in said[0]
     assert "--on-policy-fraction" in said[0]
     figures.add([[0], [5, 6]], [True, False])
-    assert figures.taken(accelerator, 1.0)["own_text/ended"] == 0.5
+    assert figures.taken(accelerator, 1.0)["sample/ended"] == 0.5
     for _ in range(2):
         figures.add([[7] * 20], [False])
         figures.taken(accelerator, 1.0)
@@ -326,7 +327,7 @@ def test_the_teacher_writes_or_helps(teacher: Path, student: Path, data: Path, t
         how = config(teacher, student, data, tmp_path, on_policy_fraction=1, sampler=kind, micro_batch_size=32, **share)
         own = source(how, packed)
         own.into(packed.train.batch(range(32)), range(32), 0)
-        losses.append(own.metrics()["own_text/teacher_loss"])
+        losses.append(own.metrics()["sample/teacher_loss"])
     assert losses[0] < losses[1] - 0.1
 
 
@@ -353,7 +354,7 @@ def test_several_teachers_write_with_the_mean_of_their_probabilities(
         wanted = torch.stack([load_model(name)[0](ids).logits.softmax(-1) for name in names]).mean(0)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     distill(config(names, student, data, tmp_path / "o", max_steps=2, sampler="teacher", on_policy_fraction=1))
-    assert read_metrics(tmp_path / "o")[-1]["own_text/teacher_loss"] > 0
+    assert read_metrics(tmp_path / "o")[-1]["sample/teacher_loss"] > 0
 
 
 @pytest.mark.parametrize(
@@ -369,7 +370,7 @@ def test_the_papers_settings_run(teacher: Path, student: Path, data: Path, tmp_p
     distill(config(teacher, student, data, tmp_path / "o", max_steps=2, **options))
     row = read_metrics(tmp_path / "o")[-1]
     assert row["loss/own_text"] > 0
-    assert ("own_text/student_loss" in row) == (options["on_policy_loss"] == "policy_gradient")
+    assert ("sample/student_loss" in row) == (options["on_policy_loss"] == "policy_gradient")
     assert ("loss/ce" in row) == ("ce_weight" in options)
 
 
@@ -451,5 +452,5 @@ def test_the_student_comes_to_write_what_the_teacher_finds_likely(
 ) -> None:
     options = {"on_policy_fraction": 1.0, "on_policy_loss": loss, "max_steps": 60, "learning_rate": 5e-3}
     distill(config(teacher, student, data, tmp_path / "o", micro_batch_size=8, **options))
-    losses = [row["own_text/teacher_loss"] for row in read_metrics(tmp_path / "o")]
+    losses = [row["sample/teacher_loss"] for row in read_metrics(tmp_path / "o")]
     assert sum(losses[-10:]) / 10 < sum(losses[:5]) / 5 - 0.2

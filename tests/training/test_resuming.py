@@ -174,11 +174,11 @@ def test_a_longer_run_keeps_its_warm_up_and_cannot_get_shorter_than_it_is(
         pretrain(PretrainConfig(**{**base, "max_steps": 6}, resume=True))
 
 
-def test_a_run_goes_on_with_the_optimizer_and_the_rate_that_were_the_default_when_it_began(
+def test_a_run_goes_on_with_the_defaults_of_the_version_that_began_it(
     teacher: Path, data: Path, tmp_path: Path
 ) -> None:
     base = {**FAST, "model": str(teacher), "data": str(data), "out": str(tmp_path / "m")}
-    pretrain(PretrainConfig(**base, optimizer="adamw", learning_rate=5e-4))
+    pretrain(PretrainConfig(**base, optimizer="adamw", learning_rate=5e-4, lr_schedule="cosine"))
     whole = load_file(tmp_path / "m" / "model.safetensors")
     cut_back(tmp_path / "m", 2)
     pretrain(PretrainConfig(**base, resume=True))

@@ -68,6 +68,7 @@ def server() -> Iterator[str]:
     [
         ("someone/gated", "accepted its licence", "accept the licence at https://huggingface.co/someone/gated and run `hf auth"),
         ("someone/gone", "no public model of that name", "check the spelling; for a private model, run `hf auth login`"),
+        ("someone/gone", "no public model of that name", "or give a local directory or file (HF_ENDPOINT"),
         ("no-such-model", "no public model of that name", "check the spelling"),
         ("someone/rev@v9", "it has no revision 'v9'", "https://huggingface.co/someone/rev/commits/main"),
         ("someone/broken", "500", "HF_ENDPOINT"),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
-from tinygpt2 import TruncateStudentConfig, VerifyConfig, truncate_student, verify
+from tinygpt2 import PretrainConfig, TruncateStudentConfig, VerifyConfig, pretrain, truncate_student, verify
 from tinygpt2.errors import DataError, ModelError
 from tinygpt2.workflows.verification import VerifyResult
 
@@ -114,6 +114,17 @@ def test_a_truncated_file(model: Path) -> None:
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert any("cannot load model" in problem for problem in check(model).problems)
+
+
+def test_a_training_checkpoint_is_checked_by_its_own_sums(teacher: Path, data: Path, tmp_path: Path) -> None:
+    base = {"model": str(teacher), "data": str(data), "out": str(tmp_path / "m"), "max_steps": 1}
+    pretrain(PretrainConfig(**base))
+    step = tmp_path / "m" / "checkpoints" / "step-1"
+    assert (check(step).problems, check(step).notes) == ([], [])
+    raw = bytearray((step / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (step / "model.safetensors").write_bytes(raw)
+    assert any("model.safetensors is damaged" in problem for problem in check(step).problems)
 
 
 @pytest.mark.parametrize(("layers", "message"), [(3, "unexpected"), (5, "missing")])

@@ -80,6 +80,13 @@ def _unexpected(error: Exception) -> TinyGPT2Error:
     )
 
 
+def _with_hint(error: TinyGPT2Error, command: str) -> TinyGPT2Error:
+    """Return the error; one of the options that names nothing better says where they are listed."""
+    if isinstance(error, ConfigError) and error.hint is None and command in {one.name for one in COMMANDS}:
+        error.hint = f"tinygpt2 {command} --help-all lists the options"
+    return error
+
+
 def _run(arguments: list[str], *, as_json: bool) -> int:
     debug = os.environ.get("TINYGPT2_DEBUG") == "1"
     try:
@@ -88,7 +95,7 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
             return code
         failure: TinyGPT2Error = InterruptedRunError("interrupted")  # before the command began
     except TinyGPT2Error as error:
-        failure = error
+        failure = _with_hint(error, arguments[0])
         if debug and error.__cause__ is not None:
             traceback.print_exc()
     except typer.TyperException as error:
@@ -105,6 +112,6 @@ def _run(arguments: list[str], *, as_json: bool) -> int:
             traceback.print_exc()
     if rank():
         time.sleep(_TURN)  # process 0 usually reports the same error first, and its launcher then ends this process
-        failure = TinyGPT2Error(f"process {rank()}: {failure.message}", failure.hint)
+        failure = type(failure)(f"process {rank()}: {failure.message}", failure.hint)
     print_error(failure, as_json=as_json and not rank())
     return failure.exit_code

@@ -85,6 +85,12 @@ def flag_name(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
+def required(name: str, field: FieldInfo) -> str:
+    """Return the message that an option is missing, with its help, and without the word that its help begins with."""
+    help_text = re.sub(r"^[A-Z]\w+: ", "", summary(field))
+    return f"{name} is required: {help_text}"
+
+
 def summary(field: FieldInfo) -> str:
     """Return the first sentence of an option's help."""
     return first_sentence(field.description or "")
@@ -207,7 +213,7 @@ class Config(BaseModel):
                 yield f"unknown option '{key}'{did_you_mean(key, cls.options())}"
             elif item["type"] == "missing":
                 name = key.upper() if extra(options[key], "positional") else flag_name(key)
-                yield f"{name} is required: {summary(options[key])}"
+                yield required(name, options[key])
             elif key not in reported:
                 reported.add(key)  # a value that may be of two types is wrong for both
                 yield f"{flag_name(key)}: {_reason(item)}"

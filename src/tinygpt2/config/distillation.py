@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from tinygpt2.config.base import extra, flag_name, option, summary
+from tinygpt2.config.base import extra, flag_name, option, required
 from tinygpt2.config.common import OBJECTIVES, OPTIMISATION, OWN_TEXT, RUN
 from tinygpt2.config.decoding import OwnTextOptions
 from tinygpt2.config.models import SpanOptions
@@ -236,7 +236,7 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
         if self.pilot and self.student is None:
             yield "--pilot needs --student: it trains it"
         if self.student is None and not self.plan:
-            yield f"--student is required: {summary(type(self).model_fields['student'])}"
+            yield required("--student", type(self).model_fields["student"])
         if self.needs_teacher and self.teacher is None and not self.from_cache_alone:
             yield "--teacher is required: an objective with a weight above 0 compares the student with it"
         if not self.needs_teacher and not self.ce_weight:

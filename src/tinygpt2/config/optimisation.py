@@ -53,7 +53,7 @@ class OptimisationOptions(Config):
         shown="that of --learning-rate",
     )
     lr_schedule: Schedule = option(
-        "Learning rate after the warm-up; wsd is warmup-stable-decay.", default="cosine", panel=OPTIMISATION
+        "Learning rate after the warm-up; wsd is warmup-stable-decay.", default="linear", panel=OPTIMISATION
     )
     decay_ratio: float = option(
         "Share of the steps after the warm-up in which --lr-schedule wsd decays.",

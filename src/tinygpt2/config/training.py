@@ -206,6 +206,12 @@ class TrainOptions(ModelOptions, DeviceOptions, CardOptions, OptimisationOptions
             return blocks
         return min(blocks, self.eval_blocks or max(1, EVAL_TOKENS // length))
 
+    @field_validator("report_to")
+    @classmethod
+    def _split(cls, value: list[str]) -> list[str]:
+        """Accept several names between commas."""
+        return [name.strip() for names in value for name in names.split(",")]
+
     def conflicts(self) -> Iterator[str]:
         """Require one length and known trackers."""
         yield from super().conflicts()

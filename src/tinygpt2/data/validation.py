@@ -12,7 +12,7 @@ from tinygpt2.data.block_writers import MANIFEST, content_of
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.data.layout import shard_folders
 from tinygpt2.data.tokenizer import fingerprint, vocabulary_size
-from tinygpt2.errors import ConfigError, DataError, one_line
+from tinygpt2.errors import ConfigError, DataError, TinyGPT2Error, one_line
 from tinygpt2.utils.files import read_json
 from tinygpt2.utils.progress import track
 
@@ -24,7 +24,7 @@ def check_dataset(path: Path) -> Iterator[str]:
         try:
             load_packed_dataset(str(path))
         except DataError as error:
-            yield str(error)
+            yield error.message
     for folder in folders or [path]:
         prefix = f"{folder.name}: " if folders else ""
         yield from (prefix + problem for problem in _check_folder(folder))
@@ -38,7 +38,7 @@ def _check_folder(path: Path) -> Iterator[str]:
     except ConfigError:  # a package is missing, which is no fault of the dataset
         raise
     except Exception as error:
-        yield str(error)
+        yield error.message if isinstance(error, TinyGPT2Error) else str(error)
         return
     if fingerprint(tokenizer) != packed.manifest.get("tokenizer_fingerprint"):
         yield f"tokenizer/ did not make this dataset: its fingerprint differs from the one in {MANIFEST}"

@@ -53,6 +53,7 @@ class SampleResult:
         samples: number of texts.
         sampled_tokens: number of tokens that the model sampled, with the ends of texts and without prompts.
         ended: share of the texts that the model ended itself; the others were cut, and then ended.
+        documents, bytes, tokens: those of both splits, with prompts, as `pregenerate` counts them.
         sequences: number of blocks in each split.
         seconds: time that this run took.
         tokens_per_second: speed of sampling; None if nothing was left to sample.
@@ -61,6 +62,9 @@ class SampleResult:
     samples: int
     sampled_tokens: int
     ended: float
+    documents: int
+    bytes: int
+    tokens: int
     sequences: dict[str, int]
     seconds: float
     tokens_per_second: float | None = None
@@ -199,7 +203,11 @@ def _result(manifest: dict[str, Any], seconds: float, speed: float | None) -> Sa
              "the test split is empty")  # fmt: skip
     sequences = {name: split["sequences"] for name, split in splits.items()}
     ended = manifest["ended_samples"] / max(1, samples)
-    return SampleResult(samples, manifest["sampled_tokens"], ended, sequences, seconds, speed)
+    counts = {key: sum(split[key] for split in splits.values()) for key in ("documents", "bytes", "tokens")}
+    return SampleResult(
+        samples, manifest["sampled_tokens"], ended, **counts, sequences=sequences, seconds=seconds,
+        tokens_per_second=speed,
+    )  # fmt: skip
 
 
 class _Log:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.tokenizer import encoded_size, vocabulary_size
-from tinygpt2.errors import ConfigError, DataError, ModelError
+from tinygpt2.errors import ConfigError, DataError, ModelError, TinyGPT2Error
 from tinygpt2.utils.progress import say
 
 if TYPE_CHECKING:
@@ -23,16 +23,25 @@ if TYPE_CHECKING:
 _WINDOW = 2048
 
 
-def check_fits(packed: PackedDataset, model: Any, tokenizer_fingerprint: str | None, who: str) -> None:
+def check_fits(
+    packed: PackedDataset,
+    model: Any,
+    tokenizer_fingerprint: str | None,
+    who: str,
+    *,
+    smaller: type[TinyGPT2Error] = DataError,
+) -> None:
     """Check that a model can read the blocks of a dataset.
 
     Args:
         model: the model's configuration.
         tokenizer_fingerprint: fingerprint of the model's own tokenizer; None if the model has no tokenizer.
         who: what error messages call the model.
+        smaller: the error if the model's vocabulary is too small.
 
     Raises:
-        DataError: the dataset was made with another tokenizer, or its vocabulary is larger than the model's.
+        DataError: the dataset was made with another tokenizer.
+        TinyGPT2Error: the dataset has tokens that the model lacks.
         ConfigError: the dataset's blocks have more tokens than the model has positions.
     """
     ours = packed.manifest["tokenizer_fingerprint"]
@@ -44,7 +53,7 @@ def check_fits(packed: PackedDataset, model: Any, tokenizer_fingerprint: str | N
         )
     if packed.vocab_size > model.vocab_size:
         if (largest := _largest_token(packed)) >= model.vocab_size:
-            raise DataError(
+            raise smaller(
                 f"dataset {packed.name} has token ids up to {largest}, but {who} has only {model.vocab_size} tokens",
                 "pregenerate the text with the model's own tokenizer",
             )

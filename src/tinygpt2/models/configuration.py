@@ -113,14 +113,15 @@ def is_model_config(name: str) -> bool:
 def read_model_config(name: str, tokenizer: Tokenizer, vocab_size: int | None = None) -> GPT2Config:
     """Read a preset, a config.json, a YAML file or a Cerebras parameter file as GPT-2's configuration.
 
-    The ids of the start and the end of text come from the tokenizer.
+    The ids of the start and the end of text come from the tokenizer. A file may only name the same ones; what lies
+    outside the vocabulary, such as GPT-2's 50256 beside a smaller one, is not used.
 
     Args:
         vocab_size: the size of the vocabulary if the file does not set it; by default the tokenizer's.
 
     Raises:
         ConfigError: there is no such preset or file, it does not describe a GPT-2, it has unknown or impossible values,
-            or its vocabulary is smaller than the tokenizer's.
+            its vocabulary is smaller than the tokenizer's, or its start or end of text is another token.
     """
     path = model_config_file(name)
     values, stray = read_shape(name)
@@ -128,6 +129,12 @@ def read_model_config(name: str, tokenizer: Tokenizer, vocab_size: int | None = 
         say(f"{path}: not used: {listed(stray, 8)}")
     needed = vocabulary_size(tokenizer)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    for key, ours in ends.items():
+        if ours is not None and isinstance(theirs := values.get(key), int) and theirs != ours and theirs < needed:
+            raise ConfigError(
+                f"{path}: {key} is {theirs}, but the data's tokenizer has {ours}",
+                f"leave {key} out, so that it follows from the data",
+            )
     config = make_model_config({"vocab_size": vocab_size or needed, **values, **ends}, str(path), ConfigError)
     if config.vocab_size < needed:
         raise ConfigError(

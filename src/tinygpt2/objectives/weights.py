@@ -135,7 +135,7 @@ class Part(NamedTuple):
         if self.name == "prediction" or "/" in term:
             return term
         # beside the loss between predictions, the cross-entropy of sampled tokens says how sure the student is
-        return "own_text/student_loss" if term == "ce" and self.prediction else self.name
+        return "sample/student_loss" if term == "ce" and self.prediction else self.name
 
     def factor(self, term: str) -> float:
         """Return by what a term of this part is multiplied, so that the mean over micro-batches is the batch's."""

@@ -21,7 +21,14 @@ from multiprocessing import connection, get_context, parent_process
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from tinygpt2.errors import ConfigError, InterruptedRunError, TinyGPT2Error, internal_error, machine_failure
+from tinygpt2.errors import (
+    ConfigError,
+    InterruptedRunError,
+    MachineError,
+    TinyGPT2Error,
+    internal_error,
+    machine_failure,
+)
 from tinygpt2.runtime.cpu import usable_cores
 from tinygpt2.runtime.processes import BEGAN, command_began, launched, rank
 from tinygpt2.runtime.signals import raise_interrupt
@@ -196,7 +203,8 @@ class _Watch:
 
 def _killed(number: int, count: int, signal_number: int) -> TinyGPT2Error:
     name = signal.Signals(signal_number).name
-    return TinyGPT2Error(
+    kind = MachineError if name == "SIGKILL" else TinyGPT2Error
+    return kind(
         f"process {number} of {count} was killed by {name}; the others were stopped",
         "continue from the last checkpoint with --resume; an unexpected SIGKILL often means that memory ran out",
     )

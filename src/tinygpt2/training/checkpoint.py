@@ -5,8 +5,7 @@ directory. The last file, state.json, lists the SHA-256 of the others; then one 
 Weights and optimizer state are safetensors. With FSDP and DeepSpeed, Accelerate writes and reads the shards, and the
 training waits for it.
 
-A checkpoint does not hold random generators or data loaders: dropout and the order of the data are functions of seed
-and step.
+A checkpoint holds no random generators or data loaders: dropout and the order of the data follow from seed and step.
 """
 
 from __future__ import annotations
@@ -159,15 +158,18 @@ class Checkpoints:
             self._failure = _failed(what, error)
 
     def resume(self, state: RunState) -> RunState:
-        """Restore the newest undamaged checkpoint and return its state; return `state` if there is none.
+        """Restore the newest undamaged checkpoint and return its state; return `state` if there is no checkpoint.
 
         Raises:
             ConfigError: the run had another global batch size or other data.
-            ModelError: the checkpoint belongs to another model.
+            ModelError: the checkpoint belongs to another model, or all are damaged.
         """
-        path = self._everywhere(self._newest() if self._accelerator.is_main_process else None)
-        if path is None:
+        main = self._accelerator.is_main_process
+        path, damaged = self._everywhere((self._newest(), finished(self._root)) if main else None)
+        if path is None and not damaged:
             return state
+        if path is None:
+            raise ModelError(f"--resume: every checkpoint in {self._root} is damaged", "give another --out")
         saved = RunState.of(read_json(Path(path) / STATE)["run"])
         if saved.global_batch != state.global_batch:
             raise ConfigError(

@@ -33,7 +33,7 @@ _DATASETS, _MODELS = ("data", "eval_data"), ("model_config", "model", "student",
 
 
 def as_begun(config: T) -> T:
-    """With --resume, return the options with the run's optimizer and learning rate in place of those not given.
+    """With --resume, return the options with the run's optimizer, rate and schedule in place of those not given.
 
     So a run can be continued after a default or a rule has changed.
     """
@@ -41,9 +41,8 @@ def as_begun(config: T) -> T:
     if not (config.resume and file.is_file()):
         return config
     earlier, given = read_yaml(file), {key for key in config.model_fields_set if getattr(config, key) is not None}
-    kept: dict[str, Any] = {
-        key: earlier[key] for key in ("optimizer", "learning_rate") if key in earlier and key not in given
-    }
+    keys = ("optimizer", "learning_rate", "lr_schedule")
+    kept: dict[str, Any] = {key: earlier[key] for key in keys if key in earlier and key not in given}
     return config.model_copy(update=kept)
 
 

@@ -17,6 +17,7 @@ _NETWORK = (
     "check the network, HF_ENDPOINT (a mirror) and SSL_CERT_FILE (a proxy's certificate), "
     "or give a local directory or file"
 )
+_OTHER_WAYS = "or give a local directory or file (HF_ENDPOINT: a mirror, SSL_CERT_FILE: a proxy's certificate)"
 _LOG_IN = "run `hf auth login` with a token that may write, or set HF_TOKEN to one"
 DESCRIPTION_FILES = ["config.json", "generation_config.json"]
 TOKENIZER_FILES = [
@@ -193,10 +194,17 @@ def _status(causes: list[BaseException]) -> int | None:
 
 def _explanation(error: BaseException, name: str, kind: Literal["model", "dataset"]) -> tuple[str, str]:
     """Return why something could not be had from the Hub, as the rest of a sentence, and what helps."""
+    why, helps = _reason(error, name, kind)
+    return why, helps if helps.startswith(_NETWORK) else f"{helps}; {_OTHER_WAYS}"
+
+
+def _reason(error: BaseException, name: str, kind: Literal["model", "dataset"]) -> tuple[str, str]:
+    """Return why something could not be had from the Hub, and what helps against that."""
     from huggingface_hub import errors
 
     repository, revision = _repository(name)
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    download = f"`hf download {repository}{' --repo-type dataset' if kind == 'dataset' else ''}` on another machine"
     causes = _causes(error)
 
     def caused_by(*kinds: type[BaseException]) -> bool:
@@ -217,18 +225,18 @@ def _explanation(error: BaseException, name: str, kind: Literal["model", "datase
             f"check the spelling; for a private {kind}, run `hf auth login`",
         )
     if caused_by(errors.HFValidationError):
-        return f"no {kind} on the Hub can have this name: {why}", "give a local directory, or a Hub id such as gpt2"
+        return f"no {kind} on the Hub can have this name: {why}", "a Hub id looks like gpt2 or user/name"
     if caused_by(errors.OfflineModeIsEnabled):
         return (
             "HF_HUB_OFFLINE is set, but the cache of the Hub does not hold it",
-            f"unset HF_HUB_OFFLINE, or run `hf download {repository}` on another machine and copy its cache",
+            f"unset HF_HUB_OFFLINE, or run {download} and copy its cache",
         )
     number = next((cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno), None)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return f"its files cannot be stored in the Hub's cache: {why}", "set HF_HOME to a folder with space for them"
     return (
         f"it could not be downloaded from the Hub: {why}",
-        f"{_NETWORK}; `hf download {repository}` on another machine makes a cache that you can copy",
+        f"{_NETWORK}; {download} makes a cache that you can copy",
     )
 
 
@@ -247,10 +255,8 @@ def stream_dataset(name: str, configuration: str | None) -> tuple[Any, str]:
         return datasets.load_dataset(name, configuration, streaming=True, revision=revision), revision
     except Exception as error:  # network failures raise many kinds of exceptions
         problem, hint = _explanation(error, name, "dataset")
-        raise UnreadableError(
-            f"no such file or directory: {name}, and no dataset of that name could be read from the Hub: {problem}",
-            hint,
-        ) from error
+        what = f"no such file or directory: {name}, and no dataset of that name could be read from the Hub: {problem}"
+        raise UnreadableError(what, hint) from error
 
 
 def dataset_rows(name: str, configuration: str | None, split: str, *, parquet: bool = False) -> list[dict[str, Any]]:

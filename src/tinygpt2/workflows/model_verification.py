@@ -30,6 +30,7 @@ from tinygpt2.models.weights import (
     stored_tensors,
     unused_tensors,
 )
+from tinygpt2.training.checkpoint import STATE, damage
 from tinygpt2.utils.files import read_json
 
 TOLERANCE = 1e-4  # relative to the largest logit or state: float32 sums depend on their order
@@ -71,8 +72,10 @@ def check_model(path: Path, config: VerifyConfig) -> ModelFindings:
     Raises:
         ModelError: the teacher cannot be loaded.
     """
-    problems, notes = list(check_checksums(path)), []
-    if not (path / CHECKSUMS).is_file():
+    problems, notes = list(check_checksums(path)), list[str]()
+    if (path / STATE).is_file():
+        problems += [fault] if (fault := damage(path)) else []
+    elif not (path / CHECKSUMS).is_file():
         notes.append(f"there is no {CHECKSUMS} file, so the weights could not be checked for corruption")
     try:
         model, _ = load_model(str(path), allow_pickle=config.allow_pickle)

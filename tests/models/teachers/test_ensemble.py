@@ -108,8 +108,8 @@ def test_what_several_teachers_cannot_give_is_refused(cli: Callable, models: lis
     first, second, student = models
     base = ["distill", "--teacher", first, "--teacher", second, "--data", data, "--out", "o"]
     for options, message in (
-        (["--student", student, "--hidden-weight", 0.1], "but --hidden-weight above 0 compares states"),
-        (["--student", student, "--cosine-weight", 0.1], "but --cosine-weight above 0 compares states"),
+        (["--student", student, "--hidden-weight", 0.1], "set --hidden-weight to 0"),
+        (["--student", student, "--cosine-weight", 0.1], "set --cosine-weight to 0"),
         (["--student", student, "--teacher-cache", "c"], "--teacher-cache holds what one teacher says"),
         (["--plan"], "--student is required with several teachers"),
     ):

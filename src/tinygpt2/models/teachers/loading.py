@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tinygpt2.data.dataset import PackedDataset
 from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import ConfigError
+from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.models.compatibility import check_fits, check_length
 from tinygpt2.models.loading import load_causal_lm, model_tokenizer
 from tinygpt2.models.teachers.causal import CausalTeacher
@@ -42,7 +42,7 @@ def load_teacher(
         The teacher, and the directory that it was loaded from.
 
     Raises:
-        ModelError: it cannot be loaded, or cannot be a teacher.
+        ModelError: it cannot be loaded, cannot be a teacher, or has fewer tokens than the dataset.
         DataError: it is a GPT-2, and the dataset was made with another tokenizer.
         ConfigError: the blocks have more tokens than it has positions.
     """
@@ -50,7 +50,7 @@ def load_teacher(
     teacher = as_teacher(model)
     if isinstance(teacher, GPT2Teacher) and not other_tokens:
         tokenizer = model_tokenizer(directory)
-        check_fits(data, model.config, tokenizer and fingerprint(tokenizer), f"teacher {name}")
+        check_fits(data, model.config, tokenizer and fingerprint(tokenizer), f"teacher {name}", smaller=ModelError)
     elif not other_tokens or data.train.padded:
         check_length(data, teacher.shape.positions, f"teacher {name}")
     teacher.requires_grad_(requires_grad=False).to(dtype)

@@ -38,8 +38,10 @@ def repeats_one(tokens: Sequence[int]) -> bool:
 
 @dataclass
 class Figures:
-    """Sums over the texts since the last line of metrics, in this process."""
+    """Sums over the sequences and the texts since the last line of metrics, in this process."""
 
+    sequences: int = 0
+    sampled: int = 0
     texts: int = 0
     tokens: int = 0
     ended: int = 0
@@ -64,26 +66,32 @@ class Figures:
             seconds: the time since the last call.
 
         Returns:
-            `own_text/length` and `own_text/ended` (means of a text), `own_text/distinct_2`, and
-            `own_text/sampling_share`, the share of the time that sampling took. Empty without texts.
+            `sample/share`, the share of the sequences that were sampled text, and if texts were sampled,
+            `sample/length` and `sample/ended` (means of a text), `sample/distinct_2`, and `sample/seconds_share`, the
+            share of the time that sampling took.
         """
-        own = [self.texts, self.tokens, self.ended, self.distinct, self.empty, self.repeating]
+        own = [self.sequences, self.sampled, self.texts, self.tokens, self.ended, self.empty, self.repeating]
         sums = torch.tensor(
-            [*own, self.sampling, seconds], dtype=torch.float64, device=float64_device(accelerator.device)
+            [*own, self.distinct, self.sampling, seconds],
+            dtype=torch.float64,
+            device=float64_device(accelerator.device),
         )
-        texts, tokens, ended, distinct, empty, repeating, sampling, whole = accelerator.reduce(sums, "sum").tolist()
-        self.texts = self.tokens = self.ended = self.empty = self.repeating = 0
+        sequences, sampled, texts, tokens, ended, empty, repeating, distinct, sampling, whole = accelerator.reduce(
+            sums, "sum"
+        ).tolist()
+        self.sequences = self.sampled = self.texts = self.tokens = self.ended = self.empty = self.repeating = 0
         self.distinct = self.sampling = 0.0
+        found = {"sample/share": sampled / sequences} if sequences else {}
         if not texts:
-            return {}
+            return found
         said, self.collapsed = self.collapsed, max(empty, repeating) == texts
         if self.collapsed and not said:
             warn_of_collapse(empty=empty == texts)
-        return {
-            "own_text/length": tokens / texts,
-            "own_text/ended": ended / texts,
-            "own_text/distinct_2": distinct / texts,
-            "own_text/sampling_share": sampling / whole if whole else 0.0,
+        return found | {
+            "sample/length": tokens / texts,
+            "sample/ended": ended / texts,
+            "sample/distinct_2": distinct / texts,
+            "sample/seconds_share": sampling / whole if whole else 0.0,
         }
 
 

@@ -116,10 +116,12 @@ class OwnText:
         self._since = started if self._since is None else self._since
         share = self._config.on_policy_fraction if known is None else known[0]
         texts = self._texts(indices, step, done, share)
+        self.figures.sequences += len(batch.input_ids)
         if texts is None:
             return batch, None
         rows = {place: row for row, place in enumerate(self._own_places(len(indices))) if place in texts}
         own = [texts[place] for place in rows]
+        self.figures.sampled += len(own)
         whole = _with(batch, list(rows.values()), own)
         self._last = own, whole
         counts = self._counts(whole)
@@ -259,7 +261,7 @@ class OwnText:
                     losses, _ = self._teacher.losses(self._teacher.head(), ids, wanted)
                 sums += torch.stack([losses.sum(), losses.new_full((), len(losses))]).to(sums.device).double()
         total, count = self._accelerator.reduce(sums, "sum").tolist()
-        return {"own_text/teacher_loss": total / count} if count else {}
+        return {"sample/teacher_loss": total / count} if count else {}
 
     def show(self, step: int) -> None:
         """Keep some texts of the last step, as the main process sampled them."""
