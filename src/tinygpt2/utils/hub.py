@@ -13,10 +13,6 @@ from typing import Any, Literal
 from tinygpt2.errors import ModelError, UnreadableError, one_line
 from tinygpt2.utils.progress import ProgressStage, detail, track
 
-_NETWORK = (
-    "check the network, HF_ENDPOINT (a mirror) and SSL_CERT_FILE (a proxy's certificate), "
-    "or give a local directory or file"
-)
 _OTHER_WAYS = "or give a local directory or file (HF_ENDPOINT: a mirror, SSL_CERT_FILE: a proxy's certificate)"
 _LOG_IN = "run `hf auth login` with a token that may write, or set HF_TOKEN to one"
 DESCRIPTION_FILES = ["config.json", "generation_config.json"]
@@ -195,7 +191,7 @@ def _status(causes: list[BaseException]) -> int | None:
 def _explanation(error: BaseException, name: str, kind: Literal["model", "dataset"]) -> tuple[str, str]:
     """Return why something could not be had from the Hub, as the rest of a sentence, and what helps."""
     why, helps = _reason(error, name, kind)
-    return why, helps if helps.startswith(_NETWORK) else f"{helps}; {_OTHER_WAYS}"
+    return why, f"{helps}; {_OTHER_WAYS}"
 
 
 def _reason(error: BaseException, name: str, kind: Literal["model", "dataset"]) -> tuple[str, str]:
@@ -236,7 +232,7 @@ def _reason(error: BaseException, name: str, kind: Literal["model", "dataset"]) 
         return f"its files cannot be stored in the Hub's cache: {why}", "set HF_HOME to a folder with space for them"
     return (
         f"it could not be downloaded from the Hub: {why}",
-        f"{_NETWORK}; {download} makes a cache that you can copy",
+        f"check the network; {download} makes a cache that you can copy",
     )
 
 
