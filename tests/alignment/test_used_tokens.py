@@ -69,7 +69,7 @@ def test_students_of_used_tokens_need_an_alignment(teacher: Path, data: Path, tm
     cut, short = tmp_path / "cut", tmp_path / "short"
     asked = ["truncate-student", "--teacher", teacher, "--num-layers", 2, "--out", cut, "--vocab-choice", "used"]
     assert "--vocab-choice used needs --vocab-size" in cli(*asked, "--data", data).err
-    assert "--data is required" in cli(*asked, "--vocab-size", 280).err
+    assert "--vocab-choice used needs --data" in cli(*asked, "--vocab-size", 280).err
     outcome = cli(*asked, "--vocab-size", 280, "--data", data)
     assert outcome.code == 0, outcome.err
     assert "280: those that d uses most" in (cut / "README.md").read_text(encoding="utf-8")

@@ -110,7 +110,7 @@ def test_what_several_teachers_cannot_give_is_refused(cli: Callable, models: lis
     for options, message in (
         (["--student", student, "--hidden-weight", 0.1], "set --hidden-weight to 0"),
         (["--student", student, "--cosine-weight", 0.1], "set --cosine-weight to 0"),
-        (["--student", student, "--teacher-cache", "c"], "--teacher-cache holds what one teacher says"),
+        (["--student", student, "--teacher-cache", "c"], "--teacher-cache holds the outputs of one teacher"),
         (["--plan"], "--student is required with several teachers"),
     ):
         outcome = cli(*base, *options)
