@@ -76,7 +76,8 @@ def test_the_same_dataset_in_any_batches_and_after_a_kill(
     splits = manifests[0]["splits"].values()
     counts = {key: sum(split[key] for split in splits) for key in ("documents", "bytes", "tokens")}
     assert counts == {"documents": whole.documents, "bytes": whole.bytes, "tokens": whole.tokens}
-    assert whole.tokens > whole.sampled_tokens == 1500 or whole.samples == whole.documents
+    assert whole.tokens > whole.sampled_tokens >= 1500
+    assert whole.samples == whole.documents
     assert manifests[0]["temperature"] == 1.0
     assert sample(SampleConfig(**common, out=str(tmp_path / "c"), resume=True)).tokens_per_second is None
     other = sample(SampleConfig(**{**common, "seed": 6}, out=str(tmp_path / "d")))

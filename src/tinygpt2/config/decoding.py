@@ -105,12 +105,14 @@ class GenerateConfig(ModelOptions, DeviceOptions):
             yield f"--num-samples {self.num_samples} is more than --num-beams {self.num_beams}"
 
 
-def token_range(text: str) -> tuple[int, int]:
-    """Return the two numbers of MIN:MAX; a single number is both.
+def token_range(text: str | None) -> tuple[int, int] | None:
+    """Return the two numbers of MIN:MAX; a single number is both. None, the default, stays None.
 
     Raises:
         ValueError: the text is not such a range.
     """
+    if text is None:
+        return None
     found = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", text)
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 1 <= least <= most:
@@ -121,8 +123,7 @@ def token_range(text: str) -> tuple[int, int]:
 def _range_mistakes(text: str | None) -> Iterator[str]:
     """Yield what is wrong with --prompt-tokens."""
     try:
-        if text is not None:
-            token_range(text)
+        token_range(text)
     except ValueError as error:
         yield f"--prompt-tokens: {error}"
 
@@ -192,7 +193,7 @@ class SampleConfig(ModelOptions, DeviceOptions, SamplingOptions):
     @property
     def prompt_range(self) -> tuple[int, int] | None:
         """The fewest and the most tokens of a prompt; None leaves them to the length of the blocks."""
-        return None if self.prompt_tokens is None else token_range(self.prompt_tokens)
+        return token_range(self.prompt_tokens)
 
     def conflicts(self) -> Iterator[str]:
         """Check the range of prompts, and the format."""
@@ -287,7 +288,7 @@ class OwnTextOptions(Config):
     @property
     def prompt_range(self) -> tuple[int, int] | None:
         """The fewest and the most tokens of a prompt; None leaves them to the length of the blocks."""
-        return None if self.prompt_tokens is None else token_range(self.prompt_tokens)
+        return token_range(self.prompt_tokens)
 
     def conflicts(self) -> Iterator[str]:
         """Check the range of prompts, and that options of sampling have an effect."""

@@ -304,3 +304,8 @@ class SplitWriter:
 
 
 MANIFEST = "pregenerate.json"
+
+
+def totals(splits: dict[str, Any]) -> dict[str, int]:
+    """Return the documents, bytes and tokens of a dataset, given the counts of its splits as in pregenerate.json."""
+    return {key: sum(split[key] for split in splits.values()) for key in ("documents", "bytes", "tokens")}

@@ -23,7 +23,7 @@ import numpy as np
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.config.decoding import SampleConfig
 from tinygpt2.data.batches.documents import documents_of
-from tinygpt2.data.block_writers import MANIFEST, SplitWriter
+from tinygpt2.data.block_writers import MANIFEST, SplitWriter, totals
 from tinygpt2.data.corpus.piecewise import joined_pieces, splits_at_white_space
 from tinygpt2.data.corpus.sources import Corpus, Piece
 from tinygpt2.data.dataset import load_packed_dataset
@@ -169,7 +169,7 @@ def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:
             "the test split is empty"
         )
     return PregenerateResult(
-        **{key: sum(split[key] for split in splits.values()) for key in ("documents", "bytes", "tokens")},
+        **totals(splits),
         sequences={name: split["sequences"] for name, split in splits.items()},
         **{key: manifest.get(key, 0) for key in ("encoding_errors", "empty_documents")},
         seconds=seconds,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from tinygpt2.config.decoding import SampleConfig
 from tinygpt2.data.batches.order import Shuffle
-from tinygpt2.data.block_writers import MANIFEST, SplitWriter
+from tinygpt2.data.block_writers import MANIFEST, SplitWriter, totals
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.external_sort import shuffled_keys
 from tinygpt2.data.pregenerate import check_output
@@ -203,9 +203,8 @@ def _result(manifest: dict[str, Any], seconds: float, speed: float | None) -> Sa
              "the test split is empty")  # fmt: skip
     sequences = {name: split["sequences"] for name, split in splits.items()}
     ended = manifest["ended_samples"] / max(1, samples)
-    counts = {key: sum(split[key] for split in splits.values()) for key in ("documents", "bytes", "tokens")}
     return SampleResult(
-        samples, manifest["sampled_tokens"], ended, **counts, sequences=sequences, seconds=seconds,
+        samples, manifest["sampled_tokens"], ended, **totals(splits), sequences=sequences, seconds=seconds,
         tokens_per_second=speed,
     )  # fmt: skip
 

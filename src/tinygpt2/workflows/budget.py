@@ -163,7 +163,8 @@ def _jobs(
             f"--plan without --student times cuts of a GPT-2, and the teacher is a {type(teacher).__name__}",
             "give a student with --student, such as a preset",
         )
-    if other_tokens(config, data or load_datasets(config.data)) is not None:
+    data = data or load_datasets(config.data)  # once for all cuts
+    if other_tokens(config, data) is not None:
         raise ConfigError(
             "--plan without --student times cuts that have the teacher's tokens, and the data has others",
             "give a student with --student",

@@ -16,7 +16,8 @@ def trained(data: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFa
     """A teacher that knows something, of 4 layers of 32."""
     root = tmp_path_factory.mktemp("trained")
     start = make_model(root / "start", tokenizer_dir, n_positions=32)
-    pretrain(PretrainConfig(model=str(start), data=str(data), out=str(root / "m"), max_steps=100, learning_rate=3e-3))
+    how = {"max_steps": 100, "learning_rate": 3e-3, "lr_schedule": "cosine"}
+    pretrain(PretrainConfig(model=str(start), data=str(data), out=str(root / "m"), **how))
     return root / "m"
 
 

@@ -232,8 +232,7 @@ def test_the_search_looks_through_vocabularies(
     judged = [row for ids in batches for row in ids.tolist()]
     bits = [naive_bits(model, whole, own, judged, others, 32) for model, own in ((plain, tokenizer), (teacher, whole))]
     assert result["score"]["loss"] == pytest.approx(bits[0] - bits[1], abs=1e-4)
-    # on so few blocks the student may be a little better
-    assert 0 < result["bits_per_byte"]["teacher"] < 1.02 * result["bits_per_byte"]["student"]
+    assert result["bits_per_byte"]["student"] > result["bits_per_byte"]["teacher"] > 0
 
 
 def test_small_students_are_cut_in_rounds_whose_last_one_has_their_tokens(
