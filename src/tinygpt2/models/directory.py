@@ -87,11 +87,12 @@ def directory_to_verify(name: str) -> Path | None:
     """Return the directory that `verify` is given, or None for a Hub id.
 
     Raises:
-        DataError: there is no such directory, and the name cannot be a Hub id.
+        DataError: it is a file, or there is no such directory and the name cannot be a Hub id.
     """
     path = Path(name)
     if path.is_dir():
         return path
     if path.exists() or not is_hub_id(name):
-        raise DataError(f"no such directory: {path}", "verify takes a pregenerated dataset or a model")
+        problem = f"{path} is a file" if path.exists() else f"no such directory: {path}"
+        raise DataError(problem, "verify takes the directory of a dataset or of a model, or an exported model")
     return None
