@@ -19,7 +19,7 @@ from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.evaluation import EvaluateTextConfig, PplConfig
 from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares
 from tinygpt2.config.workflows import ExportConfig, TeachConfig, VerifyConfig
-from tinygpt2.errors import DataError, ModelError
+from tinygpt2.errors import ModelError
 
 
 def check_early(config: Config) -> None:
@@ -175,14 +175,14 @@ def _check_bench(config: BenchConfig) -> None:
 def _check_verify(config: VerifyConfig) -> None:
     from tinygpt2.data.layout import is_packed_dataset
     from tinygpt2.exporting.outputs import exported_format, require_packages
-    from tinygpt2.models.directory import directory_to_verify, is_model_directory
+    from tinygpt2.models.directory import directory_to_verify, is_model_directory, nothing_to_verify
 
     if (to := exported_format(Path(config.path))) is not None:
         require_packages(to)
         return
     path = directory_to_verify(config.path)
     if path is not None and not is_model_directory(path) and not is_packed_dataset(path):
-        raise DataError(f"{path} is neither a pregenerated dataset nor a model directory")
+        raise nothing_to_verify(path)
 
 
 def _require_free(out: str, hint: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinygpt2.cli.output.live_text import TextView, choose_view, render_draft, render_generate
+from tinygpt2.cli.output.live_text import TextView, choose_view, render_draft, render_generate, render_summary
 from tinygpt2.cli.output.render import print_error
 from tinygpt2.cli.output.tables import print_note
 from tinygpt2.config.base import extra, flag_name
@@ -52,7 +52,7 @@ def generate_on_terminal(config: GenerateConfig, *, as_json: bool) -> GenerateRe
         return generate(config)
     with _view(config, headed=True) as view:
         result = generate(config, lambda loaded, prompt: view.begin(loaded.name, prompt), view.finish)
-    render_draft(result, open_console())
+    render_summary(result, open_console())
     return None
 
 

@@ -38,7 +38,7 @@ OTHER_TOKENS_NOTE = (
     "other tokens than the reference's: predictions are compared for the given share of the targets. sums: the "
     "reference's predictions, summed to the model's tokens, are exact; events: both predictions are summed over events "
     "where tokens of both begin, and KL is at most that of tokens; in lumps: the reference's probability in events of "
-    "several tokens; left out: that of its tokens that begin nowhere with one of the model's"
+    "several tokens; left out: the reference's probability of tokens that never begin where one of the model's does"
 )
 
 
@@ -138,10 +138,7 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
             yield f"--stride cannot be combined with --convention {self.convention}: its windows do not overlap"
         if self.list_tasks and self.output_format in ("csv", "md"):
             yield "--list-tasks prints a list or JSON: leave --csv, --markdown and --output-format out"
-        if self.plot is not None and not Path(self.plot).absolute().parent.is_dir():
-            yield f"--plot {self.plot}: the directory does not exist"
-        if self.plot is not None and Path(self.plot).is_dir():
-            yield f"--plot {self.plot} is a directory: give the name of a file"
+        yield from _plot_problems(self.plot)
 
 
 class EvaluateTextConfig(ModelOptions, DeviceOptions, SamplingOptions):
@@ -168,5 +165,11 @@ class EvaluateTextConfig(ModelOptions, DeviceOptions, SamplingOptions):
     def conflicts(self) -> Iterator[str]:
         """Check the place of the picture."""
         yield from super().conflicts()
-        if self.plot is not None and not Path(self.plot).absolute().parent.is_dir():
-            yield f"--plot {self.plot}: the directory does not exist"
+        yield from _plot_problems(self.plot)
+
+
+def _plot_problems(name: str | None) -> Iterator[str]:
+    if name is not None and not Path(name).absolute().parent.is_dir():
+        yield f"--plot {name}: the directory does not exist"
+    if name is not None and Path(name).is_dir():
+        yield f"--plot {name} is a directory: give the name of a file"

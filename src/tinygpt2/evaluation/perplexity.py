@@ -42,6 +42,7 @@ from tinygpt2.runtime.processes import launched
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.utils.files import absolute
 from tinygpt2.utils.hub import download_size
+from tinygpt2.utils.plotting import plot_may_fail
 from tinygpt2.utils.progress import ProgressStage, detail, follow, say, shown, track
 from tinygpt2.utils.units import size
 
@@ -89,7 +90,8 @@ def ppl(config: PplConfig) -> PplResult:
         with fast_products():
             measured = _measure_all(config, tasks, state.device)
         if config.plot and state.is_main_process:
-            plot_comparison(measured, config)
+            with plot_may_fail(config.plot):
+                plot_comparison(measured, config)
     finally:
         if not joined:
             state.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,13 @@ def comparison_charts(rows: Sequence[PplRow]) -> list[Chart]:
             if key != "parameters" and any(row.accuracy is not None for row in found):
                 continue
             ordered = sorted(found, key=lambda row: (row.parameters, row.perplexity))
-            series = [Series(names[row.model], [(getattr(row, key), row.perplexity)]) for row in ordered]
+            series = [
+                Series(names[row.model], [(getattr(row, key), row.perplexity)])
+                for row in ordered
+                if math.isfinite(row.perplexity)
+            ]
+            if not series:
+                continue
             y = f"perplexity per {found[0].unit}"
             title = f"{tasks[task]}, by {'parameters' if key == 'parameters' else 'speed'}"
             charts.append(Chart(title, label, y, series, joined=False, log=True))

@@ -78,7 +78,10 @@ def check_text(source: ExportSource, data: str | None) -> CheckText:
         return CheckText([[int(one) for one in blocks.row(index)[:length]] for index in range(len(blocks))])
     if tokenizer is None:
         if data is not None:
-            raise DataError(f"model {source.name} has no tokenizer for the text of {data}", "give pregenerated data")
+            raise DataError(
+                f"model {source.name} has no tokenizer for the text of {data}",
+                "give pregenerated data; an exported file is compared with its model by verify --model",
+            )
         say("the model has no tokenizer: it is compared on random tokens")
         random = np.random.default_rng(0).integers(0, config.vocab_size, (WINDOWS, length))
         return CheckText(random.tolist())

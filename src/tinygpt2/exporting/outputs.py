@@ -8,6 +8,7 @@ from typing import Literal
 
 from tinygpt2.config.workflows import PACKAGES, ExportConfig, Format
 from tinygpt2.errors import ConfigError
+from tinygpt2.training.state import RECORD_FILE
 from tinygpt2.utils.files import require_free
 
 ONNX_FILES = {"f32": "model.onnx", "int8": "model_quantized.onnx"}
@@ -53,7 +54,9 @@ def check_output(config: ExportConfig) -> None:
         ConfigError: a package is missing, or there is something at --out that may not be replaced.
     """
     require_packages(config.to)
-    out = Path(config.out)
+    out, model = Path(config.out), Path(config.model).expanduser().resolve()
+    if model.is_dir() and out.resolve() in (model, *model.parents):
+        raise ConfigError(f"--out {out} holds the model that is exported", "give another --out")
     if config.to == "gguf":
         if out.is_dir():
             raise ConfigError(f"--out {out} is a directory", "give the name of a file, such as student.gguf")
@@ -63,8 +66,9 @@ def check_output(config: ExportConfig) -> None:
                     raise ConfigError(f"--out {out}: {file.name} exists", _FREE)
     elif out.is_file() or not config.overwrite:
         require_free(out, _FREE)
-    elif out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ConfigError(f"--out {out} holds other files than a model: it is not replaced", "give another --out")
+    elif out.is_dir() and any(out.iterdir()) and (not (out / "config.json").is_file() or (out / RECORD_FILE).exists()):
+        what = "a training run" if (out / RECORD_FILE).exists() else "other files than a model"
+        raise ConfigError(f"--out {out} holds {what}: it is not replaced", "give another --out")
 
 
 def exported_format(path: Path) -> Literal["gguf", "onnx"] | None:

@@ -64,11 +64,7 @@ def read_config_json(directory: Path, role: str = "model") -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
-        checkpoints = sorted(directory.glob("checkpoints/step-*/config.json"), key=lambda file: file.stat().st_mtime)
-        raise ModelError(
-            f"{role} {directory} has no config.json",
-            f"its training is not finished: give the checkpoint {checkpoints[-1].parent}" if checkpoints else None,
-        )
+        raise ModelError(f"{role} {directory} has no config.json", _unfinished(directory))
     try:
         values = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
@@ -76,6 +72,12 @@ def read_config_json(directory: Path, role: str = "model") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path} does not contain a model configuration, but a {type(values).__name__}")
     return values
+
+
+def _unfinished(directory: Path) -> str | None:
+    """Return the hint for the directory of an unfinished run; None if there is no checkpoint."""
+    checkpoints = sorted(directory.glob("checkpoints/step-*/config.json"), key=lambda file: file.stat().st_mtime)
+    return f"its training is not finished: give the checkpoint {checkpoints[-1].parent}" if checkpoints else None
 
 
 def is_model_directory(path: Path) -> bool:
@@ -96,3 +98,8 @@ def directory_to_verify(name: str) -> Path | None:
         problem = f"{path} is a file" if path.exists() else f"no such directory: {path}"
         raise DataError(problem, "verify takes the directory of a dataset or of a model, or an exported model")
     return None
+
+
+def nothing_to_verify(path: Path) -> DataError:
+    """Return the error for a directory with nothing to verify."""
+    return DataError(f"{path} is neither a pregenerated dataset nor a model directory", _unfinished(path))

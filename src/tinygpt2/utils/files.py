@@ -5,6 +5,7 @@ Writers use a temporary name and then rename, so that no half-written file is le
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +26,11 @@ LOCK_INSIDE = ".lock"  # in an output directory, see utils/locks.py; it does not
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`. It becomes `path` if the block succeeds; otherwise it is removed.
 
-    The block may make a file or a directory there. An existing file or directory at `path` is replaced.
+    The block may make a file or a directory there. An existing file at `path` is replaced, and so is an existing
+    directory, but only by a directory.
+
+    Raises:
+        IsADirectoryError: a file would replace a directory.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
@@ -34,6 +39,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         replaced = scratch / "replaced"
         if path.is_dir():
+            if temporary.is_file():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             path.replace(replaced)
         try:
             temporary.replace(path)

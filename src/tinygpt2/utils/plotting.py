@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tinygpt2.errors import one_line
 from tinygpt2.utils.charts import Chart, short_number, ticks
 from tinygpt2.utils.files import atomic_path
-from tinygpt2.utils.progress import say
+from tinygpt2.utils.progress import say, warn
 
 COLOURS = ("#1f6fb4", "#c2410c", "#15803d", "#7e22ce", "#be185d", "#0e7490", "#854d0e", "#4b5563")
 _MARKERS = "osD^vPX*"
@@ -26,6 +28,15 @@ def plots_available() -> bool:
         return True
     say("pictures are skipped: pip install 'tinygpt2[plots]'")
     return False
+
+
+@contextmanager
+def plot_may_fail(path: str) -> Iterator[None]:
+    """Warn if the block cannot write a picture: what it shows was measured, and is not lost with it."""
+    try:
+        yield
+    except OSError as error:
+        warn(f"--plot {path} was not written: {one_line(error)}")
 
 
 def draw(charts: Sequence[Chart], path: Path, title: str = "", columns: int = 3) -> bool:

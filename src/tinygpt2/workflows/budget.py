@@ -35,6 +35,7 @@ from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import MAX_PASSES, proposed_batch_tokens
 from tinygpt2.training.step import Step, StepData, TeacherEvaluation
 from tinygpt2.training.throughput import evaluation_seconds, step_seconds
+from tinygpt2.utils.files import absolute
 from tinygpt2.utils.progress import say
 from tinygpt2.workflows.train import TrainResult, distill, finetune, pretrain
 
@@ -178,7 +179,7 @@ def _jobs(
 def _given(config: TrainOptions) -> str:
     """Return the name of the model that a run was told to train."""
     shape = config.shape if isinstance(config, PretrainConfig) else None
-    return str(shape or getattr(config, "student" if isinstance(config, DistillConfig) else "model"))
+    return absolute(str(shape or getattr(config, "student" if isinstance(config, DistillConfig) else "model")))
 
 
 def _choose(jobs: Iterator[tuple[str, int | None, Job]], accelerator: Accelerator, config: TrainOptions) -> BudgetPlan:
@@ -293,6 +294,8 @@ def _commands(command: str, config: TrainOptions, chosen: Candidate, steps: int,
         how = ["--num-layers", str(chosen.num_layers), "--refit"]
         how = ["--target-params", str(chosen.parameters)] if search else how
         words = ["--teacher", str(config.teacher), *how, "--data", data, "--out", student]
+        words += ["--allow-pickle"] * config.allow_pickle
+        words += ["--device", config.device] * (config.device != "auto")
         commands.append(f"tinygpt2 truncate-student {shlex.join(words)}")
     return [*commands, f"tinygpt2 {command} {config.model_copy(update=changed).flags()}"]
 

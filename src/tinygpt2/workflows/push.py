@@ -119,9 +119,16 @@ def _check_card(out: Path) -> None:
 
 
 def _names(out: Path) -> list[str]:
-    """Return the names of the files that belong on the Hub."""
+    """Return the names of the files that belong on the Hub.
+
+    Raises:
+        ModelError: there are no weights.
+    """
     weights = weight_files(out)
     index = [f"{weights[0].name.split('-')[0]}.safetensors.index.json"] if len(weights) > 1 else []
+    graphs = [f"onnx/{file.name}" for file in sorted((out / "onnx").glob("*")) if file.is_file()]
+    if not (weights or graphs):
+        raise ModelError(f"{out} holds neither safetensors nor an ONNX graph", "push uploads the directory of a model")
     patterns = (*DESCRIPTION_FILES, *TOKENIZER_FILES, CARD, CHECKSUMS, *PICTURES)
     others = {file.name for pattern in patterns for file in out.glob(pattern) if file.is_file()}
     if (out / REPORT).is_file():
@@ -129,4 +136,4 @@ def _names(out: Path) -> list[str]:
             say(f"{REPORT} stays here, because it names folders of this machine: {listed(folders)}")
         else:
             others.add(REPORT)
-    return [*(file.name for file in weights), *index, *sorted(others)]
+    return [*(file.name for file in weights), *index, *graphs, *sorted(others)]

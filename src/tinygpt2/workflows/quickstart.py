@@ -95,7 +95,7 @@ def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -
     stages.run("baseline-random", lambda: pretrain(PretrainConfig(
         model_config=student_shape, out=str(out / "baseline-random"), **pupil,
     )))  # fmt: skip
-    measured = stages.run(MEASURED, lambda: _measure(out, scale))
+    measured = stages.run(MEASURED, lambda: _measure(out, scale, config.seed))
     rows = {name: ModelSummary(model=str(out / name), **values) for name, values in measured["models"].items()}
     result = QuickstartResult(
         teacher=rows[RUNS[0]],
@@ -186,7 +186,7 @@ class _Stages:
         return stages[name]["result"]
 
 
-def _measure(out: Path, scale: QuickstartSizes) -> dict[str, Any]:
+def _measure(out: Path, scale: QuickstartSizes, seed: int) -> dict[str, Any]:
     """Measure the models: perplexity on the held-out documents, size and speed of decoding; and generate samples.
 
     Returns:
@@ -195,7 +195,7 @@ def _measure(out: Path, scale: QuickstartSizes) -> dict[str, Any]:
     names = (RUNS[0], RUNS[1], CUT, RUNS[2], RUNS[3])
     paths = [str(out / name) for name in names]
     measured = ppl(PplConfig(model=paths, task=[str(out / "data")], batch_size=scale.batch_size))
-    greedy = GenerateConfig(model=paths, prompt=[PROMPT], max_new_tokens=scale.new_tokens)
+    greedy = GenerateConfig(model=paths, prompt=[PROMPT], max_new_tokens=scale.new_tokens, seed=seed)
     samples = generate(greedy.model_copy(update={"temperature": 0.8, "top_p": 0.9})).results
     layers = {name: read_json(out / name / "config.json")["n_layer"] for name in names}
     # every prompt is continued by one model after the other, after the warm-up by the samples

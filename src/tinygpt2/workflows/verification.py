@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from tinygpt2.config.workflows import VerifyConfig
 from tinygpt2.data.layout import is_packed_dataset
 from tinygpt2.data.validation import check_dataset
-from tinygpt2.errors import DataError, ModelError
+from tinygpt2.errors import ConfigError, DataError, ModelError
 from tinygpt2.exporting.outputs import exported_format
-from tinygpt2.models.directory import directory_to_verify, is_model_directory
+from tinygpt2.models.directory import directory_to_verify, is_model_directory, nothing_to_verify
 from tinygpt2.utils.hub import local_directory
 
 if TYPE_CHECKING:
@@ -52,22 +52,22 @@ def verify(config: VerifyConfig) -> VerifyResult:
     """Check a pregenerated dataset, a model directory or an exported model, and list every fault.
 
     Raises:
-        ConfigError: the engine of an exported model is not installed.
-        DataError: there is neither a dataset nor a model at that path, or it does not take an option that was given.
+        ConfigError: the engine of an exported model is not installed, or what is there does not take an option.
+        DataError: there is neither a dataset nor a model at that path.
         ModelError: a Hub id cannot be downloaded, or the teacher or the exported model's source cannot be loaded.
     """
     if exported_format(Path(config.path)) is not None:
         return _verify_export(Path(config.path), config)
     for name in ("model", "data"):
         if getattr(config, name) is not None:
-            raise DataError(f"{config.path} is not an exported model, which --{name} is for")
+            raise ConfigError(f"{config.path} is not an exported model, which --{name} is for")
     path = _directory(config)
     # look for a model first: the directory of a model that was fine-tuned on a text also holds a dataset
     if not is_model_directory(path):
         if not is_packed_dataset(path):
-            raise DataError(f"{path} is neither a pregenerated dataset nor a model directory")
+            raise nothing_to_verify(path)
         if config.teacher is not None:
-            raise DataError(f"{path} is a dataset, but --teacher needs a student model")
+            raise ConfigError(f"{path} is a dataset, but --teacher needs a student model")
         problems = list(check_dataset(path))
         return VerifyResult(str(path.resolve()), "dataset", not problems, problems)
     from tinygpt2.workflows.model_verification import check_model  # a dataset is checked without torch
@@ -81,7 +81,7 @@ def _verify_export(path: Path, config: VerifyConfig) -> VerifyResult:
     from tinygpt2.exporting.verification import check_export
 
     if config.teacher is not None:
-        raise DataError(f"{path} is an exported model, and --teacher needs a student model", "use --model")
+        raise ConfigError(f"{path} is an exported model, and --teacher needs a student model", "use --model")
     found = check_export(path, config)
     where, whole = str(path.resolve()), not found.problems
     return VerifyResult(where, "model", whole, found.problems, found.notes, export=found.checks)

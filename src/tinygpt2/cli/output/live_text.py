@@ -190,8 +190,16 @@ def render_generate(result: Any, console: Console) -> None:
                 title = [names[model], *([f"text {number} of {len(several)}"] if len(several) > 1 else [])]
                 _rule(", ".join([*title, _figures(text)]), console)
                 _print_text(text, console)
+    render_summary(result, console)
+
+
+def render_summary(result: GenerateResult, console: Console) -> None:
+    """Print what the draft model was worth and the statistics of the texts, as far as there are any."""
+    from tinygpt2.evaluation.results import short_names
+
     render_draft(result, console)
     if result.statistics is not None:
+        names = short_names([one.model for one in result.statistics])
         render_statistics({names[one.model]: one.statistics for one in result.statistics}, console)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from tinygpt2.config.evaluation import EvaluateTextConfig
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
@@ -29,9 +29,11 @@ from tinygpt2.evaluation.texts.rouge import rouge_l
 from tinygpt2.models.compatibility import check_fits, text_sizes
 from tinygpt2.models.lm_head import scoring_chunk
 from tinygpt2.models.loading import load_causal_lm, model_tokenizer
+from tinygpt2.models.teachers.vocabularies import start_token
 from tinygpt2.runtime.devices import computes_on_device, current_device
 from tinygpt2.utils.charts import Chart, Series
-from tinygpt2.utils.plotting import draw
+from tinygpt2.utils.files import absolute
+from tinygpt2.utils.plotting import draw, plot_may_fail
 from tinygpt2.utils.progress import track
 
 if TYPE_CHECKING:
@@ -103,38 +105,62 @@ def evaluate_text(config: EvaluateTextConfig) -> EvaluateTextResult:
         ModelError: a model was not found, or does not have the judge's vocabulary.
     """
     data = load_packed_dataset(config.data)
-    judge, sizes = _loaded(config.judge, data, config)
-    scorer, results = Scorer(judge, "fp32", current_device()), []
+    judge, results = _Model.load(config.judge, data, config), []
+    scorer = judge.scorer()
     for name in dict.fromkeys(config.model):
-        model, own = _loaded(name, data, config)
-        if own.vocab_size != sizes.vocab_size:
+        model = _Model.load(name, data, config)
+        if model.vocabulary != judge.vocabulary:
             raise ModelError(
-                f"model {name} has {own.vocab_size} tokens, and the judge {config.judge} has {sizes.vocab_size}",
+                f"model {name} has {model.vocabulary} tokens, and the judge {config.judge} has {judge.vocabulary}",
                 "give a judge with the same vocabulary, such as the model's teacher",
             )
-        positions = min(own.n_positions, sizes.n_positions)
+        positions = min(model.positions, judge.positions)
         new = room_for(config.max_new_tokens, positions)
         prompts = held_out_prompts(data, config.num_prompts, config.prompt_tokens, new, positions)
-        results.append(_evaluated(name, model, scorer, data, prompts, new, config))
-    result = EvaluateTextResult(config.judge, results)
+        results.append(_evaluated(model, scorer, data, prompts, new, config))
+    result = EvaluateTextResult(absolute(config.judge), results)
     if config.plot is not None:
-        draw([excess_chart(result)], Path(config.plot), f"judged by {result.judge}")
+        with plot_may_fail(config.plot):
+            draw([excess_chart(result)], Path(config.plot), f"judged by {result.judge}")
     return result
 
 
-def _loaded(name: str, data: PackedDataset, config: EvaluateTextConfig) -> tuple[PreTrainedModel, SimpleNamespace]:
-    """Return a model and its sizes, after checking that it has the tokens of the data."""
-    model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle)
-    sizes, tokenizer = text_sizes(model), model_tokenizer(directory)
-    # only prompts and what follows them have to fit into the positions
-    read = SimpleNamespace(vocab_size=sizes.vocab_size, n_positions=data.sequence_length)
-    check_fits(data, read, None if tokenizer is None else fingerprint(tokenizer), f"model {name}")
-    return model, SimpleNamespace(vocab_size=int(sizes.vocab_size), n_positions=int(sizes.n_positions))
+@dataclass(frozen=True)
+class _Model:
+    """A model that writes or judges.
+
+    Attributes:
+        start: the token that it reads before every text, if there is one: GPT-2 has none.
+        positions: for the tokens of a text, without that one.
+    """
+
+    name: str
+    model: PreTrainedModel
+    vocabulary: int
+    positions: int
+    start: int | None
+
+    @classmethod
+    def load(cls, name: str, data: PackedDataset, config: EvaluateTextConfig) -> _Model:
+        """Load a model, and check that it has the tokens of the data."""
+        model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle)
+        sizes, tokenizer = text_sizes(model), model_tokenizer(directory)
+        # only prompts and what follows them have to fit into the positions
+        read = SimpleNamespace(vocab_size=sizes.vocab_size, n_positions=data.sequence_length)
+        check_fits(data, read, None if tokenizer is None else fingerprint(tokenizer), f"model {name}")
+        gpt2 = tokenizer is None or isinstance(model, GPT2LMHeadModel)
+        start = None if gpt2 else start_token(tokenizer)
+        return cls(name, model, int(sizes.vocab_size), int(sizes.n_positions) - (start is not None), start)
+
+    def scorer(self) -> Scorer:
+        """Return the model, ready to score."""
+        scorer = Scorer(self.model, "fp32", current_device())
+        scorer.begin_with(self.start)
+        return scorer
 
 
 def _evaluated(
-    name: str,
-    model: PreTrainedModel,
+    model: _Model,
     judge: Scorer,
     data: PackedDataset,
     prompts: list[Prompt],
@@ -144,9 +170,9 @@ def _evaluated(
     end = data.manifest.get("eos_token_id")
     if end is None:
         raise ConfigError(f"the tokenizer of {data.name} has no end-of-text token, so texts have no end")
-    model.to(current_device())
-    written = _written(model, prompts, new, int(end), config, name)
-    scorer, tokens = Scorer(model, "fp32", current_device()), [prompt.tokens for prompt in prompts]
+    model.model.to(current_device())
+    written = _written(model, prompts, new, int(end), config)
+    scorer, tokens = model.scorer(), [prompt.tokens for prompt in prompts]
     own = _compared(scorer, judge, tokens, written, new)
     real = _compared(scorer, judge, tokens, [prompt.following for prompt in prompts], new)
     texts = [Written(text[:-1] if text[-1] == end else text, text[-1] == end) for text in written]
@@ -154,7 +180,7 @@ def _evaluated(
     if data.test.divided:
         rouge = _rouge(data.tokenizer(), texts, [prompt.following for prompt in prompts])
     return TextEvaluation(
-        name,
+        absolute(model.name),
         len(prompts),
         own.judge.loss,
         own.judge.stderr,
@@ -169,18 +195,17 @@ def _evaluated(
     )
 
 
-def _written(
-    model: PreTrainedModel, prompts: list[Prompt], new: int, end: int, config: EvaluateTextConfig, name: str
-) -> list[list[int]]:
+def _written(model: _Model, prompts: list[Prompt], new: int, end: int, config: EvaluateTextConfig) -> list[list[int]]:
     """Return what the model writes after each prompt, with its end of text."""
-    decoder, texts = make_decoder(model, "fp32", copies=True, name=name), []
+    name, start = model.name, [] if model.start is None else [model.start]
+    decoder, texts = make_decoder(model.model, "fp32", copies=True, name=name), list[list[int]]()
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     with track(f"texts of {name}", len(prompts), "prompts") as stage:
-        for start in range(0, len(prompts), config.batch_size):
-            some = prompts[start : start + config.batch_size]
-            numbers = range(start, start + len(some))
+        for first in range(0, len(prompts), config.batch_size):
+            some = prompts[first : first + config.batch_size]
+            numbers = range(first, first + len(some))
             found = continued(
-                decoder, [prompt.tokens for prompt in some], numbers, seed=config.seed, new=new, ends=[end],
+                decoder, [start + prompt.tokens for prompt in some], numbers, seed=config.seed, new=new, ends=[end],
                 sampling=sampling, name=name,
             )  # fmt: skip
             lengths = found.lengths.tolist()
