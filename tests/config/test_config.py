@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tinygpt2.config.base import Config
 from tinygpt2.config.compression import TruncateStudentConfig
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.config.decoding import GenerateConfig
 from tinygpt2.config.distillation import DistillConfig, read_recipe
 from tinygpt2.config.evaluation import PplConfig
-from tinygpt2.config.training import PretrainConfig
+from tinygpt2.config.training import FinetuneConfig, PretrainConfig
+from tinygpt2.config.workflows import ExportConfig, PushConfig, VerifyConfig
 from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError
 from tinygpt2.models.configuration import preset_names, read_model_config
@@ -50,11 +52,23 @@ def test_a_shape_names_the_ends_of_the_tokenizer_or_none(tokenizer_dir: Path, tm
         read_model_config(str(shape), tokenizer)
 
 
+@pytest.mark.parametrize("config", [DistillConfig, ExportConfig, FinetuneConfig, PushConfig, VerifyConfig])
+def test_what_is_missing_is_all_that_is_said(config: type[Config]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config()
+    lines = str(caught.value).split("\n")
+    assert all(" is required" in line for line in lines), lines
+    assert len(lines) == len(set(lines))
+
+
 def test_contradictions_are_found_beside_other_problems_and_not_invented() -> None:
     with pytest.raises(ConfigError) as caught:
         GenerateConfig(num_beams="4", num_samples="9")
     assert "--model is required: " in str(caught.value)
     assert "--num-samples 9 is more than --num-beams 4" in str(caught.value)
+    with pytest.raises(ConfigError, match="--to: expected 'gguf', 'onnx' or 'safetensors'") as caught:
+        ExportConfig(model="m", out="o", to="ggml", type="int8")
+    assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError) as caught:
         DistillConfig(student="s", data="d", recipe="truncation", attention_weight="0")
     assert str(caught.value).startswith("--out is required: ")

@@ -21,6 +21,7 @@ from transformers import GPT2LMHeadModel
 from tinygpt2.data.encoding import LETTERS, is_plain_bpe, missing_bytes
 from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, ModelError
+from tinygpt2.models.compatibility import first_token
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
@@ -129,7 +130,8 @@ def _renumber(processor: dict[str, Any] | None, number: Callable[[str], int]) ->
 def cut_vocabulary(model: GPT2LMHeadModel, cut: RankCut) -> GPT2LMHeadModel:
     """Return a model with some rows of the embeddings and of the output matrix, in evaluation mode."""
     numbers = {old: new for new, old in enumerate(cut.rows)}
-    ends = {name: numbers.get(getattr(model.config, name, -1)) for name in ENDS}
+    ends = {name: first_token([getattr(model.config, name, None)], model.config) for name in ENDS}
+    ends = {name: None if end is None else numbers.get(end) for name, end in ends.items()}
     rows = torch.tensor(cut.rows, device=model.lm_head.weight.device)
     return with_rows(model, len(cut.rows), ends, lambda table: table[rows])
 

@@ -103,6 +103,9 @@ def plain_type(field: FieldInfo) -> Any:
     return field.annotation
 
 
+_BLANK = "?"  # stands for a text that is missing
+
+
 @dataclass_transform(kw_only_default=True, field_specifiers=(option,))
 class Config(BaseModel):
     """Base of every command's configuration.
@@ -141,11 +144,13 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _accept_natural_yaml(cls, value: Any, info: ValidationInfo) -> Any:
-        """Accept one value for a list, and a YAML list for numbers between commas. Refuse yes and no as numbers."""
+        """Accept one value for a list, a YAML list between commas, a number as a text. Refuse yes and no as numbers."""
         field = cls.model_fields[info.field_name or ""]
         kind = plain_type(field)
-        if extra(field, "commas") and isinstance(value, list | int) and not isinstance(value, bool):
-            return ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+        if extra(field, "commas") and isinstance(value, list):
+            return ",".join(str(item) for item in value)
+        if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
         if get_origin(kind) is list and isinstance(value, str):
             value = [value]
         if extra(field, "repeated") and isinstance(value, list) and len(value) == 1:
@@ -217,13 +222,14 @@ class Config(BaseModel):
             elif key not in reported:
                 reported.add(key)  # a value that may be of two types is wrong for both
                 yield f"{flag_name(key)}: {_reason(item)}"
-        if "" not in bad:  # after an invalid value, pydantic skips the check for contradictions
-            blank = {key: "?" for key, field in cls.options().items() if field.is_required()}
-            valid = {key: value for key, value in values.items() if key in options and key not in bad}
+        valid = {key: value for key, value in values.items() if key in options and key not in bad}
+        blank = {key: field for key, field in cls.options().items() if field.is_required() and key not in valid}
+        # after an invalid value, pydantic skips the check for contradictions
+        if "" not in bad and all(plain_type(field) in (str, list[str]) for field in blank.values()):
             try:
-                cls(**{**blank, **valid})
+                cls(**dict.fromkeys(blank, _BLANK), **valid)
             except ConfigError as contradictions:
-                yield contradictions.message
+                yield from (line for line in contradictions.message.split("\n") if repr(_BLANK) not in line)
 
     def flags(self, *, shared: bool = False) -> str:
         """Return the options that differ from their defaults as a command line.

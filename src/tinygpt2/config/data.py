@@ -5,10 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
-from tinygpt2.config.base import Config, option
+from tinygpt2.config.base import Config, flag_name, option
 from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH, MAX_SEED, RUN, TEXT
+
+# what finds documents and divides them
+_OF_TEXTS = (
+    "prompt_column", "response_column", "document", "text_column", "input_format", "encoding_errors", "test_fraction",
+    "shuffle",
+)  # fmt: skip
 
 EncodingErrors = Literal["strict", "replace", "skip"]
 Format = Literal["arrow", "hdf5", "jsonl"]
@@ -21,6 +28,12 @@ _SOURCES = (
     "jsonl, json, csv, tsv, parquet, arrow, tar or zip, compressed or not. A dataset is saved to disk, or on the "
     "Hub as NAME:CONFIGURATION@SPLIT."
 )
+
+
+def is_stream(source: str) -> bool:
+    """Return whether a source is standard input, a pipe or a device, which cannot be read twice."""
+    path = Path(source)
+    return source == "-" or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 class SourceOptions(Config):
@@ -195,8 +208,12 @@ class PregenerateConfig(PackOptions, SourceOptions):
             yield "give a SOURCE, or --from-dataset"
         if self.from_dataset is not None and (self.source or self.test_source):
             yield "--from-dataset cannot be combined with a SOURCE or --test-source: it has both splits"
-        if self.resume and "-" in [*self.source, *(self.test_source or [])]:
-            yield "--resume cannot be combined with standard input, which cannot be read twice"
+        if self.resume and any(map(is_stream, [*self.source, *(self.test_source or [])])):
+            yield "--resume cannot be combined with standard input or a pipe, which cannot be read twice"
+        if self.from_dataset is not None:
+            for name in _OF_TEXTS:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    yield f"{flag_name(name)} has no effect on --from-dataset, whose texts and splits stay as they are"
         if self.shard is not None and not re.fullmatch(r"\d{1,9}/\d{1,9}", self.shard):
             yield f"--shard: expected I/N, such as 1/8, got {self.shard!r}"
         elif not 1 <= self.shard_numbers[0] <= self.shard_numbers[1]:

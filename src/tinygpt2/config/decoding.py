@@ -94,6 +94,8 @@ class GenerateConfig(ModelOptions, DeviceOptions):
             yield "--stats cannot be combined with --interactive: it counts the texts of given prompts"
         if len(given) > 1:
             yield f"{' and '.join(map(flag_name, given))} cannot be combined: give one of them"
+        if self.draft is None and self.draft_tokens != type(self).model_fields["draft_tokens"].default:
+            yield "--draft-tokens has no effect without --draft"
         if self.num_beams > 1 and self.samples:
             yield "--num-beams cannot be combined with --temperature, --top-k or --top-p: beam search does not sample"
         if self.num_beams > 1:

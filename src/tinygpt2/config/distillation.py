@@ -259,6 +259,8 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
             yield "--head-map average has no effect while --attention-weight is 0"
         if self.hidden_map != "all" and not self.hidden_weight:
             yield f"--hidden-map {self.hidden_map} has no effect while --hidden-weight is 0"
+        if self.hidden_scale != "none" and not self.hidden_weight:
+            yield f"--hidden-scale {self.hidden_scale} has no effect while --hidden-weight is 0"
         if self.teacher_dtype != "fp32" and not self.needs_teacher:
             yield f"--teacher-dtype {self.teacher_dtype} has no effect: no objective uses the teacher"
         if self.teacher_cache is not None and (inside or not self.needs_teacher):

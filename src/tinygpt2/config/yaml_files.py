@@ -11,9 +11,13 @@ import yaml
 
 from tinygpt2.errors import ConfigError, one_line
 
+_FLOAT = r"[-+]?(\.\d[\d_]*|\d[\d_]*\.[\d_]*)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.inf$|\.nan$"
+_INT = r"[-+]?(0b[01_]+|0x[\da-fA-F_]+|0[0-7_]*|[1-9][\d_]*)$"
+_NUMBERS = {"tag:yaml.org,2002:float": _FLOAT, "tag:yaml.org,2002:int": _INT}
+
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML. Numbers such as 1e-5 are floats, as in YAML 1.2, and no key may stand twice in a mapping."""
+    """Reads YAML. As in YAML 1.2, 1e-5 is a float and 16:32 a text; no key may stand twice in a mapping."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -27,9 +31,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.yaml_implicit_resolvers = {
+    first: [form for form in forms if form[0] not in _NUMBERS]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_form), list("-+.0123456789"))
 
 
 def load_yaml(text: str, where: object) -> Any:

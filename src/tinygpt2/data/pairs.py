@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from tinygpt2.config.data import PregenerateConfig
+from tinygpt2.config.data import PregenerateConfig, is_stream
 from tinygpt2.data.batches.packing import COUNTED, REAL, best_fit, block_of
 from tinygpt2.data.block_writers import ArrowWriter, BlockFile, content_of
 from tinygpt2.data.corpus.pairs import MESSAGES, PairReader
@@ -91,7 +91,7 @@ def require_pairs(corpus: Corpus, held_out: Corpus | None, config: PregenerateCo
         if config.template is not None:
             raise ConfigError(
                 "--template has no effect: the rows are neither pairs nor chats",
-                f"give --prompt-column and --response-column, or rows with {MESSAGES!r}",
+                f"give --prompt-column and --response-column, or a file whose rows have {MESSAGES!r}",
             )
         return False
     for option, given in (
@@ -126,8 +126,8 @@ class _Probe(PairReader):
 
 
 def _has_chats(corpus: Corpus) -> bool:
-    """Return whether the first row has messages and no text. Standard input cannot be read twice."""
-    if "-" in corpus.sources or corpus.given is not None:
+    """Return whether the first row has messages and no text. Streams cannot be read twice."""
+    if any(map(is_stream, corpus.sources)) or corpus.given is not None:
         return False
     probe = Corpus(corpus.sources, corpus.document, corpus.text_column, "replace", corpus.split, corpus.format)
     probe.pairs, probe.notes = _Probe(text_column=corpus.text_column), corpus.notes

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinygpt2.config.data import PregenerateConfig
+from tinygpt2.config.data import PregenerateConfig, is_stream
 from tinygpt2.config.decoding import SampleConfig
 from tinygpt2.data.batches.documents import documents_of
 from tinygpt2.data.block_writers import MANIFEST, SplitWriter, totals
@@ -29,6 +29,7 @@ from tinygpt2.data.corpus.sources import Corpus, Piece
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import Encoder, in_order, parsed
 from tinygpt2.data.external_sort import EncodedBatch, ExternalSort, content_hash
+from tinygpt2.data.layout import dataset_folders
 from tinygpt2.data.pairs import described, make_pairs, require_pairs
 from tinygpt2.data.splits import divide, training_tokens
 from tinygpt2.data.staging import discard, put_back, put_in_place, require_same, staging_directory, staging_path
@@ -114,7 +115,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
         say(f"{out} is already complete")
         discard(staging_path(out))
         return _result(manifest, time.perf_counter() - started)
-    again = "-" not in [*config.source, *(config.test_source or [])]  # standard input cannot be read twice
+    again = not any(map(is_stream, [*config.source, *(config.test_source or [])]))
     with staging_directory(out, settings, resume=config.resume, overwrite=config.overwrite, again=again) as work:
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
@@ -148,17 +149,18 @@ def _corpora(config: PregenerateConfig) -> tuple[PregenerateConfig, Corpus, Corp
         kinds = ("validation", "test")
         held_out = Corpus.of(config.test_source, config, kinds) if config.test_source else None
         return config, Corpus.of(config.source, config), held_out
-    data = load_packed_dataset(name := config.from_dataset)
-    if data.train.marked:
+    name = config.from_dataset
+    shards = [load_packed_dataset(str(folder)) for folder in dataset_folders(name)]
+    if any(one.train.marked for one in shards):
         raise ConfigError(
             f"--from-dataset {name}: its blocks mark which tokens count, and a text has no such marks",
             "make the dataset from its source again",
         )
     config = config.model_copy(update={"source": [name], "shuffle": False, "test_fraction": 0.0})
     corpora = [Corpus.of(config.source, config), Corpus.of(config.source, config)]
-    for corpus, blocks in zip(corpora, (data.train, data.test), strict=True):
-        corpus.given = [documents_of(blocks, data.manifest, data.tokenizer(), name)]
-    return config, corpora[0], corpora[1] if len(data.test) else None
+    for corpus, split in zip(corpora, ("train", "test"), strict=True):  # no document goes over from shard to shard
+        corpus.given = [documents_of(getattr(one, split), one.manifest, one.tokenizer(), name) for one in shards]
+    return config, corpora[0], corpora[1] if any(len(one.test) for one in shards) else None
 
 
 def _result(manifest: dict[str, Any], seconds: float) -> PregenerateResult:

@@ -295,4 +295,6 @@ def _weighted(
     if targets is not None:
         values[1], gradient = cross_entropy(student, targets)
         gradients.append(gradient if factors[1] is None else gradient.mul_(factors[1]))
+    if not gradients:  # no loss counts at these positions, such as those of the data beside sampled text
+        return torch.stack(values), torch.zeros_like(student)
     return torch.stack(values), gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])

@@ -41,7 +41,7 @@ def fit_batch(job: Job, accelerator: Accelerator, module: Step | None = None) ->
             torch.compiler.reset()
     else:
         fixed, each = step_memory(job.model, job.teacher, job.weights, config, length)
-        budget = _FILLED * free_memory(accelerator.num_processes)
+        budget = _FILLED * free_memory(max(accelerator.num_processes, config.num_processes or 1))
         largest = max((size for size in sizes if fixed + each * size <= budget), default=0)
     largest = int(accelerator.gather(torch.tensor([largest], device=accelerator.device)).min())
     if not largest:

@@ -20,9 +20,9 @@ from tinygpt2.objectives.sparse import SparseForm
 from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.planning.batch_size import fit_batch
 from tinygpt2.planning.memory_estimate import step_memory
-from tinygpt2.runtime.devices import device_peak, measured_rate
+from tinygpt2.runtime.devices import device_peak, float32_products, measured_rate
 from tinygpt2.runtime.memory import free_memory, memory_in_use
-from tinygpt2.training.job import Job, prepared_job
+from tinygpt2.training.job import Job, cast_teacher, prepared_job
 from tinygpt2.training.step import Step
 from tinygpt2.training.teacher_cache import cache_bytes
 from tinygpt2.training.throughput import step_operations, step_seconds
@@ -102,12 +102,14 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
     fixed, block = step_memory(job.model, job.teacher, job.weights, config, data.sequence_length)
     parameters, step_tokens = count_parameters(job.model), job.sequences(processes) * data.sequence_length
     device = accelerator.device
-    rate = device_peak(device, config.precision) or measured_rate(device, config.precision)
     # processes share one CPU, but each has its own GPU
-    rate *= _REACHED * (processes if device.type == "cuda" else 1)
+    reached = _REACHED * (processes if device.type == "cuda" else 1)
+    rate = reached * (device_peak(device, config.precision) or measured_rate(device, config.precision))
+    with float32_products(tf32=False):  # as evaluation computes
+        exact = reached * (device_peak(device, "fp32") or measured_rate(device, "fp32"))
     each = step_tokens * job.operations() / rate
-    steps = _steps(job, processes, each, rate)
-    training, evaluation = steps * each, _evaluation_seconds(job, steps, rate)
+    steps = _steps(job, processes, each, exact)
+    training, evaluation = steps * each, _evaluation_seconds(job, steps, exact)
     # checkpoints with weights, AdamW's moments and perhaps masters or a mean: the newest `keep`, the best, a new one
     each_weight = 16 if config.quantize or config.average_tail else 12  # bytes
     disk, free = (
@@ -135,7 +137,7 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=config.precision,
         memory_bytes=memory_in_use() + fixed + block * config.micro_batch_size,
-        memory_available_bytes=free_memory(),
+        memory_available_bytes=free_memory(processes),
         disk_bytes=disk,
         disk_free_bytes=free,
         seconds=training + evaluation,
@@ -145,7 +147,11 @@ def _plan(job: Job, accelerator: Accelerator) -> RunPlan:
 
 
 def _steps(job: Job, processes: int, each: float, rate: float) -> int:
-    """Return the number of optimizer steps; with --max-minutes, an estimate from the seconds of `each`."""
+    """Return the number of optimizer steps; with --max-minutes, an estimate from the seconds of `each`.
+
+    Args:
+        rate: see `_evaluation_seconds`.
+    """
     minutes, every = job.config.max_minutes, job.config.eval_every
     if minutes is None:
         return job.total_steps(processes)
@@ -155,8 +161,12 @@ def _steps(job: Job, processes: int, each: float, rate: float) -> int:
 
 
 def _evaluation_seconds(job: Job, steps: int, rate: float) -> float:
-    """Return the seconds of all evaluations of a run: only forward passes, in float32."""
-    every, length = job.config.eval_every, job.data.sequence_length
+    """Return the seconds of all evaluations of a run: only forward passes, in float32.
+
+    Args:
+        rate: operations per second in float32.
+    """
+    every, length = job.config.eval_every, job.evaluated.sequence_length
     during = math.ceil(steps / every) if every else 1
     student = step_operations(job.model.config, None, LossWeights(), length) / 3
     shape = None if job.teacher is None else job.teacher.shape
@@ -191,6 +201,7 @@ def compile_step(config: TrainOptions, data: PackedDataset | None = None) -> Com
         set_seed(config.seed)
         if job.teacher is not None:
             job.teacher.to(accelerator.device)
+            cast_teacher(job, accelerator)  # as the run does, so that it finds this step in the cache
         module = accelerator.prepare(Step(job.model, job.teacher, job.weights, job.config, job.cache))
         module.train()
         blocks = job.config.micro_batch_size

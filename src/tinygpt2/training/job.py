@@ -40,7 +40,7 @@ from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak, on_cuda
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.metrics import metrics_of
-from tinygpt2.training.preparation import TrainingSetup, documents_apart, training_setup
+from tinygpt2.training.preparation import TrainingSetup, check_packed, documents_apart, training_setup
 from tinygpt2.training.resuming import as_begun, with_precision
 from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps, with_embedding_rate
 from tinygpt2.training.state import RunState
@@ -297,7 +297,8 @@ def distillation_job(
     if len(loaded) > 1:
         config = config.model_copy(update={"teacher": pinned(names, sources)})
     check_fits(data, student.config, tokenizer_fingerprint(directory), f"student {config.student}")
-    evaluated = setup.evaluated(data, student.config, config)
+    positions = teacher.shape.positions if teacher is not None and other is None else None
+    evaluated = setup.evaluated(data, student.config, config, positions)
     if teacher is not None and other is not None:
         teacher = aligned_teacher(config, teacher, other, data, student.config.vocab_size, evaluated)
     cache = open_without_teacher(config, data, student.config.vocab_size) if config.from_cache_alone else None
@@ -324,7 +325,7 @@ def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: Tr
     model, directory = load_model(config.model, allow_pickle=config.allow_pickle, hollow=config.validate_only)
     names = list(dataset_shares(config.data))
     if data is None and (len(names) > 1 or is_packed_dataset(Path(names[0]))):
-        data = load_datasets(config.data)
+        check_packed(data := load_datasets(config.data), config)
     elif data is None:
         freeze(model, config.freeze)  # before packing: it raises an error if a pattern matches no parameter
         length = config.sequence_length or min(DEFAULT_SEQUENCE_LENGTH, model.config.n_positions)

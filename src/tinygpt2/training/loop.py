@@ -174,6 +174,7 @@ class _Run:
         """Return the data of a step with sampled text in the place of some blocks, if the run has any."""
         if self._own_text is None:
             return data
+        self.data.wait()  # it reads the beginnings of blocks
         batch, share = self._own_text.into(data.batch, indices, step, self.plan.share(step), self.state.own_text)
         return data if share is None else data._replace(batch=batch, share=share)
 

@@ -20,10 +20,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from transformers import GPT2Config
 
+from tinygpt2.config.base import flag_name
 from tinygpt2.config.common import OTHER_OUT_OR_RESUME
 from tinygpt2.config.data import PackOptions, PairOptions, PregenerateConfig, TextOptions
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.training import TrainOptions
+from tinygpt2.config.training import FinetuneConfig, TrainOptions
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.data.corpus.sources import Corpus
 from tinygpt2.data.dataset import Blocks, PackedDataset, content_of, load_packed_dataset
@@ -32,7 +33,7 @@ from tinygpt2.data.pregenerate import pregenerate
 from tinygpt2.data.staging import staging_path
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.tasks import load_tasks
-from tinygpt2.models.compatibility import check_fits
+from tinygpt2.models.compatibility import check_fits, check_length
 from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.devices import current_device, on_cuda
 from tinygpt2.training.resuming import check_same_run
@@ -91,19 +92,24 @@ class TrainingSetup:
                 sys.stderr.write(f"waiting until process 0 has packed {source} into {out}: every machine must see it\n")
         return str(out)
 
-    def evaluated(self, data: PackedDataset, model: GPT2Config, config: TrainOptions) -> Blocks:
+    def evaluated(
+        self, data: PackedDataset, model: GPT2Config, config: TrainOptions, positions: int | None = None
+    ) -> Blocks:
         """Return the blocks to evaluate on: `--eval-blocks` of the held-out ones.
+
+        Args:
+            positions: of a teacher that reads the same blocks.
 
         Raises:
             DataError, ConfigError: there are no such blocks, or they do not fit the model.
         """
-        held_out = self._held_out(data, model, config)
-        used = config.evaluated_blocks(len(held_out), data.sequence_length)
+        held_out = self._held_out(data, model, config, positions)
+        used = config.evaluated_blocks(len(held_out), held_out.sequence_length)
         if used < len(held_out):
             say(f"evaluating on {used:,} of {len(held_out):,} held-out blocks; --eval-blocks all uses all")
         return held_out.spaced(used)
 
-    def _held_out(self, data: PackedDataset, model: GPT2Config, config: TrainOptions) -> Blocks:
+    def _held_out(self, data: PackedDataset, model: GPT2Config, config: TrainOptions, positions: int | None) -> Blocks:
         """Return the blocks of --eval-data, or those of the test split of the training dataset."""
         if config.eval_data is None:
             if not len(data.test) and (config.eval_every or config.early_stopping_patience):
@@ -114,7 +120,8 @@ class TrainingSetup:
             return data.test
         if is_packed_dataset(Path(config.eval_data)):
             packed = load_packed_dataset(config.eval_data)
-            check_fits(packed, model, data.manifest["tokenizer_fingerprint"], f"dataset {data.name}")
+            check_fits(packed, model, data.manifest["tokenizer_fingerprint"], f"the model that learns {data.name}")
+            check_length(packed, positions, f"the teacher of the model that learns {data.name}")
             if not len(packed.test):
                 raise DataError(
                     f"the test split of {config.eval_data} is empty", "give the held-out text as --eval-data"
@@ -124,10 +131,28 @@ class TrainingSetup:
             data.tokenizer().save_pretrained(scratch)
             keys = [*TextOptions.model_fields, *PairOptions.model_fields] if isinstance(config, PackOptions) else []
             read = {key: getattr(config, key) for key in keys}
-            whole = PackOptions(test_fraction=0, shuffle=False, **read)
+            ends = data.manifest.get("append_eos", True) and data.manifest.get("eos_token_id") is not None
+            whole = PackOptions(test_fraction=0, shuffle=False, append_eos=ends, **read)
             return load_packed_dataset(
                 self.packed("eval-data", config.eval_data, scratch, data.sequence_length, config, whole)
             ).train
+
+
+def check_packed(data: PackedDataset, config: FinetuneConfig) -> None:
+    """Check that no option of `finetune` is given that only a text has.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    length = config.sequence_length
+    if length not in (None, data.sequence_length):
+        raise ConfigError(
+            f"--sequence-length {length}: the blocks of {data.name} have {data.sequence_length} tokens",
+            "make a dataset with other blocks: tinygpt2 pregenerate",
+        )
+    for name in ("test_fraction", "append_eos", "shuffle"):
+        if getattr(config, name) != type(config).model_fields[name].default:
+            raise ConfigError(f"{flag_name(name)} has no effect on {data.name}, which is a dataset and not a text")
 
 
 def documents_apart(
@@ -146,7 +171,7 @@ def documents_apart(
             f"--document-mask: the documents of {data.name} do not end with an end-of-text token",
             "make the dataset without --no-append-eos, and with a tokenizer that has such a token",
         )
-    if not (config.document_mask or data.train.divided or evaluated.divided):
+    if not (config.document_mask or data.train.divided):
         return data, evaluated
     what = "--document-mask" if config.document_mask else f"{data.name}, which has pairs,"
     if weights.attention or weights.relation:

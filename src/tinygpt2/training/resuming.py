@@ -202,7 +202,10 @@ def changed_mathematics(config: TrainOptions, earlier: dict[str, Any], content: 
     free = {"out", "micro_batch_size", "gradient_accumulation_steps", "batch_tokens", *length_options()}
     free |= {*_DATASETS, *_MODELS} if content is not None else set()
     free |= {"learning_rate"} if None in (now["learning_rate"], earlier.get("learning_rate")) else set()
-    keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN and key not in free]
+    # the held-out loss decides how much text is sampled
+    used = {"eval_every", "eval_blocks"} if getattr(config, "fraction_growth", 0) else set()
+    keys = [key for key, field in config.options().items() if extra(field, "panel") != RUN or key in used]
+    keys = [key for key in keys if key not in free]
     recipe = {"recipe": earlier["recipe"]} if "recipe" in earlier else {}
     defaults = {key: field.default for key, field in config.options().items()} | config.layered(recipe)
     changed = [flag_name(key) for key in keys if earlier.get(key, defaults[key]) != now[key]]

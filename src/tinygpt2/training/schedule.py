@@ -176,8 +176,8 @@ def set_rates(optimizer: Any, rate: Callable[[float], float], peak: float) -> fl
 def batch_of(config: T, length: int, processes: int) -> T:
     """Return the options with the micro-batch and the accumulation that make the tokens of `--batch-tokens`.
 
-    A micro-batch that is given stays. Otherwise it is the largest that fits, if --auto-batch-size looks for it, or else
-    the largest one up to its default.
+    A micro-batch that is given and not the default stays. Otherwise it is the largest that fits, if --auto-batch-size
+    looks for it, or else the largest one up to its default. A file with every option (--print-config) has the defaults.
 
     Args:
         length: tokens in a block.
@@ -185,9 +185,10 @@ def batch_of(config: T, length: int, processes: int) -> T:
     Raises:
         ConfigError: no whole number of micro-batches has so many tokens.
     """
-    tokens, given = config.batch_tokens, config.model_fields_set
+    tokens, fields = config.batch_tokens, type(config).model_fields
     if tokens is None:
         return config
+    given = {name for name in config.model_fields_set if getattr(config, name) != fields[name].default}
     blocks, rest = divmod(tokens, length * processes)
     if rest or not blocks:
         unit = length * processes
@@ -196,7 +197,7 @@ def batch_of(config: T, length: int, processes: int) -> T:
             f"--batch-tokens {tokens}: must be a multiple of {unit} ({processes} x a block of {length})",
             f"give {' or '.join(map(str, near))}",
         )
-    usual = config.options()["micro_batch_size"].default
+    usual = fields["micro_batch_size"].default
     size = next(size for size in range(min(usual, blocks), 0, -1) if blocks % size == 0)
     size = config.micro_batch_size if "micro_batch_size" in given else blocks if config.auto_batch_size else size
     if blocks % size:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -27,7 +27,15 @@ from tinygpt2.planning.scaling_law import Law
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.runtime.processes import launched
 from tinygpt2.training.failures import step_explained
-from tinygpt2.training.job import Job, distillation_job, loss_weights, make_job, settle_batch, training_arithmetic
+from tinygpt2.training.job import (
+    Job,
+    cast_teacher,
+    distillation_job,
+    loss_weights,
+    make_job,
+    settle_batch,
+    training_arithmetic,
+)  # fmt: skip
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.own_text.source import OwnText
 from tinygpt2.training.preparation import TrainingSetup, training_setup
@@ -251,12 +259,13 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
         batch, share = (read.batch, None) if own is None else own.into(read.batch, rows, step)
         return read if share is None else read._replace(batch=batch, share=share)
 
+    evaluation = evaluation_seconds(accelerator, module, job.evaluated, size)
+    fixed = evaluation + _before_training(job, accelerator, size, evaluation)
+    cast_teacher(job, accelerator)
     place = (accelerator, module, optimizer, data.train, sequences, size)
     _, *seconds = step_seconds(*place, _TIMED + 1, prepare=with_text)
     # of the steps on the same texts, one samples them
     each = statistics.median(seconds) if own is None else statistics.fmean(seconds)
-    evaluation = evaluation_seconds(accelerator, module, job.evaluated, size)
-    fixed = evaluation + _before_training(job, accelerator, size, evaluation)
     between = evaluation / config.eval_every if config.eval_every else 0.0
     steps = max(0, int((_KEPT * 60 * minutes - fixed) / (each + between)))
     steps = min(steps, math.ceil(MAX_PASSES * len(data.train) / sequences))
@@ -333,17 +342,9 @@ def _pilot(config: TrainOptions, data: PackedDataset | None, steps: int) -> Trai
     """Train a run of so many steps with a schedule of its own, in a directory that is deleted."""
     with tempfile.TemporaryDirectory() as scratch:
         changed = {**_NO_PLAN, "out": f"{scratch}/pilot", "max_steps": steps, "save_every": steps, "log_every": steps}
-        none: dict[str, Any] = {
-            "eval_every": None,
-            "early_stopping_patience": None,
-            "eval_task": [],
-            "report_to": [],
-            "profile": None,
-        }
+        none: dict[str, Any] = {"early_stopping_patience": None, "eval_task": [], "report_to": [], "profile": None}
+        if not getattr(config, "fraction_growth", 0):  # by which evaluations decide how much text is sampled
+            none["eval_every"] = None
         short = config.model_copy(update={**changed, **none, "resume": False})
-        if isinstance(short, DistillConfig):
-            return distill(short, data)
-        if isinstance(short, PretrainConfig):
-            return pretrain(short, data)
-        assert isinstance(short, FinetuneConfig)
-        return finetune(short, data)
+        commands = {DistillConfig: distill, PretrainConfig: pretrain, FinetuneConfig: finetune}
+        return cast("TrainResult", commands[type(short)](short, data))  # type: ignore[operator]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from tinygpt2.data.corpus.formats import ReadOptions
+from tinygpt2.data.corpus.pairs import MESSAGES
 from tinygpt2.data.corpus.text_splitting import decoded_chunks
 from tinygpt2.data.corpus.unpacking import seekable
 from tinygpt2.errors import DataError, one_line
@@ -68,7 +69,12 @@ def parsed_lines(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iter
 def json_rows(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterator[str]:
     """Yield the texts of JSON lines, or of one array of objects or texts."""
     skip_mark(stream)
-    if not stream.peek(1 << 12).lstrip().startswith(b"["):
+    first = stream.peek(1 << 12).lstrip()
+    if first.partition(b"\n")[0].strip() == b"{":
+        raise DataError(
+            f"{name} is one JSON object over several lines", "an array of objects, or one object in each line, is read"
+        )
+    if not first.startswith(b"["):
         yield from json_lines(stream, name, how)
         return
     import ijson
@@ -132,11 +138,20 @@ def text_of(row: Any, where: str, how: ReadOptions) -> str:
     """
     if how.pairs is not None:
         return how.pairs.text(row, where, lenient=how.lenient)
-    text = row.get(how.text_column, row) if isinstance(row, dict) else row
-    if text is None:
+    text = row.get(how.text_column) if isinstance(row, dict) else row
+    if text is None and (row is None or how.text_column in row):
         return ""
-    if not isinstance(text, str) or not isinstance(row, dict):
-        raise _no_text(where, how, ", ".join(row) if isinstance(row, dict) else type(row).__name__)
+    if not isinstance(row, dict):
+        raise _no_text(where, how, type(row).__name__)
+    if how.text_column not in row and MESSAGES in row:
+        raise DataError(
+            f"{where}: a chat (field {MESSAGES!r}) where texts are read",
+            "pregenerate and finetune read chats from files whose first row is one, not from standard input",
+        )
+    if how.text_column not in row:
+        raise _no_text(where, how, ", ".join(row))
+    if not isinstance(text, str):
+        raise DataError(f"{where}: field {how.text_column!r} holds no text but {type(text).__name__}")
     if not how.lenient:
         try:
             text.encode()

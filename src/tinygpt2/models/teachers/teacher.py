@@ -160,16 +160,16 @@ class Teacher(nn.Module):
         weight: Tensor = module.weight if factor == 1 else module.weight * factor
         bias: Tensor | None = getattr(module, "bias", None)
         bias = bias if bias is None or factor == 1 else bias * factor
-        if self.rows is None:
+        if self.rows is None or self.reading.rows is None:
             return _head(weight, bias, cap)
-        rows = self.rows.clamp(min=0)
-        straight = bool((self.rows == torch.arange(len(rows), device=rows.device)).all())
+        rows, numbers = self.rows.clamp(min=0), self.reading.rows
+        straight = all(number == row for row, number in enumerate(numbers))
         matrix = weight[: len(rows)] if straight else weight[rows]
         mean = matrix.mean(0, dtype=torch.float32)
         others = None
         if self.others is not None:
             others = _head(weight[self.others], None if bias is None else bias[self.others], cap, mean)
-        absent = self.rows < 0 if bool((self.rows < 0).any()) else None
+        absent = self.rows < 0 if min(numbers) < 0 else None
         return _head(matrix, None if bias is None else bias[rows], cap, mean, absent, others)
 
     @property
