@@ -66,7 +66,7 @@ def test_contradictions_are_found_beside_other_problems_and_not_invented() -> No
         GenerateConfig(num_beams="4", num_samples="9")
     assert "--model is required: " in str(caught.value)
     assert "--num-samples 9 is more than --num-beams 4" in str(caught.value)
-    with pytest.raises(ConfigError, match="--to: expected 'gguf', 'onnx' or 'safetensors'") as caught:
+    with pytest.raises(ConfigError, match="--to: expected gguf, onnx or safetensors, got 'ggml'") as caught:
         ExportConfig(model="m", out="o", to="ggml", type="int8")
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError) as caught:

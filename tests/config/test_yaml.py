@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tinygpt2.config.cerebras import options_of
+from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.yaml_files import load_yaml, read_yaml
 from tinygpt2.errors import ConfigError
 
@@ -65,3 +66,14 @@ def test_cerebras_phases_without_a_length() -> None:
         phases[1]["total_iters"] = length
         with pytest.raises(ConfigError, match=f"{length!r} is not a number of steps"):
             options_of(values, "f.yaml")
+
+
+def test_times_are_texts_and_numbers_may_be(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("prompt_tokens: 16:32\nspan_temperatures: 0.5\nmax_steps: 1_000\nseed: 010\nlearning_rate: 1.\n")
+    values = read_yaml(file)
+    assert values["prompt_tokens"] == "16:32"
+    assert (values["max_steps"], values["seed"], values["learning_rate"]) == (1000, 8, 1.0)
+    common = {"teacher": "t", "student": "s", "data": "d", "out": "o", "on_policy_fraction": 1}
+    found = DistillConfig(**common, prompt_tokens=32, alignment="spans", span_temperatures=values["span_temperatures"])
+    assert (found.prompt_tokens, found.span_temperatures) == ("32", "0.5")

@@ -194,7 +194,10 @@ BAD = {
     "cut.txt.zst": (zstd.compress(TEXT * 100)[:-4], "cut.txt.zst is damaged", None),
     "cut.tar": (v7(a_txt=TEXT * 1000)[:9000], "cut.tar/a.txt is damaged", None),
     "quotes.tsv": (b'id\ttext\n1\t"a" b\n', "quotes.tsv:2: not valid TSV", None),
-    "number.jsonl": (b'{"text": 3}\n', ":1: no text in field 'text' (found: text)", "--text-column"),
+    "number.jsonl": (b'{"text": 3}\n', ":1: field 'text' holds no text but int", None),
+    "chat.csv": (b"messages\nhello\n", "no text in field 'text' (found: messages)", "--text-column"),
+    "mixed.jsonl": (b'{"text": "a"}\n{"messages": []}\n', ":2: a chat (field 'messages') where texts are read", "from files"),
+    "pretty.json": (b'{\n  "text": "a"\n}\n', "is one JSON object over several lines", "an array of objects"),
     "binary.parquet": (parquet(pa.array([b"a"])), "no text in field 'text' (found: text: binary)", "--text-column"),
     "big.json": (b'[{"text": "a", "n": ' + b"9" * 5000 + b"}]", "not valid JSON after item 0", None),
 }  # fmt: skip

@@ -71,6 +71,27 @@ def test_wrong_options(cli: Callable[..., Outcome], data: Path, tokenizer_dir: P
         ((), 2, "give a SOURCE, or --from-dataset"),
         (("--from-dataset", data, "text.txt"), 2, "cannot be combined with a SOURCE"),
         (("--from-dataset", tmp_path / "none"), 3, "no such dataset"),
+        (("--from-dataset", data, "--test-fraction", 0.1), 2, "--test-fraction has no effect on --from-dataset"),
+        (
+            ("--from-dataset", data, "--prompt-column", "q", "--response-column", "a"),
+            2,
+            "--prompt-column has no effect",
+        ),
     ):
         outcome = cli(*given, *options)
         assert (outcome.code, message in outcome.err) == (code, True), outcome.err
+
+
+def test_documents_end_with_their_shards(corpus: Path, tokenizer_dir: Path, other: Path, tmp_path: Path) -> None:
+    common = {"tokenizer": str(tokenizer_dir), "sequence_length": 32, "test_fraction": 0}
+    texts = []
+    for number in (1, 2):
+        out = tmp_path / "shards" / str(number)
+        how = {"source": [str(corpus / "00.txt")], "shard": f"{number}/2", "document": "line", "append_eos": False}
+        pregenerate(PregenerateConfig(**common, **how, out=str(out)))
+        texts.append(text(load_packed_dataset(str(out)).train, tokenizer_dir))
+    pregenerate(PregenerateConfig(
+        from_dataset=str(tmp_path / "shards"), tokenizer=str(other), out=str(tmp_path / "b"), sequence_length=32,
+    ))  # fmt: skip
+    found = text(load_packed_dataset(str(tmp_path / "b")).train, other)
+    assert found.startswith(f"{texts[0]}<|endoftext|>{texts[1][:20]}")

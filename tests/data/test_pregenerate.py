@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -499,3 +501,20 @@ def test_of_two_processes_with_one_out_one_is_refused(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path, rounds: int
 ) -> None:
     race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, rounds)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_read_once(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Whether rows are chats is not looked up in it: what was read would be lost."""
+    text = (corpus / "00.txt").read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(text,))
+    writer.start()
+    common = {"tokenizer": str(tokenizer_dir), "sequence_length": 16, "test_fraction": 0}
+    pregenerate(PregenerateConfig(source=str(tmp_path / "pipe"), out=str(tmp_path / "a"), **common))
+    writer.join()
+    pregenerate(PregenerateConfig(source=str(corpus / "00.txt"), out=str(tmp_path / "b"), **common))
+    first, second = (load_packed_dataset(str(tmp_path / name)).train for name in "ab")
+    assert first.batch(range(len(first))).input_ids.equal(second.batch(range(len(second))).input_ids)
+    with pytest.raises(ConfigError, match="standard input or a pipe"):
+        PregenerateConfig(source=str(tmp_path / "pipe"), out="o", resume=True, **common)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from tests.utils.test_charts import Page
 from tinygpt2 import Paired, PplConfig, PplResult, PplRow
 from tinygpt2.evaluation.plots import comparison_charts, plot_comparison
+from tinygpt2.utils.plotting import plot_may_fail
 
 TASKS = ("wikitext", "lambada", "/texts/Hound.txt")
 
@@ -61,3 +64,13 @@ def test_charts_pictures_and_pages(models: int, tasks: tuple[str, ...], tmp_path
     assert (cells.count("+0.2500 ± 0.0500"), cells.count("-0.2500 ± 0.0500")) == (pairs, pairs)
     assert ("different tokens" in cells) == (models > 1 and "lambada" in tasks)
     assert "/home/me" not in text
+
+
+def test_what_cannot_be_drawn_is_left_out_and_loses_nothing(tmp_path: Path) -> None:
+    """A perplexity per word can be infinite where a text has no spaces."""
+    rows = [replace(row(0, "novel"), perplexity=math.inf), row(1, "novel")]
+    assert [[one.name for one in chart.series] for chart in comparison_charts(rows)] == [["model-1"]] * 2
+    plot_comparison(PplResult(rows[:1], []), PplConfig(task=["novel"], plot=str(tmp_path / "a.png")))
+    assert (tmp_path / "a.html").is_file()
+    with plot_may_fail("b.png"):
+        raise OSError(28, "No space left on device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +139,19 @@ def test_command_prints_the_contracts_json_and_refuses_what_exists(
     assert "--overwrite" in again.json["error"]["hint"]
     assert out.read_bytes() == before
     assert cli(*line, "--overwrite").code == 0
+
+
+def test_a_model_and_a_run_are_never_replaced(teacher: Path, tmp_path: Path, cli: Callable) -> None:
+    run = Path(shutil.copytree(teacher, tmp_path / "runs" / "m"))
+    (tmp_path / "other").mkdir()
+    for name in ("config.json", "run.json"):
+        (tmp_path / "other" / name).write_text("{}")
+    for out, message in ((run, "holds the model that is exported"), (run.parent, "holds the model that is exported"),
+                         (tmp_path / "other", "holds a training run: it is not replaced")):  # fmt: skip
+        found = cli("export", run, "--to", "safetensors", "--type", "f16", "--out", out, "--overwrite")
+        assert (found.code, message in found.err) == (2, True), found.err
+    assert {file.name for file in run.iterdir()} == {file.name for file in teacher.iterdir()}
+    assert (tmp_path / "other" / "run.json").is_file()
 
 
 @pytest.mark.parametrize(("to", "kind"), [("onnx", "q8_0"), ("gguf", "int8"), ("safetensors", "q4_0")])

@@ -9,7 +9,7 @@ import pytest
 
 import tinygpt2
 from tests.conftest import make_model
-from tinygpt2.errors import DataError
+from tinygpt2.errors import ConfigError
 
 FORMATS = [("gguf", "f32"), ("gguf", "q8_0"), ("onnx", "f32"), ("onnx", "int8")]
 
@@ -101,12 +101,12 @@ def test_the_command_prints_what_it_measured(teacher: Path, tmp_path: Path, text
     assert found.code == 0, found.err
     assert "greedy tokens" in found.out
     assert cli("verify", out, "--model", teacher, "--data", text, "--json").json["export"]["kl"] < 1e-3
-    assert cli("verify", out, "--teacher", teacher).code == 3
+    assert cli("verify", out, "--teacher", teacher).code == 2
     assert "not an exported model" in cli("verify", teacher, "--model", teacher).err
 
 
 def test_options_of_exports_are_refused_for_models(teacher: Path) -> None:
-    with pytest.raises(DataError, match="--data"):
+    with pytest.raises(ConfigError, match="--data"):
         check(teacher, data="x")
 
 

@@ -142,6 +142,30 @@ def test_plans_and_batch_sizes_count_the_teacher(
     assert timed.json["candidates"][0]["tokens_per_second"] > 0
 
 
+def test_plans_count_a_gpt2_with_padded_rows(
+    cli: Callable, student: Path, data: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    padded = make_model(tmp_path / "padded", tokenizer_dir, vocab_size=336)
+    command = arguments(padded, student, data, tmp_path / "out")
+    for more in (["--validate-only"], ["--validate-only", "--auto-batch-size"]):
+        found = cli(*command, *more)
+        assert found.code == 0, found.err
+    assert cli(*command).code == 0
+
+
+def test_held_out_blocks_have_to_fit_the_teacher_too(
+    cli: Callable, teacher: Path, tokenizer_dir: Path, corpus: Path, data: Path, tmp_path: Path
+) -> None:
+    long, student = tmp_path / "long", make_model(tmp_path / "s", tokenizer_dir, n_positions=64)
+    made = cli("pregenerate", corpus, "--tokenizer", tokenizer_dir, "--sequence-length", 64, "--out", long)
+    assert made.code == 0, made.err
+    found = cli(*arguments(teacher, student, data, tmp_path / "out"), "--eval-data", long)
+    assert found.code == 2
+    assert "have 64 tokens" in found.err
+    assert "the teacher" in found.err
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
 def test_ppl_measures_a_llama_as_its_own_logits_say(
     cli: Callable, student: Path, corpus: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,12 @@ def test_the_proposal_grows_with_the_run_and_is_whole_micro_batches(teacher: Pat
         assert one.batch_tokens > 0
     timed = plan_budget(DistillConfig(**base, batch_tokens=6 * 32, plan=True, budget_minutes=0.02))
     assert all(one.tokens == one.steps * 6 * 32 for one in timed.candidates)
+
+
+def test_what_is_printed_runs_again(cli: Callable, teacher: Path, data: Path, tmp_path: Path) -> None:
+    command = ["pretrain", "--model", teacher, "--data", data, "--out", tmp_path / "m", "--max-steps", 1]
+    printed = cli(*command, "--batch-tokens", 96, "--print-config").out
+    (tmp_path / "run.yaml").write_text(printed)
+    found = cli("pretrain", "--config", tmp_path / "run.yaml", "--json")
+    assert found.code == 0, found.err
+    assert found.json["tokens"] == 96

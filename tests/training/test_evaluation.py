@@ -20,7 +20,16 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tests.conftest import make_model
-from tinygpt2 import DistillConfig, PretrainConfig, TruncateStudentConfig, distill, pretrain, truncate_student
+from tinygpt2 import (
+    DistillConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    TruncateStudentConfig,
+    distill,
+    finetune,
+    pretrain,
+    truncate_student,
+)
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.evaluation.scoring import perplexity_of
@@ -224,3 +233,24 @@ def test_a_large_share_of_evaluation_is_said(teacher: Path, data: Path, tmp_path
     outcome = cli(*base, tmp_path / "m")
     assert re.search(r"evaluation took \d+% of \d+ seconds; --eval-blocks N or a larger --eval-every", outcome.err)
     assert "evaluation took" not in outcome.out
+
+
+def test_held_out_texts_end_as_the_data_do(teacher: Path, corpus: Path, tmp_path: Path) -> None:
+    held = tmp_path / "held.txt"
+    held.write_text("the cat sat\n" * 40)
+    how = {"model": str(teacher), "data": str(corpus / "00.txt"), "eval_data": str(held), "max_steps": 1}
+    finetune(FinetuneConfig(**how, document="line", append_eos=False, out=str(tmp_path / "m")))
+    made = load_packed_dataset(str(tmp_path / "m" / "eval-data"))
+    assert made.manifest["append_eos"] is False
+    assert made.tokenizer().eos_token_id not in made.train.batch(range(len(made.train))).input_ids
+
+
+def test_options_of_texts_are_refused_for_a_dataset(teacher: Path, data: Path, tmp_path: Path) -> None:
+    how = {"model": str(teacher), "data": str(data), "out": str(tmp_path / "m"), "max_steps": 1}
+    for option, message in (
+        ({"sequence_length": 16}, "have 32 tokens"),
+        ({"shuffle": False}, "--shuffle has no effect"),
+    ):
+        with pytest.raises(preparation.ConfigError, match=message):
+            finetune(FinetuneConfig(**how, **option))
+    finetune(FinetuneConfig(**how, sequence_length=32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.conftest import LENGTH, make_model, stopped_after
-from tinygpt2 import DistillConfig, distill
+from tinygpt2 import DistillConfig, distill, plan_run
 from tinygpt2.config.decoding import token_range
 from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.batches.order import Shuffle
@@ -309,6 +310,28 @@ def test_a_student_with_more_tokens_than_its_teacher_is_refused_before_anything_
     with pytest.raises(ConfigError, match=message):
         distill(config(teacher, wide, data, tmp_path / "o", **more))
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("options", [
+    {"recipe": "seqkd", "on_policy_fraction": 0.5}, {"recipe": "minillm", "ce_weight": 0},
+    {"prediction_weight": 0, "on_policy_weight": 1},
+])  # fmt: skip
+def test_blocks_of_the_data_may_have_no_loss(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, options: dict
+) -> None:
+    how = config(teacher, student, data, tmp_path / "m", **{"max_new_tokens": 8, "max_steps": 2, **options})
+    assert plan_run(how).steps == 2
+    distill(how)
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "m"))
+
+
+def test_a_share_that_grows_by_evaluations_resumes_with_the_same_ones(
+    teacher: Path, student: Path, data: Path, tmp_path: Path
+) -> None:
+    options = {"eval_every": 2, "fraction_growth": 0.25, "save_every": 2}
+    distill(config(teacher, student, data, tmp_path / "m", **options))
+    with pytest.raises(ConfigError, match="--eval-every differ"):
+        distill(config(teacher, student, data, tmp_path / "m", **{**options, "eval_every": 1}, resume=True))
 
 
 def test_counts_of_no_sampled_text() -> None:

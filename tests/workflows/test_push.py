@@ -160,6 +160,16 @@ def test_what_belongs_on_the_hub_is_uploaded_and_nothing_else(model: Path, hub: 
     assert hub.cards == [(model / "README.md").read_text()]
 
 
+def test_the_graph_of_an_onnx_export_is_uploaded(teacher: Path, corpus: Path, tmp_path: Path, cli: Callable) -> None:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "small-onnx"
+    made = cli("export", teacher, "--to", "onnx", "--out", out, "--data", corpus / "00.txt", "--license", "mit")
+    assert made.code == 0, made.err
+    outcome = cli("push", out, "--repo", "me/small", "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    assert {"onnx/model.onnx", "config.json", "tokenizer.json"} <= {one["path"] for one in outcome.json["files"]}
+
+
 def test_a_dry_run_needs_no_network_and_no_token(model: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import OPTConfig, OPTForCausalLM
 
 from tests.conftest import make_model, sentences
 from tinygpt2 import EvaluateTextConfig, PregenerateConfig, evaluate_text, pregenerate
 from tinygpt2.data.dataset import load_packed_dataset
+from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.evaluation.texts.prompts import held_out_prompts
 from tinygpt2.evaluation.texts.rouge import rouge_l
 from tinygpt2.models.loading import load_model
@@ -122,6 +125,32 @@ def test_pairs_have_their_own_prompts_and_references(
         assert word in shown
 
 
+def test_a_judge_reads_its_start_token_as_ppl_does(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """An OPT, whose tokenizer puts a token before every text, on the last token of 31."""
+    torch.manual_seed(2)
+    shape = OPTConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=48, word_embed_proj_dim=32,
+        max_position_embeddings=32, bos_token_id=0, eos_token_id=0, init_std=0.3,
+    )  # fmt: skip
+    judge = OPTForCausalLM(shape).eval()
+    judge.save_pretrained(tmp_path / "opt")
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save_pretrained(tmp_path / "opt")
+    data = tmp_path / "d"
+    source = {"source": str(corpus / "00.txt"), "tokenizer": str(tmp_path / "opt"), "test_fraction": 0.3}
+    pregenerate(PregenerateConfig(**source, out=str(data), sequence_length=32))
+    how = {"model": [str(tmp_path / "opt")], "judge": str(tmp_path / "opt"), "data": str(data), "num_prompts": 4}
+    (found,) = evaluate_text(EvaluateTextConfig(**how, prompt_tokens=30, max_new_tokens=1)).results
+    losses = []
+    for prompt in held_out_prompts(load_packed_dataset(str(data)), 4, 30, 1, 31):
+        losses.append(-float(predicted(judge, [0, *prompt.tokens], prompt.following[:1])[0, prompt.following[0]]))
+    assert found.judge_loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found.model == str(tmp_path / "opt")
+
+
 def test_what_does_not_fit_is_said(
     cli: Callable, teacher: Path, data: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
@@ -129,6 +158,7 @@ def test_what_does_not_fit_is_said(
     for more, message in (
         (["--prompt-tokens", "32"], "do not fit into 32 positions"),
         (["--plot", tmp_path / "no" / "x.png"], "the directory does not exist"),
+        (["--plot", tmp_path], "is a directory: give the name of a file"),
     ):
         outcome = cli("evaluate-text", *options, *more)
         assert outcome.code == 2
