@@ -87,7 +87,8 @@ def test_documents_end_with_their_shards(corpus: Path, tokenizer_dir: Path, othe
     texts = []
     for number in (1, 2):
         out = tmp_path / "shards" / str(number)
-        how = {"source": [str(corpus / "00.txt")], "shard": f"{number}/2", "document": "line", "append_eos": False}
+        files = [str(corpus / name) for name in ("00.txt", "01.txt")]
+        how = {"source": files, "shard": f"{number}/2", "append_eos": False}
         pregenerate(PregenerateConfig(**common, **how, out=str(out)))
         texts.append(text(load_packed_dataset(str(out)).train, tokenizer_dir))
     pregenerate(PregenerateConfig(
