@@ -249,7 +249,7 @@ def test_options_of_texts_are_refused_for_a_dataset(teacher: Path, data: Path, t
     how = {"model": str(teacher), "data": str(data), "out": str(tmp_path / "m"), "max_steps": 1}
     for option, message in (
         ({"sequence_length": 16}, "have 32 tokens"),
-        ({"shuffle": False}, "--shuffle has no effect"),
+        ({"shuffle": False}, "--no-shuffle has no effect"),
     ):
         with pytest.raises(preparation.ConfigError, match=message):
             finetune(FinetuneConfig(**how, **option))

@@ -103,6 +103,11 @@ def plain_type(field: FieldInfo) -> Any:
     return field.annotation
 
 
+def spelled(key: str, value: Any) -> str:
+    """Return an option as it is given for a value: --no-NAME for False."""
+    return f"--no-{flag_name(key)[2:]}" if value is False else flag_name(key)
+
+
 _BLANK = "?"  # stands for a text that is missing
 
 
@@ -245,7 +250,7 @@ class Config(BaseModel):
             if value == defaults[key] and key not in recipe:
                 continue
             if isinstance(value, bool):
-                words.append(flag_name(key) if value else f"--no-{flag_name(key)[2:]}")
+                words.append(spelled(key, value))
                 continue
             for item in value if isinstance(value, list) else [value]:
                 item = shared_name(str(item)) if shared and extra(field, "path") else item

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from transformers import GPT2Config
 
-from tinygpt2.config.base import flag_name
+from tinygpt2.config.base import spelled
 from tinygpt2.config.common import OTHER_OUT_OR_RESUME
 from tinygpt2.config.data import PackOptions, PairOptions, PregenerateConfig, TextOptions
 from tinygpt2.config.distillation import DistillConfig
@@ -151,8 +151,8 @@ def check_packed(data: PackedDataset, config: FinetuneConfig) -> None:
             "make a dataset with other blocks: tinygpt2 pregenerate",
         )
     for name in ("test_fraction", "append_eos", "shuffle"):
-        if getattr(config, name) != type(config).model_fields[name].default:
-            raise ConfigError(f"{flag_name(name)} has no effect on {data.name}, which is a dataset and not a text")
+        if (value := getattr(config, name)) != type(config).model_fields[name].default:
+            raise ConfigError(f"{spelled(name, value)} has no effect on {data.name}, which is a dataset and not a text")
 
 
 def documents_apart(
