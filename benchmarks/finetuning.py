@@ -29,7 +29,7 @@ from result_lines import add_line, finished_runs, is_finished
 
 from tinygpt2 import FinetuneConfig, PregenerateConfig, finetune, pregenerate
 from tinygpt2.data.dataset import load_packed_dataset
-from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.cpu import fast_products, usable_cores
 
 RESULTS = Path(__file__).parent / "finetuning" / "results.jsonl"
 DEFAULT = 5e-4  # the rate of `finetune` in version 0.1, with AdamW
@@ -95,7 +95,7 @@ class Study:
             **known, **measured(out, data.test, len(data.test)),
             "before": loss_of_fixed(str(self.options.model), str(self.data)),
             "tokens": int(data.manifest["splits"]["train"]["tokens"]), "seconds": round(result.seconds, 1),
-            "parameters": result.parameters, "load": round(os.getloadavg()[0], 1), "cores": os.cpu_count(),
+            "parameters": result.parameters, "load": round(os.getloadavg()[0], 1), "cores": usable_cores(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }  # fmt: skip
         add_line(self.results, line)

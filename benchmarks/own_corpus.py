@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from result_lines import add_line, finished_runs, is_finished
 from tinygpt2 import DistillConfig, FinetuneConfig, TruncateStudentConfig, distill, finetune, truncate_student
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.models.loading import model_config
-from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.cpu import fast_products, usable_cores
 
 RESULTS = Path(__file__).parent / "own_corpus" / "results.jsonl"
 METHODS: dict[str, tuple[list[str], str]] = {
@@ -110,7 +109,7 @@ class Study:
             **known, **measured(out, data.test, len(data.test)),
             "teachers": [loss_of_fixed(teacher, self.data) for teacher in learned_from],
             "tokens": int(data.manifest["splits"]["train"]["tokens"]), "seconds": round(result.seconds, 1),
-            "parameters": result.parameters, "cores": os.cpu_count(),
+            "parameters": result.parameters, "cores": usable_cores(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }  # fmt: skip
         add_line(self.results, line)

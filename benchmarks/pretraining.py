@@ -33,7 +33,7 @@ from result_lines import add_line, finished_runs, is_finished
 from tinygpt2 import PregenerateConfig, PretrainConfig, pregenerate, pretrain
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.planning.scaling_law import Law
-from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.cpu import fast_products, usable_cores
 from tinygpt2.training.schedule import peak_learning_rate
 
 HERE = Path(__file__).parent / "pretraining"
@@ -127,7 +127,7 @@ class Study:
             **known, "rate": config.learning_rate, **measured(out, blocks, self.plan["blocks"]),
             "seconds": round(result.seconds, 1), "tokens_per_second": round(result.tokens_per_second, 1),
             "parameters": result.parameters, "load": round(os.getloadavg()[0], 1),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cores": os.cpu_count(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cores": usable_cores(),
         }  # fmt: skip
         add_line(self.results, line)
         shutil.rmtree(out)

@@ -41,7 +41,7 @@ from tinygpt2.data.dataset import Blocks, PackedDataset, load_packed_dataset
 from tinygpt2.models.lm_head import target_losses
 from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.weights import LossWeights
-from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.cpu import fast_products, usable_cores
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.schedule import peak_learning_rate
@@ -86,7 +86,7 @@ class Study:
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one finished result."""
-        line |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cores": os.cpu_count()}
+        line |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cores": usable_cores()}
         add_line(self.results, line)
 
     def prepare(self, *sizes: str) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -30,7 +29,7 @@ from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.teachers.loading import load_teacher
 from tinygpt2.objectives.weights import LossWeights
-from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.cpu import fast_products, usable_cores
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.step import Step
 from tinygpt2.training.teacher_cache import TeacherCache
@@ -59,7 +58,7 @@ def main() -> None:
             found |= epochs(options, Path(place))
     data = load_packed_dataset(options.data)
     found |= {
-        "tokens": len(data.train) * data.sequence_length, "precision": options.precision, "cores": os.cpu_count(),
+        "tokens": len(data.train) * data.sequence_length, "precision": options.precision, "cores": usable_cores(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     print(json.dumps(found, indent=None if options.json else 2))

@@ -1,4 +1,4 @@
-"""The README's library examples as a program: a teacher from your own text, and a student that is half as deep.
+"""The README's library examples as a program: a teacher from your own text, and a student with a third of its layers.
 
 python examples/library.py TEXTS OUT
 """
