@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -148,6 +149,22 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(exit_.value.code, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_that_fork() -> Iterator[None]:
+    """Start the processes of `num_processes` as forks of one that has imported torch, which takes seconds.
+
+    The command line starts them as everywhere else.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        yield
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tinygpt2.workflows.train", "tinygpt2.evaluation.perplexity"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("tinygpt2.runtime.launch.get_context", lambda _: context)
+        yield
 
 
 @contextmanager

@@ -152,6 +152,15 @@ def test_a_merge_that_lower_ranks_undo_is_found() -> None:
     assert merge_ends(b"abcd", 300, ranks) == [3, 4]
 
 
+def test_merges_are_never_left_out_at_random(tokenizer_dir: Path) -> None:
+    plain, random = load_tokenizer(str(tokenizer_dir)), load_tokenizer(str(tokenizer_dir))
+    random.backend_tokenizer.model.dropout = 0.9
+    text = "the cat sat on the mat " * 20
+    assert len(random.backend_tokenizer.encode(text).ids) > len(encode(plain, [text])[0])
+    assert encode(random, [text]) == encode(plain, [text])
+    assert Encoder(random)([text])[0].tolist() == encode(plain, [text])[0]
+
+
 def test_a_tokenizer_of_another_kind_falls_back(tokenizer_dir: Path) -> None:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers

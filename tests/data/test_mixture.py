@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import LENGTH, sentences
@@ -38,6 +38,8 @@ def other(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     sizes=st.lists(st.integers(1, 30), min_size=4, max_size=4),
     seed=st.integers(0, 3),
 )
+@example(weights=[5, 1, 1, 1], sizes=[9, 9, 9, 9], seed=0)
+@example(weights=[9, 1, 1, 1], sizes=[9, 9, 9, 9], seed=0)
 def test_shares_are_exact_to_a_block_anywhere(weights: list[int], sizes: list[int], seed: int) -> None:
     counts = sizes[: len(weights)]
     order = MixedOrder(counts, [Fraction(weight) for weight in weights], seed)

@@ -305,47 +305,61 @@ def test_a_disk_that_fails_while_reading_costs_no_finished_work(
     assert tree(out) == tree(tmp_path / "whole")
 
 
-# what a killed process leaves behind: it dies while it writes its N-th file or directory entry
+# What a killed process leaves behind: it dies while it writes its N-th file or directory entry. Each line of input has N
+# and the output directory. A process with all imports forks for each of them, before it has any thread.
 KILLED = """
 import os, signal, sys
 from tinygpt2 import PregenerateConfig, pregenerate
 from tinygpt2.data import external_sort, pregenerate as pregenerate_module
-external_sort.RUN_TOKENS, pregenerate_module._BATCH_PIECES, left = 3000, 5, [int(sys.argv[1])]
+external_sort.RUN_TOKENS, pregenerate_module._BATCH_PIECES, left = 3000, 5, [0]
 def count(event, arguments):
     written = event == "open" and isinstance(arguments[1], str) and arguments[1][0] in "wx"
     if written or event in ("os.rename", "os.mkdir", "os.rmdir"):
         left[0] -= 1
         if left[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
-pregenerate(PregenerateConfig(source=sys.argv[2], tokenizer=sys.argv[3], out=sys.argv[4], sequence_length=16, resume=True))
-print("count", int(sys.argv[1]) - left[0])
+for line in sys.stdin:
+    moment, out = line.rstrip("\\n").split(" ", 1)
+    child = os.fork()
+    if not child:
+        left[0] = int(moment)
+        sys.addaudithook(count)
+        how = {"sequence_length": 16, "resume": True}
+        pregenerate(PregenerateConfig(source=sys.argv[1], tokenizer=sys.argv[2], out=out, **how))
+        os.write(1, f"{int(moment) - left[0]} ".encode())
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.write(1, f"{code}\\n".encode())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot fork")
 def test_killed_anywhere_and_continued_it_makes_the_same_bytes(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     files = legacy_layout(tokenizer_dir, tmp_path / "tokenizer")  # which loads without torch
 
-    def start(moment: int, out: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", KILLED, str(moment), str(corpus), str(files), str(out)]
-        return subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", KILLED, str(corpus), str(files)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-    whole = start(10**6, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    moments = int(whole.stdout.split("count")[1])
-    pick = random.Random(1)
-    kills = 0
-    for index, moment in enumerate(sorted(pick.sample(range(moments), 5))):
-        out = tmp_path / f"killed-{index}"
-        assert start(moment, out).returncode == -signal.SIGKILL
-        kills += start(pick.randrange(3, moments), out).returncode == -signal.SIGKILL  # less is left to do
-        last = start(10**6, out)
-        assert last.returncode == 0, last.stderr
-        assert tree(out) == tree(tmp_path / "whole")
-        assert not (tmp_path / f".killed-{index}.unfinished").exists()
+        def start(moment: int, out: Path) -> list[int]:
+            """Return how many moments there were, if it was not killed, and the exit code."""
+            process.stdin.write(f"{moment} {out}\n")
+            process.stdin.flush()
+            return [int(word) for word in process.stdout.readline().split()]
+
+        moments, code = start(10**6, tmp_path / "whole")
+        assert code == 0
+        pick = random.Random(1)
+        kills = 0
+        for index, moment in enumerate(sorted(pick.sample(range(moments), 5))):
+            out = tmp_path / f"killed-{index}"
+            assert start(moment, out) == [-signal.SIGKILL]
+            kills += start(pick.randrange(3, moments), out) == [-signal.SIGKILL]  # less is left to do
+            assert start(10**6, out)[-1] == 0
+            assert tree(out) == tree(tmp_path / "whole")
+            assert not (tmp_path / f".killed-{index}.unfinished").exists()
+        process.stdin.close()
     assert kills
 
 
@@ -455,14 +469,15 @@ from tinygpt2 import PregenerateConfig, pregenerate
 from tinygpt2.errors import ConfigError
 from tinygpt2.data import external_sort, pregenerate as pregenerate_module
 external_sort.RUN_TOKENS, pregenerate_module._BATCH_PIECES = 300, 2
-source, tokenizer, out = sys.argv[1:4]
+source, tokenizer = sys.argv[1:3]
 print("ready", flush=True)
-sys.stdin.readline()
-try:
-    pregenerate(PregenerateConfig(source=source, tokenizer=tokenizer, out=out, sequence_length=16, num_workers=1))
-    print("made")
-except ConfigError as error:
-    print("refused", error.message, error.hint)
+for line in sys.stdin:
+    try:
+        how = {"sequence_length": 16, "num_workers": 1}
+        pregenerate(PregenerateConfig(source=source, tokenizer=tokenizer, out=line.rstrip("\\n"), **how))
+        print("made", flush=True)
+    except ConfigError as error:
+        print("refused", error.message, error.hint, flush=True)
 """
 
 
@@ -474,33 +489,32 @@ def race(corpus: Path, tokenizer: Path, root: Path, rounds: int) -> None:
         source.write_text(f"{source.stem} the cat sat on the mat. " * 2000, encoding="utf-8")
         run(root / f"whole-{source.stem}", source, tokenizer, sequence_length=16)
         wholes.append(tree(root / f"whole-{source.stem}"))
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PAIR, str(source), str(tokenizer)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for source in sources
+    ]  # fmt: skip
+    for process in started:
+        assert process.stdout.readline() == "ready\n"
     for number in range(rounds):
         out = root / f"{number}"
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", PAIR, str(source), str(tokenizer), str(out)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )
-            for source in sources
-        ]  # fmt: skip
         for process in started:
-            assert process.stdout.readline() == "ready\n"
-        for process in started:
-            process.stdin.write("\n")
+            process.stdin.write(f"{out}\n")
             process.stdin.flush()
-        said = [process.communicate(timeout=120)[0] for process in started]
+        said = [process.stdout.readline() for process in started]
         assert sorted(one.split()[0] for one in said) == ["made", "refused"], said
         refused = next(one for one in said if one.startswith("refused"))
         assert "another run writes to" in refused or "is not empty" in refused
         assert tree(out) == wholes[said.index("made\n")]
+    for process in started:
+        process.communicate()
     assert not list(root.glob(".*"))
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(6, marks=pytest.mark.slow)])
-def test_of_two_processes_with_one_out_one_is_refused(
-    corpus: Path, tokenizer_dir: Path, tmp_path: Path, rounds: int
-) -> None:
-    race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, rounds)
+def test_of_two_processes_with_one_out_one_is_refused(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    race(corpus, legacy_layout(tokenizer_dir, tmp_path / "tokenizer"), tmp_path, rounds=6)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
@@ -518,3 +532,42 @@ def test_a_pipe_is_read_once(corpus: Path, tokenizer_dir: Path, tmp_path: Path) 
     assert first.batch(range(len(first))).input_ids.equal(second.batch(range(len(second))).input_ids)
     with pytest.raises(ConfigError, match="standard input or a pipe"):
         PregenerateConfig(source=str(tmp_path / "pipe"), out="o", resume=True, **common)
+
+
+def test_an_interrupted_overwrite_is_continued_by_resume(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The complete dataset that was to be replaced is not taken for the result."""
+    source, out = tmp_path / "texts", tmp_path / "d"
+    source.mkdir()
+    (source / "a.txt").write_bytes((corpus / "00.txt").read_bytes())
+    first = run(out, source, tokenizer_dir, sequence_length=16)
+    (source / "b.txt").write_bytes((corpus / "01.txt").read_bytes())
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pregenerate_module, "put_in_place", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, source, tokenizer_dir, sequence_length=16, overwrite=True)
+    assert run(out, source, tokenizer_dir, sequence_length=16, resume=True).tokens > first.tokens
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_dataset_is_put_back_if_its_successor_cannot_take_its_place(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "d"
+    run(out, corpus / "00.txt", tokenizer_dir, sequence_length=16)
+    before, rename = tree(out), Path.replace
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name == "result":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(KeyboardInterrupt):
+        run(out, corpus / "01.txt", tokenizer_dir, sequence_length=16, overwrite=True)
+    assert tree(out) == before

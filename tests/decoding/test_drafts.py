@@ -44,7 +44,7 @@ def test_greedy_text_is_the_teachers_own(ahead: int, positions: int) -> None:
             assert out.tokens.tolist() == plain.tokens.tolist() == [shown]
             assert out.lengths.tolist() == plain.lengths.tolist()
             assert out.ended.tolist() == plain.ended.tolist()
-            assert 0 <= took.accepted <= took.proposed
+            assert 0 <= took.accepted <= min(took.proposed, int(out.lengths))
             accepted += took.accepted
     assert accepted > 0 or positions == 4
 
@@ -55,6 +55,9 @@ def test_a_draft_that_is_the_teacher_is_always_accepted() -> None:
     assert took.accepted == took.proposed == 16  # five tokens in each pass, of which the last is the teacher's own
     assert out.lengths.tolist() == [21]
     assert took.seconds > 0 < took.alone_seconds
+    end = out.tokens[0].tolist()[1]  # whatever was accepted after it is not part of the text
+    out, took = decode_with_draft(decoder, decoder, [1, 2], max_new_tokens=21, ahead=4, ends=[end])
+    assert took.accepted == int(out.lengths) <= 2
 
 
 def test_drafts_for_a_teacher_whose_attention_reaches_some_tokens_back() -> None:

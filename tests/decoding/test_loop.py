@@ -264,3 +264,9 @@ def test_other_formats_need_a_gpt2() -> None:
 def test_settings_of_sampling_have_bounds(wrong: dict) -> None:
     with pytest.raises(ValueError, match="temperature must be positive"):
         Sampling(**wrong)
+
+
+def test_a_temperature_near_0_takes_the_likeliest_token() -> None:
+    logits = torch.tensor([[-100.0, -99.0, -103.0], [4.0, 2.0, 1.0]])
+    for temperature in (1e-5, 1e-38):
+        assert Sampling(temperature).probabilities(logits).tolist() == [[0, 1, 0], [1, 0, 0]]

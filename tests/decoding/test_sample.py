@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from tests.conftest import LENGTH, make_model
 from tinygpt2 import DistillConfig, SampleConfig, distill, sample
@@ -149,6 +150,25 @@ def test_what_does_not_fit_is_refused(cli: Callable, teacher: Path, data: Path, 
         result = cli(*command)
         assert (result.code, message in result.err) == (code, True), (command, result.err)
     assert not (tmp_path / "o").exists()
+
+
+def test_models_read_their_start_token_first(teacher: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    shape = OPTConfig(
+        vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16,
+        max_position_embeddings=32, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    OPTForCausalLM(shape).save_pretrained(tmp_path / "opt")
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="the $A", special_tokens=[("the", tokenizer.convert_tokens_to_ids("the"))]
+    )
+    tokenizer.save_pretrained(tmp_path / "opt")
+    the = tokenizer.convert_tokens_to_ids("the")
+    for model, first, after_nothing in ((tmp_path / "opt", [the], [the]), (teacher, [], [0])):
+        writer = sampled_dataset._load(SampleConfig(model=str(model), out="o"))
+        assert writer.before([7, 8]) == [*first, 7, 8]
+        assert writer.before([]) == after_nothing
+        assert writer.lengths.new == 31 - len(first)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 
 from tests.conftest import make_model, sentences
 from tests.utils.test_charts import Page
@@ -22,7 +24,7 @@ from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import encode
 from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, DataError, ModelError
-from tinygpt2.evaluation.conventions import ModelTokenizer
+from tinygpt2.evaluation.conventions import ModelTokenizer, _continued
 from tinygpt2.evaluation.results import short_names
 from tinygpt2.evaluation.scoring import Scorer, Scores, Window, batches, windows
 from tinygpt2.models.loading import load_model
@@ -296,3 +298,17 @@ def test_the_token_before_a_text_is_one_that_the_model_has(teacher: Path, tokeni
 )
 def test_short_names_tell_all_names_apart(names: list[str], short: list[str]) -> None:
     assert [short_names(names)[name] for name in names] == short
+
+
+def test_passages_leave_room_for_a_start_token(tokenizer_dir: Path) -> None:
+    tokenizer, sizes = load_tokenizer(str(tokenizer_dir)), SimpleNamespace(vocab_size=320, n_positions=16)
+    text = ["the cat sat on the mat " * 9], [" happy"]
+    lengths = []
+    for start in (False, True):
+        if start:
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+            )
+        _, (window,) = _continued("t", ModelTokenizer("m", sizes, tokenizer), *text)
+        lengths.append(window.stop - window.start)
+    assert lengths == [17, 16]  # the last token is only predicted

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import tinygpt2
 from tests.conftest import make_model
 from tinygpt2.errors import ConfigError
+from tinygpt2.exporting.checks import CheckText, run_checks
+from tinygpt2.exporting.engines import TorchEngine
+from tinygpt2.exporting.export import disagreements
+from tinygpt2.exporting.source import load_source
 
 FORMATS = [("gguf", "f32"), ("gguf", "q8_0"), ("onnx", "f32"), ("onnx", "int8")]
 
@@ -113,3 +119,18 @@ def test_options_of_exports_are_refused_for_models(teacher: Path) -> None:
 def test_another_models_export_is_refused(exported: Path, tokenizer_dir: Path, tmp_path: Path, text: Path) -> None:
     other = make_model(tmp_path / "other", tokenizer_dir, seed=1)
     assert not check(exported, model=str(other), data=str(text)).ok
+
+
+def test_an_engine_that_computes_nan_is_found(teacher: Path) -> None:
+    class Broken(TorchEngine):
+        def logits(self, ids: list[int]) -> torch.Tensor:
+            return super().logits(ids) * math.nan
+
+    source = load_source(tinygpt2.ExportConfig(model=str(teacher), to="safetensors", out="o"))
+    found = run_checks(source, Broken(source.model, own=False), CheckText([[1, 2, 3, 4]]))
+    assert math.isnan(found.kl)
+    assert math.isnan(found.logits)
+    for kind in ("f32", "q8_0"):
+        assert list(disagreements(found, kind)) == [
+            "transformers, with the file's weights computes NaN or infinite logits"
+        ]

@@ -92,8 +92,8 @@ class Sizes:
         batch: blocks in a micro-batch.
     """
 
-    student: tuple[int, int, int] = (2, 48, 4)
-    teacher: tuple[int, int, int] = (4, 64, 4)
+    student: tuple[int, int, int] = (1, 48, 4)
+    teacher: tuple[int, int, int] = (2, 64, 4)
     vocabulary: int = 501
     length: int = 160
     batch: int = 2

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tests.conftest import make_model
 from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import PretrainConfig
 from tinygpt2.models import activations
@@ -175,11 +176,12 @@ def test_gradient_checkpointing_keeps_less() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.slow
-def test_a_compiled_run_has_the_same_losses(tmp_path: Path, data: Path, teacher: Path) -> None:
+def test_a_compiled_run_has_the_same_losses(tmp_path: Path, data: Path, tokenizer_dir: Path) -> None:
     curves = []
+    teacher, student = (make_model(tmp_path / f"{n}", tokenizer_dir, n_layer=n) for n in (2, 1))
     for name, flags in (("plain", []), ("compiled", ["--compile", "--gradient-checkpointing"])):
         config = DistillConfig(
-            teacher=str(teacher), student=str(teacher), data=str(data), out=str(tmp_path / name), recipe="tinygpt2",
+            teacher=str(teacher), student=str(student), data=str(data), out=str(tmp_path / name), recipe="tinygpt2",
             ce_weight=1.0, temperature=2.0, max_steps=4, micro_batch_size=2, log_every=1,
         )  # fmt: skip
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml())

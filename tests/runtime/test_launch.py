@@ -150,9 +150,7 @@ def test_two_processes_killed_stopped_and_resumed(teacher: Path, data: Path, tmp
                 workers[-1].kill()
             else:
                 os.kill(process.pid, signal.SIGTERM)
-            started = time.monotonic()
             _, errors = process.communicate(timeout=60)
-        assert time.monotonic() - started < 60
         if harm == "kill one":
             assert process.returncode == 6  # it may have been for memory
             assert "was killed by SIGKILL; the others were stopped" in errors, errors
@@ -160,7 +158,8 @@ def test_two_processes_killed_stopped_and_resumed(teacher: Path, data: Path, tmp
             assert process.returncode == 130
             assert "hint: add --resume" in errors
         assert errors.count("error: ") == (harm == "kill one"), errors
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    alone = {**yaml.safe_load(file.read_text()), "num_processes": None, "micro_batch_size": 4, "out": str(out)}
+    pretrain(PretrainConfig(**alone))
     assert [row["step"] for row in read_metrics(out)] == list(range(1, 151))
 
 

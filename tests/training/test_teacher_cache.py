@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -131,6 +132,17 @@ def test_space_is_reserved_once_where_the_system_cannot_do_it(tmp_path: Path, mo
     for _ in range(2):
         _reserve(path, 10)
         assert path.read_bytes() == b"abcd" + bytes(6)
+
+
+def test_space_is_reserved_where_only_the_file_system_cannot_do_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refused, raising=False)
+    _reserve(tmp_path / "states", 10)
+    assert (tmp_path / "states").read_bytes() == bytes(10)
 
 
 def test_a_full_disk_is_an_error_before_training(

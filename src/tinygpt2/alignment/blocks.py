@@ -16,7 +16,7 @@ from torch import Tensor
 from tinygpt2.alignment.decomposition import Decomposition
 from tinygpt2.alignment.rank_cut import RankCut
 from tinygpt2.data.batches.batch import to_device
-from tinygpt2.data.encoding import token_bytes
+from tinygpt2.data.encoding import token_bytes, without_dropout
 from tinygpt2.utils.types import Array
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class BlockAligner:
 
     def __init__(self, whole: Tokenizer, pieces: list[bytes], special: list[int], limit: int | None) -> None:
         content = json.loads(whole.backend_tokenizer.to_str())
-        self._backend = Backend.from_str(json.dumps(content | {"truncation": None, "padding": None}))
+        self._backend = without_dropout(Backend.from_str(json.dumps(content | {"truncation": None, "padding": None})))
         self._backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
         self._pieces, self._special, self._limit = pieces, np.array(special), limit
         self._sizes = np.array([len(piece) for piece in pieces])

@@ -142,10 +142,17 @@ def _plain(serialized: str) -> Backend:
     """Build a fresh backend from a tokenizer.json. It treats special tokens inside a text as text."""
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_str(serialized)
+    backend = without_dropout(Backend.from_str(serialized))
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
+    return backend
+
+
+def without_dropout(backend: Backend) -> Backend:
+    """Return a backend whose merges are never left out at random: the same text has the same tokens."""
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
     return backend
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class MixedOrder:
     After any number of blocks, each dataset has given its share of them, to within one block. Each dataset's own blocks
     come in its own seeded shuffle. The block at any position can be computed directly, as with `Shuffle`.
 
-    With the shares 3/5 and 2/5 the datasets A and B take turns like this, again and again: A B A B A.
+    With the shares 3/5 and 2/5 the datasets A and B take turns like this, again and again: A B A A B.
 
     Args:
         counts: the number of blocks in each dataset.
@@ -34,13 +35,7 @@ class MixedOrder:
 
     def __init__(self, counts: list[int], shares: list[Fraction], seed: int) -> None:
         self._turns = _whole_numbers(shares)
-        # the turns of one dataset are evenly spaced
-        order = sorted(
-            ((turn + Fraction(1, 2)) / turns, number, turn)
-            for number, turns in enumerate(self._turns)
-            for turn in range(turns)
-        )
-        self._pattern = [(number, turn) for _, number, turn in order]
+        self._pattern = list(_in_turn(self._turns))
         self._shuffles = [Shuffle(count, seed) for count in counts]
         self._starts = np.cumsum([0, *counts[:-1]]).tolist()
 
@@ -58,6 +53,20 @@ class MixedOrder:
         number, turn = self._pattern[slot]
         taken = cycle * self._turns[number] + turn  # blocks that this dataset has given before
         return int(self._starts[number] + self._shuffles[number][taken : taken + 1][0])
+
+
+def _in_turn(turns: list[int]) -> Iterator[tuple[int, int]]:
+    """Yield whose turn it is, and which of its turns, such that nobody is ever a whole turn before or behind its share.
+
+    Of those that may have their next turn already, the one comes that must have it first (Tijdeman 1980, The chairman
+    assignment problem).
+    """
+    given, total = [0] * len(turns), sum(turns)
+    for place in range(1, total + 1):
+        may = (number for number, count in enumerate(turns) if given[number] * total < place * count)
+        number = min(may, key=lambda one: (given[one] + 1) / turns[one])
+        yield number, given[number]
+        given[number] += 1
 
 
 def _whole_numbers(shares: list[Fraction]) -> list[int]:

@@ -32,7 +32,15 @@ from tinygpt2.data.external_sort import EncodedBatch, ExternalSort, content_hash
 from tinygpt2.data.layout import dataset_folders
 from tinygpt2.data.pairs import described, make_pairs, require_pairs
 from tinygpt2.data.splits import divide, training_tokens
-from tinygpt2.data.staging import discard, put_back, put_in_place, require_same, staging_directory, staging_path
+from tinygpt2.data.staging import (
+    discard,
+    is_unfinished,
+    put_back,
+    put_in_place,
+    require_same,
+    staging_directory,
+    staging_path,
+)
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.runtime.cpu import usable_cores
@@ -109,7 +117,7 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     config, corpus, held_out = _corpora(config)
     paired = require_pairs(corpus, held_out, config)
     settings = {**_settings(config, tokenizer, corpus, held_out), **described(corpus)}
-    if config.resume and complete and not config.overwrite:
+    if config.resume and complete and not config.overwrite and not is_unfinished(out):
         manifest = read_json(out / MANIFEST)
         require_same({key: settings[key] for key in settings if key != "read"}, manifest, out)
         say(f"{out} is already complete")

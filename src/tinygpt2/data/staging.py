@@ -60,7 +60,7 @@ def staging_directory(
 
 def _begin(work: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
     """Make the directory of unfinished work, or check that the one of an earlier run can be continued."""
-    if (work / _SETTINGS).is_file():
+    if (work / _SETTINGS).is_file():  # perhaps of a run that was to replace a complete dataset
         if resume:
             require_same(settings, read_json(work / _SETTINGS), work)
             say(f"continuing the interrupted run in {work}")
@@ -82,13 +82,23 @@ def discard(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
+def is_unfinished(out: Path) -> bool:
+    """Return whether an interrupted run has left work that can be continued."""
+    return (staging_path(out) / _SETTINGS).is_file()
+
+
 def put_in_place(result: Path, out: Path) -> None:
-    """Move a complete dataset to `out`, and what is there out of its way."""
+    """Move a complete dataset to `out`, and what is there out of its way; no unfinished work is left then."""
     replaced = staging_path(out) / "replaced"
-    if out.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        out.replace(replaced)
-    result.replace(out)
+    try:
+        if out.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            out.replace(replaced)
+        result.replace(out)
+    except BaseException:
+        put_back(out)
+        raise
+    (staging_path(out) / _SETTINGS).unlink(missing_ok=True)
 
 
 def put_back(out: Path) -> None:

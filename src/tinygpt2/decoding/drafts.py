@@ -84,9 +84,10 @@ def decode_with_draft(
         guesses, sources = _drafted(draft, theirs, text, count, sampling, generator)
         logits = teacher.read(ours, _row(text[ours.length :] + guesses, teacher), every=True)[0]
         added = _checked(logits, guesses, sources, sampling, generator, name)
-        proposed, accepted = proposed + count, accepted + len(added) - 1
-        for token in added:
+        proposed += count
+        for place, token in enumerate(added):
             text.append(token)
+            accepted += place < len(added) - 1  # the last one is the teacher's
             if on_tokens is not None:
                 on_tokens([token])
             ended = token in ends

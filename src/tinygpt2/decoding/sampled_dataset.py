@@ -18,12 +18,12 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from tinygpt2.config.decoding import SampleConfig
+from tinygpt2.data import staging
 from tinygpt2.data.batches.order import Shuffle
 from tinygpt2.data.block_writers import MANIFEST, SplitWriter, totals
 from tinygpt2.data.dataset import PackedDataset, load_packed_dataset
 from tinygpt2.data.external_sort import shuffled_keys
 from tinygpt2.data.pregenerate import check_output
-from tinygpt2.data.staging import discard, put_back, put_in_place, require_same, staging_directory, staging_path
 from tinygpt2.data.tokenizer import fingerprint, vocabulary_size
 from tinygpt2.decoding.library import Decoder, make_decoder
 from tinygpt2.decoding.own_text import Lengths, continued
@@ -32,6 +32,7 @@ from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.models.compatibility import check_fits, first_token, require_tokenizer, text_sizes
 from tinygpt2.models.loading import load_causal_lm, model_tokenizer
 from tinygpt2.models.parameters import count_parameters, fingerprint_of_weights
+from tinygpt2.models.teachers.vocabularies import reads_start, start_token
 from tinygpt2.runtime.devices import computes_on_device, current_device
 from tinygpt2.runtime.threads import enough_threads, tell_machine
 from tinygpt2.utils.files import flush_to_disk, read_json, shared_name, write_json
@@ -75,6 +76,7 @@ class _Writer:
     """The model that writes, and how.
 
     Attributes:
+        start: the token that the model reads before every text, if it reads one.
         end: the token that ends a text.
         vocabulary: number of tokens that the tokenizer knows. The model may have more rows.
         prompts: the blocks that texts begin with, if there are any.
@@ -84,6 +86,7 @@ class _Writer:
     model: PreTrainedModel
     tokenizer: Tokenizer
     decoder: Decoder
+    start: list[int]
     end: int
     vocabulary: int
     prompts: PackedDataset | None
@@ -93,6 +96,10 @@ class _Writer:
     def dtype(self) -> np.dtype[Any]:
         """The number type of the tokens on disk."""
         return np.dtype(np.uint16 if self.vocabulary <= 1 << 16 else np.int32)
+
+    def before(self, prompt: list[int]) -> list[int]:
+        """Return what the model reads first: its start token, or the end of a text if there is nothing else."""
+        return [*(self.start or ([] if prompt else [self.end])), *prompt]
 
 
 @computes_on_device
@@ -112,21 +119,21 @@ def sample(config: SampleConfig) -> SampleResult:
         ModelError: the model or its tokenizer was not found or is broken.
     """
     started = time.perf_counter()
-    put_back(Path(config.out).resolve())
+    staging.put_back(Path(config.out).resolve())
     out, complete = check_output(config)
     writer = _load(config)
     length = config.sequence_length or int(text_sizes(writer.model).n_positions)
     settings = _settings(config, writer, length)
-    if config.resume and complete and not config.overwrite:
+    if config.resume and complete and not config.overwrite and not staging.is_unfinished(out):
         manifest = read_json(out / MANIFEST)
-        require_same(settings, manifest, out)
+        staging.require_same(settings, manifest, out)
         say(f"{out} is already complete")
-        discard(staging_path(out))
+        staging.discard(staging.staging_path(out))
         return _result(manifest, time.perf_counter() - started, None)
     if settings["tokens"] is not None and settings["tokens"] < length:
         raise ConfigError(f"--tokens {settings['tokens']:,} is less than one block of {length} tokens")
     with (
-        staging_directory(out, settings, resume=config.resume, overwrite=config.overwrite) as work,
+        staging.staging_directory(out, settings, resume=config.resume, overwrite=config.overwrite) as work,
         _Log(work / "log", writer.dtype) as log,
     ):
         began, before = time.perf_counter(), log.sampled
@@ -140,7 +147,7 @@ def sample(config: SampleConfig) -> SampleResult:
         manifest = {**settings, "split": "document", **counts, "splits": splits}
         writer.tokenizer.save_pretrained(str(result / "tokenizer"))
         write_json(result / MANIFEST, manifest)
-        put_in_place(result, out)
+        staging.put_in_place(result, out)
     return _result(manifest, time.perf_counter() - started, sampled / seconds if sampled else None)
 
 
@@ -156,14 +163,15 @@ def _load(config: SampleConfig) -> _Writer:
     if prompts is not None:  # only the beginnings of its blocks have to fit into the positions
         read = SimpleNamespace(vocab_size=sizes.vocab_size, n_positions=prompts.sequence_length)
         check_fits(prompts, read, fingerprint(tokenizer), f"model {config.model}")
-    room = min(int(sizes.n_positions), config.sequence_length or int(sizes.n_positions))
+    start = [start_token(tokenizer) or 0] if reads_start(sizes, tokenizer) else []
+    room = min(int(sizes.n_positions) - len(start), config.sequence_length or int(sizes.n_positions))
     asked = (1, 1) if prompts is None else config.prompt_range
     pairs = prompts is not None and prompts.train.labelled
     lengths = Lengths.fitting(asked, config.max_new_tokens, room, pairs=pairs)
     model.to(current_device())
     decoder = make_decoder(model, config.weights, copies=True, name=config.model)
     tell_machine(current_device(), config.weights)
-    return _Writer(model, tokenizer, decoder, end, vocabulary_size(tokenizer), prompts, lengths)
+    return _Writer(model, tokenizer, decoder, start, end, vocabulary_size(tokenizer), prompts, lengths)
 
 
 def _settings(config: SampleConfig, writer: _Writer, length: int) -> dict[str, Any]:
@@ -277,22 +285,21 @@ def _sample(log: _Log, writer: _Writer, config: SampleConfig, tokens: int | None
             numbers = list(range(log.samples, last if most is None else min(last, most)))
             prompts = [_prompt(writer, order, config.seed, number) for number in numbers]
             made = continued(
-                writer.decoder, prompts, numbers, seed=config.seed, new=writer.lengths.new, ends=[writer.end],
-                sampling=sampling, name=config.model,
+                writer.decoder, [writer.before(prompt) for prompt in prompts], numbers, seed=config.seed,
+                new=writer.lengths.new, ends=[writer.end], sampling=sampling, name=config.model,
             )  # fmt: skip
             counts, ended = made.lengths.tolist(), made.ended.tolist()
             kept = len(counts) if tokens is None else _needed(counts, tokens - log.sampled)
-            given = [[] if order is None else prompt for prompt in prompts]
-            rows = zip(given, made.tokens.tolist(), counts, ended, strict=True)
+            rows = zip(prompts, made.tokens.tolist(), counts, ended, strict=True)
             texts = [[*own, *row[:n], *([] if end else [writer.end])] for own, row, n, end in rows]
             log.add(texts[:kept], counts[:kept], ended[:kept])
             stage.advance(sum(counts[:kept]) if most is None else kept)
 
 
 def _prompt(writer: _Writer, order: Shuffle | None, seed: int, number: int) -> list[int]:
-    """Return the tokens that a text begins after: a block's beginning, or an end-of-text token."""
+    """Return the tokens that a text begins with: a block's beginning, or nothing."""
     if order is None or writer.prompts is None:
-        return [writer.end]
+        return []
     return writer.lengths.prompt(writer.prompts.train, order[number : number + 1][0], seed, number)
 
 

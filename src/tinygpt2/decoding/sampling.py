@@ -11,6 +11,9 @@ from torch import Tensor
 _CANDIDATES = 512  # likeliest tokens that usually hold the probability that top-p keeps
 
 
+_COLD = 1e-3
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Settings of sampling, as `transformers` defines them. They apply in the order of the attributes.
@@ -45,7 +48,10 @@ class Sampling:
         Returns:
             (B, V), or as many columns as there are tokens to draw, float32.
         """
-        scores = logits[:, : self.vocabulary].float() / self.temperature
+        scores = logits[:, : self.vocabulary].float()
+        if self.temperature < _COLD:  # else all quotients could be infinite
+            scores = scores - scores.amax(-1, keepdim=True)
+        scores = scores / self.temperature
         if 0 < self.top_k < scores.shape[-1]:
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[:, -1:], -math.inf)
         if self.top_p < 1:

@@ -30,6 +30,7 @@ from tinygpt2.evaluation.scoring import Scores, Window, windows
 from tinygpt2.evaluation.sizes import TextSizes, decoded, line_bytes, text_bytes, token_lines
 from tinygpt2.evaluation.tasks import Task
 from tinygpt2.models.compatibility import check_fits, first_token, require_tokenizer
+from tinygpt2.models.teachers.vocabularies import reads_start
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer, Tokens
@@ -253,14 +254,12 @@ def _choices(task: Task, model: ModelTokenizer, convention: Convention) -> Token
     right = [question.endings[question.right] for question in task.questions]
     words, whole = sum(len(ending.split()) for ending in right), "".join(right)
     choices = [choice for question in task.questions for choice in question.choices]
+    unit: Any = "token" if convention == "hf" else "word"
     return TokenizedTask(
         tokens,
         spans,
-        "token" if convention == "hf" else "word",
-        words,
-        words,
-        len(whole),
-        len(whole.encode()),
+        unit,
+        *(words, words, len(whole), len(whole.encode())),
         None,
         np.array([question.right for question in task.questions]),
         np.array([len(question.endings) for question in task.questions]),
@@ -281,6 +280,7 @@ def _continued(
         DataError: an ending has no token of its own, or more than the model has positions.
     """
     parts, spans, offset = [], [], 0
+    room = model.positions - reads_start(model.config, model.tokenizer)
     for index in range(0, len(contexts), _AT_ONCE):
         some = contexts[index : index + _AT_ONCE]
         whole = model.tokens([a + b for a, b in zip(some, endings[index : index + _AT_ONCE], strict=True)])
@@ -288,12 +288,12 @@ def _continued(
         for number, (context, tokens, before) in enumerate(zip(some, whole, known, strict=True), index):
             if not context.strip() and tokens[:1].tolist() != [model.prefix]:
                 tokens = _after(model.prefix, tokens)
-            if not 0 < (scored := len(tokens) - max(1, len(before))) <= model.positions:
+            if not 0 < (scored := len(tokens) - max(1, len(before))) <= room:
                 raise DataError(
                     f"{task}: {endings[number][:60]!r} has {scored} tokens after its context, but {model.name} can "
-                    f"predict 1 to {model.positions}"
+                    f"predict 1 to {room}"
                 )
-            start = max(0, len(tokens) - model.positions - 1)
+            start = max(0, len(tokens) - room - 1)
             spans.append(Window(offset + start, offset + len(tokens), max(1, len(before) - start)))
             offset += len(tokens)
             parts.append(tokens)

@@ -110,7 +110,7 @@ def run_checks(source: ExportSource, engine: Engine, text: CheckText) -> ExportC
     with track(f"compare with {engine.name}", len(text.rows), "rows") as stage:
         for row in text.rows:
             exact, found = model.logits(row), engine.logits(row)
-            gap = max(gap, float((exact - found).abs().max()))
+            gap = float(np.maximum(gap, float((exact - found).abs().max())))  # NaN stays NaN
             exact, found = exact[:-1].log_softmax(-1), found[:-1].log_softmax(-1)
             divergence += float((exact.exp() * (exact - found)).sum(dtype=torch.float64))
             right = torch.tensor(row[1:])[:, None]
@@ -130,7 +130,7 @@ def run_checks(source: ExportSource, engine: Engine, text: CheckText) -> ExportC
         logits=gap,
         greedy_equal=same_text(model, prompt, expected, runs[0][0], source.ends[1]),
         loss=float(losses[1] / targets),
-        kl=max(0.0, divergence / targets),
+        kl=0.0 if divergence < 0 else divergence / targets,
         tokens_per_second=max(speed for _, speed in runs) if engine.own else None,
         float_loss=float(losses[0] / targets),
         engine=engine.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,7 +146,9 @@ def run_export(
 
 def disagreements(checked: ExportChecks, kind: NumberType) -> Iterator[str]:
     """Yield what an engine does otherwise than it should. Rounding to few bits is no fault."""
-    if kind in EXACT and not checked.kl <= _MOST:
+    if not math.isfinite(checked.loss):
+        yield f"{checked.engine} computes NaN or infinite logits"
+    elif kind in EXACT and not checked.kl <= _MOST:
         yield f"{checked.engine} computes something else than the model: mean KL {checked.kl:.3g} nats per token"
     if checked.tokens_equal is False:
         yield "llama.cpp splits the text into other tokens than the model's tokenizer"

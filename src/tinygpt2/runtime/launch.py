@@ -85,7 +85,12 @@ def launch(name: str, processes: int, *arguments: Any) -> Any:
             receiver, sender = context.Pipe(duplex=False)
             place = {**address, "RANK": str(number), "LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(processes)}
             process = context.Process(target=_work, args=(name, arguments, place, _set_up, sender))
-            process.start()
+            try:
+                process.start()
+            except BaseException:
+                for other in started:  # they would wait for this one
+                    other.kill()
+                raise
             sender.close()
             started.append(process)
             receivers.append(receiver)
@@ -180,6 +185,10 @@ class _Watch:
         if code == -signal.SIGTERM and self._signals:
             self._failures.append(
                 InterruptedRunError("interrupted before the first step", "add --resume to continue, or run it again")
+            )
+        elif code == -_SIGKILL and len(self._signals) > 1:
+            self._failures.append(
+                InterruptedRunError("the second signal ended the run at once", "add --resume to continue")
             )
         elif code < 0 and number not in self._reports:
             # a process that was killed is the cause of what the others report, even if they report first

@@ -95,8 +95,8 @@ def record_run(config: TrainOptions) -> None:
     out = Path(config.out)
     content = (earlier_record(out) if config.resume else {}).get("content")
     record = {"command": _command(config), "version": __version__, "content": content or _contents(config)}
+    write_text(out / RUN_FILE, config.to_yaml())  # first: a run that is killed in between can be resumed
     write_json(out / RECORD_FILE, record)
-    write_text(out / RUN_FILE, config.to_yaml())
 
 
 def record_end(out: Path, **end: Any) -> None:

@@ -9,6 +9,7 @@ another micro-batch or device, or with --compile, a few values are rounded diffe
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -290,15 +291,27 @@ def _checksum(block: Array) -> int:
     return zlib.crc32(np.ascontiguousarray(block).data) or 1  # 0 means that the block is not computed yet
 
 
+def _allocated(file: int, length: int) -> bool:
+    """Reserve the space of a file at once; return False where the system or the file system cannot do that."""
+    if not hasattr(os, "posix_fallocate"):
+        return False
+    try:
+        os.posix_fallocate(file, 0, length)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            return False
+        raise
+    return True
+
+
 def _reserve(path: Path, length: int) -> None:
     """Make a file and reserve its space: writing to a memory map on a full disk would kill the process."""
     if path.is_file() and path.stat().st_size == length:
         return
     try:
-        with path.open("ab") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, length)
-            else:
+        path.touch()
+        with path.open("r+b") as file:
+            if not _allocated(file.fileno(), length):
                 begun = file.seek(0, os.SEEK_END)  # by a run that was killed
                 for start in follow(range(begun, length, 1 << 20), f"reserve {path}", "MiB", announce=False):
                     file.write(bytes(min(1 << 20, length - start)))

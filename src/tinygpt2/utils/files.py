@@ -27,11 +27,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`. It becomes `path` if the block succeeds; otherwise it is removed.
 
     The block may make a file or a directory there. An existing file at `path` is replaced, and so is an existing
-    directory, but only by a directory.
+    directory, but only by a directory. Of a link, it is what the link leads to.
 
     Raises:
         IsADirectoryError: a file would replace a directory.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     temporary = scratch / path.name
@@ -87,8 +88,13 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def staged_files(directory: Path) -> Iterator[Path]:
-    """Yield a temporary directory. If the block succeeds, its files move into `directory`, with one rename each."""
+    """Yield a temporary directory. If the block succeeds, its files move into `directory`, with one rename each.
+
+    What a killed process left of such a directory is removed: nobody else may write to `directory`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    for left in filter(_is_scratch, directory.iterdir()):
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=directory) as scratch:
         yield Path(scratch)
         for file in sorted(Path(scratch).iterdir()):
@@ -127,15 +133,24 @@ def folders_named(text: str) -> list[str]:
 
 
 def require_free(out: Path, hint: str) -> None:
-    """Check that writing to `out` would not overwrite anything.
+    """Check that writing to `out` would not overwrite anything. Leftovers of a killed process do not count.
 
     Raises:
         ConfigError: `out` is a file, or a directory that is not empty.
     """
     if out.is_file():
         raise ConfigError(f"--out {out} is a file", "give a directory")
-    if out.is_dir() and any(file.name != LOCK_INSIDE for file in out.iterdir()):
+    if not is_free(out):
         raise ConfigError(f"--out {out} is not empty", hint)
+
+
+def is_free(out: Path) -> bool:
+    """Return whether an output directory is missing, or holds only a lock and leftovers of a killed process."""
+    return not out.is_dir() or all(file.name == LOCK_INSIDE or _is_scratch(file) for file in out.iterdir())
+
+
+def _is_scratch(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix == ".tmp" and path.is_dir()
 
 
 def not_utf8(name: str, error: UnicodeDecodeError, offset: int = 0) -> DataError:

@@ -29,7 +29,7 @@ from tinygpt2.decoding.generation import generate
 from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.evaluation.perplexity import ppl
 from tinygpt2.runtime.devices import chosen_precision, computes_on_device
-from tinygpt2.utils.files import read_json, write_json, write_text
+from tinygpt2.utils.files import is_free, read_json, write_json, write_text
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import say, track
 from tinygpt2.workflows.quickstart_report import (
@@ -69,7 +69,7 @@ def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -
     scale = scale or QuickstartSizes()
     out = Path(config.out).resolve()
     stages = _Stages(out, {"seed": config.seed, **asdict(scale)})
-    pupil = _training(config, scale, out, scale.student_tokens)
+    pupil = _training(config, scale, out, scale.student_tokens, stages.precision)
     stages.run("tokenizer", lambda: train_tokenizer(
         TrainTokenizerConfig(source=[scale.source], vocab_size=scale.vocab_size, out=str(out / "tokenizer"))
     ))  # fmt: skip
@@ -80,7 +80,8 @@ def quickstart(config: QuickstartConfig, scale: QuickstartSizes | None = None) -
     teacher_shape = _shape(out / "teacher.yaml", scale, scale.n_layer)
     student_shape = _shape(out / "student.yaml", scale, scale.student_layers)
     stages.run("teacher", lambda: pretrain(PretrainConfig(
-        model_config=teacher_shape, out=str(out / "teacher"), **_training(config, scale, out, scale.teacher_tokens),
+        model_config=teacher_shape, out=str(out / "teacher"),
+        **_training(config, scale, out, scale.teacher_tokens, stages.precision),
     )))  # fmt: skip
     stages.run("truncated", lambda: truncate_student(TruncateStudentConfig(
         teacher=str(out / "teacher"), num_layers=scale.student_layers, out=str(out / "truncated"),
@@ -118,7 +119,9 @@ def _shape(file: Path, scale: QuickstartSizes, layers: int) -> str:
     return str(file)
 
 
-def _training(config: QuickstartConfig, scale: QuickstartSizes, out: Path, tokens: int) -> dict[str, Any]:
+def _training(
+    config: QuickstartConfig, scale: QuickstartSizes, out: Path, tokens: int, precision: str
+) -> dict[str, Any]:
     """Return the options that all four training runs share, so that the comparison is fair."""
     steps = tokens // (scale.batch_size * scale.sequence_length)
     recipe = read_recipe("default")
@@ -130,7 +133,7 @@ def _training(config: QuickstartConfig, scale: QuickstartSizes, out: Path, token
         "seed": config.seed,
         "micro_batch_size": scale.batch_size,
         "learning_rate": scale.learning_rate,
-        "precision": chosen_precision("auto"),  # here, so that no run says what quickstart has no option for
+        "precision": precision,  # a name, so that no run says what quickstart has no option for
         "eval_every": max(1, steps // 4),
         "save_every": max(1, steps // 4),
         "resume": True,
@@ -148,11 +151,16 @@ class _Stages:
                 raise ConfigError(
                     f"--out {out} contains a quickstart run with another seed or other sizes", "give another --out"
                 )
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        elif out.is_file() or not is_free(out):
             raise ConfigError(f"--out {out} is not empty and does not contain a quickstart run", "give another --out")
         else:
-            self._journal = {"settings": settings, "stages": {}}
+            self._journal = {"settings": settings, "precision": chosen_precision("auto"), "stages": {}}
             write_json(self._file, self._journal)
+
+    @property
+    def precision(self) -> str:
+        """The precision of all trainings: that of the first, also if the rest run on another machine."""
+        return str(self._journal.get("precision") or chosen_precision("auto"))
 
     @property
     def seconds(self) -> float:

@@ -7,7 +7,9 @@ other pieces of text may not differ.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from transformers import GPT2Config
 
 from tinygpt2.data.encoding import parsed, token_bytes
 from tinygpt2.data.tokenizer import encoded_size
@@ -133,3 +135,12 @@ def start_token(tokenizer: Tokenizer) -> int | None:
     """Return the token that a tokenizer puts before every text, by its own template; None if it puts none there."""
     plain, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     return int(whole[0]) if whole[1 : 1 + len(plain)] == plain and whole[: len(plain)] != plain else None
+
+
+def reads_start(model: Any, tokenizer: Tokenizer | None) -> bool:
+    """Return whether a model reads a token before every text: one that is not a GPT-2, if its tokenizer puts one there.
+
+    Args:
+        model: its configuration, or its sizes.
+    """
+    return tokenizer is not None and not isinstance(model, GPT2Config) and start_token(tokenizer) is not None

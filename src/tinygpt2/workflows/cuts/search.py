@@ -7,6 +7,7 @@ calibration texts, the loss after the whole fit, and the loss after a short dist
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -88,8 +89,9 @@ def cut_to_target(config: TruncateStudentConfig) -> CutSearchResult:
             f"--n-positions {subject.positions[0]}: the search distils on blocks of {data.sequence_length} tokens",
             "make a dataset with shorter blocks, with pregenerate --sequence-length",
         )
-    parent = Path(config.out).resolve().parent
-    with tempfile.TemporaryDirectory(prefix=f".{Path(config.out).name}.", dir=parent) as scratch:
+    out = Path(config.out).resolve()
+    place = out.parent if os.access(out.parent, os.W_OK) or not out.is_dir() else out  # a mounted volume
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=place) as scratch:
         search = Search(config, target, subject, Path(scratch))
         try:
             found = search.run()
