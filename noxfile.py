@@ -22,7 +22,7 @@ nox.options.error_on_missing_interpreters = True
 
 CONSTRAINTS = ("-c", "constraints.txt")
 # One thread for each of a few processes: small models gain nothing by more threads.
-PYTEST = ("-m", "pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile")
+PYTEST = ("-m", "pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 TESTED_EXTRAS = ("plots", "tensorboard", "hdf5", "gguf", "onnx", "llamacpp")
 # tests that need neither torch nor a model, for Python versions for which torch is too large to fetch

@@ -151,6 +151,14 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return run
 
 
+_LONG = ("runtime/test_launch", "fake_gpu", "test_benchmarks", "cuts", "training/test_", "cli/test_cli", "exporting")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that take long first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: next((rank for rank, part in enumerate(_LONG) if part in str(item.path)), len(_LONG)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def processes_that_fork() -> Iterator[None]:
     """Start the processes of `num_processes` as forks of one that has imported torch, which takes seconds.
