@@ -93,6 +93,16 @@ def data(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
     return out
 
 
+@pytest.fixture(scope="session")
+def few(corpus: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tenth of the corpus in such blocks, for tests that read all of them several times."""
+    out = tmp_path_factory.mktemp("few") / "d"
+    source = [str(corpus / f"{number:02}.txt") for number in range(4)]
+    how = {"tokenizer": str(tokenizer_dir), "sequence_length": LENGTH, "test_fraction": 0.25}
+    pregenerate(PregenerateConfig(source=source, out=str(out), **how))
+    return out
+
+
 def make_model(path: Path, tokenizer_dir: Path | None, seed: int = 0, **shape: int) -> Path:
     """Save a random GPT-2 with lively weights (GPT-2's own start is nearly uniform)."""
     import torch

@@ -25,10 +25,11 @@ from tinygpt2.training.step import Step, gradients
 from tinygpt2.training.teacher_cache import TeacherCache, _reserve, cache_name
 
 
-@pytest.fixture
-def cut(teacher: Path, tmp_path: Path) -> Path:
-    truncate_student(TruncateStudentConfig(teacher=str(teacher), num_layers=1, out=str(tmp_path / "cut")))
-    return tmp_path / "cut"
+@pytest.fixture(scope="module")
+def cut(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cut") / "cut"
+    truncate_student(TruncateStudentConfig(teacher=str(teacher), num_layers=1, out=str(out)))
+    return out
 
 
 def losses(out: Path) -> list[float]:
@@ -81,9 +82,9 @@ def test_the_name_depends_on_weights_their_type_and_the_blocks(
     assert len({name, *(cache_name(*of) for of in others)}) == 5
 
 
-def test_only_the_output_matrix_is_needed_with_a_full_cache(teacher: Path, data: Path, tmp_path: Path) -> None:
+def test_only_the_output_matrix_is_needed_with_a_full_cache(teacher: Path, few: Path, tmp_path: Path) -> None:
     student, model = (load_model(str(teacher))[0] for _ in range(2))
-    packed = load_packed_dataset(str(data))
+    packed = load_packed_dataset(str(few))
     cache = TeacherCache(tmp_path, model, packed, "fp32")
     weights = LossWeights(prediction=1.0, ce=0.0)
     step = Step(student, model, weights, TrainOptions(out="o"), cache)
@@ -101,14 +102,14 @@ def test_only_the_output_matrix_is_needed_with_a_full_cache(teacher: Path, data:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_read_teaches_what_was_computed(
-    teacher: Path, data: Path, cut: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, few: Path, cut: Path, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two epochs, made and read; the same read alone; and the same without a cache, to the states' rounding."""
     common = {
-        "teacher": str(teacher), "student": str(cut), "data": str(data), "num_epochs": 2, "micro_batch_size": 4,
+        "teacher": str(teacher), "student": str(cut), "data": str(few), "num_epochs": 2, "micro_batch_size": 4,
         "log_every": 1, "precision": precision, "temperature": 2.0, "cosine_weight": 0.5, "ce_weight": 0.5,
     }  # fmt: skip
-    cache, packed = tmp_path / "cache", load_packed_dataset(str(data))
+    cache, packed = tmp_path / "cache", load_packed_dataset(str(few))
     distill(DistillConfig(**common, out=str(tmp_path / "first"), teacher_cache=str(cache)))
     assert TeacherCache(cache, load_model(str(teacher))[0], packed, precision).filled == 1
     assert len(list(cache.iterdir())) == 1

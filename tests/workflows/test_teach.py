@@ -54,23 +54,23 @@ def only(root: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["samples", "top"])
 def test_a_student_learns_the_same_without_the_teacher(
-    teacher: Path, student: Path, data: Path, tmp_path: Path, kind: str
+    teacher: Path, student: Path, few: Path, tmp_path: Path, kind: str
 ) -> None:
     """As with a teacher that fills the cache, or that finds it full; with a temperature and cross-entropy."""
     options = {"temperature": 2.0, "ce_weight": 0.5, "teacher_cache_kind": kind}
     given = {"teacher": str(teacher), **options}
-    filling = run(student, data, tmp_path / "filling", teacher_cache=str(tmp_path / "filled"), **given)
+    filling = run(student, few, tmp_path / "filling", teacher_cache=str(tmp_path / "filled"), **given)
     teach(
         TeachConfig(
-            teacher=str(teacher), data=str(data), out=str(tmp_path / "taught"), temperature=2.0, teacher_cache_kind=kind
+            teacher=str(teacher), data=str(few), out=str(tmp_path / "taught"), temperature=2.0, teacher_cache_kind=kind
         )
     )
     assert only(tmp_path / "taught").name == only(tmp_path / "filled").name
     cache = str(tmp_path / "taught")
-    reading = run(student, data, tmp_path / "reading", teacher_cache=cache, **given)
-    alone = run(student, data, tmp_path / "alone", teacher_cache=cache, **options)
+    reading = run(student, few, tmp_path / "reading", teacher_cache=cache, **given)
+    alone = run(student, few, tmp_path / "alone", teacher_cache=cache, **options)
     found = run(
-        student, data, tmp_path / "found", teacher_cache=str(only(tmp_path / "taught")), temperature=2.0, ce_weight=0.5
+        student, few, tmp_path / "found", teacher_cache=str(only(tmp_path / "taught")), temperature=2.0, ce_weight=0.5
     )
     assert alone == reading == found
     assert alone == pytest.approx(filling, rel=1e-4)
@@ -133,14 +133,14 @@ def test_parts_and_an_interrupted_call_fill_one_cache(
 
 
 def test_a_damaged_block_without_a_teacher_stops_the_run(
-    student: Path, teacher: Path, data: Path, tmp_path: Path
+    student: Path, teacher: Path, few: Path, tmp_path: Path
 ) -> None:
-    teach(TeachConfig(teacher=str(teacher), data=str(data), out=str(tmp_path / "c")))
+    teach(TeachConfig(teacher=str(teacher), data=str(few), out=str(tmp_path / "c")))
     states = np.memmap(only(tmp_path / "c") / "states.bin", np.int16, "r+")
     states[::50] += 1  # in every block
     states.flush()
     with pytest.raises(DataError, match="missing or damaged") as caught:
-        run(student, data, tmp_path / "s", teacher_cache=str(tmp_path / "c"))
+        run(student, few, tmp_path / "s", teacher_cache=str(tmp_path / "c"))
     assert "tinygpt2 teach" in str(caught.value.hint)
 
 
