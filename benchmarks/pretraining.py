@@ -98,7 +98,7 @@ class Study:
     def configuration(self, run: Run, out: Path) -> PretrainConfig:
         """Return the options of a run."""
         options = copy.deepcopy(self.plan["common"] | self.plan["variants"][run.variant])
-        times = {"rate": run.times, "embeddings": 1, "vectors": 1} | options.pop("times", {})
+        times = {"rate": run.times} | options.pop("times", {})
         options |= {
             "model_config": str(self.work / f"{run.size}.yaml"), "data": str(self.work / "data"), "out": str(out),
             "seed": run.seed, "save_every": 10**6, "eval_blocks": self.plan["curve"],
@@ -107,8 +107,9 @@ class Study:
         options |= {"max_steps": steps, "eval_every": max(1, steps // 5)}
         rate = peak_learning_rate(PretrainConfig(**options), self.plan["sizes"][run.size]["n_embd"])
         options["learning_rate"] = rate * times["rate"]
-        for part in ("embedding", "vector"):  # whatever their default is
-            options[f"{part}_learning_rate"] = options["learning_rate"] * times[f"{part}s"]
+        for part in ("embedding", "vector"):
+            if (factor := times.get(f"{part}s")) is not None:
+                options[f"{part}_learning_rate"] = options["learning_rate"] * factor
         return PretrainConfig(**options)
 
     def train(self, run: Run) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -187,33 +186,6 @@ def test_a_run_goes_on_with_the_defaults_of_the_version_that_began_it(
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     with pytest.raises(ConfigError, match="--optimizer differ"):
         pretrain(PretrainConfig(**base, optimizer="muon", resume=True))
-
-
-def test_embeddings_keep_the_rate_that_the_run_began_with(data: Path, tmp_path: Path) -> None:
-    shape = tmp_path / "shape.yaml"
-    shape.write_text(yaml.safe_dump({"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32}))
-    base = {**FAST, "model_config": str(shape), "data": str(data)}
-
-    def resumed(name: str) -> dict[str, torch.Tensor]:
-        cut_back(tmp_path / name, 2)
-        pretrain(PretrainConfig(**base, out=str(tmp_path / name), resume=True))
-        return load_file(tmp_path / name / "model.safetensors")
-
-    def written(name: str) -> dict[str, Any]:
-        return dict(yaml.safe_load((tmp_path / name / "config.yaml").read_text()))
-
-    pretrain(PretrainConfig(**base, out=str(tmp_path / "new")))
-    rate = written("new")["learning_rate"]
-    assert written("new")["embedding_learning_rate"] == 3 * rate
-    same = {"learning_rate": rate, "embedding_learning_rate": rate}
-    pretrain(PretrainConfig(**base, **same, out=str(tmp_path / "old")))
-    # versions with one rate for all weights wrote null
-    (tmp_path / "old" / "config.yaml").write_text(yaml.safe_dump(written("old") | {"embedding_learning_rate": None}))
-    whole = {name: load_file(tmp_path / name / "model.safetensors") for name in ("new", "old")}
-    assert not torch.equal(*(one["transformer.wte.weight"] for one in whole.values()))
-    for name, weights in whole.items():
-        again = resumed(name)
-        assert all(torch.equal(weights[key], again[key]) for key in weights), name
 
 
 def test_a_text_may_move_too(teacher: Path, tmp_path: Path) -> None:

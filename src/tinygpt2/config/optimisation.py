@@ -43,7 +43,7 @@ class OptimisationOptions(Config):
         default=None,
         panel=OPTIMISATION,
         gt=0,
-        shown="that of --learning-rate; three times that for pretrain --model-config with muon",
+        shown="that of --learning-rate",
     )
     vector_learning_rate: float | None = option(
         "Peak learning rate of biases and layer norms.",

@@ -13,7 +13,7 @@ from tinygpt2.config.yaml_files import load_yaml
 from tinygpt2.data.block_writers import MANIFEST
 from tinygpt2.errors import TinyGPT2Error
 from tinygpt2.models.configuration import is_gpt2, is_model_config, model_config_file, parameters_of
-from tinygpt2.training.schedule import passes_over_data, peak_learning_rate, with_embedding_rate
+from tinygpt2.training.schedule import passes_over_data, peak_learning_rate
 
 
 def known_options(config: Config) -> tuple[Config, list[str]]:
@@ -23,15 +23,18 @@ def known_options(config: Config) -> tuple[Config, list[str]]:
     """
     if not isinstance(config, TrainOptions):
         return config, []
-    width = 1 if config.learning_rate or isinstance(config, FinetuneConfig) else _shape(config).get("n_embd")
-    rate = None if width is None else peak_learning_rate(config, int(width))
-    known = config if width is None else with_embedding_rate(config, int(width))
+    rate, passes = _rate(config), _passes(config)
     rates = ("learning_rate", "embedding_learning_rate", "vector_learning_rate")
-    values = {name: getattr(known, name) or rate for name in rates}
+    values = {name: getattr(config, name) or rate for name in rates}
     if all(getattr(config, name) is None for name in length_options()):
-        values["num_epochs"] = _passes(config)
+        values["num_epochs"] = passes
     unknown = {name: value for name, value in values.items() if value is None and name not in rates[1:]}
     return config.model_copy(update=values), list(unknown)
+
+
+def _rate(config: TrainOptions) -> float | None:
+    width = 1 if config.learning_rate or isinstance(config, FinetuneConfig) else _shape(config).get("n_embd")
+    return None if width is None else peak_learning_rate(config, int(width))
 
 
 def _passes(config: TrainOptions) -> float | None:

@@ -42,7 +42,7 @@ from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.metrics import metrics_of
 from tinygpt2.training.preparation import TrainingSetup, check_packed, documents_apart, training_setup
 from tinygpt2.training.resuming import as_begun, with_precision
-from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps, with_embedding_rate
+from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
 from tinygpt2.training.step import Evaluation, TeacherEvaluation, evaluate, joined
 from tinygpt2.training.teacher_cache import TeacherCache, open_without_teacher
@@ -246,7 +246,6 @@ def make_job(config: TrainOptions, data: PackedDataset | None, setup: TrainingSe
     """Set up the job of `pretrain`, `distill` or `finetune`, whichever the configuration is for."""
     makers = {PretrainConfig: pretraining_job, DistillConfig: distillation_job, FinetuneConfig: finetuning_job}
     job: Job = makers[type(config)](config, data, setup)  # type: ignore[operator]
-    job.config = with_embedding_rate(job.config, job.model.config.n_embd)
     job.data, job.evaluated = documents_apart(job.data, job.evaluated, config, job.weights)
     return job
 

@@ -34,7 +34,7 @@ def make_optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Adam
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     layers = {m.weight for m in module.modules() if isinstance(m, Conv1D)} if options.optimizer == "muon" else set()
-    own = _embeddings(module) if options.embedding_learning_rate not in (None, options.learning_rate) else set()
+    own = _embeddings(module) if options.embedding_learning_rate else set()
     groups = [
         _group([p for p in trainable if p in own], options.weight_decay, options.embedding_learning_rate),
         _group([p for p in trainable if p.ndim >= 2 and p not in own and p not in layers], options.weight_decay),

@@ -33,23 +33,17 @@ _DATASETS, _MODELS = ("data", "eval_data"), ("model_config", "model", "student",
 
 
 def as_begun(config: T) -> T:
-    """With --resume, return the options with the run's optimizer, rates and schedule in place of those not given.
+    """With --resume, return the options with the run's optimizer, rate and schedule in place of those not given.
 
     So a run can be continued after a default or a rule has changed.
     """
     file = Path(config.out) / RUN_FILE
     if not (config.resume and file.is_file()):
         return config
-    earlier, given = _earlier(file), {key for key in config.model_fields_set if getattr(config, key) is not None}
-    keys = ("optimizer", "learning_rate", "embedding_learning_rate", "lr_schedule")
+    earlier, given = read_yaml(file), {key for key in config.model_fields_set if getattr(config, key) is not None}
+    keys = ("optimizer", "learning_rate", "lr_schedule")
     kept: dict[str, Any] = {key: earlier[key] for key in keys if key in earlier and key not in given}
     return config.model_copy(update=kept)
-
-
-def _earlier(file: Path) -> dict[str, Any]:
-    """Return the options of a run. One that records no rate of the embeddings had that of the other weights."""
-    options = read_yaml(file)
-    return options | {"embedding_learning_rate": options.get("embedding_learning_rate") or options.get("learning_rate")}
 
 
 def with_precision(config: T) -> T:
@@ -177,7 +171,7 @@ def check_same_run(config: TrainOptions) -> None:
         ConfigError: the directory belongs to another command, or options or inputs differ that change the results.
     """
     out = Path(config.out)
-    earlier, record = _earlier(out / RUN_FILE), earlier_record(out)
+    earlier, record = read_yaml(out / RUN_FILE), earlier_record(out)
     command = record.get("command") or _command_of(earlier)
     if command != _command(config):
         raise ConfigError(

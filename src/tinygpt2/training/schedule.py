@@ -18,7 +18,6 @@ T = TypeVar("T", bound=TrainOptions)
 FROM_WEIGHTS: dict[Optimizer, tuple[float, float]] = {"adamw": (0.2, 4e-3), "muon": (0.3, 4e-3)}
 FROM_RANDOM: dict[Optimizer, tuple[float, float]] = {"adamw": (0.5, 1.5e-3), "muon": (2.5, 1e-2)}
 SMALLEST_RATE = 1e-4
-EMBEDDINGS_FROM_RANDOM = 3  # times the rate of the matrices, with Muon
 MAX_PASSES = 4
 
 
@@ -37,23 +36,9 @@ def peak_learning_rate(options: TrainOptions, width: int) -> float:
     """
     if options.learning_rate:
         return options.learning_rate
-    constant, largest = (FROM_RANDOM if _from_random(options) else FROM_WEIGHTS)[options.optimizer]
+    random = isinstance(options, PretrainConfig) and options.shape is not None
+    constant, largest = (FROM_RANDOM if random else FROM_WEIGHTS)[options.optimizer]
     return min(max(constant / width, SMALLEST_RATE), largest)
-
-
-def with_embedding_rate(options: T, width: int) -> T:
-    """Return the options with a peak learning rate of the embeddings, if it is not that of the other weights.
-
-    With Muon and random weights, embeddings gain from three times the rate of the matrices (docs/pretraining.md).
-    """
-    if options.embedding_learning_rate or options.optimizer != "muon" or not _from_random(options):
-        return options
-    rate = EMBEDDINGS_FROM_RANDOM * peak_learning_rate(options, width)
-    return options.model_copy(update={"embedding_learning_rate": rate})
-
-
-def _from_random(options: TrainOptions) -> bool:
-    return isinstance(options, PretrainConfig) and options.shape is not None
 
 
 def passes_over_data(options: TrainOptions, parameters: int, tokens: int) -> float:
