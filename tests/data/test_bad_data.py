@@ -90,7 +90,7 @@ BAD = [
     (3, "broken.jsonl:2: not valid JSON", "{in}/broken.jsonl"),
     (3, "column.jsonl:2: no text in field 'text' (found: body, id)", "{in}/column.jsonl"),
     (3, "good.txt", "{in}/good.txt {in}/column.jsonl --text-column nothing --test-source {in}/good.txt.no"),
-    (3, "number.jsonl:1: no text in field 'text'", "{in}/number.jsonl"),
+    (3, "number.jsonl:1: field 'text' holds no text but int", "{in}/number.jsonl"),
     (3, "list.jsonl:1: no text in field 'text' (found: list)", "{in}/list.jsonl"),
     (3, "half.jsonl:1: half of a surrogate pair", "{in}/half.jsonl"),
     (3, "deep.jsonl:1: JSON nested too deeply", "{in}/deep.jsonl"),

@@ -70,7 +70,7 @@ def test_json_lines(tmp_path: Path) -> None:
     [
         ('{"text": "a"}\n{"text": \n', ":2: not valid JSON"),
         ('{"body": "a"}\n', r":1: no text in field 'text' \(found: body\)"),
-        ('{"text": 3}\n', ":1: no text in field"),
+        ('{"text": 3}\n', ":1: field 'text' holds no text but int"),
         ("[1]\n", ":1: no text in field"),
     ],
 )

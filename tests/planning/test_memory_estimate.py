@@ -91,7 +91,7 @@ def test_processes_share_the_memory_of_the_machine(monkeypatch: pytest.MonkeyPat
 def test_a_plan_reports_the_memory_that_the_run_may_take(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dry_run, "free_memory", lambda: 123)
+    monkeypatch.setattr(dry_run, "free_memory", lambda processes: 123)
     assert plan_run(options(teacher, data, tmp_path / "m")).memory_available_bytes == 123
 
 

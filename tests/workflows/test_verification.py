@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model
 from tinygpt2 import PretrainConfig, TruncateStudentConfig, VerifyConfig, pretrain, truncate_student, verify
-from tinygpt2.errors import DataError, ModelError
+from tinygpt2.errors import ConfigError, ModelError
 from tinygpt2.workflows.verification import VerifyResult
 
 
@@ -200,7 +200,7 @@ def test_the_command_prints_it(cli: Callable, teacher: Path, data: Path) -> None
     text = cli("verify", teacher, "--teacher", teacher).out
     assert re.search(r"greedy texts of \d+ tokens are the same", text)
     assert "block 3 is a copy of the teacher's block 3" in text
-    with pytest.raises(DataError, match="is a dataset"):
+    with pytest.raises(ConfigError, match="is a dataset"):
         check(data, teacher)
 
 

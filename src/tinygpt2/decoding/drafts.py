@@ -77,8 +77,7 @@ def decode_with_draft(
     if len(prompt) > 1:
         teacher.read(ours, _row(text[:-1], teacher))
     read_prompt = time.perf_counter() - started
-    proposed = accepted = 0
-    ended = False
+    proposed, accepted, ended = 0, 0, False
     while len(text) < most and not ended:
         count = max(0, min(ahead, most - len(text) - 1, draft.positions - len(text) + 1))
         guesses, sources = _drafted(draft, theirs, text, count, sampling, generator)
