@@ -82,7 +82,7 @@ class LongStudy(Study):
 
 
 def best(lines: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Return the line with the lowest loss of each recipe at each length."""
+    """Return the line with the lowest loss of each recipe at each length, of the lines of one seed."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for line in sorted(lines, key=lambda one: one["loss"]):
         found.setdefault((line["recipe"], line["tokens"]), line)
@@ -95,7 +95,8 @@ def report(lines: list[dict[str, Any]]) -> str:
     text += ['Losses in nats per token on held-out novels, each recipe at the best of its rates. "+-" is the paired']
     text += ["standard error over groups of blocks.", ""]
     for size in dict.fromkeys(line["size"] for line in lines):
-        own = best([line for line in lines if line["size"] == size])
+        seeds = sorted({line["seed"] for line in lines if line["size"] == size})
+        own, *others = (best([one for one in lines if (one["size"], one["seed"]) == (size, seed)]) for seed in seeds)
         first = next(iter(own.values()))
         text += [f"## {size}: {first['parameters']:,} weights", ""]
         text += ["| recipe | tokens | tokens for each weight | rate | loss | above the default | seconds |"]
@@ -108,7 +109,14 @@ def report(lines: list[dict[str, Any]]) -> str:
                 f"| {recipe} | {tokens:,} | {each:.2f} | {line['rate']:.3g} | {line['loss']:.4f} | {gap} | "
                 f"{line['seconds']:,.0f} |"
             ]
-        text += ["", *crossings(own), ""]
+        text += ["", *crossings(own)]
+        for seed, again in zip(seeds[1:], others, strict=True):
+            for (recipe, tokens), line in again.items():
+                gap = ""
+                if recipe != "default" and (base := again.get(("default", tokens))) is not None:
+                    gap = ", {:+.4f} +- {:.4f} above the default".format(*paired(line, base))
+                text += [f"- Seed {seed}, {recipe}, {tokens:,} tokens: {line['loss']:.4f}{gap}."]
+        text += [""]
     return "\n".join(text)
 
 
