@@ -32,7 +32,7 @@ from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.models.compatibility import check_fits, first_token, require_tokenizer, text_sizes
 from tinygpt2.models.loading import load_causal_lm, model_tokenizer
 from tinygpt2.models.parameters import count_parameters, fingerprint_of_weights
-from tinygpt2.models.teachers.vocabularies import reads_start, start_token
+from tinygpt2.models.teachers.vocabularies import token_read_first
 from tinygpt2.runtime.devices import computes_on_device, current_device
 from tinygpt2.runtime.threads import enough_threads, tell_machine
 from tinygpt2.utils.files import flush_to_disk, read_json, shared_name, write_json
@@ -163,7 +163,7 @@ def _load(config: SampleConfig) -> _Writer:
     if prompts is not None:  # only the beginnings of its blocks have to fit into the positions
         read = SimpleNamespace(vocab_size=sizes.vocab_size, n_positions=prompts.sequence_length)
         check_fits(prompts, read, fingerprint(tokenizer), f"model {config.model}")
-    start = [start_token(tokenizer) or 0] if reads_start(sizes, tokenizer) else []
+    start = [token for token in [token_read_first(sizes, tokenizer)] if token is not None]
     room = min(int(sizes.n_positions) - len(start), config.sequence_length or int(sizes.n_positions))
     asked = (1, 1) if prompts is None else config.prompt_range
     pairs = prompts is not None and prompts.train.labelled

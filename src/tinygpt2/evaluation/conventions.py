@@ -30,7 +30,7 @@ from tinygpt2.evaluation.scoring import Scores, Window, windows
 from tinygpt2.evaluation.sizes import TextSizes, decoded, line_bytes, text_bytes, token_lines
 from tinygpt2.evaluation.tasks import Task
 from tinygpt2.models.compatibility import check_fits, first_token, require_tokenizer
-from tinygpt2.models.teachers.vocabularies import reads_start
+from tinygpt2.models.teachers.vocabularies import token_read_first
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer, Tokens
@@ -280,7 +280,7 @@ def _continued(
         DataError: an ending has no token of its own, or more than the model has positions.
     """
     parts, spans, offset = [], [], 0
-    room = model.positions - reads_start(model.config, model.tokenizer)
+    room = model.positions - (token_read_first(model.config, model.tokenizer) is not None)
     for index in range(0, len(contexts), _AT_ONCE):
         some = contexts[index : index + _AT_ONCE]
         whole = model.tokens([a + b for a, b in zip(some, endings[index : index + _AT_ONCE], strict=True)])

@@ -38,7 +38,7 @@ from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.devices import current_device, on_cuda
 from tinygpt2.training.resuming import check_same_run
 from tinygpt2.training.state import RUN_FILE
-from tinygpt2.utils.files import read_json, require_free
+from tinygpt2.utils.files import is_free, read_json, remove_leftovers, require_free
 from tinygpt2.utils.locks import only_writer
 from tinygpt2.utils.progress import say
 
@@ -242,15 +242,12 @@ def _check_start(config: TrainOptions) -> None:
     load_tasks(config.eval_task, config.task_data)  # report a missing task before anything is loaded
     out = Path(config.out)
     run = out / RUN_FILE
-    # a process that was killed left these temporary directories
-    left = [path for path in out.glob(".*.tmp") if path.is_dir()] if config.resume else []
     # a run that was interrupted while it packed a text has no config.yaml yet
     begun = run.is_file() or any(
         is_packed_dataset(out / name) or staging_path(out / name).is_dir() for name in PACKED_TEXTS
     )
-    if left and (begun or len(left) == len(list(out.iterdir()))):
-        for path in left:
-            shutil.rmtree(path, ignore_errors=True)
+    if config.resume and (begun or is_free(out)):
+        remove_leftovers(out)
     if not (config.resume and begun):
         require_free(out, OTHER_OUT_OR_RESUME)
     elif run.is_file():

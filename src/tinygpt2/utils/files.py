@@ -93,8 +93,7 @@ def staged_files(directory: Path) -> Iterator[Path]:
     What a killed process left of such a directory is removed: nobody else may write to `directory`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for left in filter(_is_scratch, directory.iterdir()):
-        shutil.rmtree(left, ignore_errors=True)
+    remove_leftovers(directory)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=directory) as scratch:
         yield Path(scratch)
         for file in sorted(Path(scratch).iterdir()):
@@ -147,6 +146,12 @@ def require_free(out: Path, hint: str) -> None:
 def is_free(out: Path) -> bool:
     """Return whether an output directory is missing, or holds only a lock and leftovers of a killed process."""
     return not out.is_dir() or all(file.name == LOCK_INSIDE or _is_scratch(file) for file in out.iterdir())
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove the temporary directories that a killed process left; nobody else may write there."""
+    for path in filter(_is_scratch, directory.glob("*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_scratch(path: Path) -> bool:

@@ -29,7 +29,7 @@ from tinygpt2.evaluation.texts.rouge import rouge_l
 from tinygpt2.models.compatibility import check_fits, text_sizes
 from tinygpt2.models.lm_head import scoring_chunk
 from tinygpt2.models.loading import load_causal_lm, model_tokenizer
-from tinygpt2.models.teachers.vocabularies import reads_start, start_token
+from tinygpt2.models.teachers.vocabularies import token_read_first
 from tinygpt2.runtime.devices import computes_on_device, current_device
 from tinygpt2.utils.charts import Chart, Series
 from tinygpt2.utils.files import absolute
@@ -148,7 +148,7 @@ class _Model:
         # only prompts and what follows them have to fit into the positions
         read = SimpleNamespace(vocab_size=sizes.vocab_size, n_positions=data.sequence_length)
         check_fits(data, read, None if tokenizer is None else fingerprint(tokenizer), f"model {name}")
-        start = start_token(tokenizer) if tokenizer is not None and reads_start(model.config, tokenizer) else None
+        start = token_read_first(model.config, tokenizer)
         return cls(name, model, int(sizes.vocab_size), int(sizes.n_positions) - (start is not None), start)
 
     def scorer(self) -> Scorer:

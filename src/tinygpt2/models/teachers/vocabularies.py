@@ -137,10 +137,10 @@ def start_token(tokenizer: Tokenizer) -> int | None:
     return int(whole[0]) if whole[1 : 1 + len(plain)] == plain and whole[: len(plain)] != plain else None
 
 
-def reads_start(model: Any, tokenizer: Tokenizer | None) -> bool:
-    """Return whether a model reads a token before every text: one that is not a GPT-2, if its tokenizer puts one there.
+def token_read_first(model: Any, tokenizer: Tokenizer | None) -> int | None:
+    """Return the token that a model reads before every text: its tokenizer's start token; None for a GPT-2.
 
     Args:
         model: its configuration, or its sizes.
     """
-    return tokenizer is not None and not isinstance(model, GPT2Config) and start_token(tokenizer) is not None
+    return None if tokenizer is None or isinstance(model, GPT2Config) else start_token(tokenizer)
