@@ -41,6 +41,6 @@ def how_to_load(job: Job) -> tuple[str | None, str]:
         return TRANSFORMERS
     name, out = shared_text(config.teacher), Path(config.out).name
     return library, (
-        f"{loading} `tinygpt2 generate --model {out}` writes text with it. As a draft, it makes its teacher faster "
-        f"without changing what the teacher writes: `tinygpt2 generate --model {name} --draft {out}`."
+        f"{loading} `tinygpt2 generate --model {out}` writes text with it. It can also draft for its teacher, "
+        f"which then writes the same text; whether that is faster, `tinygpt2 generate --model {name} --draft {out}` prints."
     )
