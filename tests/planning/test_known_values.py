@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import make_model
 from tinygpt2 import DistillConfig, FinetuneConfig, GenerateConfig, PretrainConfig, plan_run
 from tinygpt2.planning.known_values import known_options
 
@@ -28,16 +29,33 @@ def test_what_is_known_is_what_the_run_uses(student: str, teacher: Path, data: P
 
 @pytest.mark.parametrize(
     ("start", "optimizer", "rate"),
-    [("shape", "muon", 2.5 / 768), ("shape", "adamw", 0.5 / 768), ("model", "muon", 4e-3), ("model", "adamw", 4e-3)],
+    [
+        ("shape", "muon", 2.5 / 768),
+        ("shape", "adamw", 0.5 / 768),
+        ("model", "muon", 0.3 / 96),
+        ("model", "adamw", 0.2 / 96),
+    ],
 )
-def test_the_rate_of_pretrain_is_that_of_the_run(
-    start: str, optimizer: str, rate: float, teacher: Path, data: Path, tmp_path: Path
+def test_the_rate_is_that_of_the_run(
+    start: str, optimizer: str, rate: float, tokenizer_dir: Path, data: Path, tmp_path: Path
 ) -> None:
-    name = {"shape": "gpt2", "model": str(teacher)}[start]
-    config = PretrainConfig(**{start: name}, optimizer=optimizer, data=str(data), out=str(tmp_path / "o"))
-    known, unknown = known_options(config)
-    assert (unknown, known.learning_rate, known.embedding_learning_rate) == ([], rate, rate)
-    assert plan_run(config).learning_rate == rate
+    model = make_model(tmp_path / "m", tokenizer_dir, n_layer=1, n_embd=96)
+    base = {"optimizer": optimizer, "data": str(data), "out": str(tmp_path / "o")}
+    configs = [PretrainConfig(**{start: {"shape": "gpt2", "model": str(model)}[start]}, **base)]
+    configs += [FinetuneConfig(model=str(model), **base)] if start == "model" else []
+    for config in configs:
+        known, unknown = known_options(config)
+        # a rate that is given later has to change those that follow from it, too
+        assert (unknown, known.learning_rate, known.embedding_learning_rate) == ([], rate, None)
+        assert plan_run(config).learning_rate == plan_run(known).learning_rate == rate
+
+
+def test_a_printed_plan_runs_again(cli: Callable, teacher: Path, data: Path, tmp_path: Path) -> None:
+    command = ["pretrain", "--model", teacher, "--data", data, "--out", tmp_path / "o"]
+    (tmp_path / "run.yaml").write_text(cli(*command, "--plan", "--print-config").out)
+    printed = cli("pretrain", "--config", tmp_path / "run.yaml", "--print-config")
+    assert printed.code == 0
+    assert yaml.safe_load(printed.out)["num_epochs"] is None
 
 
 def test_a_length_between_one_and_four_passes(teacher: Path, data: Path, tmp_path: Path) -> None:
@@ -56,10 +74,12 @@ def test_what_is_not_there_is_left_open(data: Path) -> None:
     assert (unknown, known.num_epochs, known.max_steps) == ([], None, 3)
     known, unknown = known_options(PretrainConfig(model="m", data="d", out="o"))
     assert (unknown, known.learning_rate, known.num_epochs) == (["learning_rate"], None, 1.0)
+    known, unknown = known_options(FinetuneConfig(model="m", data="d", out="o"))
+    assert (unknown, known.learning_rate, known.num_epochs) == (["learning_rate"], None, 1.0)
     tuning = FinetuneConfig(model="m", data="d", out="o", learning_rate=5e-4, vector_learning_rate=1e-3)
     known, unknown = known_options(tuning)
     assert (unknown, known.learning_rate, known.num_epochs) == ([], 5e-4, 1.0)
-    assert (known.embedding_learning_rate, known.vector_learning_rate) == (5e-4, 1e-3)
+    assert (known.embedding_learning_rate, known.vector_learning_rate) == (None, 1e-3)
     other = GenerateConfig(model="m")
     assert known_options(other) == (other, [])
 

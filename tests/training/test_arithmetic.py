@@ -19,7 +19,7 @@ from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import PEAKS, device_peak, repeatable
 from tinygpt2.training import job, step
-from tinygpt2.training.job import training_arithmetic
+from tinygpt2.training.preparation import training_arithmetic
 
 
 @pytest.fixture

@@ -61,6 +61,10 @@ def test_the_card_has_the_commit_of_a_model_from_the_hub(
     pretrain(PretrainConfig(model="someone/tiny", data=str(data), out=str(out), max_steps=1, micro_batch_size=2))
     assert f"| revision of the base | {'c' * 40} |" in (out / "README.md").read_text()
     assert f"model: someone/tiny@{'c' * 40}\n" in (out / "config.yaml").read_text()
+    path = repository / "snapshots" / ("c" * 40)  # given as a path, it is a directory like others
+    pretrain(PretrainConfig(model=str(path), data=str(data), out=str(tmp_path / "2"), max_steps=1, micro_batch_size=2))
+    assert f"model: {path}\n" in (tmp_path / "2" / "config.yaml").read_text()
+    assert str(tmp_path) not in (tmp_path / "2" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -148,8 +148,9 @@ def test_a_model_that_has_only_pickles_on_the_hub(
         load_model("someone/model")
     loaded, directory = load_model("someone/model", allow_pickle=True)
     assert torch.equal(loaded.transformer.ln_f.weight, weights["transformer.ln_f.weight"])
-    assert hub.hub_revision(directory) == "a" * 40
-    assert hub.hub_revision(teacher) is None
+    assert hub.hub_revision("someone/model", directory) == "a" * 40
+    assert hub.hub_revision(str(directory), directory) is None
+    assert hub.hub_revision(str(teacher), teacher) is None
 
 
 def test_debugging_shows_the_cause(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

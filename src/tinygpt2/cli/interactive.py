@@ -6,7 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from tinygpt2.cli.output.live_text import TextView, choose_view, render_draft, render_generate, render_summary
@@ -74,6 +75,8 @@ def _converse(config: GenerateConfig, *, as_json: bool) -> GenerateResult | None
     models = load_models(config)
     if sys.stdin.isatty():
         _greet(models)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that a line with a bad byte is refused alone
     texts: list[Generation] = []
     with _history():
         turn = -1
@@ -171,28 +174,30 @@ def _lines() -> Iterator[str]:
             prompt = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
         except EOFError:
             return
-        except UnicodeDecodeError as error:
-            print_error(ConfigError(f"the prompt is not valid UTF-8: {error.reason}"), as_json=False)
-            continue
         if prompt.strip():
             yield prompt
 
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Keep the history of the prompts typed on a terminal from one session to the next."""
+    """Keep the history of the prompts typed on a terminal from one session to the next, if it can be kept."""
     try:
         import readline
     except ImportError:  # some builds of Python do not have readline: no history then
         yield
         return
-    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tinygpt2" / "history"
-    if path.is_file():
-        readline.read_history_file(path)
+    if not sys.stdin.isatty():
+        yield
+        return
+    kept = suppress(OSError, RuntimeError)  # no home directory, one that is not ours, another program's format
+    with kept:
+        path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tinygpt2" / "history"
+        if path.is_file():
+            readline.read_history_file(path)
     try:
         yield
     finally:
-        if sys.stdin.isatty():
+        with kept:
             path.parent.mkdir(parents=True, exist_ok=True)
             readline.set_history_length(1000)
             readline.write_history_file(path)

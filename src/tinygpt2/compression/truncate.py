@@ -192,7 +192,8 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
         teacher.to(current_device())
         tell_machine(current_device(), "fp32")
         batches = calibration_batches(data.train, config.calibration_sequences, teacher.lm_head.weight.device)
-    return Subject(loaded, tokenizer, data, batches, positions, conversion, hub_revision(directory), vocabulary)
+    commit = hub_revision(config.teacher, directory)
+    return Subject(loaded, tokenizer, data, batches, positions, conversion, commit, vocabulary)
 
 
 def _vocabulary(

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, Union, dataclass_transform, get_args, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -29,6 +28,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from tinygpt2.config.yaml_files import dump_yaml
 from tinygpt2.errors import ConfigError, first_sentence, one_line
 from tinygpt2.utils.files import shared_name
 from tinygpt2.utils.suggestions import did_you_mean
@@ -259,7 +259,7 @@ class Config(BaseModel):
 
     def to_yaml(self) -> str:
         """Return every option with its value as YAML; `--config` runs the command again from it."""
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json", by_alias=True))
 
 
 def _expanded(value: Any) -> Any:

@@ -117,7 +117,7 @@ class PplConfig(ModelOptions, DeviceOptions, FileOptions):
         """
         rest = {key: value for key, value in values.items() if key not in _SHORT_FORMS}
         short = [key for key in _SHORT_FORMS if values.get(key) in (True, "true", "yes")]
-        asked = {_SHORT_FORMS[key] for key in short} | {value for value in [rest.get("output_format")] if value}
+        asked = {_SHORT_FORMS[key] for key in short} | {str(value) for value in [rest.get("output_format")] if value}
         if short and len(asked) > 1:
             every = [f"--{key}" for key in short]
             every += [f"--output-format {rest['output_format']}"] if "output_format" in rest else []

@@ -31,12 +31,22 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [form for form in forms if form[0] not in _NUMBERS]
-    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _form in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(_form), list("-+.0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """Writes YAML that `_Loader` reads as it was: a text such as 1e-5 is put in quotes."""
+
+
+for _way in (_Loader, _Dumper):
+    _way.yaml_implicit_resolvers = {
+        first: [form for form in forms if form[0] not in _NUMBERS]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for _tag, _form in _NUMBERS.items():
+        _way.add_implicit_resolver(_tag, re.compile(_form), list("-+.0123456789"))
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Write values as YAML; `load_yaml` reads the same ones."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_yaml(text: str, where: object) -> Any:

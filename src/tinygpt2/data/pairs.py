@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -114,6 +114,7 @@ class _Probe(PairReader):
     """Reads of a row whether it is a chat."""
 
     text_column: str = "text"
+    needs_rows: ClassVar[bool] = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -214,7 +215,7 @@ def make_pairs(
 
 def _divided(pairs: list[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to train on, and the share with the smallest hashes, which is held out."""
-    count = round(fraction * len(pairs))
+    count = max(1, round(fraction * len(pairs))) if fraction and len(pairs) > 1 else 0
     last = sorted(pair.hash for pair in pairs)[count - 1] if count else -1
     return [pair for pair in pairs if pair.hash > last], [pair for pair in pairs if pair.hash <= last]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -44,7 +43,7 @@ from tinygpt2.data.staging import (
 from tinygpt2.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.runtime.cpu import usable_cores
-from tinygpt2.utils.files import read_json, require_free, write_json
+from tinygpt2.utils.files import read_json, require_free, require_replaceable, write_json
 from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import detail, say, track, warn
 from tinygpt2.utils.types import Tokens
@@ -83,8 +82,7 @@ def check_output(config: PregenerateConfig | SampleConfig) -> tuple[Path, bool]:
         ConfigError: the directory is not empty, and the options say neither to replace nor to continue what is there.
     """
     out = Path(config.out).resolve()
-    if os.path.ismount(out):
-        raise ConfigError(f"--out {out} is a mount point, which cannot be replaced in one step", "give a folder in it")
+    require_replaceable(out)
     complete = (out / MANIFEST).is_file()
     if config.overwrite and out.is_dir() and any(out.iterdir()) and not complete:
         raise ConfigError(f"--out {out} contains no {MANIFEST}", "--overwrite replaces only pregenerated datasets")
@@ -112,10 +110,11 @@ def pregenerate(config: PregenerateConfig) -> PregenerateResult:
     put_back(Path(config.out).resolve())
     out, complete = check_output(config)
     tokenizer = load_tokenizer(config.tokenizer)
-    if config.append_eos and tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", "add --no-append-eos")
     config, corpus, held_out = _corpora(config)
     paired = require_pairs(corpus, held_out, config)
+    if config.append_eos and tokenizer.eos_token_id is None:
+        hint = "pairs need a tokenizer that has one" if paired else "add --no-append-eos"
+        raise ConfigError(f"the tokenizer {config.tokenizer} has no end-of-text token", hint)
     settings = {**_settings(config, tokenizer, corpus, held_out), **described(corpus)}
     if config.resume and complete and not config.overwrite and not is_unfinished(out):
         manifest = read_json(out / MANIFEST)
@@ -323,12 +322,12 @@ def _write(
     with SplitWriter(out, "train", *shape) as train, SplitWriter(out, "test", *shape) as test:
         sizes = divide(read, kept, last, cut, train, test)
     if cut is not None and not kept:
-        sizes[1, 1] = sizes[0, 1] * (total - cut) // total
+        sizes[1, 1] = int(sizes[0, 1]) * (total - cut) // total  # their product may need more than 64 bits
         sizes[0, 1] -= sizes[1, 1]
     if train.tokens < length:
+        what = f"the training text has {train.tokens} of the {total}" if train.tokens < total else f"there are {total}"
         raise DataError(
-            f"the training text has {train.tokens} of the {total} tokens: it is shorter than one block of {length}",
-            "give more text or a smaller --sequence-length",
+            f"{what} tokens: fewer than one block of {length} has", "give more text, or make shorter blocks"
         )
     splits = {
         name: writer.entry(int(size[0]), int(size[1]))

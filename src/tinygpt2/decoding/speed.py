@@ -131,6 +131,7 @@ def own_job(decoder: Decoder, prompts: torch.Tensor, count: int, name: str) -> J
 def library_job(model: PreTrainedModel, prompts: torch.Tensor, count: int) -> Job:
     """Return a function that decodes prompts (B, T) with `transformers`' generate, greedily."""
     how = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.generation_config = GenerationConfig()  # the model's own would fill in its end of text, and stop there
     mask = torch.ones_like(prompts)
 
     def job() -> None:

@@ -13,6 +13,7 @@ from tinygpt2.data.corpus.sources import PYTHON_DOCS, Corpus
 from tinygpt2.data.dataset import load_packed_dataset
 from tinygpt2.data.encoding import Encoder
 from tinygpt2.data.layout import is_packed_dataset
+from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.exporting.engines import Engine, LlamaEngine, TorchEngine
 from tinygpt2.exporting.source import ExportSource
@@ -73,7 +74,7 @@ def check_text(source: ExportSource, data: str | None) -> CheckText:
     length, tokenizer = min(LENGTH, config.n_positions), source.tokenizer
     if data is not None and is_packed_dataset(Path(data)):
         packed = load_packed_dataset(data)
-        check_fits(packed, config, None, f"model {source.name}")
+        check_fits(packed, config, tokenizer and fingerprint(tokenizer), f"model {source.name}")
         blocks = (packed.test if len(packed.test) else packed.train).spaced(WINDOWS)
         return CheckText([[int(one) for one in blocks.row(index)[:length]] for index in range(len(blocks))])
     if tokenizer is None:

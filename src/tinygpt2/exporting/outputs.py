@@ -9,7 +9,7 @@ from typing import Literal
 from tinygpt2.config.workflows import PACKAGES, ExportConfig, Format
 from tinygpt2.errors import ConfigError
 from tinygpt2.training.state import RECORD_FILE
-from tinygpt2.utils.files import require_free
+from tinygpt2.utils.files import require_free, require_replaceable
 
 ONNX_FILES = {"f32": "model.onnx", "int8": "model_quantized.onnx"}
 """The names in the folder onnx/ that transformers.js looks for, by the type of the weights."""
@@ -51,10 +51,11 @@ def check_output(config: ExportConfig) -> None:
     """Check that the packages of the format are installed, and that nothing at --out would be lost.
 
     Raises:
-        ConfigError: a package is missing, or there is something at --out that may not be replaced.
+        ConfigError: a package is missing, or what is at --out may not or cannot be replaced.
     """
     require_packages(config.to)
     out, model = Path(config.out), Path(config.model).expanduser().resolve()
+    require_replaceable(out)
     if model.is_dir() and out.resolve() in (model, *model.parents):
         raise ConfigError(f"--out {out} holds the model that is exported", "give another --out")
     if config.to == "gguf":

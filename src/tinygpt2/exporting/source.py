@@ -58,13 +58,14 @@ def load_source(config: ExportConfig) -> ExportSource:
     strange = sorted(name for name, _ in model.named_parameters() if "cross" in name or name.endswith(".alpha"))
     if strange:
         raise ModelError(f"model {config.model} has parts that plain GPT-2s do not have: {listed(strange)}")
-    name = config.model.partition("@")[0].rstrip("/").rpartition("/")[2] or Path(config.model).resolve().name
+    local = Path(config.model).expanduser()
+    name = local.resolve().name if local.is_dir() else config.model.partition("@")[0].rpartition("/")[2]
     return ExportSource(name, model, tokenizer, _metadata(config, directory))
 
 
 def _metadata(config: ExportConfig, directory: Path) -> HubMetadata:
     told = _card_data(directory)
-    base = [config.model.partition("@")[0]] if hub_revision(directory) else _texts(told.get("base_model"))
+    base = [config.model.partition("@")[0]] if hub_revision(config.model, directory) else _texts(told.get("base_model"))
     licence = config.license or told.get("license")
     return HubMetadata(
         base_model=base,

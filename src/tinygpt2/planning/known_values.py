@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tinygpt2.config.base import Config
 from tinygpt2.config.distillation import DistillConfig
-from tinygpt2.config.training import FinetuneConfig, PretrainConfig, TrainOptions, dataset_shares, length_options
+from tinygpt2.config.training import PretrainConfig, TrainOptions, dataset_shares, length_options
 from tinygpt2.config.yaml_files import load_yaml
 from tinygpt2.data.block_writers import MANIFEST
+from tinygpt2.data.dataset import content_of
 from tinygpt2.errors import TinyGPT2Error
 from tinygpt2.models.configuration import is_gpt2, is_model_config, model_config_file, parameters_of
+from tinygpt2.models.loading import tokenizer_fingerprint
+from tinygpt2.objectives.stored import find_predictions
 from tinygpt2.training.schedule import passes_over_data, peak_learning_rate
 
 
@@ -23,17 +27,14 @@ def known_options(config: Config) -> tuple[Config, list[str]]:
     """
     if not isinstance(config, TrainOptions):
         return config, []
-    rate, passes = _rate(config), _passes(config)
-    rates = ("learning_rate", "embedding_learning_rate", "vector_learning_rate")
-    values = {name: getattr(config, name) or rate for name in rates}
-    if all(getattr(config, name) is None for name in length_options()):
-        values["num_epochs"] = passes
-    unknown = {name: value for name, value in values.items() if value is None and name not in rates[1:]}
-    return config.model_copy(update=values), list(unknown)
+    values: dict[str, float | None] = {"learning_rate": _rate(config)}
+    if not config.plan and all(getattr(config, name) is None for name in length_options()):
+        values["num_epochs"] = _passes(config)
+    return config.model_copy(update=values), [name for name, value in values.items() if value is None]
 
 
 def _rate(config: TrainOptions) -> float | None:
-    width = 1 if config.learning_rate or isinstance(config, FinetuneConfig) else _shape(config).get("n_embd")
+    width = 1 if config.learning_rate else _shape(config).get("n_embd")  # a given rate does not follow from the width
     return None if width is None else peak_learning_rate(config, int(width))
 
 
@@ -57,11 +58,24 @@ def _shape(config: TrainOptions) -> dict[str, Any]:
     name = (config.student if isinstance(config, DistillConfig) else getattr(config, "model", None)) or ""
     if not is_model_config(name):
         return _values(Path(name) / "config.json")
-    given = config.teachers if isinstance(config, DistillConfig) else []
-    teacher = next((one for name in given if is_gpt2(one := _values(Path(name) / "config.json"))), {})
-    sizes = [teacher.get("vocab_size"), *_manifest(config, "vocab_size")]
-    vocabulary = next((size for size in sizes if size), None)
-    return {**({"vocab_size": vocabulary} if vocabulary else {}), **_values(model_config_file(name))}
+    sizes = [*_predicted_tokens(config), *_manifest(config, "vocab_size")] if isinstance(config, DistillConfig) else []
+    return {**({"vocab_size": sizes[0]} if sizes else {}), **_values(model_config_file(name))}
+
+
+def _predicted_tokens(config: DistillConfig) -> list[int]:
+    """Return the numbers of tokens that teachers with the data's tokens predict, or a cache without its teacher."""
+    if config.from_cache_alone:
+        root, kind = Path(config.teacher_cache or ""), config.teacher_cache_kind
+        with suppress(TinyGPT2Error):
+            content = content_of(Path(next(iter(dataset_shares(config.data)))))
+            return [find_predictions(root, content, kind, config.temperature).form.vocabulary]
+        return []
+    if not config.needs_teacher:
+        return []
+    same = set(_manifest(config, "tokenizer_fingerprint"))
+    local = [Path(name) for name in config.teachers if is_gpt2(_values(Path(name) / "config.json"))]
+    own = [_values(path / "config.json") for path in local if tokenizer_fingerprint(path) in {None, *same}]
+    return [int(one["vocab_size"]) for one in own if "vocab_size" in one]
 
 
 def _training_tokens(config: TrainOptions) -> int:

@@ -35,12 +35,17 @@ from tinygpt2.models.teachers.ensemble import as_one, pinned
 from tinygpt2.models.teachers.loading import load_teacher, read_as_student
 from tinygpt2.models.teachers.teacher import GPT2Teacher, Teacher
 from tinygpt2.objectives.weights import LossWeights
-from tinygpt2.runtime.cpu import fast_products
-from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak, on_cuda, repeatable
+from tinygpt2.runtime.devices import DTYPES, device_chosen, device_peak
 from tinygpt2.runtime.launch import check_number
 from tinygpt2.runtime.threads import tell_machine
 from tinygpt2.training.metrics import metrics_of
-from tinygpt2.training.preparation import TrainingSetup, check_packed, documents_apart, training_setup
+from tinygpt2.training.preparation import (
+    TrainingSetup,
+    check_packed,
+    documents_apart,
+    training_arithmetic,
+    training_setup,
+)
 from tinygpt2.training.resuming import as_begun, with_precision
 from tinygpt2.training.schedule import batch_of, passes_over_data, peak_learning_rate, total_steps
 from tinygpt2.training.state import RunState
@@ -49,7 +54,7 @@ from tinygpt2.training.teacher_cache import TeacherCache, open_without_teacher
 from tinygpt2.training.throughput import step_operations
 from tinygpt2.utils.files import shared_name
 from tinygpt2.utils.hub import at_commit, hub_revision
-from tinygpt2.utils.progress import detail, say
+from tinygpt2.utils.progress import detail
 
 
 @dataclass
@@ -203,16 +208,6 @@ def settle_batch(job: Job, accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def training_arithmetic(config: TrainOptions) -> Iterator[None]:
-    """While the block runs, compute as training does: fast, and with --deterministic the same bits in every run."""
-    if config.deterministic and on_cuda():
-        cost = ", and float32 products without TF32, which take several times as long" * (config.precision == "fp32")
-        say(f"--deterministic: slower sums in the backward pass{cost}")
-    with repeatable(config.deterministic), fast_products(tf32=config.tf32):
-        yield
-
-
-@contextmanager
 def prepared_job(config: TrainOptions, data: PackedDataset | None = None) -> Iterator[tuple[Job, Accelerator]]:
     """Check a run's options and files, and yield the job with the accelerator to run it on.
 
@@ -264,7 +259,8 @@ def pretraining_job(config: PretrainConfig, data: PackedDataset | None, setup: T
         model, directory = load_model(config.model or "", allow_pickle=config.allow_pickle, hollow=config.validate_only)
         check_fits(data, model.config, tokenizer_fingerprint(directory), f"model {config.model}")
         how = f"A GPT-2 that continued the training of {shared_name(config.model or '')} on {_sources(data)}."
-    evaluated, revisions = setup.evaluated(data, model.config, config), _revisions(base=directory)
+    evaluated = setup.evaluated(data, model.config, config)
+    revisions = _revisions(base=hub_revision(config.model, directory))
     return Job("pretrain", config, how, model, data, evaluated, revisions=revisions, new=directory is None)
 
 
@@ -281,9 +277,10 @@ def distillation_job(
     other, names = other_tokens(config, data), config.teachers * config.needs_teacher
     options = {"allow_pickle": config.allow_pickle, "hollow": hollow, "other_tokens": other is not None}
     loaded = [load_teacher(name, data, DTYPES[config.teacher_dtype], **options) for name in names]
+    cache = open_without_teacher(config, data) if config.from_cache_alone else None
     if shape is not None or is_model_config(start):
         same = [one.shape.vocabulary for one, _ in loaded if isinstance(one, GPT2Teacher) and other is None]
-        vocab_size = next(iter(same), None)
+        vocab_size = next(iter(same), None if cache is None else cache.vocabulary)
         shape = shape or read_model_config(start, data.tokenizer(), vocab_size)
         student, directory = random_model(shape, config.seed, hollow=hollow), None
     else:
@@ -300,13 +297,14 @@ def distillation_job(
     evaluated = setup.evaluated(data, student.config, config, positions)
     if teacher is not None and other is not None:
         teacher = aligned_teacher(config, teacher, other, data, student.config.vocab_size, evaluated)
-    cache = open_without_teacher(config, data, student.config.vocab_size) if config.from_cache_alone else None
+    if cache is not None:
+        cache.check_student(start, student.config.vocab_size)
     how = (
         f"A GPT-2 distilled from {_named(config, teacher, cache)} with the recipe {config.recipe} on "
-        f"{_sources(data)}. "
-        f"The training started from {shared_name(start)}."
+        f"{_sources(data)}. The training started from {shared_name(start)}."
     )
-    revisions = _revisions(teacher=sources[0] if len(sources) == 1 else None, student=directory)
+    alone = hub_revision(names[0], sources[0]) if len(names) == 1 else None
+    revisions = _revisions(teacher=alone, student=hub_revision(start, directory))
     weights, new, cached = LossWeights.of(config), directory is None, float(cache is not None)
     return Job("distill", config, how, student, data, evaluated, weights, teacher, revisions, new, cached, cache)
 
@@ -335,7 +333,8 @@ def finetuning_job(config: FinetuneConfig, data: PackedDataset | None, setup: Tr
         data = load_packed_dataset(setup.packed("data", names[0], str(directory), length, config, config))
     check_fits(data, model.config, tokenizer_fingerprint(directory), f"model {config.model}")
     how = f"{shared_name(config.model)}, fine-tuned on {_sources(data)}."
-    evaluated, revisions = setup.evaluated(data, model.config, config), _revisions(base=directory)
+    evaluated = setup.evaluated(data, model.config, config)
+    revisions = _revisions(base=hub_revision(config.model, directory))
     return Job("finetune", config, how, model, data, evaluated, revisions=revisions)
 
 
@@ -343,7 +342,6 @@ def _sources(data: PackedDataset) -> str:
     return listed(map(shared_name, data.manifest.get("sources", [data.name])), 5)
 
 
-def _revisions(**directories: Path | None) -> dict[str, str]:
+def _revisions(**commits: str | None) -> dict[str, str]:
     """Return the commits of the models that came from the Hub, by their roles."""
-    found = {role: hub_revision(directory) for role, directory in directories.items() if directory is not None}
-    return {role: revision for role, revision in found.items() if revision is not None}
+    return {role: commit for role, commit in commits.items() if commit is not None}

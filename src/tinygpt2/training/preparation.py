@@ -35,7 +35,8 @@ from tinygpt2.errors import ConfigError, DataError
 from tinygpt2.evaluation.tasks import load_tasks
 from tinygpt2.models.compatibility import check_fits, check_length
 from tinygpt2.objectives.weights import LossWeights
-from tinygpt2.runtime.devices import current_device, on_cuda
+from tinygpt2.runtime.cpu import fast_products
+from tinygpt2.runtime.devices import current_device, on_cuda, repeatable
 from tinygpt2.training.resuming import check_same_run
 from tinygpt2.training.state import RUN_FILE
 from tinygpt2.utils.files import is_free, read_json, remove_leftovers, require_free
@@ -213,6 +214,16 @@ def _check_same_text(made: PregenerateConfig) -> None:
 
 
 @contextmanager
+def training_arithmetic(config: TrainOptions) -> Iterator[None]:
+    """While the block runs, compute as training does: fast, and with --deterministic the same bits in every run."""
+    if config.deterministic and on_cuda():
+        cost = ", and float32 products without TF32, which take several times as long" * (config.precision == "fp32")
+        say(f"--deterministic: slower sums in the backward pass{cost}")
+    with repeatable(config.deterministic), fast_products(tf32=config.tf32):
+        yield
+
+
+@contextmanager
 def training_setup(config: TrainOptions, weights: LossWeights) -> Iterator[TrainingSetup]:
     """Check options, machine and output directory, and make the accelerator, before anything is loaded.
 
@@ -256,10 +267,9 @@ def _check_start(config: TrainOptions) -> None:
 
 def _accelerator(config: TrainOptions, weights: LossWeights) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # a process may train again with another precision
-    # objectives that never reach the logits may leave the top of the student without gradients
-    whole = weights.predicts
     ddp = DistributedDataParallelKwargs(
-        find_unused_parameters=not whole,
+        # objectives that never reach the logits may leave the top of the student without gradients
+        find_unused_parameters=not weights.predicts,
         gradient_as_bucket_view=True,  # else every gradient would be in memory twice
     )
     accelerator = Accelerator(

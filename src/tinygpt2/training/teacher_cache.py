@@ -136,6 +136,23 @@ class TeacherCache:
         return "states" if self.form is None else self.form.kind
 
     @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens that are predicted; None for states."""
+        return None if self.form is None else self.form.vocabulary
+
+    def check_student(self, name: str, vocabulary: int) -> None:
+        """Check that a student has all tokens that are predicted.
+
+        Raises:
+            ModelError: it has fewer.
+        """
+        if self.vocabulary is not None and self.vocabulary > vocabulary:
+            raise ModelError(
+                f"{self.path} has predictions of {self.vocabulary:,} tokens, and student {name} has {vocabulary:,}",
+                f"give a student with {self.vocabulary:,} tokens; a preset gets that many",
+            )
+
+    @property
     def bytes(self) -> int:
         """The size of states or records and of the checksums."""
         return int(self._states.nbytes + self._checksums.nbytes)
@@ -232,25 +249,14 @@ class CachedStates(NamedTuple):
         return CachedStates(self.rows, None if self.states is None else to_device(self.states, device))
 
 
-def open_without_teacher(config: DistillConfig, data: PackedDataset, vocabulary: int) -> TeacherCache:
+def open_without_teacher(config: DistillConfig, data: PackedDataset) -> TeacherCache:
     """Open the cache of predictions of a run that has no teacher.
-
-    Args:
-        vocabulary: the student's number of tokens.
 
     Raises:
         ConfigError, DataError: see `TeacherCache.of_predictions`.
-        ModelError: the cache has more tokens than the student.
     """
     root, kind = Path(config.teacher_cache or ""), config.teacher_cache_kind
-    cache = TeacherCache.of_predictions(root, data, kind, config.temperature)
-    if cache.form is not None and cache.form.vocabulary > vocabulary:
-        raise ModelError(
-            f"{cache.path} has predictions of {cache.form.vocabulary:,} tokens, and student {config.student} has "
-            f"{vocabulary:,}",
-            f"give a student with {cache.form.vocabulary:,} tokens; a preset takes that many from the dataset",
-        )
-    return cache
+    return TeacherCache.of_predictions(root, data, kind, config.temperature)
 
 
 def _stored_shape(teacher: Teacher, data: PackedDataset, form: SparseForm | None) -> tuple[int, int, int]:

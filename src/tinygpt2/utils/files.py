@@ -143,6 +143,16 @@ def require_free(out: Path, hint: str) -> None:
         raise ConfigError(f"--out {out} is not empty", hint)
 
 
+def require_replaceable(out: Path) -> None:
+    """Check that what is made next to `out` can take its place.
+
+    Raises:
+        ConfigError: `out` is a mount point, such as a volume in a container.
+    """
+    if os.path.ismount(out):
+        raise ConfigError(f"--out {out} is a mount point, which cannot be replaced in one step", "give a folder in it")
+
+
 def is_free(out: Path) -> bool:
     """Return whether an output directory is missing, or holds only a lock and leftovers of a killed process."""
     return not out.is_dir() or all(file.name == LOCK_INSIDE or _is_scratch(file) for file in out.iterdir())
@@ -170,6 +180,21 @@ def not_utf8(name: str, error: UnicodeDecodeError, offset: int = 0) -> DataError
         f"{name}: not UTF-8: {error.reason} at byte {offset + error.start}",
         "convert the file, for example with iconv -t UTF-8; for a corpus, --encoding-errors replace also helps",
     )
+
+
+def require_valid(text: str, where: str) -> None:
+    """Check that a text has no half of a surrogate pair, as JSON's escapes can.
+
+    Raises:
+        DataError: it has one. The message begins with `where`.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: half of a surrogate pair, which is not valid text",
+            "use --encoding-errors replace or --encoding-errors skip, or a dataset that pregenerate made with it",
+        ) from error
 
 
 def open_file(path: Path) -> IO[bytes]:

@@ -61,7 +61,7 @@ def local_directory(name: str, role: str, *, allow_pickle: bool = False, weights
     except Exception as error:  # network failures raise many kinds of exceptions
         problem, hint = _explanation(error, name, "model")
         raise ModelError(f"{role} {name!r} is not a local directory, and {problem}", hint) from error
-    detail(f"{role} {name}: from the Hub's cache, {directory} (commit {hub_revision(directory)})")
+    detail(f"{role} {name}: from the Hub's cache, {directory} (commit {hub_revision(name, directory)})")
     return directory
 
 
@@ -152,8 +152,10 @@ def at_commit(name: str, commit: str) -> str:
     return f"{_repository(name)[0]}@{commit}"
 
 
-def hub_revision(directory: Path) -> str | None:
-    """Return the commit that a directory in the Hub's cache was downloaded from; None for other directories."""
+def hub_revision(name: str | None, directory: Path | None) -> str | None:
+    """Return the commit of the model in a directory of the Hub's cache; None if its name is that of a directory."""
+    if name is None or directory is None or Path(name).expanduser().is_dir():
+        return None
     return directory.name if directory.parent.name == "snapshots" else None
 
 

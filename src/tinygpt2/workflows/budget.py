@@ -27,18 +27,10 @@ from tinygpt2.planning.scaling_law import Law
 from tinygpt2.runtime.devices import computes_on_device
 from tinygpt2.runtime.processes import launched
 from tinygpt2.training.failures import step_explained
-from tinygpt2.training.job import (
-    Job,
-    cast_teacher,
-    distillation_job,
-    loss_weights,
-    make_job,
-    settle_batch,
-    training_arithmetic,
-)  # fmt: skip
+from tinygpt2.training.job import Job, cast_teacher, distillation_job, loss_weights, make_job, settle_batch
 from tinygpt2.training.optimizers import make_optimizer
 from tinygpt2.training.own_text.source import OwnText
-from tinygpt2.training.preparation import TrainingSetup, training_setup
+from tinygpt2.training.preparation import TrainingSetup, training_arithmetic, training_setup
 from tinygpt2.training.resuming import with_precision
 from tinygpt2.training.schedule import MAX_PASSES, proposed_batch_tokens
 from tinygpt2.training.step import Step, StepData, TeacherEvaluation
@@ -67,6 +59,7 @@ class Candidate:
         tokens_per_second: the speed of training steps.
         passes: over the data.
         evaluation_seconds: the part of the time that all evaluations take.
+        fixed_seconds: of the evaluations that a run of any length has: those before its first and after its last step.
         batch_tokens: a proposal for --batch-tokens, by the length of the run (see `schedule.proposed_batch_tokens`), in
             whole micro-batches. It is only a proposal: the steps were timed with the batch that the options give.
     """
@@ -80,6 +73,7 @@ class Candidate:
     passes: float
     learning_rate: float
     evaluation_seconds: float
+    fixed_seconds: float
     batch_tokens: int
 
 
@@ -270,10 +264,9 @@ def _timed(name: str, layers: int | None, job: Job, accelerator: Accelerator, mi
     steps = max(0, int((_KEPT * 60 * minutes - fixed) / (each + between)))
     steps = min(steps, math.ceil(MAX_PASSES * len(data.train) / sequences))
     tokens, passes = sequences * data.sequence_length, steps * sequences / len(data.train)
-    spent = fixed + steps * between
-    rate, proposal = tokens / each, _proposal(job, steps * tokens)
+    spent, proposal = fixed + steps * between, _proposal(job, steps * tokens)
     return Candidate(
-        name, layers, parameters, rate, steps, steps * tokens, passes, job.peak_rate(), spent, batch_tokens=proposal
+        name, layers, parameters, tokens / each, steps, steps * tokens, passes, job.peak_rate(), spent, fixed, proposal
     )
 
 
@@ -334,7 +327,8 @@ def _predicted(plan: BudgetPlan, config: TrainOptions, data: PackedDataset | Non
         target = law.tokens_for(math.log(config.target_perplexity))
     if target is None:
         return LossPrediction(pilots, found.loss, found.error, note)
-    seconds = target / chosen.tokens_per_second + chosen.evaluation_seconds
+    each = 1 / chosen.tokens_per_second + (chosen.evaluation_seconds - chosen.fixed_seconds) / chosen.tokens
+    seconds = chosen.fixed_seconds + target * each
     return LossPrediction(pilots, found.loss, found.error, note, math.ceil(target), seconds / 60 / _KEPT)
 
 

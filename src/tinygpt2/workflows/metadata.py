@@ -42,5 +42,5 @@ def how_to_load(job: Job) -> tuple[str | None, str]:
     name, out = shared_text(config.teacher), Path(config.out).name
     return library, (
         f"{loading} `tinygpt2 generate --model {out}` writes text with it. It can also draft for its teacher, "
-        f"which then writes the same text; whether that is faster, `tinygpt2 generate --model {name} --draft {out}` prints."
+        f"whose text stays the same; `tinygpt2 generate --model {name} --draft {out}` prints whether it is faster."
     )

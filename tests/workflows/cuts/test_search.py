@@ -27,9 +27,9 @@ from tinygpt2.errors import ConfigError, InterruptedRunError
 from tinygpt2.models.loading import load_model
 from tinygpt2.workflows.cuts import search as module
 from tinygpt2.workflows.cuts import timing, vocabularies
-from tinygpt2.workflows.cuts.results import CutCandidate
+from tinygpt2.workflows.cuts.results import CutCandidate, best_of_each_depth
 from tinygpt2.workflows.cuts.scoring import CutScore, Judge, accepted_share, expected_speedup
-from tinygpt2.workflows.cuts.search import _varied, between
+from tinygpt2.workflows.cuts.search import between
 from tinygpt2.workflows.cuts.timing import predicted_milliseconds, token_milliseconds
 
 TEACHER = Space(Shape(4, 32, 4, 128), 320, 32, tied=True)
@@ -104,9 +104,9 @@ def test_finalists_have_several_depths() -> None:
         CutCandidate(depth, 32, 4, inner, 320, 1, 1, 1.0, CutScore(float(number)))
         for number, (depth, inner) in enumerate([(4, 10), (4, 11), (4, 12), (4, 13), (3, 20), (2, 30)])
     ]
-    assert [(one.n_layer, one.n_inner) for one in _varied(ranked, 4)] == [(4, 10), (4, 11), (3, 20), (2, 30)]
-    assert [one.n_inner for one in _varied(ranked, 5)] == [10, 11, 20, 30, 12]
-    assert len(_varied(ranked, 9)) == 6
+    assert [(one.n_layer, one.n_inner) for one in best_of_each_depth(ranked, 4)] == [(4, 10), (4, 11), (3, 20), (2, 30)]
+    assert [one.n_inner for one in best_of_each_depth(ranked, 5)] == [10, 11, 20, 30, 12]
+    assert len(best_of_each_depth(ranked, 9)) == 6
 
 
 def test_a_target_is_met(trained: Path, data: Path, tmp_path: Path, cli: Callable[..., Outcome], small: None) -> None:

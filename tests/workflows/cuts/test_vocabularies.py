@@ -31,9 +31,8 @@ from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import DataError
 from tinygpt2.workflows.cuts import search as module
 from tinygpt2.workflows.cuts import timing, vocabularies
-from tinygpt2.workflows.cuts.results import CutCandidate
+from tinygpt2.workflows.cuts.results import CutCandidate, best_of_each_vocabulary
 from tinygpt2.workflows.cuts.scoring import ByteJudge, CutScore
-from tinygpt2.workflows.cuts.search import _of_each_vocabulary
 from tinygpt2.workflows.cuts.texts import Pieces, SharedText, sizes_in_bytes, spelled_dataset
 
 EOS = "<|endoftext|>"
@@ -177,9 +176,9 @@ def test_every_vocabulary_has_finalists() -> None:
         CutCandidate(depth, 32, 4, number, size, 1, 1, 1.0, CutScore(float(number)))
         for number, (depth, size) in enumerate([(4, 320), (4, 320), (4, 320), (3, 320), (2, 320), (4, 270), (3, 270)])
     ]
-    chosen = [(one.vocab_size, one.n_inner) for one in _of_each_vocabulary(ranked, 5)]
+    chosen = [(one.vocab_size, one.n_inner) for one in best_of_each_vocabulary(ranked, 5)]
     assert chosen == [(320, 0), (270, 5), (320, 1), (270, 6), (320, 3)]
-    assert len(_of_each_vocabulary(ranked, 20)) == 7
+    assert len(best_of_each_vocabulary(ranked, 20)) == 7
 
 
 def test_the_search_looks_through_vocabularies(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tinygpt2.data.batches.batch import Batch
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
 
 _BLOCKS = 64  # read at a time
+_LONG = 1 << 17  # tokens of a document that are held
+_TRIED = 16  # tokens at its end between which it may be split
 
 
 class Rows(Protocol):
@@ -35,7 +38,7 @@ def documents_of(blocks: Rows, manifest: Mapping[str, Any], tokenizer: Tokenizer
         tokenizer: with which it was made.
         name: of the dataset.
     """
-    end, decode = manifest["eos_token_id"], tokenizer.backend_tokenizer.decode
+    end, decode = manifest["eos_token_id"], partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
 
     def read(how: ReadOptions) -> Iterator[TextPart]:
         held: list[int] = []
@@ -44,12 +47,28 @@ def documents_of(blocks: Rows, manifest: Mapping[str, Any], tokenizer: Tokenizer
                 if token != end:
                     held.append(token)
                 elif held:
-                    yield decode(held, skip_special_tokens=False), True
+                    yield decode(held), True
                     held = []
+            if len(held) > _LONG:
+                text, held = _beginning(held, decode)
+                if text:
+                    yield text, False
         if held:
-            yield decode(held, skip_special_tokens=False), True
+            yield decode(held), True
 
     return SourceItem(name, None, read, json.dumps(manifest, sort_keys=True, default=str))
+
+
+def _beginning(held: list[int], decode: Callable[[list[int]], str]) -> tuple[str, list[int]]:
+    """Return the text of a document so far, and the tokens that remain: split where that changes no character.
+
+    The text is empty if there is no such place among the last tokens.
+    """
+    text = decode(held)
+    for size in range(len(held) - 1, len(held) - _TRIED, -1):
+        if (beginning := decode(held[:size])) + decode(held[size:]) == text:
+            return beginning, held[size:]
+    return "", held
 
 
 def _rows(blocks: Rows, manifest: Mapping[str, Any]) -> Iterator[tuple[list[int], bool]]:

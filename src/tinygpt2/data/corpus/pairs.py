@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tinygpt2.config.data import PairOptions
 from tinygpt2.errors import ConfigError, DataError
-from tinygpt2.utils.files import read_text
+from tinygpt2.utils.files import read_text, require_valid
 
 MESSAGES = "messages"  # the column of a chat
 DEFAULT_TEMPLATE = "{prompt}\n{response}"
@@ -32,6 +32,7 @@ class PairReader:
     prompt: str | None = None
     response: str | None = None
     template: str = DEFAULT_TEMPLATE
+    needs_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, options: PairOptions) -> PairReader:
@@ -80,13 +81,7 @@ class PairReader:
             [(before + prompt + between, answer + after) for prompt, answer in turns], ensure_ascii=False
         )
         if not lenient:
-            try:
-                texts.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{where}: half of a surrogate pair, which is not valid text",
-                    "use --encoding-errors replace or --encoding-errors skip",
-                ) from error
+            require_valid(texts, where)
         return texts
 
 

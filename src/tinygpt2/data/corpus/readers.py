@@ -86,6 +86,11 @@ def _documents(stream: io.BufferedReader, name: str, head: bytes, how: ReadOptio
     if rows := _ROWS.get(format_of(name, head, how)):
         yield from parts_of_rows(rows(stream, name, how), forced)
         return
+    if how.pairs is not None and how.pairs.needs_rows:
+        raise DataError(
+            f"{name} is plain text, and pairs are read from rows of {' and '.join(map(repr, how.pairs.columns))}",
+            "leave the file out, for example by a pattern in quotes such as 'folder/*.jsonl'",
+        )
     chunks = decoded_chunks(stream, name, lenient=how.lenient, offset=skip_mark(stream))
     rule = RULES.get(how.document) or how.document.removeprefix("separator:")
     yield from document_parts(chunks, None if how.document == "file" else re.compile(rule), forced)

@@ -337,7 +337,7 @@ def _reading(rows: Iterable[Any], source: str) -> Iterator[Any]:
     try:
         yield from rows
     except Exception as error:  # network failures raise many kinds of exceptions
-        raise UnreadableError(f"reading {source} failed: {one_line(error, 200)}", "add --resume to continue") from error
+        raise UnreadableError(f"reading {source} failed: {one_line(error, 200)}", "run the command again") from error
 
 
 def _choose(there: list[Any], wanted: Iterable[str], source: str) -> str:

@@ -17,7 +17,7 @@ from tinygpt2.data.corpus.pairs import MESSAGES
 from tinygpt2.data.corpus.text_splitting import decoded_chunks
 from tinygpt2.data.corpus.unpacking import seekable
 from tinygpt2.errors import DataError, one_line
-from tinygpt2.utils.files import not_utf8
+from tinygpt2.utils.files import not_utf8, require_valid
 
 LONGEST_LINE = 1 << 28  # bytes of a line, which has to fit into memory
 
@@ -85,7 +85,8 @@ def json_rows(stream: io.BufferedReader, name: str, how: ReadOptions) -> Iterato
     number = 0
     try:
         for number, row in enumerate(backend.items(_Chunks(text), "item", use_float=True), start=1):
-            yield row if isinstance(row, str) else text_of(row, f"{name}: item {number}", how)
+            plain = isinstance(row, str) and how.pairs is None
+            yield row if plain else text_of(row, f"{name}: item {number}", how)
     except (ijson.JSONError, ValueError, RecursionError) as error:
         problem = one_line(error, 120)
         raise DataError(f"{name}: not valid JSON after item {number}: {problem}") from error
@@ -153,19 +154,14 @@ def text_of(row: Any, where: str, how: ReadOptions) -> str:
     if not isinstance(text, str):
         raise DataError(f"{where}: field {how.text_column!r} holds no text but {type(text).__name__}")
     if not how.lenient:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: half of a surrogate pair, which is not valid text",
-                "use --encoding-errors replace or --encoding-errors skip",
-            ) from error
+        require_valid(text, where)
     return text
 
 
 def _no_text(where: str, how: ReadOptions, found: str) -> DataError:
     return DataError(
-        f"{where}: no text in field {how.text_column!r} (found: {found})", "give the field's name with --text-column"
+        f"{where}: no text in field {how.text_column!r} (found: {found})",
+        "give the field's name with --text-column, or a dataset that pregenerate made with it",
     )
 
 

@@ -147,5 +147,5 @@ def as_one(members: Sequence[Teacher]) -> Teacher | None:
 
 def pinned(names: Sequence[str], directories: Sequence[Path]) -> list[str]:
     """Return the names of models, with the commits of those that came from the Hub."""
-    commits = [hub_revision(directory) for directory in directories]
+    commits = map(hub_revision, names, directories)
     return [at_commit(name, commit) if commit else name for name, commit in zip(names, commits, strict=True)]

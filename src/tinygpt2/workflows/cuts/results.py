@@ -1,12 +1,16 @@
-"""What the search for a target returns."""
+"""What the search for a target looks at and returns."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from tinygpt2.compression.sizes import Shape
 from tinygpt2.compression.truncate import CutPerplexity
 from tinygpt2.workflows.cuts.scoring import NATS, CutScore
+
+_OF_A_DEPTH = 2  # finalists that may have the same number of layers, while others are left
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,29 @@ class CutSearchResult:
     unit: str = NATS
     vocabularies: list[CutVocabulary] | None = None
     bits_per_byte: CutBits | None = None
+
+
+def best_of_each_vocabulary(ranked: Sequence[CutCandidate], count: int) -> list[CutCandidate]:
+    """Return the best candidates, equally many of each vocabulary; see `best_of_each_depth`.
+
+    A student that was only fitted has never read the tokens of a smaller vocabulary. So its loss says what it is worth
+    beside students with the same one, and too much against it beside others. Vocabularies meet after the training.
+    """
+    groups: dict[int, list[CutCandidate]] = {}
+    for one in ranked:
+        groups.setdefault(one.vocab_size, []).append(one)
+    turns = zip_longest(*(best_of_each_depth(group, count) for group in groups.values()))
+    return [one for turn in turns for one in turn if one is not None][:count]
+
+
+def best_of_each_depth(ranked: Sequence[CutCandidate], count: int) -> list[CutCandidate]:
+    """Return the best candidates, at most two of each depth while there are others.
+
+    After training, the order of depths can be another one.
+    """
+    first = [
+        one for number, one in enumerate(ranked)
+        if [other.n_layer for other in ranked[:number]].count(one.n_layer) < _OF_A_DEPTH
+    ][:count]  # fmt: skip
+    rest = [one for one in ranked if one not in first]
+    return [*first, *rest[: count - len(first)]]

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 
 from transformers import GPT2LMHeadModel
@@ -43,16 +42,22 @@ from tinygpt2.utils.locks import writes_out
 from tinygpt2.utils.progress import follow, say, without_notes
 from tinygpt2.utils.units import duration
 from tinygpt2.workflows.cuts.report import described, search_card, write_pictures
-from tinygpt2.workflows.cuts.results import CutCandidate, CutRounds, CutSearchResult
+from tinygpt2.workflows.cuts.results import CutCandidate, CutRounds, CutSearchResult, best_of_each_vocabulary
 from tinygpt2.workflows.cuts.scoring import BITS, NATS
 from tinygpt2.workflows.cuts.timing import token_milliseconds
-from tinygpt2.workflows.cuts.vocabularies import Vocabulary, held_out_bits, seen, shapes_to_try, vocabularies_of
+from tinygpt2.workflows.cuts.vocabularies import (
+    Vocabulary,
+    held_out_bits,
+    none_is_fast_enough,
+    seen,
+    shapes_to_try,
+    vocabularies_of,
+)
 from tinygpt2.workflows.train import distill
 
 SHAPES = 48
 _SEED = 42  # of the order of the blocks
 _QUICK = 4  # the first ranking uses every fourth batch of the texts
-_OF_A_DEPTH = 2  # finalists that may have the same number of layers, while others are left
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,10 @@ class Search:
     def run(self) -> CutSearchResult:
         """Find the best student, keep it in `best`, and return the result without what is measured afterwards."""
         ranked = self._quickly(shapes_to_try(self._target, self._vocabularies, SHAPES))
-        finalists = _of_each_vocabulary(ranked, FINALISTS)
+        within = [one for one in ranked if not self._too_slow(one)]
+        if not within:
+            raise none_is_fast_enough(self._target)
+        finalists = best_of_each_vocabulary(within, FINALISTS)
         trained: list[tuple[CutCandidate, Student, Student]] = []  # the best so far: as it was cut, and trained
         done = []
         for candidate in follow(finalists, "fit and train the best shapes", "students"):
@@ -177,6 +185,8 @@ class Search:
             student = vocabulary.own(self._cut(shape, self._measured, quick=True).model)
             finished = self._subject.finished(student)
             milliseconds = vocabulary.milliseconds(finished)
+            if self._target.measure == "milliseconds" and milliseconds > self._target.limit:
+                milliseconds = min(milliseconds, vocabulary.milliseconds(finished))  # other programs may have run
             score = vocabulary.judge.score(student, milliseconds, _QUICK)
             parameters = count_parameters(finished)
             found.append(
@@ -316,29 +326,3 @@ def _halves(config: TruncateStudentConfig, subject: Subject) -> tuple[Batches, B
     blocks = subject.data.train
     batches = calibration_batches(blocks, 2 * calibration_count(blocks, config.calibration_sequences), current_device())
     return (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
-
-
-def _of_each_vocabulary(ranked: Sequence[CutCandidate], count: int) -> list[CutCandidate]:
-    """Return the best candidates, equally many of each vocabulary; see `_varied`.
-
-    A student that was only fitted has never read the tokens of a smaller vocabulary. So its loss says what it is worth
-    beside students with the same one, and too much against it beside others. Vocabularies meet after the training.
-    """
-    groups: dict[int, list[CutCandidate]] = {}
-    for one in ranked:
-        groups.setdefault(one.vocab_size, []).append(one)
-    turns = zip_longest(*(_varied(group, count) for group in groups.values()))
-    return [one for turn in turns for one in turn if one is not None][:count]
-
-
-def _varied(ranked: Sequence[CutCandidate], count: int) -> list[CutCandidate]:
-    """Return the best candidates, at most two of each depth while there are others.
-
-    After training, the order of depths can be another one.
-    """
-    first = [
-        one for number, one in enumerate(ranked)
-        if [other.n_layer for other in ranked[:number]].count(one.n_layer) < _OF_A_DEPTH
-    ][:count]  # fmt: skip
-    rest = [one for one in ranked if one not in first]
-    return [*first, *rest[: count - len(first)]]

@@ -165,11 +165,16 @@ def shapes_to_try(target: Target, vocabularies: Sequence[Vocabulary], most: int)
             say(f"no student with {one.size:,} tokens meets {target.option}")
         found += [(one, shape) for shape in shapes]
     if not found:
-        raise ConfigError(
-            f"{target.option}: no shape that was tried is fast enough",
-            "times vary while other programs run: try again, or give a larger --target-ms",
-        )
+        raise none_is_fast_enough(target)
     return found
+
+
+def none_is_fast_enough(target: Target) -> ConfigError:
+    """Return the error that no student decodes in the time of --target-ms."""
+    return ConfigError(
+        f"{target.option}: no shape that was tried is fast enough",
+        "times vary while other programs run: try again, or give a larger --target-ms",
+    )
 
 
 def seen(vocabularies: Sequence[Vocabulary]) -> list[CutVocabulary] | None:
