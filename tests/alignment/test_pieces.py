@@ -130,6 +130,17 @@ def test_without_lumps_the_loss_is_that_of_tokens() -> None:
     assert max(map(abs, check_all_texts(graph, teacher, student))) < 1e-9
 
 
+def test_where_neither_teacher_nor_data_says_what_follows_nothing_is_learned() -> None:
+    teacher, student = bpe(MERGES), bpe(OTHERS)
+    texts = ["".join(letters) for letters in itertools.product("ab", repeat=7)]
+    events = Events(graph_of(ByteAligner(teacher, student, None), student, texts), len(student), CPU)
+    head = events.head(Head(torch.eye(len(teacher)), len(teacher)), torch.zeros(1, len(teacher)))
+    logits = torch.randn(2, events.ours.numel(), generator=torch.Generator().manual_seed(0))
+    soft = head.given(torch.tensor([[-1, 0, -1], [-1, 0, 2]]), logits)
+    assert torch.equal(soft[0], logits[0])
+    assert soft[1, : len(student)].softmax(0)[2] == 1
+
+
 @pytest.mark.parametrize("merges", [OTHERS, ALIKE])
 def test_a_planted_mistake_is_found(merges: list[tuple[str, str]]) -> None:
     teacher, student = bpe(MERGES), bpe(merges)

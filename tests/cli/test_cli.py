@@ -221,10 +221,12 @@ def test_interactive_answers_until_end_of_input(teacher: Path) -> None:
         "--json",
     ]
     done = subprocess.run(
-        command, input=b"the cat\n\n" + b"the " * 60 + b"\nthe dog\n", capture_output=True, check=False
-    )
+        command, input=b"the cat\n\n" + b"the " * 60 + b"\n\xff\nthe dog\n", capture_output=True, check=False,
+        env={**os.environ, "PYTHONUTF8": "1", "XDG_STATE_HOME": "/dev/null/none"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [text["prompt"] for text in json.loads(done.stdout)["results"]] == ["the cat", "the dog"]
+    assert b"the prompt is not valid UTF-8 at character 0" in done.stderr
 
 
 def test_settings_change_from_the_prompt(teacher: Path) -> None:

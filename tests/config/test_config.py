@@ -191,6 +191,7 @@ def test_presets_have_their_published_sizes(shared_data: Path) -> None:
     ("options", "message"),
     [
         ({"head_map": "average"}, "--head-map average has no effect"),
+        ({"layer_map": "last"}, "--layer-map last has no effect"),
         ({"hidden_map": "0,3=10"}, "--hidden-map 0,3=10 has no effect"),
         ({"hidden_map": "3:10", "hidden_weight": 1.0}, "expected all, inner or numbers"),
         ({"recipe": "truncation", "teacher_dtype": "bf16"}, "--teacher-dtype bf16 has no effect"),

@@ -77,3 +77,13 @@ def test_times_are_texts_and_numbers_may_be(tmp_path: Path) -> None:
     common = {"teacher": "t", "student": "s", "data": "d", "out": "o", "on_policy_fraction": 1}
     found = DistillConfig(**common, prompt_tokens=32, alignment="spans", span_temperatures=values["span_temperatures"])
     assert (found.prompt_tokens, found.span_temperatures) == ("32", "0.5")
+
+
+def test_what_is_printed_is_read_as_it_was() -> None:
+    texts = ["1e-3", "1e5", "0x1f", "010", "1_000", ".5", "16:32", "yes", "null", "1.", "-3", "no: thing", "日本"]
+    for name in texts:
+        how = {"student": "s", "data": "d", "seed": 7, "learning_rate": 1e-5, "freeze": [name, "x"]}
+        config = DistillConfig(teacher=name, out=name, **how)
+        values = load_yaml(config.to_yaml(), "printed")
+        assert (values["teacher"], values["freeze"], values["out"]) == (name, [name, "x"], name)
+        assert DistillConfig(**values) == config

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import Outcome
 from tinygpt2 import PregenerateConfig, TrainTokenizerConfig, pregenerate, train_tokenizer
+from tinygpt2.data.batches import documents
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.data.tokenizer import load_tokenizer
 
@@ -71,11 +72,11 @@ def test_wrong_options(cli: Callable[..., Outcome], data: Path, tokenizer_dir: P
         ((), 2, "give a SOURCE, or --from-dataset"),
         (("--from-dataset", data, "text.txt"), 2, "cannot be combined with a SOURCE"),
         (("--from-dataset", tmp_path / "none"), 3, "no such dataset"),
-        (("--from-dataset", data, "--test-fraction", 0.1), 2, "--test-fraction has no effect on --from-dataset"),
+        (("--from-dataset", data, "--test-fraction", 0.1), 2, "--test-fraction 0.1 has no effect on --from-dataset"),
         (
             ("--from-dataset", data, "--prompt-column", "q", "--response-column", "a"),
             2,
-            "--prompt-column has no effect",
+            "--prompt-column q has no effect",
         ),
     ):
         outcome = cli(*given, *options)
@@ -96,3 +97,22 @@ def test_documents_end_with_their_shards(corpus: Path, tokenizer_dir: Path, othe
     ))  # fmt: skip
     found = text(load_packed_dataset(str(tmp_path / "b")).train, other)
     assert found.startswith(f"{texts[0]}<|endoftext|>{texts[1][:20]}")
+
+
+@pytest.mark.parametrize("longest", [7, 40])
+def test_long_documents_are_read_in_parts(
+    longest: int, tokenizer_dir: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With characters of several tokens, so that parts cannot begin anywhere."""
+    file, common = tmp_path / "long.txt", {"sequence_length": 32, "test_fraction": 0}
+    file.write_text("naïve 日本 the cat 🙂 sat. " * 40, encoding="utf-8")
+    pregenerate(PregenerateConfig(source=[str(file)], tokenizer=str(tokenizer_dir), out=str(tmp_path / "a"), **common))
+    found = []
+    for name, limit in (("whole", 10**6), ("parts", longest)):
+        monkeypatch.setattr(documents, "_LONG", limit)
+        out = tmp_path / name
+        pregenerate(
+            PregenerateConfig(from_dataset=str(tmp_path / "a"), tokenizer=str(other), out=str(out), sequence_length=32)
+        )
+        found.append(load_packed_dataset(str(out)).content)
+    assert found[0] == found[1]

@@ -298,6 +298,25 @@ def test_wrong_pairs_are_named(tokenizer_dir: Path, tmp_path: Path, row: dict, o
         made(file, tokenizer_dir, tmp_path / "d", test_fraction=0, **options)
 
 
+def test_plain_text_among_pairs_is_named(source: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cloned"
+    folder.mkdir()
+    (folder / "data.jsonl").write_bytes(source.read_bytes())
+    (folder / "README.md").write_text("# A dataset\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"README.md is plain text, and pairs are read from rows of 'q' and 'a'"):
+        made(folder, tokenizer_dir, tmp_path / "d")
+    (tmp_path / "strings.json").write_text('["the cat"]', encoding="utf-8")
+    with pytest.raises(DataError, match=r"no 'q' and 'a' \(found: str\)"):
+        made(tmp_path / "strings.json", tokenizer_dir, tmp_path / "e")
+
+
+def test_few_pairs_hold_one_out(pairs: list[Pair], tokenizer_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(map(json.dumps, pairs[:9])), encoding="utf-8")
+    packed = made(file, tokenizer_dir, tmp_path / "d", test_fraction=0.05)
+    assert (len(alone(packed.train)), len(alone(packed.test))) == (8, 1)
+
+
 def test_one_column_alone_is_refused(cli: Callable, source: Path, tmp_path: Path) -> None:
     outcome = cli("finetune", "--model", "m", "--data", source, "--out", tmp_path / "o", "--prompt-column", "q")
     assert outcome.code == 2

@@ -19,6 +19,7 @@ from tinygpt2.cli import interactive
 from tinygpt2.cli.output import live_text
 from tinygpt2.decoding.generation import continue_prompt, load_models
 from tinygpt2.decoding.prompts import prompt_tokens
+from tinygpt2.decoding.speed import library_job
 from tinygpt2.errors import ConfigError, DataError, ModelError
 
 
@@ -305,3 +306,14 @@ def test_weights_and_logits_that_are_not_finite_are_errors(teacher: Path, tmp_pa
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ModelError, match=message):
             texts(model=str(path), prompt="the cat", max_new_tokens=3, **options)
+
+
+def test_the_librarys_speed_is_that_of_all_tokens(teacher: Path) -> None:
+    """A model's own end of text does not stop it."""
+    model = GPT2LMHeadModel.from_pretrained(str(teacher))
+    model.generation_config.eos_token_id = list(range(320))
+    lengths: list[int] = []
+    generate = model.generate
+    model.generate = lambda *given, **how: lengths.append((found := generate(*given, **how)).shape[1]) or found
+    library_job(model, torch.zeros(2, 3, dtype=torch.int64), 9)()
+    assert lengths == [12]

@@ -173,9 +173,30 @@ def test_only_right_answers_count(teacher: Path, students: list[Path], tmp_path:
 def test_references_that_cannot_be_compared(
     teacher: Path, students: list[Path], text: Path, tmp_path: Path, cli: Callable
 ) -> None:
-    with pytest.raises(ModelError, match=r"windows of model .* have 32 tokens, but the reference .* has 16 positions"):
+    with pytest.raises(
+        ModelError, match=r"windows of model .* have 32 tokens, but the reference .* has positions for 16"
+    ):
         ppl(PplConfig(model=[str(teacher)], reference=str(students[2]), task=[str(text)]))
     assert cli("ppl", "--model", teacher, "--reference", tmp_path / "none", "--task", text).code == 4
+
+
+def test_rows_without_tokens_change_nothing(
+    teacher: Path, students: list[Path], text: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """A model may have more rows than its tokenizer has tokens; each is compared as if it were alone."""
+    wide = make_model(tmp_path / "wide", tokenizer_dir, seed=5, n_layer=1, vocab_size=384)
+    model = GPT2LMHeadModel.from_pretrained(str(wide))
+    model.resize_token_embeddings(320, mean_resizing=False)
+    model.save_pretrained(tmp_path / "cut")
+    load_tokenizer(str(tokenizer_dir)).save_pretrained(str(tmp_path / "cut"))
+    base = {"reference": str(teacher), "task": [str(text)]}
+    together = ppl(PplConfig(model=[str(wide), str(students[1]), str(tmp_path / "cut")], **base)).results
+    (alone,) = ppl(PplConfig(model=[str(students[1])], **base)).results
+    assert [row.fidelity.compared for row in together] == ["tokens"] * 3
+    assert together[1].fidelity == alone.fidelity
+    assert together[0].fidelity.kl == pytest.approx(together[2].fidelity.kl, rel=1e-6)
+    (turned,) = ppl(PplConfig(model=[str(teacher)], reference=str(wide), task=[str(text)])).results
+    assert turned.fidelity.reverse_kl == pytest.approx(together[0].fidelity.kl, rel=1e-6)
 
 
 def test_what_people_see(teacher: Path, students: list[Path], text: Path, tmp_path: Path, cli: Callable) -> None:

@@ -282,6 +282,8 @@ def test_what_is_beyond_the_references_positions_is_not_compared(teacher: Path, 
     found = ppl(PplConfig(model=[str(teacher)], reference=str(other), task=[str(plain)])).results[0].fidelity
     assert 0 < found.share < 0.9
     assert max(part.low for part in found.by_position) < 32
+    strided = PplConfig(model=[str(teacher)], reference=str(other), task=[str(plain)], stride=24)
+    assert ppl(strided).results[0].fidelity.share < 0.9  # a stride is one of the model's windows alone
 
 
 def test_sums_of_a_rank_cut(teacher: Path, plain: Path, tmp_path: Path) -> None:

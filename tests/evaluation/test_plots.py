@@ -64,6 +64,8 @@ def test_charts_pictures_and_pages(models: int, tasks: tuple[str, ...], tmp_path
     assert (cells.count("+0.2500 ± 0.0500"), cells.count("-0.2500 ± 0.0500")) == (pairs, pairs)
     assert ("different tokens" in cells) == (models > 1 and "lambada" in tasks)
     assert "/home/me" not in text
+    assert ("accuracy" in page.said("th")) == ("lambada" in tasks)
+    assert cells.count("50.00%") == models * ("lambada" in tasks)
 
 
 def test_what_cannot_be_drawn_is_left_out_and_loses_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 
 import tinygpt2
 from tests.conftest import make_model
+from tinygpt2 import PregenerateConfig, TrainTokenizerConfig, pregenerate, train_tokenizer
 from tinygpt2.models.quantization import round_rows, rounded, stored_type
 
 SHAPES = {
@@ -152,6 +153,22 @@ def test_a_model_and_a_run_are_never_replaced(teacher: Path, tmp_path: Path, cli
         assert (found.code, message in found.err) == (2, True), found.err
     assert {file.name for file in run.iterdir()} == {file.name for file in teacher.iterdir()}
     assert (tmp_path / "other" / "run.json").is_file()
+
+
+def test_what_cannot_work_is_refused_at_once(
+    teacher: Path, corpus: Path, tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_tokenizer(TrainTokenizerConfig(source=[str(corpus / "03.txt")], vocab_size=290, out=str(tmp_path / "t")))
+    other = PregenerateConfig(
+        source=[str(corpus)], tokenizer=str(tmp_path / "t"), out=str(tmp_path / "d"), sequence_length=16
+    )
+    pregenerate(other)
+    line = ["export", teacher, "--to", "safetensors", "--type", "f16", "--out", tmp_path / "o"]
+    found = cli(*line, "--data", tmp_path / "d")
+    assert (found.code, "another tokenizer" in found.err) == (3, True), found.err
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "o")
+    found = cli(*line)
+    assert (found.code, "is a mount point" in found.err) == (2, True), found.err
 
 
 @pytest.mark.parametrize(("to", "kind"), [("onnx", "q8_0"), ("gguf", "int8"), ("safetensors", "q4_0")])

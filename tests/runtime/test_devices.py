@@ -10,7 +10,7 @@ import torch
 
 from tinygpt2.cli.commands import COMMANDS
 from tinygpt2.config.models import DeviceOptions
-from tinygpt2.runtime import devices
+from tinygpt2.runtime import devices, memory
 from tinygpt2.runtime.devices import current_device, device_chosen, float64_device, on_cuda
 
 
@@ -65,3 +65,20 @@ def test_a_choice_ends_with_its_block_and_auto_keeps_the_one_around_it(monkeypat
 def test_float64_is_computed_on_the_cpu_for_apples_gpus() -> None:
     assert float64_device(torch.device("mps")) == torch.device("cpu")
     assert float64_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+def test_a_gpu_that_only_emulates_bfloat16_is_slow_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for real in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation, real=real: real)
+        assert devices.has_fast_bf16(torch.device("cuda")) == real
+
+
+def test_files_that_the_system_keeps_in_memory_are_free_in_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = {"memory.max": "1000000\n", "memory.current": "900000\n"}
+    numbers["memory.stat"] = "anon 300000\ninactive_file 400000\nactive_file 100000\n"
+    for name, text in numbers.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path)
+    assert memory.available_memory() == 600_000

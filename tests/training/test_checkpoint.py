@@ -23,8 +23,8 @@ from tests.conftest import sentences
 from tests.training.test_train import same, weights
 from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, pregenerate, pretrain
 from tinygpt2.data.dataset import load_packed_dataset
-from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError
-from tinygpt2.training import checkpoint
+from tinygpt2.errors import ConfigError, DataError, InterruptedRunError, MachineError, ModelError
+from tinygpt2.training import checkpoint, loop
 from tinygpt2.training.checkpoint import Checkpoints, damage, finished
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.state import RunState
@@ -172,6 +172,19 @@ def test_the_best_that_could_not_be_written_is_not_trusted(
     assert result.eval.loss == 5.0
     assert "No space left on device" in said[0]
     assert "using those of the last step" in said[1]
+
+
+def test_a_stop_says_whether_its_checkpoint_was_saved(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    step = loop._Run.step
+    monkeypatch.setattr(loop._Run, "step", lambda self, *, stop: step(self, stop=True))
+    with pytest.raises(InterruptedRunError, match="stopped after step 1 of 8; only earlier checkpoints were saved"):
+        pretrain(options(teacher, data, tmp_path / "m", on_save_error="continue"))
 
 
 def test_another_commands_directory_is_not_resumed(whole: Path, teacher: Path, data: Path, tmp_path: Path) -> None:

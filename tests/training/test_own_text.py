@@ -20,7 +20,7 @@ from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.batches.order import Shuffle
 from tinygpt2.data.dataset import PackedDataset, from_map_style, load_packed_dataset
 from tinygpt2.decoding.own_text import Lengths
-from tinygpt2.errors import ConfigError, InterruptedRunError
+from tinygpt2.errors import ConfigError, InterruptedRunError, MachineError
 from tinygpt2.models.loading import load_model
 from tinygpt2.models.parameters import set_dropout
 from tinygpt2.models.teachers.ensemble import as_one
@@ -28,7 +28,7 @@ from tinygpt2.models.teachers.loading import as_teacher
 from tinygpt2.objectives.weights import Counts, LossWeights
 from tinygpt2.training import loop
 from tinygpt2.training.metrics import read_metrics
-from tinygpt2.training.own_text.figures import Figures, distinct_pairs, repeats_one
+from tinygpt2.training.own_text.figures import Figures, SampleLog, distinct_pairs, repeats_one
 from tinygpt2.training.own_text.replay import Replay, Text, grown
 from tinygpt2.training.own_text.source import OwnText, becomes_text
 from tinygpt2.training.step import Step
@@ -64,11 +64,11 @@ def test_some_blocks_become_continuations_of_their_beginnings(
     own = source(config(teacher, student, data, tmp_path, max_new_tokens=9), packed)
     indices = Shuffle(len(packed.train), 42)[8:16]
     made, share = own.into(packed.train.batch(indices), indices, 1)
-    assert made.own.tolist() == [False, True] * 4
-    assert share.own_text == sum(int(row.sum()) for row in made.counted[1::2]) / 2
+    assert made.own.tolist() in ([False, True] * 4, [True, False] * 4)
+    assert share.own_text == sum(int(row.sum()) for row in made.counted[made.own]) / 2
     for row, index in enumerate(indices):
         block = packed.train.row(index)
-        if row % 2 == 0:
+        if not made.own[row]:
             assert made.input_ids[row].tolist() == block.tolist()
             assert made.counted[row].tolist() == [False] + [True] * (LENGTH - 1)
             continue
@@ -87,9 +87,30 @@ def test_some_blocks_become_continuations_of_their_beginnings(
     assert not torch.equal(later.input_ids, made.input_ids)
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.25, 1.0])
-def test_the_share_is_kept_over_steps(fraction: float) -> None:
-    assert sum(becomes_text(position, fraction) for position in range(1000)) == 1000 * fraction
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.3, 1.0])
+def test_the_share_is_kept_at_every_place(fraction: float) -> None:
+    draw, size = np.random.default_rng(1), 20
+    steps = [[becomes_text(place, fraction, shift) for place in range(size)] for shift in draw.random(2000)]
+    assert {sum(step) for step in steps} == {size * fraction}
+    assert np.array(steps).mean(0) == pytest.approx(np.full(size, fraction), abs=0.04)
+    few = [sum(becomes_text(place, fraction, shift) for place in range(3)) for shift in draw.random(2000)]
+    assert np.mean(few) == pytest.approx(3 * fraction, abs=0.05)
+
+
+@pytest.mark.parametrize("more", [{}, {"steps_per_sample": 4, "on_policy_fraction": 0.25, "micro_batch_size": 1}])
+def test_each_of_two_datasets_is_read_and_sampled_from(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, more: dict[str, object]
+) -> None:
+    """Blocks of both come in turns: neither the same ones nor none may become text in every step."""
+    packed = load_packed_dataset(str(data))
+    how = config(teacher, student, data, tmp_path, **{"micro_batch_size": 2, "max_new_tokens": 1, **more})
+    own, chosen, size = source(how, packed), [], how.micro_batch_size
+    for step in range(0, 160, how.steps_per_sample):
+        made, _ = own.into(packed.train.batch(range(size)), range(size), step)
+        chosen += [(step * size + int(place)) % 2 for place in np.flatnonzero(made.own)] if made.own is not None else []
+    expected = 160 * size * how.on_policy_fraction / how.steps_per_sample
+    assert len(chosen) == pytest.approx(expected, abs=expected / 2)
+    assert size == 1 or 0.3 < np.mean(chosen) < 0.7
 
 
 def test_samples_of_one_prompt_share_its_beginning(teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
@@ -264,7 +285,7 @@ def test_figures_of_a_text() -> None:
 def test_what_has_no_effect_is_refused(cli: Callable, teacher: Path, student: Path, data: Path, tmp_path: Path) -> None:
     base = ["distill", "--teacher", teacher, "--student", student, "--data", data, "--out", tmp_path / "o"]
     cases = [
-        ("--samples-per-prompt has no effect without --on-policy-fraction", ["--samples-per-prompt", 2]),
+        ("--samples-per-prompt 2 has no effect without --on-policy-fraction", ["--samples-per-prompt", 2]),
         ("expected MIN:MAX", ["--on-policy-fraction", 1, "--prompt-tokens", "0:2"]),
         ("while --on-policy-weight is 0", ["--on-policy-fraction", 1, "--on-policy-weight", 0]),
         ("excludes --on-policy-fraction", ["--on-policy-fraction", 0.5, "--teacher-cache", tmp_path / "c"]),
@@ -477,3 +498,20 @@ def test_the_student_comes_to_write_what_the_teacher_finds_likely(
     distill(config(teacher, student, data, tmp_path / "o", micro_batch_size=8, **options))
     losses = [row["sample/teacher_loss"] for row in read_metrics(tmp_path / "o")]
     assert sum(losses[-10:]) / 10 < sum(losses[:5]) / 5 - 0.2
+
+
+def test_a_full_disk_loses_the_shown_texts_alone(
+    teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SampleLog, "write", full)
+    said: list[str] = []
+    monkeypatch.setattr("tinygpt2.training.checkpoint.warn", said.append)
+    out = tmp_path / "o"
+    how = config(teacher, student, data, out, eval_every=2, on_save_error="continue", save_every=3)
+    assert distill(how).steps == 4
+    assert any("samples.jsonl" in line and "No space left on device" in line for line in said)
+    with pytest.raises(MachineError, match=r"samples.jsonl"):
+        distill(how.model_copy(update={"out": str(tmp_path / "p"), "on_save_error": "stop"}))

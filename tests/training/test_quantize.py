@@ -189,7 +189,7 @@ def test_finetuning_rounds_frozen_matrices_too(teacher: Path, data: Path, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize_from": 0.3}, "--quantize-from has no effect without --quantize"),
+        ({"quantize_from": 0.3}, "--quantize-from 0.3 has no effect without --quantize"),
         ({"quantize": "q5_0"}, "--quantize"),
         ({"quantize": "q4_0", "quantize_from": 1.5}, "--quantize-from"),
         (

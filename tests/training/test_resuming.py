@@ -16,7 +16,7 @@ from tinygpt2 import DistillConfig, FinetuneConfig, PretrainConfig, distill, fin
 from tinygpt2.config.data import PregenerateConfig
 from tinygpt2.errors import ConfigError
 from tinygpt2.training.metrics import read_metrics
-from tinygpt2.training.resuming import changed_mathematics
+from tinygpt2.training.resuming import _begun_at, changed_mathematics
 from tinygpt2.utils.locks import only_writer
 
 FAST = {"max_steps": 4, "micro_batch_size": 4, "log_every": 1, "save_every": 2, "keep": 9}
@@ -158,6 +158,12 @@ def test_a_run_whose_end_has_begun_keeps_its_length(
     pretrain(config)
     pretrain(PretrainConfig(**{**base, "max_steps": 16}, out=str(tmp_path / "whole")))
     assert same_weights(tmp_path / "m", tmp_path / "whole")
+
+
+def test_a_replay_that_depends_on_the_length_keeps_it() -> None:
+    common = {"teacher": "t", "student": "s", "data": "d", "out": "o", "on_policy_fraction": 0.5, "replay": 4}
+    for schedule, found in (("falling", "--replay-schedule"), ("rising", "--replay-schedule"), ("constant", None)):
+        assert _begun_at(DistillConfig(**common, replay_schedule=schedule), 0.1) == found
 
 
 def test_a_longer_run_keeps_its_warm_up_and_cannot_get_shorter_than_it_is(

@@ -19,6 +19,7 @@ from tinygpt2.data.tokenizer import load_tokenizer
 from tinygpt2.errors import ConfigError, DataError, InterruptedRunError, ModelError
 from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.sparse import SparseForm
+from tinygpt2.planning.known_values import known_options
 from tinygpt2.training.metrics import read_metrics
 from tinygpt2.training.teacher_cache import TeacherCache
 
@@ -276,3 +277,19 @@ def test_two_processes_learn_from_a_cache_as_one(student: Path, data: Path, taug
     one = run(student, data, tmp_path / "one", **common)
     two = run(student, data, tmp_path / "two", micro_batch_size=2, num_processes=2, **common)
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_a_preset_gets_the_tokens_of_the_cache(data: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """The teacher has more rows than its tokenizer has tokens."""
+    wide = make_model(tmp_path / "wide", tokenizer_dir, vocab_size=384)
+    teach(TeachConfig(teacher=str(wide), data=str(data), out=str(tmp_path / "c")))
+    shape = tmp_path / "shape.yaml"
+    shape.write_text("{n_layer: 1, n_embd: 8, n_head: 2, n_positions: 32}", encoding="utf-8")
+    config = DistillConfig(
+        student=str(shape), data=str(data), teacher_cache=str(tmp_path / "c"), out=str(tmp_path / "o")
+    )
+    known, unknown = known_options(config)
+    assert unknown == []
+    assert plan_run(known).steps == plan_run(config).steps
+    run(shape, data, tmp_path / "o", teacher_cache=str(tmp_path / "c"))
+    assert load_model(str(tmp_path / "o"))[0].config.vocab_size == 384

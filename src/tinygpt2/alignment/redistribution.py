@@ -122,7 +122,11 @@ class AlignedHead(ABC):
             own = student if student is None else student[start : start + chunk]
             for inner in range(0, len(read), rows):
                 part = slice(inner, inner + rows)
-                found.append(self._part(logits[part], read[part], own if own is None else own[part]))
+                made = self._part(logits[part], read[part], own if own is None else own[part])
+                if own is not None:  # where neither teacher nor data says what follows, nothing is learned
+                    silent = (read[part, 0] < 0) & (read[part, 2] < 0)
+                    made = torch.where(silent[:, None], own[part], made)
+                found.append(made)
         return torch.cat(found)
 
     @abstractmethod

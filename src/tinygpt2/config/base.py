@@ -197,6 +197,12 @@ class Config(BaseModel):
         """Yield one message for each contradiction between options."""
         return iter(())
 
+    def changed(self, *names: str) -> list[str]:
+        """Return those of these options that are not their defaults, as they are given: `--seed 7`, `--no-shuffle`."""
+        values = {name: getattr(self, name) for name in names}
+        there = {name: value for name, value in values.items() if value != type(self).model_fields[name].default}
+        return [spelled(key, one) if isinstance(one, bool) else f"{flag_name(key)} {one}" for key, one in there.items()]
+
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:
         """Return every option by its name, in the order of declaration."""

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from tinygpt2.config.base import Config, option, spelled
+from tinygpt2.config.base import Config, option
 from tinygpt2.config.common import DEFAULT_SEQUENCE_LENGTH, MAX_SEED, RUN, TEXT
 
 # what finds documents and divides them
@@ -211,10 +211,8 @@ class PregenerateConfig(PackOptions, SourceOptions):
         if self.resume and any(map(is_stream, [*self.source, *(self.test_source or [])])):
             yield "--resume cannot be combined with standard input or a pipe, which cannot be read twice"
         if self.from_dataset is not None:
-            for name in _OF_TEXTS:
-                if (value := getattr(self, name)) != type(self).model_fields[name].default:
-                    given = spelled(name, value)
-                    yield f"{given} has no effect on --from-dataset, whose texts and splits stay as they are"
+            for given in self.changed(*_OF_TEXTS):
+                yield f"{given} has no effect on --from-dataset, whose texts and splits stay as they are"
         if self.shard is not None and not re.fullmatch(r"\d{1,9}/\d{1,9}", self.shard):
             yield f"--shard: expected I/N, such as 1/8, got {self.shard!r}"
         elif not 1 <= self.shard_numbers[0] <= self.shard_numbers[1]:

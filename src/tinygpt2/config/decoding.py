@@ -94,8 +94,8 @@ class GenerateConfig(ModelOptions, DeviceOptions):
             yield "--stats cannot be combined with --interactive: it counts the texts of given prompts"
         if len(given) > 1:
             yield f"{' and '.join(map(flag_name, given))} cannot be combined: give one of them"
-        if self.draft is None and self.draft_tokens != type(self).model_fields["draft_tokens"].default:
-            yield "--draft-tokens has no effect without --draft"
+        for one in self.changed("draft_tokens") if self.draft is None else []:
+            yield f"{one} has no effect without --draft"
         if self.num_beams > 1 and self.samples:
             yield "--num-beams cannot be combined with --temperature, --top-k or --top-p: beam search does not sample"
         if self.num_beams > 1:
@@ -299,13 +299,13 @@ class OwnTextOptions(Config):
         yield from super().conflicts()
         yield from _range_mistakes(self.prompt_tokens)
         fields = {name: field for name, field in type(self).options().items() if extra(field, "panel") == OWN_TEXT}
-        given = [name for name, field in fields.items() if getattr(self, name) != field.default]
-        if self.sampler != "mixture" and self.teacher_share != type(self).model_fields["teacher_share"].default:
-            yield f"--teacher-share has no effect on --sampler {self.sampler}"
-        if not self.replay and self.replay_schedule != type(self).model_fields["replay_schedule"].default:
-            yield f"--replay-schedule {self.replay_schedule} has no effect without --replay"
+        given = self.changed(*fields)
+        for one in self.changed("teacher_share") if self.sampler != "mixture" else []:
+            yield f"{one} has no effect on --sampler {self.sampler}"
+        for one in self.changed("replay_schedule") if not self.replay else []:
+            yield f"{one} has no effect without --replay"
         if given and not self.samples_text and "on_policy_fraction" not in self.model_fields_set:
-            yield f"{' and '.join(map(flag_name, given))} has no effect without --on-policy-fraction"
+            yield f"{' and '.join(given)} has no effect without --on-policy-fraction"
 
 
 class BenchConfig(ModelOptions, DeviceOptions):

@@ -244,25 +244,24 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
         inside = [
             flag_name(name) for name in ("attention_weight", "relation_weight", "hidden_weight") if getattr(self, name)
         ]
+        for given in self.changed("layer_map") if not inside else []:
+            yield f"{given} has no effect: no objective compares inner layers"
         if self.layer_map not in ("uniform", "last", "first") and not re.fullmatch(r"\d+(,\d+)*", str(self.layer_map)):
             yield f"--layer-map: expected uniform, last, first or numbers such as 3,6,9,12, got {self.layer_map!r}"
         states = r"\d+(=\d+)?"
         if self.hidden_map not in ("all", "inner") and not re.fullmatch(f"{states}(,{states})*", str(self.hidden_map)):
             yield f"--hidden-map: expected all, inner or numbers such as 0,3 or 0,3=10, got {self.hidden_map!r}"
         losses = " and ".join(sorted(self.losses or {self.prediction_loss}))
-        if self.skew != type(self).model_fields["skew"].default and "skewed" not in losses:
-            yield f"--skew has no effect on --prediction-loss {losses}"
-        if self.jsd_beta != type(self).model_fields["jsd_beta"].default and "jsd" not in losses:
-            yield f"--jsd-beta has no effect on --prediction-loss {losses}"
+        unused = [name for name, kind in (("skew", "skewed"), ("jsd_beta", "jsd")) if kind not in losses]
+        for given in self.changed(*unused):
+            yield f"{given} has no effect on --prediction-loss {losses}"
         yield from self._several_teachers_conflicts(inside)
-        if self.head_map != "equal" and not self.attention_weight:
-            yield "--head-map average has no effect while --attention-weight is 0"
-        if self.hidden_map != "all" and not self.hidden_weight:
-            yield f"--hidden-map {self.hidden_map} has no effect while --hidden-weight is 0"
-        if self.hidden_scale != "none" and not self.hidden_weight:
-            yield f"--hidden-scale {self.hidden_scale} has no effect while --hidden-weight is 0"
-        if self.teacher_dtype != "fp32" and not self.needs_teacher:
-            yield f"--teacher-dtype {self.teacher_dtype} has no effect: no objective uses the teacher"
+        for given in self.changed("head_map") if not self.attention_weight else []:
+            yield f"{given} has no effect while --attention-weight is 0"
+        for given in self.changed("hidden_map", "hidden_scale") if not self.hidden_weight else []:
+            yield f"{given} has no effect while --hidden-weight is 0"
+        for given in self.changed("teacher_dtype") if not self.needs_teacher else []:
+            yield f"{given} has no effect: no objective uses the teacher"
         if self.teacher_cache is not None and (inside or not self.needs_teacher):
             why = f"{inside[0]} needs other states" if inside else "no objective uses the teacher"
             held = "predictions" if self.caches_predictions else "final hidden states"
@@ -285,10 +284,8 @@ class DistillConfig(SpanOptions, OwnTextOptions, TrainOptions):
             yield "--fraction-growth reacts to the held-out loss: it needs --eval-every"
         if loss == "policy_gradient" and self.sampler == "teacher":
             yield "--on-policy-loss policy_gradient judges text of the student: use --sampler student or mixture"
-        if loss != "policy_gradient" and not self.normalise_returns:
-            yield "--no-normalise-returns has no effect without --on-policy-loss policy_gradient"
-        if loss != "policy_gradient" and self.clip_ratio != type(self).model_fields["clip_ratio"].default:
-            yield "--clip-ratio has no effect without --on-policy-loss policy_gradient"
+        for given in self.changed("normalise_returns", "clip_ratio") if loss != "policy_gradient" else []:
+            yield f"{given} has no effect without --on-policy-loss policy_gradient"
         if (loss == "policy_gradient" or self.sampler == "mixture") and ours != (1, 1):
             yield "--sample-temperature and --temperature have to be 1 with policy_gradient and --sampler mixture"
         if self.on_policy_fraction == 1 and self.ce_weight:

@@ -90,6 +90,5 @@ class SpanOptions(AlignmentOptions):
         yield from super().conflicts()
         if not _NUMBERS.fullmatch(self.span_temperatures) or not min(self.temperatures_of_spans):
             yield f"--span-temperatures: expected numbers above 0 such as 1,100, got {self.span_temperatures!r}"
-        default = type(self).model_fields["span_temperatures"].default
-        if self.span_temperatures != default and self.alignment not in ("spans", "both"):
-            yield f"--span-temperatures {self.span_temperatures} has no effect without --alignment spans or both"
+        for given in self.changed("span_temperatures") if self.alignment not in ("spans", "both") else []:
+            yield f"{given} has no effect without --alignment spans or both"

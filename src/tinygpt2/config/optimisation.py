@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from tinygpt2.config.base import Config, flag_name, option
+from tinygpt2.config.base import Config, option
 from tinygpt2.config.common import MAX_SEED, OPTIMISATION, TrainingPrecision
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "plateau", "wsd"]
@@ -150,9 +150,9 @@ class OptimisationOptions(Config):
         if self.lr_schedule == "plateau" and self.warmup_ratio + self.plateau_ratio > 1:
             yield "--warmup-ratio and --plateau-ratio add up to more than 1"
         for name, schedule in (("decay_ratio", "wsd"), ("plateau_ratio", "plateau")):
-            if self.lr_schedule != schedule and getattr(self, name) != type(self).model_fields[name].default:
-                yield f"{flag_name(name)} has no effect on --lr-schedule {self.lr_schedule}"
+            for given in self.changed(name) if self.lr_schedule != schedule else []:
+                yield f"{given} has no effect on --lr-schedule {self.lr_schedule}"
         if self.average_tail and self.quantize:
             yield "--average-tail and --quantize cannot be combined: a mean of rounded weights is not rounded"
-        if self.quantize is None and self.quantize_from != type(self).model_fields["quantize_from"].default:
-            yield "--quantize-from has no effect without --quantize"
+        for given in self.changed("quantize_from") if self.quantize is None else []:
+            yield f"{given} has no effect without --quantize"

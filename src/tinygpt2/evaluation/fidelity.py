@@ -17,6 +17,7 @@ from accelerate.utils import reduce
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from tinygpt2.data.tokenizer import fingerprint
 from tinygpt2.errors import ModelError
 from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask
 from tinygpt2.evaluation.scoring import Scorer, Scores, Window, batches, padded
@@ -107,20 +108,27 @@ class Fidelity:
 
 
 def reads_alike(
-    reference: tuple[ModelTokenizer, TokenizedTask | None], model: tuple[ModelTokenizer, TokenizedTask], task: str
+    reference: tuple[ModelTokenizer, TokenizedTask | None],
+    model: tuple[ModelTokenizer, TokenizedTask],
+    task: str,
+    room: int,
 ) -> bool:
     """Return whether the reference reads a model's targets as the same tokens.
 
     Args:
         reference: the task is None if it is a dataset in other tokens.
+        room: the most tokens that the reference can read.
 
     Raises:
         ModelError: a tokenizer is missing with which other tokens could be compared, or the tokens are the same and the
             model's windows are longer than the reference's positions.
     """
     (teacher, theirs), (student, ours) = reference, model
-    sizes = teacher.config.vocab_size, student.config.vocab_size
-    if theirs is None or sizes[0] != sizes[1] or not np.array_equal(theirs.tokens, ours.tokens):
+    sizes = {one.config.vocab_size for one in (teacher, student)}
+    known = {one.tokenizer and fingerprint(one.tokenizer) for one in (teacher, student)}
+    # a model may have rows for which its tokenizer has no token
+    equal = len(sizes) == 1 or (len(known) == 1 and None not in known)
+    if theirs is None or not equal or not np.array_equal(theirs.tokens, ours.tokens):
         if teacher.tokenizer is None or student.tokenizer is None:
             bare = teacher if teacher.tokenizer is None else student
             raise ModelError(
@@ -130,10 +138,10 @@ def reads_alike(
             )
         return False
     longest = max(span.stop - span.start for span in ours.spans) - 1
-    if longest > teacher.positions:
+    if longest > room:
         raise ModelError(
             f"the windows of model {student.name} on {task} have {longest + 1} tokens, but the reference "
-            f"{teacher.name} has {teacher.positions} positions",
+            f"{teacher.name} has positions for {room}",
             "give a reference with at least as many positions",
         )
     return True
@@ -222,10 +230,11 @@ def _statistics(
     """Return the numbers `OF_REFERENCE` and, for each of the M other models, the numbers `KEPT` of N targets.
 
     Args:
-        scorers: the reference and the models, and `states` their last hidden states; their widths may differ.
+        scorers: the reference and the models, and `states` their last hidden states; their widths may differ. Rows that
+            not all of them have are left out: they are no tokens.
     """
     first = scorers[0]
-    vocabulary, device = first.head.size, targets.device.type
+    vocabulary, device = min(scorer.head.size for scorer in scorers), targets.device.type
     chunk, rows = scoring_chunk(vocabulary, device), rows_at_once(vocabulary, device)
     theirs = torch.empty(len(OF_REFERENCE), len(targets), dtype=wide(first.head.matrix), device=targets.device)
     ours = torch.empty(len(scorers) - 1, len(KEPT), len(targets), dtype=theirs.dtype, device=targets.device)

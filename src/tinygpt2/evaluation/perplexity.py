@@ -20,13 +20,13 @@ from torch import Tensor, distributed
 from tinygpt2.config.evaluation import Convention, PplConfig
 from tinygpt2.data.encoding import encode
 from tinygpt2.data.tokenizer import fingerprint
-from tinygpt2.errors import ConfigError, DataError, MachineError, ModelError, TinyGPT2Error, out_of_memory
+from tinygpt2.errors import ConfigError, DataError, ModelError, TinyGPT2Error
 from tinygpt2.evaluation.conventions import ModelTokenizer, TokenizedTask, counted, tokenize_task
 from tinygpt2.evaluation.fidelity import Fidelity, compare, counted_spans, reads_alike
 from tinygpt2.evaluation.other_tokens import compare_across
 from tinygpt2.evaluation.plots import plot_comparison
 from tinygpt2.evaluation.results import PplResult, PplRow, make_pair, make_row, short_names
-from tinygpt2.evaluation.scoring import Scorer, Scores
+from tinygpt2.evaluation.scoring import Scorer, Scores, enough_memory
 from tinygpt2.evaluation.stopwords import STOP_WORDS
 from tinygpt2.evaluation.tasks import Task, load_tasks
 from tinygpt2.models.activations import attention_kernel
@@ -34,7 +34,7 @@ from tinygpt2.models.compatibility import text_sizes
 from tinygpt2.models.lm_head import scoring_chunk
 from tinygpt2.models.loading import load_causal_lm, model_tokenizer
 from tinygpt2.models.parameters import count_parameters
-from tinygpt2.models.teachers.vocabularies import start_token
+from tinygpt2.models.teachers.vocabularies import token_read_first
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import DTYPES, computes_on_device, current_device, on_cuda
 from tinygpt2.runtime.launch import check_number, launch
@@ -161,10 +161,15 @@ def _measure_all(config: PplConfig, tasks: list[Task], device: torch.device) -> 
 def _opened(name: str, config: PplConfig, device: torch.device) -> tuple[Scorer, ModelTokenizer]:
     """Load a model that is ready to score, and its tokenizer."""
     model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle)
-    scorer, own = Scorer(model, config.precision, device), model_tokenizer(directory)
-    if own is not None and config.convention in ("hf", "tinygpt2"):  # the others put a token before the text
-        scorer.begin_with(start_token(own))
-    return scorer, ModelTokenizer(name, text_sizes(model), own)
+    tokenizer = ModelTokenizer(name, text_sizes(model), model_tokenizer(directory))
+    scorer = Scorer(model, config.precision, device)
+    scorer.begin_with(_start(tokenizer, config.convention))
+    return scorer, tokenizer
+
+
+def _start(model: ModelTokenizer, convention: Convention) -> int | None:
+    """Return the token that a model reads before each window. Two conventions put one before the text themselves."""
+    return token_read_first(model.config, model.tokenizer) if convention in ("hf", "tinygpt2") else None
 
 
 def _compare_all(
@@ -192,13 +197,15 @@ def _compare_all(
             group = [
                 name
                 for name in waiting
-                if ((name, task.name) in alike) == same and tokenized.same_targets(tokenized_tasks[name, task.name])
+                if ((name, task.name) in alike) == same
+                and opened[name][0].head.size == opened[waiting[0]][0].head.size
+                and tokenized.same_targets(tokenized_tasks[name, task.name])
             ]
             waiting = [name for name in waiting if name not in group]
             title = f"{', '.join(short_names(group).values())} beside {Path(reference).name} on {Path(task.name).name}"
             budget = _budget(config, tokenized, device.type)
             total = sum(span.targets for span in counted_spans(tokenized))
-            with track(title, total, "tokens") as stage, _enough_memory(task.name):
+            with track(title, total, "tokens") as stage, enough_memory(task.name):
                 if same:
                     models = {absolute(name): opened[name][0] for name in group}
                     whole = absolute(reference), opened[reference][0]
@@ -257,12 +264,14 @@ def _tokenize_all(
         model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle, hollow=True)
         readers[name] = tokenizer = ModelTokenizer(name, text_sizes(model), model_tokenizer(directory))
         own = [task for task in tasks if name in names or _reads(tokenizer, task)]
-        fitting = tokenize_fitting_tasks(own, tokenizer, config.convention, config.stride)
+        stride = config.stride if name in names else None  # of the reference, only the tokens are used
+        fitting = tokenize_fitting_tasks(own, tokenizer, config.convention, stride)
         tokenized_tasks |= {(name, task): tokenized for task, tokenized in fitting.items()}
     kept = [task for task in tasks if all((name, task.name) in tokenized_tasks for name in names)]
     alike = set()
     if config.reference is not None:
         whole = readers[config.reference]
+        room = whole.positions - (_start(whole, config.convention) is not None)
         kept = [task for task in kept if (whole.name, task.name) in tokenized_tasks or not _reads(whole, task)]
         alike = {
             (name, task.name)
@@ -272,6 +281,7 @@ def _tokenize_all(
                 (whole, tokenized_tasks.get((whole.name, task.name))),
                 (readers[name], tokenized_tasks[name, task.name]),
                 task.name,
+                room,
             )
         }
     if not kept:
@@ -305,7 +315,7 @@ def _measure(
     chunk = scoring_chunk(scorer.head.size, scorer.head.matrix.device.type)
     detail(f"{task.name}: up to {budget:,} tokens in a forward pass, logits of {chunk:,} tokens at a time")
     started = time.perf_counter()
-    with _enough_memory(task.name):
+    with enough_memory(task.name):
         candidates = tokenized.candidates if len(tokenized.candidates) else None
         lines = tokenized.lines(model.tokenizer) if len(config.model) > 1 else None
         every = scorer(tokenized.tokens, tokenized.spans, budget, advance, ruled_out, candidates, lines)
@@ -327,17 +337,6 @@ def _budget(config: PplConfig, tokenized: TokenizedTask, device: str) -> int:
     if config.batch_size:
         return config.batch_size * max(span.stop - span.start for span in tokenized.spans)
     return 2**11 if device == "cpu" else 2**15
-
-
-@contextmanager
-def _enough_memory(task: str) -> Iterator[None]:
-    """Raise a lack of memory as an error with a hint."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise MachineError(f"out of memory on {task}", "use a smaller --batch-size, or --precision bf16") from error
 
 
 def _stop_words(tokenizer: Tokenizer | None, vocabulary: int) -> Bool[Tensor, " V"]:

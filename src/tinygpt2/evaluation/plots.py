@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinygpt2.config.evaluation import CONVENTION_NOTES, FIDELITY_NOTE, OTHER_TOKENS_NOTE, PplConfig
@@ -117,21 +117,15 @@ def _fidelity_table(rows: Sequence[PplRow]) -> str:
 def _table(rows: Sequence[PplRow]) -> tuple[list[str], list[list[str]], str]:
     """Return the headings and cells of the table, and a note below it."""
     tasks, names = short_names([row.task for row in rows]), short_names([row.model for row in rows])
-    several = len(tasks) > 1
-    headings = [
-        "model",
-        *["task"] * several,
-        "parameters",
-        "perplexity",
-        "loss (nats/token)",
-        "bits per byte",
-        "tokens/s",
-    ]
+    several, accuracies = len(tasks) > 1, _accuracies(rows)
+    headings = ["model", *["task"] * several, "parameters", *(name for name, _ in accuracies)]
+    headings += ["perplexity", "loss (nats/token)", "bits per byte", "tokens/s"]
     cells = [
         [
             names[row.model],
             *[tasks[row.task]] * several,
             f"{row.parameters:,}",
+            *(text(row) for _, text in accuracies),
             f"{row.perplexity:,.2f} per {row.unit}",
             f"{row.loss:.4f}" + (f" ± {row.stderr:.4f}" if row.stderr is not None else ""),
             f"{row.bits_per_byte:.4f}",
@@ -142,6 +136,21 @@ def _table(rows: Sequence[PplRow]) -> tuple[list[str], list[list[str]], str]:
     sizes = {tasks[row.task]: f"{row.words:,} words, {row.bytes:,} bytes" for row in rows}
     texts = "; ".join(f"{name}: {size}" for name, size in sizes.items())
     return headings, cells, f"Texts: {texts}. The number after ± is the standard error over windows."
+
+
+def _accuracies(rows: Sequence[PplRow]) -> list[tuple[str, Callable[[PplRow], str]]]:
+    """Return the headings and texts of the shares of right answers that any row has."""
+
+    def share(name: str) -> Callable[[PplRow], str]:
+        def text(row: PplRow) -> str:
+            value, error = getattr(row, name), getattr(row, f"{name}_stderr")
+            return "-" if value is None else f"{value:.2%}" + (f" ± {error:.2%}" if error is not None else "")
+
+        return text
+
+    named = {"accuracy": "accuracy", "normalised accuracy": "accuracy_norm"}
+    there = [one for one in named.items() if any(getattr(row, one[1]) is not None for row in rows)]
+    return [(heading, share(name)) for heading, name in there]
 
 
 def _differences(task: str, name: str, paired: Sequence[Paired]) -> str:

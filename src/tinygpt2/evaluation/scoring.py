@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tinygpt2.config.common import Precision
+from tinygpt2.errors import MachineError, out_of_memory
 from tinygpt2.evaluation.choices.branches import Tree, branch_states
 from tinygpt2.models.lm_head import losses_of
 from tinygpt2.models.teachers.loading import as_teacher
@@ -254,3 +256,14 @@ def _all_hit(hits: Bool[Tensor, "N 2"], counts: Iterable[int]) -> Bool[np.ndarra
         rest = bool(part[1:, 0].all())
         found.append([bool(part[0, 0]) and rest, bool(part[0, 1]) and rest])
     return np.array(found, dtype=bool).T
+
+
+@contextmanager
+def enough_memory(task: str) -> Iterator[None]:
+    """Raise a lack of memory as an error with a hint."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise MachineError(f"out of memory on {task}", "use a smaller --batch-size, or --precision bf16") from error

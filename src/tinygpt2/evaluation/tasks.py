@@ -91,6 +91,9 @@ def load_tasks(
         tasks |= {task.name: task for task in loaded}
     if limit is not None and not any(task.passages or task.questions for task in tasks.values()):
         raise ConfigError("--limit has no effect: none of the tasks has questions or passages")
+    if not any(task.passages or task.text or task.spec.form == "cbt" for task in tasks.values()):
+        for given in how.changed(*FileOptions.model_fields):
+            raise ConfigError(f"{given} has no effect: none of the tasks reads texts")
     return list(tasks.values())
 
 

@@ -121,9 +121,10 @@ def _fits(job: Job, accelerator: Accelerator, module: Step, size: int) -> bool:
 
 
 def _try(job: Job, accelerator: Accelerator, module: Step, size: int) -> None:
-    """Compute the gradients of a micro-batch, with room for AdamW's moments, DDP's buckets and masters."""
+    """Compute the gradients of a micro-batch, with room for AdamW's moments, DDP's buckets, masters and means."""
     module.to(accelerator.device).train()
     copies = 2 + (accelerator.num_processes > 1) + (job.config.quantize is not None)
+    copies += 2 if job.config.average_tail else 0  # an evaluation exchanges the weights for their mean
     room = [torch.empty_like(one) for one in module.parameters() if one.requires_grad for _ in range(copies)]
     blocks = [index % len(job.data.train) for index in range(size)]
     device = accelerator.device

@@ -90,8 +90,11 @@ def chosen_precision(asked: TrainingPrecision) -> Precision:
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 matrices at least as fast as float32 ones.
 
-    On an x86 CPU without AVX-512, torch's bfloat16 products take ten times as long as float32's.
+    On an x86 CPU without AVX-512, torch's bfloat16 products take ten times as long as float32's. CUDA GPUs before
+    Ampere only emulate them.
     """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and bool(  # type: ignore[no-untyped-call]

@@ -18,7 +18,9 @@ def available_memory() -> int:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+            parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            files = int(parts.get("inactive_file", 0)) + int(parts.get("active_file", 0))  # given back when needed
+            free = min(free, int(limit) - int((group / "memory.current").read_text()) + files)
     except (OSError, ValueError):  # this system does not have such a limit
         pass
     return max(free, 0)

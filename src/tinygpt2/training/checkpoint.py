@@ -80,8 +80,7 @@ class Checkpoints:
         """Wait until the previous checkpoint is written, then start to write the one of `state`.
 
         Raises:
-            MachineError, ConfigError, ModelError: an earlier file could not be written, and `on_error` is "stop". The
-                class depends on the cause: a full disk, no permission, or something else.
+            MachineError, ConfigError, ModelError: an earlier file could not be written, and `on_error` is "stop".
         """
         failure = self._finish()
         self._begin(state)
@@ -122,13 +121,14 @@ class Checkpoints:
         if self._failure is not None and self._accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def settle(self) -> None:
-        """Wait for the checkpoint that is being written. Every process learns whether that failed.
+    def settle(self) -> bool:
+        """Wait for the checkpoint that is being written; return in every process whether it was.
 
         Raises:
-            MachineError, ConfigError, ModelError: it could not be written, and `on_error` is "stop".
+            MachineError, ConfigError, ModelError: it was not, and `on_error` is "stop".
         """
-        self._report(self._finish())
+        self._report(failure := self._finish())
+        return failure is None
 
     def close(self) -> None:
         """Wait for this process's writing thread, but not for other processes: the run may have ended by an error."""

@@ -95,10 +95,10 @@ def _no_memory(config: TrainOptions, length: int, *, on_gpu: bool) -> MachineErr
     lower = [f"--micro-batch-size (with more --gradient-accumulation-steps; now {config.micro_batch_size})"]
     lower.append("--logit-chunk" + (f" (now {config.logit_chunk})" if config.logit_chunk else ""))
     lower += [] if config.gradient_checkpointing else ["or add --gradient-checkpointing"]
-    lower += [] if config.precision != "fp32" else ["or use --precision bf16"]
+    other = " A new run with --precision bf16 needs less, too." if config.precision == "fp32" else ""
     return MachineError(
         f"out of memory in a step of {config.micro_batch_size} x {length} tokens: {_usage(on_gpu=on_gpu)}",
-        f"lower {', '.join(lower)}; --auto-batch-size finds a size that fits. {_CONTINUE}",
+        f"lower {', '.join(lower)}; --auto-batch-size finds a size that fits. {_CONTINUE}.{other}",
     )
 
 

@@ -29,6 +29,7 @@ from tinygpt2.training.failures import may_step, step_explained
 from tinygpt2.training.job import Job, cast_teacher, figures_before_training, tell_choices
 from tinygpt2.training.metrics import MetricsLog, agreed, metrics_of
 from tinygpt2.training.optimizers import FixedPositions, clip_gradients, make_optimizer, unwrapped
+from tinygpt2.training.own_text.figures import SAMPLES
 from tinygpt2.training.own_text.source import OwnText
 from tinygpt2.training.preparation import seed_step, tell_deepspeed
 from tinygpt2.training.resuming import check_schedule, record_run
@@ -76,9 +77,9 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
                 run.save()
             progress.advance()
             if outcome.stop and not run.finished:
-                run.checkpoints.settle()
+                saved = "a checkpoint was saved" if run.checkpoints.settle() else "only earlier checkpoints were saved"
                 raise InterruptedRunError(
-                    f"stopped after step {run.state.step} of {run.total}; a checkpoint was saved",
+                    f"stopped after step {run.state.step} of {run.total}; {saved}",
                     f"add --resume to continue {run.out}",
                 )
         run.checkpoints.settle()
@@ -316,7 +317,8 @@ class _Run:
             whole, by_data = self._job.measured(self._evaluate)
         self.state.eval_by_data = {name: asdict(one) for name, one in by_data.items()} or None
         if self._own_text is not None:
-            self._own_text.show(self.state.step)
+            with self.checkpoints.may_fail(SAMPLES):
+                self._own_text.show(self.state.step)
             self.state.own_text = self._own_text.evaluated(self.state.own_text, whole.loss)
         every = {"eval": whole, **{f"eval/{name}": one for name, one in by_data.items()}}
         return metrics_of(every), self.state.evaluated(**asdict(whole))

@@ -20,7 +20,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from transformers import GPT2Config
 
-from tinygpt2.config.base import spelled
 from tinygpt2.config.common import OTHER_OUT_OR_RESUME
 from tinygpt2.config.data import PackOptions, PairOptions, PregenerateConfig, TextOptions
 from tinygpt2.config.distillation import DistillConfig
@@ -151,9 +150,8 @@ def check_packed(data: PackedDataset, config: FinetuneConfig) -> None:
             f"--sequence-length {length}: the blocks of {data.name} have {data.sequence_length} tokens",
             "make a dataset with other blocks: tinygpt2 pregenerate",
         )
-    for name in ("test_fraction", "append_eos", "shuffle"):
-        if (value := getattr(config, name)) != type(config).model_fields[name].default:
-            raise ConfigError(f"{spelled(name, value)} has no effect on {data.name}, which is a dataset and not a text")
+    for given in config.changed("test_fraction", "append_eos", "shuffle"):
+        raise ConfigError(f"{given} has no effect on {data.name}, which is a dataset and not a text")
 
 
 def documents_apart(

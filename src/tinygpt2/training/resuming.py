@@ -75,7 +75,8 @@ def _tell_precision(device: str, precision: str) -> None:
 @cache
 def _tell_slow_bf16() -> None:
     if not has_fast_bf16(current_device()):
-        say("this CPU multiplies bfloat16 slowly: --precision fp32 is faster")
+        better = "fp16" if current_device().type == "cuda" else "fp32"
+        say(f"this machine multiplies bfloat16 slowly: --precision {better} is faster")
 
 
 def record_run(config: TrainOptions) -> None:
@@ -154,6 +155,8 @@ def _begun_at(config: TrainOptions, share: float) -> str | None:
     """Return the option that has begun to take effect when this share of a run is over, and would not have later."""
     if config.average_tail and share > 1 - config.average_tail + 1e-9:
         return "--average-tail"
+    if getattr(config, "replay", 0) and getattr(config, "replay_schedule", "constant") != "constant" and share:
+        return "--replay-schedule"
     return "--quantize-from" if config.quantize and 0 < config.quantize_from <= share + 1e-9 else None
 
 

@@ -138,6 +138,11 @@ def test_a_limit_takes_the_first_questions_and_passages(model: Path, tmp_path: P
     piqa, blimp, lambada = load_tasks(["piqa", "blimp", "lambada"], str(tmp_path), limit=2)
     assert (len(piqa.questions), len(blimp.questions), len(lambada.passages)) == (2, 2 * len(PARADIGMS), 2)
     assert piqa.questions == load_tasks(["piqa"], str(tmp_path))[0].questions[:2]
+    with pytest.raises(ConfigError, match="--text-column x has no effect"):
+        ppl(PplConfig(model=[str(model)], task=["piqa"], task_data=str(tmp_path), text_column="x"))
+    (tmp_path / "own.jsonl").write_text('{"context": "a", "choices": ["b", "\\ud83d"], "answer": 0}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"own.jsonl:1: expected .*UnicodeEncodeError"):
+        ppl(PplConfig(model=[str(model)], task=[f"choice:{tmp_path / 'own.jsonl'}"]))
     (tmp_path / "text.txt").write_text("the cat sat", encoding="utf-8")
     with pytest.raises(ConfigError, match="--limit has no effect"):
         ppl(PplConfig(model=[str(model)], task=[str(tmp_path / "text.txt")], limit=2))

@@ -151,6 +151,17 @@ def test_a_judge_reads_its_start_token_as_ppl_does(corpus: Path, tokenizer_dir: 
     assert found.model == str(tmp_path / "opt")
 
 
+def test_models_with_other_positions_continue_the_same_prompts(
+    cli: Callable, teacher: Path, data: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    short = make_model(tmp_path / "short", tokenizer_dir, n_positions=16)
+    how = {"judge": str(teacher), "data": str(data), "num_prompts": 4, "prompt_tokens": 6, "max_new_tokens": 12}
+    one, two = evaluate_text(EvaluateTextConfig(model=[str(teacher), str(short)], **how)).results
+    (alone,) = evaluate_text(EvaluateTextConfig(model=[str(short)], **how)).results
+    assert one.judge_loss == two.judge_loss == alone.judge_loss  # of the true continuations
+    assert max(found.statistics.length for found in (one, two)) <= 8
+
+
 def test_what_does_not_fit_is_said(
     cli: Callable, teacher: Path, data: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +174,16 @@ def test_what_does_not_fit_is_said(
         outcome = cli("evaluate-text", *options, *more)
         assert outcome.code == 2
         assert message in outcome.err
+    short = tmp_path / "short.txt"
+    short.write_text(sentences(30, seed=1), encoding="utf-8")
+    common = {"tokenizer": str(tokenizer_dir), "sequence_length": 16, "format": "hdf5"}
+    (tmp_path / "tail.txt").write_text("the cat", encoding="utf-8")
+    tail = PregenerateConfig(
+        source=[str(short)], test_source=[str(tmp_path / "tail.txt")], out=str(tmp_path / "d"), **common
+    )
+    pregenerate(tail)
+    outcome = cli("evaluate-text", *options[:-1], tmp_path / "d", "--prompt-tokens", "8", "--max-new-tokens", "4")
+    assert (outcome.code, "goes on after 8 tokens" in outcome.err) == (3, True), outcome.err
     wide = make_model(tmp_path / "wide", None, vocab_size=384)
     outcome = cli("evaluate-text", "--model", teacher, "--judge", wide, "--data", data, "--prompt-tokens", "8")
     assert "has 320 tokens, and the judge" in outcome.err.replace("\n", " ")

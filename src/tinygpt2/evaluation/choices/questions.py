@@ -139,6 +139,7 @@ def question_of(form: str, row: Any, where: str) -> Question:
         texts = [*question.contexts, *question.endings]
         fits = len(question.endings) > 1 and 0 <= question.right < len(question.endings)
         if fits and all(isinstance(text, str) for text in texts) and all(question.endings):
+            "".join(texts).encode()  # half of a surrogate pair is no text
             return question
         problem = f"the answer {question.right} of {len(question.endings)} choices"
     except (KeyError, ValueError, TypeError, AttributeError) as error:

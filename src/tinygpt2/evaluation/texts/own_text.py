@@ -106,17 +106,18 @@ def evaluate_text(config: EvaluateTextConfig) -> EvaluateTextResult:
     """
     data = load_packed_dataset(config.data)
     judge, results = _Model.load(config.judge, data, config), []
-    scorer = judge.scorer()
-    for name in dict.fromkeys(config.model):
+    scorer, names = judge.scorer(), list(dict.fromkeys(config.model))
+    # all models continue the same prompts by equally many tokens
+    positions = min(judge.positions, *(_Model.load(name, data, config, hollow=True).positions for name in names))
+    new = room_for(config.max_new_tokens, positions)
+    prompts = held_out_prompts(data, config.num_prompts, config.prompt_tokens, new, positions)
+    for name in names:
         model = _Model.load(name, data, config)
         if model.vocabulary != judge.vocabulary:
             raise ModelError(
                 f"model {name} has {model.vocabulary} tokens, and the judge {config.judge} has {judge.vocabulary}",
                 "give a judge with the same vocabulary, such as the model's teacher",
             )
-        positions = min(model.positions, judge.positions)
-        new = room_for(config.max_new_tokens, positions)
-        prompts = held_out_prompts(data, config.num_prompts, config.prompt_tokens, new, positions)
         results.append(_evaluated(model, scorer, data, prompts, new, config))
     result = EvaluateTextResult(absolute(config.judge), results)
     if config.plot is not None:
@@ -141,9 +142,9 @@ class _Model:
     start: int | None
 
     @classmethod
-    def load(cls, name: str, data: PackedDataset, config: EvaluateTextConfig) -> _Model:
-        """Load a model, and check that it has the tokens of the data."""
-        model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle)
+    def load(cls, name: str, data: PackedDataset, config: EvaluateTextConfig, *, hollow: bool = False) -> _Model:
+        """Load a model, or with `hollow` its sizes alone, and check that it has the tokens of the data."""
+        model, directory = load_causal_lm(name, allow_pickle=config.allow_pickle, hollow=hollow)
         sizes, tokenizer = text_sizes(model), model_tokenizer(directory)
         # only prompts and what follows them have to fit into the positions
         read = SimpleNamespace(vocab_size=sizes.vocab_size, n_positions=data.sequence_length)

@@ -31,7 +31,7 @@ def held_out_prompts(data: PackedDataset, count: int, length: int, new: int, pos
 
     Raises:
         ConfigError: prompts of that length leave no token to continue with.
-        DataError: the test split is empty.
+        DataError: the test split is empty, or none of its blocks goes on after a prompt.
     """
     if not len(data.test):
         raise DataError(f"the test split of {data.name} is empty", "hold out some texts (--test-fraction)")
@@ -54,6 +54,8 @@ def held_out_prompts(data: PackedDataset, count: int, length: int, new: int, pos
             following = following[: following.index(end) + 1]
         if following:
             found.append(Prompt(row[:length], following))
+    if not found:
+        raise DataError(f"no held-out block of {data.name} goes on after {length} tokens", "lower --prompt-tokens")
     return found
 
 

@@ -138,7 +138,9 @@ class OwnText:
         config, first = self._config, step * len(indices)
         if step % config.steps_per_sample:
             return self._replay.held(len(indices)) or None
-        chosen = [place for place in range(len(indices)) if becomes_text(first + place, share)]
+        # Places that were the same in every step would always meet the same one of several datasets.
+        shift = float(np.random.default_rng((config.seed, step, 0)).random())
+        chosen = [place for place in range(len(indices)) if becomes_text(place, share, shift)]
         origins = {place: chosen[at - at % config.samples_per_prompt] for at, place in enumerate(chosen)}
         old = {place: text for place in chosen if (text := self._replay.chosen(first + place, done)) is not None}
         new = [place for place in self._own_places(len(indices)) if place in origins and place not in old]
@@ -272,9 +274,14 @@ class OwnText:
         self._log.write(self._accelerator, step, [(text.prompt, text.added) for text in self._last[0]])
 
 
-def becomes_text(position: int, share: float) -> bool:
-    """Return whether the block at a position of the order of training becomes sampled text."""
-    return math.floor((position + 1) * share + 1e-9) > math.floor(position * share + 1e-9)
+def becomes_text(place: int, share: float, shift: float) -> bool:
+    """Return whether the block at a place of a step becomes sampled text: evenly spaced ones do.
+
+    Args:
+        shift: from 0 to 1. If it is random, every place becomes text with the probability `share`.
+    """
+    before, after = (math.floor(at * share + shift + 1e-9) for at in (place, place + 1))
+    return after > before
 
 
 def check_sampling(config: DistillConfig, accelerator: Accelerator, teacher: Teacher | None) -> None:
