@@ -71,7 +71,7 @@ def seconds(step: Step, work: list[Batch], device: torch.device) -> float:
                 torch.cuda.synchronize()
             started = time.perf_counter()
         there = batch.to(device)
-        loss, _ = step(*there[:2], None, None, *there[2:])
+        loss, _ = step(**there._asdict())
         loss.backward()
         step.zero_grad(set_to_none=True)
     if device.type == "cuda":

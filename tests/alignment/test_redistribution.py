@@ -16,7 +16,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from tests.alignment.test_rank_cut import TEXTS
-from tinygpt2.alignment.blocks import Aligner
+from tinygpt2.alignment.blocks import RankCutAligner
 from tinygpt2.alignment.decomposition import Decomposition
 from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, same_cut
 from tinygpt2.alignment.redistribution import NEVER, Redistribution
@@ -143,7 +143,7 @@ def test_gpt2s_own_blocks(shared_data: Path) -> None:
 
 
 def check_blocks(whole: PreTrainedTokenizerFast, cut: RankCut, length: int) -> None:
-    aligner = Aligner(whole, cut, len(whole), None)
+    aligner = RankCutAligner(whole, cut, len(whole), None)
     ids = stream(cut.tokenizer)
     count = len(ids) // length
     blocks = torch.tensor(ids[: count * length]).view(count, length)
@@ -219,12 +219,12 @@ def test_padded_blocks_and_blocks_beyond_the_teachers_positions(tokenizer_dir: P
     blocks = torch.zeros(2, len(ids) + 4, dtype=torch.int64)
     blocks[0, : len(ids)] = torch.tensor(ids)
     blocks[1, :5] = torch.tensor(ids[:5])
-    records = Aligner(whole, cut, len(whole), None)(Batch(blocks, [len(ids), 5])).records
+    records = RankCutAligner(whole, cut, len(whole), None)(Batch(blocks, [len(ids), 5])).records
     known = records[..., 0] >= 0
     first = len(encode(cut.tokenizer, ["the"])[0])
     assert known[0].tolist() == [False] * (first - 1) + [True] * (len(ids) - first + 1) + [False] * 3
     assert not known[1, 5:].any()
-    short = Aligner(whole, cut, len(whole), 4)(Batch(blocks, [len(ids), 5]))
+    short = RankCutAligner(whole, cut, len(whole), 4)(Batch(blocks, [len(ids), 5]))
     assert short.ids.shape == (2, 4)
     assert short.records[..., 0].max() < 8
     assert 0.3 < float(short.absent) < 1

@@ -139,7 +139,7 @@ def test_packed_pairs_learn_what_each_pair_alone_learns(
             module.p = 0.0
     step._teacher[0].eval()
     batch = packed.train.batch(range(len(packed.train)))
-    loss, terms = step(*batch[:2], None, None, *batch[2:])
+    loss, terms = step(**batch._asdict())
     loss.backward()
     found = [parameter.grad.clone() for parameter in step.student.parameters()]
     ce, kl, gradients = one_by_one(step, alone(packed.train))

@@ -64,11 +64,11 @@ def test_some_blocks_become_continuations_of_their_beginnings(
     own = source(config(teacher, student, data, tmp_path, max_new_tokens=9), packed)
     indices = Shuffle(len(packed.train), 42)[8:16]
     made, share = own.into(packed.train.batch(indices), indices, 1)
-    assert made.own.tolist() in ([False, True] * 4, [True, False] * 4)
-    assert share.own_text == sum(int(row.sum()) for row in made.counted[made.own]) / 2
+    assert made.own_text.tolist() in ([False, True] * 4, [True, False] * 4)
+    assert share.own_text == sum(int(row.sum()) for row in made.counted[made.own_text]) / 2
     for row, index in enumerate(indices):
         block = packed.train.row(index)
-        if not made.own[row]:
+        if not made.own_text[row]:
             assert made.input_ids[row].tolist() == block.tolist()
             assert made.counted[row].tolist() == [False] + [True] * (LENGTH - 1)
             continue
@@ -107,7 +107,7 @@ def test_each_of_two_datasets_is_read_and_sampled_from(
     own, chosen, size = source(how, packed), [], how.micro_batch_size
     for step in range(0, 160, how.steps_per_sample):
         made, _ = own.into(packed.train.batch(range(size)), range(size), step)
-        chosen += [(step * size + int(place)) % 2 for place in np.flatnonzero(made.own)] if made.own is not None else []
+        chosen += [(step * size + int(place)) % 2 for place in np.flatnonzero(made.own_text)] if made.own_text is not None else []
     expected = 160 * size * how.on_policy_fraction / how.steps_per_sample
     assert len(chosen) == pytest.approx(expected, abs=expected / 2)
     assert size == 1 or 0.3 < np.mean(chosen) < 0.7
@@ -161,7 +161,7 @@ def naive(
         for place in np.flatnonzero(batch.counted[row]).tolist():
             s, t = mine[row, place - 1], other[row, place - 1].detach()
             count += 1
-            if batch.own[row]:
+            if batch.own_text[row]:
                 sums["own_text"].append((s.exp() * (s - t)).sum())
                 total = total + own * sums["own_text"][-1]
             else:
@@ -191,7 +191,7 @@ def test_every_position_that_counts_weighs_the_same(
     losses, sums = [], dict.fromkeys(terms, 0.0)
     for start in range(0, 6, size):
         part = made.part(start, start + size)
-        loss, values = step(part.input_ids, part.lengths, share, None, part.counted, None, part.own)
+        loss, values = step(part.input_ids, part.lengths, share, None, part.counted, None, part.own_text)
         losses.append(loss)
         assert set(values) == set(terms)
         sums = {name: sums[name] + float(values[name]) * size / 6 for name in sums}

@@ -35,20 +35,20 @@ def test_steps_share_texts_and_know_with_which_probability_they_were_drawn(
     for step in range(4):
         indices = list(range(4 * step, 4 * step + 4))
         batch, _ = own.into(packed.train.batch(indices), indices, step)
-        data_rows = [place for place, own_text in enumerate(batch.own) if not own_text]
+        data_rows = [place for place, own_text in enumerate(batch.own_text) if not own_text]
         assert len(data_rows) == 2
         for place in data_rows:  # the data goes on
             assert batch.input_ids[place].tolist() == packed.train.row(indices[place]).tolist()
         found.append(batch)
     for again in found[1:3]:
-        assert (again.own == found[0].own).all()
-        assert torch.equal(again.input_ids[again.own], found[0].input_ids[again.own])
+        assert (again.own_text == found[0].own_text).all()
+        assert torch.equal(again.input_ids[again.own_text], found[0].input_ids[again.own_text])
         assert (again.drawn == found[0].drawn).all()
-    assert not torch.equal(found[3].input_ids[found[3].own], found[0].input_ids[found[0].own])
+    assert not torch.equal(found[3].input_ids[found[3].own_text], found[0].input_ids[found[0].own_text])
     with torch.no_grad():
         other, mine = (load_model(str(name))[0](found[0].input_ids).logits.softmax(-1) for name in (teacher, student))
     mixed = (0.2 * other + 0.8 * mine).log()[:, :-1].gather(2, found[0].input_ids[:, 1:, None])[..., 0]
-    counted = torch.from_numpy(found[0].counted[:, 1:] & found[0].own[:, None])
+    counted = torch.from_numpy(found[0].counted[:, 1:] & found[0].own_text[:, None])
     torch.testing.assert_close(torch.from_numpy(found[0].drawn[:, 1:])[counted], mixed[counted], rtol=1e-4, atol=1e-4)
     own.forget()
     assert own._replay.held(4) == {}

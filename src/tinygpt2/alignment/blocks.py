@@ -83,7 +83,7 @@ class BlockAligner:
             raise ValueError("other tokens are aligned in whole blocks")
         ids = batch.input_ids.cpu().numpy().astype(np.int64)
         size, length = ids.shape
-        real = batch.lengths or [length] * size
+        real = batch.real_lengths
         complete = whole or [count < length for count in real]
         blocks = [self._block(row[:n], whole=one) for row, n, one in zip(ids, real, complete, strict=True)]
         most = max(len(tokens) for tokens, _, _ in blocks)
@@ -129,7 +129,7 @@ class BlockAligner:
             return raw[skipped : skipped + error.start].decode(), skipped
 
 
-class Aligner(BlockAligner):
+class RankCutAligner(BlockAligner):
     """Encodes blocks of a student, whose tokenizer is the teacher's cut by rank, in the teacher's tokens.
 
     Args:

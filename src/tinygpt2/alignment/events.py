@@ -97,8 +97,8 @@ def counted_pairs(aligner: ByteAligner, blocks: Blocks) -> Array:
     for start in follow(range(0, len(chosen), _AT_ONCE), "count borders", "batches", announce=False):
         batch = chosen.batch(range(start, min(start + _AT_ONCE, len(chosen))))
         rows = batch.input_ids.cpu().numpy().astype(np.int64)
-        lengths = batch.lengths or [rows.shape[1]] * len(rows)
-        found |= pairs_of(aligner, ((row[:n], n < len(row)) for row, n in zip(rows, lengths, strict=True)))
+        sized = zip(rows, batch.real_lengths, strict=True)
+        found |= pairs_of(aligner, ((row[:n], n < len(row)) for row, n in sized))
     if not found:
         raise ModelError(
             "the tokens of teacher and data never begin at the same place in the data, so --alignment finds nothing to "

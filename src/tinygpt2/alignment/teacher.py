@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tinygpt2.alignment.blocks import AlignedBlocks, Aligner, BlockAligner
+from tinygpt2.alignment.blocks import AlignedBlocks, BlockAligner, RankCutAligner
 from tinygpt2.alignment.borders import ByteAligner
 from tinygpt2.alignment.events import Events, Graph, counted_pairs
 from tinygpt2.alignment.rank_cut import RankCut, same_cut
@@ -242,7 +242,7 @@ def aligned_teacher(
     limit = None if positions is None else positions - (start is not None)
     if cut is not None:
         say(f"teacher {what}: it reads the texts in its own, and its predictions are summed")
-        align = Aligner(tokenizer, cut, teacher.shape.vocabulary, limit)
+        align = RankCutAligner(tokenizer, cut, teacher.shape.vocabulary, limit)
         make = partial(Redistribution, align.decomposition, vocabulary)
         return AlignedTeacher(teacher, align, vocabulary, make)
     return _by_bytes(config, teacher, f"teacher {what}: it reads the texts in its own", tokenizer, data, vocabulary)

@@ -43,7 +43,7 @@ def token_counts(blocks: Blocks, size: int) -> Int[np.ndarray, " V"]:
     for start in follow(range(0, len(chosen), _AT_ONCE), "count tokens", "batches", announce=False):
         batch = chosen.batch(range(start, min(start + _AT_ONCE, len(chosen))))
         rows = batch.input_ids.cpu().numpy()
-        for row, length in zip(rows, batch.lengths or [rows.shape[1]] * len(rows), strict=True):
+        for row, length in zip(rows, batch.real_lengths, strict=True):
             counts += np.bincount(row[:length], minlength=size)
     return counts
 

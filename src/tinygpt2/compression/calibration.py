@@ -23,7 +23,7 @@ _SIDE = 512  # columns of the squares that a product of activations with themsel
 
 
 def calibration_count(blocks: Blocks, asked: int | None, tokens: int = _FITTED) -> int:
-    """Return how many blocks to measure on: as many as asked, or 64, but not more than hold some tokens."""
+    """Return how many blocks to measure on: `asked`, or else 64, or fewer if these hold more than `tokens` tokens."""
     return asked or max(1, min(_SEQUENCES, tokens // blocks.sequence_length))
 
 

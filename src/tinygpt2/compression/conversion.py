@@ -98,7 +98,7 @@ class LoadedTeacher:
     original: PreTrainedModel | None = None
 
 
-def load_teacher(name: str, *, allow_pickle: bool = False) -> LoadedTeacher:
+def load_as_gpt2(name: str, *, allow_pickle: bool = False) -> LoadedTeacher:
     """Load a teacher from a local directory or the Hub, and make a GPT-2 of it if it is none.
 
     Raises:

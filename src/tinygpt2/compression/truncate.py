@@ -17,7 +17,7 @@ from tinygpt2.alignment.rank_cut import RankCut, cut_by_rank, cut_vocabulary
 from tinygpt2.alignment.translation import Translation, translate
 from tinygpt2.alignment.used_tokens import cut_by_use
 from tinygpt2.compression.calibration import Batches, calibration_batches, held_out_batches, mean_loss, tokens_of
-from tinygpt2.compression.conversion import Conversion, LoadedTeacher, load_teacher, measured
+from tinygpt2.compression.conversion import Conversion, LoadedTeacher, load_as_gpt2, measured
 from tinygpt2.compression.cut import KeptParts, choose_layers, cut_model, require_cuttable
 from tinygpt2.compression.heads import head_moments, narrow_heads
 from tinygpt2.compression.importance import (
@@ -173,7 +173,7 @@ def load_subject(config: TruncateStudentConfig) -> Subject:
         As `truncate_student`.
     """
     require_free(Path(config.out), OTHER_OUT)
-    loaded = load_teacher(config.teacher, allow_pickle=config.allow_pickle)
+    loaded = load_as_gpt2(config.teacher, allow_pickle=config.allow_pickle)
     teacher, directory = loaded.model, loaded.directory
     require_cuttable(teacher, config.teacher)
     tokenizer = model_tokenizer(directory)

@@ -89,9 +89,8 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         shown="as the teacher",
     )
     vocab_choice: VocabularyChoice = option(
-        "Which tokens --vocab-size keeps. rank: the first ones by the rank of their merges; then every border of the "
-        "teacher's tokens is one of the student's, and distill learns exactly. used: those that --data uses most, with "
-        "the tokens that they are merged from.",
+        "Which tokens --vocab-size keeps. rank: the first ones by merge rank; all borders of the teacher's tokens "
+        "remain, so distillation is exact. used: those that --data uses most, with the ones that they are merged from.",
         default="rank",
     )
     tokenizer: str | None = option(
@@ -119,8 +118,8 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         gt=0,
     )
     vocab_sizes: str | None = option(
-        "Vocabularies for the search to look through, such as 8192,4096: the first tokens of the teacher's by the rank "
-        "of their merges, and its own number for all of them. Students learn from text in their own tokens, and are "
+        "Vocabulary sizes to search, such as 8192,4096: each keeps the teacher's first tokens by merge rank. The "
+        "teacher's own size stands for its whole vocabulary. Students learn from text in their own tokens, and are "
         "compared in bits per byte.",
         default=None,
         panel=TARGET,
@@ -128,8 +127,8 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         metavar="N,...",
     )
     purpose: Purpose = option(
-        "What makes a student the best one. loss: the lowest loss. draft: the largest expected gain as the draft of "
-        "its teacher, from the tokens that the teacher would accept and the time that both take.",
+        "What makes a student the best one. loss: the lowest loss. draft: the largest expected speed-up when it drafts "
+        "for its teacher, from the tokens that the teacher would accept and the time that both take.",
         default="loss",
         panel=TARGET,
         alias="for",
@@ -143,7 +142,7 @@ class TruncateStudentConfig(ModelOptions, DeviceOptions, CardOptions):
         "How many blocks of --data to measure on.",
         default=None,
         ge=1,
-        shown="64, but not more than hold 32,768 tokens; 16,384 for the perplexity",
+        shown="64, or as many as hold 32,768 tokens if fewer (16,384 for the perplexity)",
     )
 
     @field_validator("target_params", mode="before")

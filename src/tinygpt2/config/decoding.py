@@ -16,7 +16,7 @@ DecodingWeights = Literal["fp32", "bf16", "int8"]
 Sampler = Literal["student", "teacher", "mixture"]
 ReplaySchedule = Literal["constant", "rising", "falling"]
 
-DEFAULT_PROMPTS = "16:64, in short blocks up to an eighth; of pairs up to half of a block"
+DEFAULT_PROMPTS = "16:64; at most an eighth of a block, or half of one for pairs"
 
 
 class GenerateConfig(ModelOptions, DeviceOptions):
@@ -246,14 +246,14 @@ class OwnTextOptions(Config):
     )
     teacher_share: float = option("Share of the teacher in the mixture.", default=0.2, panel=OWN_TEXT, gt=0, lt=1)
     normalise_returns: bool = option(
-        "With policy_gradient, divide what later tokens say about a token by their number.",
+        "With policy_gradient, divide the return of each token by the number of tokens after it.",
         default=True,
         panel=OWN_TEXT,
     )
     steps_per_sample: int = option("Optimizer steps on the same sampled sequences.", default=1, panel=OWN_TEXT, ge=1)
     clip_ratio: float = option(
-        "With policy_gradient, ignore what pushes the probability of a token on, once it is farther than this share "
-        "from the one with which it was drawn. 0 ignores nothing.",
+        "With policy_gradient, clip as PPO does: a token whose probability has moved by more than this share since it "
+        "was drawn is not pushed further. 0 turns clipping off.",
         default=0.2,
         panel=OWN_TEXT,
         ge=0,

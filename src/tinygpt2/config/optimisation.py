@@ -24,7 +24,7 @@ class OptimisationOptions(Config):
         default=None,
         panel=OPTIMISATION,
         ge=1,
-        shown="from the two",
+        shown="from --micro-batch-size and --gradient-accumulation-steps",
     )
     optimizer: Optimizer = option(
         "muon for the matrices inside the layers and adamw for the others, or adamw for all weights.",

@@ -325,10 +325,11 @@ def _write(
         sizes[1, 1] = int(sizes[0, 1]) * (total - cut) // total  # their product may need more than 64 bits
         sizes[0, 1] -= sizes[1, 1]
     if train.tokens < length:
+        whole = train.tokens == total
         what = (
-            f"the training text has {train.tokens} of the {total}" if train.tokens < total else f"the text has {total}"
+            f"the text has {total} tokens" if whole else f"the training text has {train.tokens} of the {total} tokens"
         )
-        raise DataError(f"{what} tokens: it is shorter than one block of {length}", "give more text, or shorter blocks")
+        raise DataError(f"{what}: it is shorter than one block of {length}", "give more text, or make shorter blocks")
     splits = {
         name: writer.entry(int(size[0]), int(size[1]))
         for (name, writer), size in zip({"train": train, "test": test}.items(), sizes, strict=True)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tinygpt2.alignment.blocks import AlignedBlocks, Aligner, BlockAligner
+from tinygpt2.alignment.blocks import AlignedBlocks, BlockAligner, RankCutAligner
 from tinygpt2.alignment.borders import ByteAligner
 from tinygpt2.alignment.events import Events, Graph, pairs_of, token_rows
 from tinygpt2.alignment.rank_cut import same_cut
@@ -147,7 +147,7 @@ def _shared(
     limit = None if positions is None else positions - (start is not None)
     device = teacher.head.matrix.device
     if (cut := same_cut(whole, small)) is not None:
-        pieces = Aligner(whole, cut, teacher.model.vocabulary, limit)
+        pieces = RankCutAligner(whole, cut, teacher.model.vocabulary, limit)
         return Shared(pieces, Redistribution(pieces.decomposition, size, device), size)
     align = ByteAligner(whole, small, limit)
     with track("count the events", None):

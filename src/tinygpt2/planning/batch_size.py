@@ -133,6 +133,6 @@ def _try(job: Job, accelerator: Accelerator, module: Step, size: int) -> None:
     batch, states = batch.to(device), None if read is None else read.to(device)
     for _ in range(2):  # the second time, memory also holds all gradients
         with accelerator.autocast():
-            loss, _ = module(*batch[:2], None, states, *batch[2:])
+            loss, _ = module(**batch._asdict(), read=states)
         loss.backward()
     del room

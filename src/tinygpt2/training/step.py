@@ -296,7 +296,7 @@ def gradients(
         # divides the loss by the number of micro-batches, and averages over processes only after the last one
         with accelerator.accumulate(module):
             with accelerator.autocast():  # Accelerate does this itself, but not if it shards the model
-                loss, terms = module(*batch[:2], data.share, read, *batch[2:])
+                loss, terms = module(**batch._asdict(), share=data.share, read=read)
             accelerator.backward(loss)
         names = ["loss", *(name if "/" in name else f"loss/{name}" for name in terms)]
         means = means + torch.stack([loss.detach(), *terms.values()]).float() / len(starts)
@@ -321,8 +321,8 @@ def evaluate(accelerator: Accelerator, module: nn.Module, blocks: Blocks, size: 
         numbers = range(start * world + rank, min(start + size, math.ceil(len(blocks) / world)) * world, world)
         batch = blocks.batch([min(index, len(blocks) - 1) for index in numbers]).to(accelerator.device)
         losses, _ = module(batch.input_ids, documents=batch.documents)  # (B, T - 1)
-        known = batch.lengths or [blocks.sequence_length] * len(numbers)
-        real = [length if index < len(blocks) else 0 for index, length in zip(numbers, known, strict=True)]
+        sized = zip(numbers, batch.real_lengths, strict=True)
+        real = [length if index < len(blocks) else 0 for index, length in sized]
         positions = torch.arange(1, losses.shape[1] + 1, device=losses.device)
         counted = positions < to_device(torch.tensor(real), losses.device)[:, None]
         if batch.counted is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.table import Column, Table
 from rich.text import Text
 
 from tinygpt2.utils.terminal import open_console
+from tinygpt2.utils.units import short_count, size
 
 _WINDOW = 300.0  # seconds over which rates are averaged
 
@@ -105,9 +105,6 @@ def _clock_time(seconds: float) -> str:
 def amount(value: int, unit: str, *, bare: bool = False) -> str:
     """Return a number with its unit: 9,288 tokens, 12.3k tokens, 283k tokens, 12.3 MB."""
     if unit == "bytes":
-        return decimal(value)
-    text = f"{value:,}"
-    if unit == "tokens" and value >= 10_000:
-        size, letter = next(pair for pair in ((10**9, "G"), (10**6, "M"), (10**3, "k")) if value >= pair[0])
-        text = f"{value / size:.{1 if value < 100 * size else 0}f}{letter}"
+        return size(value)
+    text = short_count(value) if unit == "tokens" and value >= 10_000 else f"{value:,}"
     return text if bare or not unit else f"{text} {unit}"

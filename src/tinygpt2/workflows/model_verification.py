@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tinygpt2.compression.conversion import load_teacher
+from tinygpt2.compression.conversion import load_as_gpt2
 from tinygpt2.config.workflows import VerifyConfig
 from tinygpt2.errors import ModelError, listed
 from tinygpt2.models import reference
@@ -93,7 +93,7 @@ def check_model(path: Path, config: VerifyConfig) -> ModelFindings:
         problems += _disagreements(agreement)
     copies = None
     if config.teacher is not None:
-        teacher = load_teacher(config.teacher, allow_pickle=config.allow_pickle)
+        teacher = load_as_gpt2(config.teacher, allow_pickle=config.allow_pickle)
         copies = copied(model, teacher.model)
         problems += _misplaced(copies)
     return ModelFindings(problems, notes, agreement, copies)

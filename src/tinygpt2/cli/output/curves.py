@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt2.utils.charts import Chart, position, short_number, ticks
 from tinygpt2.utils.terminal import printable
+from tinygpt2.utils.units import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,15 +65,6 @@ def _saved(run: Any) -> str:
     if run.state == "done":
         return ""
     return f", saved at step {run.checkpoint:,}" if run.checkpoint is not None else ", nothing saved yet"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in the unit that fits it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"
 
 
 def _age(moment: str) -> float:

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
             None if all real tokens but the first do.
         documents: the lengths of the documents in each block, which no token sees beyond its own; they add up to T, as
             padding belongs to the last one. None if a token sees all tokens before it.
-        own: which blocks are text that a model sampled (B,), as an array of the host. None if none is.
+        own_text: which blocks are text that a model sampled (B,), as an array of the host. None if none is.
         drawn: the log-probabilities with which the tokens of sampled text were drawn (B, T), float32, as an array of
             the host. None if they are those of the models as they are now.
     """
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     lengths: list[int] | None
     counted: Array | None = None
     documents: list[list[int]] | None = None
-    own: Array | None = None
+    own_text: Array | None = None
     drawn: Array | None = None
 
     def to(self, device: Any) -> Batch:
@@ -46,10 +46,10 @@ class Batch(NamedTuple):
         ids, lengths = self.input_ids[start:stop], self.lengths and self.lengths[start:stop]
         counted = None if self.counted is None else self.counted[start:stop]
         documents = self.documents and self.documents[start:stop]
-        own = None if self.own is None else self.own[start:stop]
+        own_text = None if self.own_text is None else self.own_text[start:stop]
         drawn = None if self.drawn is None else self.drawn[start:stop]
         shorter = lengths if lengths and min(lengths) < ids.shape[1] else None
-        return Batch(ids, shorter, counted, documents, own, drawn)
+        return Batch(ids, shorter, counted, documents, own_text, drawn)
 
     def answers(self, block: int) -> Iterator[tuple[int, int, int]]:
         """Yield where each run of counted tokens in a block of pairs begins and ends, after where its pair begins."""
@@ -61,12 +61,17 @@ class Batch(NamedTuple):
             begins += length
 
     @property
+    def real_lengths(self) -> list[int]:
+        """The number of real tokens in each block, also if there is no padding."""
+        size, length = self.input_ids.shape
+        return self.lengths or [length] * size
+
+    @property
     def targets(self) -> list[int]:
         """The number of targets that count in each block."""
         if self.counted is not None:
             return [int(count) for count in self.counted[:, 1:].sum(1)]
-        size, length = self.input_ids.shape
-        return [max(0, own - 1) for own in self.lengths or [length] * size]
+        return [max(0, length - 1) for length in self.real_lengths]
 
 
 def to_device(host: Tensor, device: Any) -> Tensor:

@@ -78,5 +78,5 @@ def _rows(blocks: Rows, manifest: Mapping[str, Any]) -> Iterator[tuple[list[int]
         numbers = range(start, min(start + _BLOCKS, count))
         batch = blocks.batch(numbers)
         rows = batch.input_ids.tolist()
-        for number, row, length in zip(numbers, rows, batch.lengths or [len(rows[0])] * len(rows), strict=True):
+        for number, row, length in zip(numbers, rows, batch.real_lengths, strict=True):
             yield row[: length if number == count - 1 else min(length, stride)], length < len(row)

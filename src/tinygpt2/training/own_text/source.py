@@ -230,7 +230,7 @@ class OwnText:
 
     def _counts(self, batch: Batch) -> Counts:
         """Return the counts of all processes' batches."""
-        lengths = batch.lengths or [batch.input_ids.shape[1]] * len(batch.input_ids)
+        lengths = batch.real_lengths
         width = batch.input_ids.shape[1]
         covered = width if self._teacher is None else self._teacher.covered(width)
         targets = batch.targets
@@ -309,14 +309,14 @@ def check_sampling(config: DistillConfig, accelerator: Accelerator, teacher: Tea
 
 def _own(batch: Batch) -> Array:
     """Return which blocks of a batch are sampled text."""
-    return np.zeros(len(batch.input_ids), np.bool_) if batch.own is None else batch.own
+    return np.zeros(len(batch.input_ids), np.bool_) if batch.own_text is None else batch.own_text
 
 
 def _with(batch: Batch, rows: Sequence[int], texts: Sequence[Text]) -> Batch:
     """Return a batch some of whose blocks are replaced by texts, of which only the continuations count."""
     size, width = batch.input_ids.shape
     ids = batch.input_ids.clone()
-    lengths = list(batch.lengths or [width] * size)
+    lengths = list(batch.real_lengths)
     counted = np.arange(width) < np.array(lengths)[:, None] if batch.counted is None else batch.counted.copy()
     counted[:, 0] = False
     own = np.zeros(size, np.bool_)
