@@ -107,7 +107,8 @@ def test_each_of_two_datasets_is_read_and_sampled_from(
     own, chosen, size = source(how, packed), [], how.micro_batch_size
     for step in range(0, 160, how.steps_per_sample):
         made, _ = own.into(packed.train.batch(range(size)), range(size), step)
-        chosen += [(step * size + int(place)) % 2 for place in np.flatnonzero(made.own_text)] if made.own_text is not None else []
+        places = [] if made.own_text is None else np.flatnonzero(made.own_text).tolist()
+        chosen += [(step * size + place) % 2 for place in places]
     expected = 160 * size * how.on_policy_fraction / how.steps_per_sample
     assert len(chosen) == pytest.approx(expected, abs=expected / 2)
     assert size == 1 or 0.3 < np.mean(chosen) < 0.7
