@@ -306,7 +306,8 @@ class Study:
             cache = None
             if config.teacher_cache and teacher is not None:
                 cache = TeacherCache(Path(config.teacher_cache), teacher, data, config.precision)
-            accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+            mixed = "no" if config.precision == "fp32" else config.precision
+            accelerator = Accelerator(cpu=True, mixed_precision=mixed)
             step = Step(student, teacher, LossWeights.of(config), config, cache)
             module, optimizer = accelerator.prepare(step, make_optimizer(step, config))
             module.train()

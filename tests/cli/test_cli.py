@@ -222,7 +222,7 @@ def test_interactive_answers_until_end_of_input(teacher: Path) -> None:
     ]
     done = subprocess.run(
         command, input=b"the cat\n\n" + b"the " * 60 + b"\n\xff\nthe dog\n", capture_output=True, check=False,
-        env={**os.environ, "PYTHONUTF8": "1", "XDG_STATE_HOME": "/dev/null/none"},
+        env={**os.environ, "PYTHONUTF8": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert [text["prompt"] for text in json.loads(done.stdout)["results"]] == ["the cat", "the dog"]

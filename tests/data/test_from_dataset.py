@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import Outcome
 from tinygpt2 import PregenerateConfig, TrainTokenizerConfig, pregenerate, train_tokenizer
 from tinygpt2.data.batches import documents
+from tinygpt2.data.corpus import text_splitting
 from tinygpt2.data.dataset import Blocks, load_packed_dataset
 from tinygpt2.data.tokenizer import load_tokenizer
 
@@ -106,13 +107,16 @@ def test_long_documents_are_read_in_parts(
     """With characters of several tokens, so that parts cannot begin anywhere."""
     file, common = tmp_path / "long.txt", {"sequence_length": 32, "test_fraction": 0}
     file.write_text("naïve 日本 the cat 🙂 sat. " * 40, encoding="utf-8")
-    pregenerate(PregenerateConfig(source=[str(file)], tokenizer=str(tokenizer_dir), out=str(tmp_path / "a"), **common))
+    pregenerate(PregenerateConfig(source=[str(file)], tokenizer=str(other), out=str(tmp_path / "a"), **common))
+    monkeypatch.setattr(text_splitting, "LEAST_PART", 9)
     found = []
     for name, limit in (("whole", 10**6), ("parts", longest)):
         monkeypatch.setattr(documents, "_LONG", limit)
         out = tmp_path / name
         pregenerate(
-            PregenerateConfig(from_dataset=str(tmp_path / "a"), tokenizer=str(other), out=str(out), sequence_length=32)
+            PregenerateConfig(
+                from_dataset=str(tmp_path / "a"), tokenizer=str(tokenizer_dir), out=str(out), sequence_length=32
+            )
         )
         found.append(load_packed_dataset(str(out)).content)
     assert found[0] == found[1]

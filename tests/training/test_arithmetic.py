@@ -18,7 +18,7 @@ from tinygpt2.models.loading import load_model
 from tinygpt2.objectives.weights import LossWeights
 from tinygpt2.runtime.cpu import fast_products
 from tinygpt2.runtime.devices import PEAKS, device_peak, repeatable
-from tinygpt2.training import job, step
+from tinygpt2.training import preparation, step
 from tinygpt2.training.preparation import training_arithmetic
 
 
@@ -66,7 +66,7 @@ def test_evaluation_during_training_is_exact(gpu: None, teacher: Path, monkeypat
 
 def test_deterministic_says_what_it_costs(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(job, "say", said.append)
+    monkeypatch.setattr(preparation, "say", said.append)
     for precision in ("fp32", "bf16"):
         with training_arithmetic(TrainOptions(out="o", precision=precision, deterministic=True)):
             pass

@@ -183,7 +183,7 @@ def test_a_stop_says_whether_its_checkpoint_was_saved(
     monkeypatch.setattr(checkpoint, "save_file", full)
     step = loop._Run.step
     monkeypatch.setattr(loop._Run, "step", lambda self, *, stop: step(self, stop=True))
-    with pytest.raises(InterruptedRunError, match="stopped after step 1 of 8; only earlier checkpoints were saved"):
+    with pytest.raises(InterruptedRunError, match="stopped after step 1 of 8; its checkpoint could not be saved"):
         pretrain(options(teacher, data, tmp_path / "m", on_save_error="continue"))
 
 

@@ -71,8 +71,8 @@ def test_lines_say_count_rate_and_time_left(clock: Clock, capsys: pytest.Capture
             stage.advance()
         stage.report()
     assert capsys.readouterr().err.splitlines() == [
-        "read: 100.0 MB",
-        "read: 50.0 MB of 100.0 MB, 1.0 MB/s, 0:50 left",
+        "read: 100 MB",
+        "read: 50.0 MB of 100 MB, 1.0 MB/s, 0:50 left",
         "score: 300k tokens",
         "score: 15.5k of 300k tokens, 500 tokens/s, 9:29 left, perplexity 8.2",
         "fit: 6 layers",

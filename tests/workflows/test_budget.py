@@ -166,7 +166,7 @@ def test_steps_are_timed_with_their_sampling(
 
     def seen(self: budget.OwnText, *where: object) -> object:
         found = original(self, *where)
-        widths.append(int(found[0].own.sum()))
+        widths.append(int(found[0].own_text.sum()))
         return found
 
     monkeypatch.setattr(budget.OwnText, "into", seen)

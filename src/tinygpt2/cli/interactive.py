@@ -190,6 +190,7 @@ def _history() -> Iterator[None]:
         yield
         return
     kept = suppress(OSError, RuntimeError)  # no home directory, one that is not ours, another program's format
+    path = None
     with kept:
         path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tinygpt2" / "history"
         if path.is_file():
@@ -198,6 +199,7 @@ def _history() -> Iterator[None]:
         yield
     finally:
         with kept:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(1000)
-            readline.write_history_file(path)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                readline.set_history_length(1000)
+                readline.write_history_file(path)

@@ -200,7 +200,8 @@ class Config(BaseModel):
     def changed(self, *names: str) -> list[str]:
         """Return those of these options that are not their defaults, as they are given: `--seed 7`, `--no-shuffle`."""
         values = {name: getattr(self, name) for name in names}
-        there = {name: value for name, value in values.items() if value != type(self).model_fields[name].default}
+        fields = type(self).model_fields
+        there = {fields[name].alias or name: one for name, one in values.items() if one != fields[name].default}
         return [spelled(key, one) if isinstance(one, bool) else f"{flag_name(key)} {one}" for key, one in there.items()]
 
     @classmethod

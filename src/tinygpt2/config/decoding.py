@@ -177,7 +177,7 @@ class SampleConfig(ModelOptions, DeviceOptions, SamplingOptions):
     )
     weights: DecodingWeights = option("Format of the weights in memory: see generate.", default="fp32", panel=RUN)
     batch_size: int = option(
-        "Texts side by side. In fp32, the result does not depend on it.", default=32, panel=RUN, ge=1
+        "Texts side by side. Only rounding can make the result depend on it.", default=32, panel=RUN, ge=1
     )
     sequence_length: int | None = option(
         "Tokens in a block.", default=None, panel=TEXT, ge=2, shown="the positions of the model"

@@ -215,8 +215,10 @@ def make_pairs(
 
 def _divided(pairs: list[Pair], fraction: float) -> tuple[list[Pair], list[Pair]]:
     """Return the pairs to train on, and the share with the smallest hashes, which is held out."""
-    count = max(1, round(fraction * len(pairs))) if fraction and len(pairs) > 1 else 0
-    last = sorted(pair.hash for pair in pairs)[count - 1] if count else -1
+    hashes = sorted(pair.hash for pair in pairs)
+    few = int(bool(fraction) and hashes[:1] != hashes[-1:])  # at least one, unless all pairs are the same
+    count = max(few, round(fraction * len(pairs)))
+    last = hashes[count - 1] if count else -1
     return [pair for pair in pairs if pair.hash > last], [pair for pair in pairs if pair.hash <= last]
 
 

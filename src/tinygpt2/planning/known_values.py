@@ -12,11 +12,9 @@ from tinygpt2.config.distillation import DistillConfig
 from tinygpt2.config.training import PretrainConfig, TrainOptions, dataset_shares, length_options
 from tinygpt2.config.yaml_files import load_yaml
 from tinygpt2.data.block_writers import MANIFEST
-from tinygpt2.data.dataset import content_of
+from tinygpt2.data.tokenizer import fingerprint, has_tokenizer, load_tokenizer
 from tinygpt2.errors import TinyGPT2Error
 from tinygpt2.models.configuration import is_gpt2, is_model_config, model_config_file, parameters_of
-from tinygpt2.models.loading import tokenizer_fingerprint
-from tinygpt2.objectives.stored import find_predictions
 from tinygpt2.training.schedule import passes_over_data, peak_learning_rate
 
 
@@ -64,18 +62,24 @@ def _shape(config: TrainOptions) -> dict[str, Any]:
 
 def _predicted_tokens(config: DistillConfig) -> list[int]:
     """Return the numbers of tokens that teachers with the data's tokens predict, or a cache without its teacher."""
-    if config.from_cache_alone:
+    if config.from_cache_alone:  # torch is imported for it, which other configurations do not need
+        from tinygpt2.data.mixture import content_of_datasets
+        from tinygpt2.objectives.stored import find_predictions
+
         root, kind = Path(config.teacher_cache or ""), config.teacher_cache_kind
         with suppress(TinyGPT2Error):
-            content = content_of(Path(next(iter(dataset_shares(config.data)))))
+            content = content_of_datasets(config.data)
             return [find_predictions(root, content, kind, config.temperature).form.vocabulary]
         return []
     if not config.needs_teacher:
         return []
-    same = set(_manifest(config, "tokenizer_fingerprint"))
-    local = [Path(name) for name in config.teachers if is_gpt2(_values(Path(name) / "config.json"))]
-    own = [_values(path / "config.json") for path in local if tokenizer_fingerprint(path) in {None, *same}]
-    return [int(one["vocab_size"]) for one in own if "vocab_size" in one]
+    same, found = set(_manifest(config, "tokenizer_fingerprint")), []
+    for path in map(Path, config.teachers):
+        values = _values(path / "config.json")
+        alike = not has_tokenizer(path) or fingerprint(load_tokenizer(str(path))) in same
+        if is_gpt2(values) and alike and "vocab_size" in values:
+            found.append(int(values["vocab_size"]))
+    return found
 
 
 def _training_tokens(config: TrainOptions) -> int:

@@ -51,7 +51,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
 
     Raises:
         DivergedError: a loss or a gradient is NaN or infinite.
-        InterruptedRunError: a signal stopped the run; a checkpoint was saved.
+        InterruptedRunError: a signal stopped the run; the message says whether a checkpoint was saved.
         MachineError: the disk is full, or memory ran out.
         ModelError: a checkpoint cannot be written or restored.
         ConfigError: the checkpoint belongs to another run.
@@ -77,7 +77,7 @@ def run_loop(job: Job, accelerator: Accelerator, module: Step) -> tuple[RunState
                 run.save()
             progress.advance()
             if outcome.stop and not run.finished:
-                saved = "a checkpoint was saved" if run.checkpoints.settle() else "only earlier checkpoints were saved"
+                saved = "a checkpoint was saved" if run.checkpoints.settle() else "its checkpoint could not be saved"
                 raise InterruptedRunError(
                     f"stopped after step {run.state.step} of {run.total}; {saved}",
                     f"add --resume to continue {run.out}",

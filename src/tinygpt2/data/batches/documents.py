@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tinygpt2.data.batches.batch import Batch
 from tinygpt2.data.corpus.formats import ReadOptions
 from tinygpt2.data.corpus.sources import SourceItem
-from tinygpt2.data.corpus.text_splitting import TextPart
+from tinygpt2.data.corpus.text_splitting import TextPart, document_parts
 
 if TYPE_CHECKING:
     from tinygpt2.utils.types import Tokenizer
@@ -40,21 +41,31 @@ def documents_of(blocks: Rows, manifest: Mapping[str, Any], tokenizer: Tokenizer
     """
     end, decode = manifest["eos_token_id"], partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
 
-    def read(how: ReadOptions) -> Iterator[TextPart]:
+    def chunks() -> Iterator[str | None]:
+        """Yield the next text of a document, or None where one ends."""
         held: list[int] = []
         for ids, closed in _rows(blocks, manifest):
             for token in [*ids, *([end] if closed else [])]:
                 if token != end:
                     held.append(token)
-                elif held:
-                    yield decode(held), True
-                    held = []
+                    continue
+                if held:
+                    yield decode(held)
+                yield None
+                held = []
             if len(held) > _LONG:
                 text, held = _beginning(held, decode)
                 if text:
-                    yield text, False
+                    yield text
         if held:
-            yield decode(held), True
+            yield decode(held)
+
+    def read(how: ReadOptions) -> Iterator[TextPart]:
+        left = chunks()
+        for chunk in left:
+            if chunk is not None:
+                whole = chain([chunk], iter(partial(next, left, None), None))
+                yield from document_parts(whole, forced=partial(how.cut_without_space, name))
 
     return SourceItem(name, None, read, json.dumps(manifest, sort_keys=True, default=str))
 

@@ -38,6 +38,7 @@ Rows = Callable[[ReadOptions], Iterator[TextPart]]
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 _BLANK = 64  # parts of white space at the beginning of a document, about a million characters each, that are kept
+_AGAIN = "run the command again, pregenerate with --resume"
 _HINT = "a SOURCE is a file, a directory, a pattern in quotes, - (stdin), python-docs or a dataset on the Hub"
 
 
@@ -95,8 +96,7 @@ class Corpus:
                 is broken or lacks the field (the message gives file and row).
         """
         read = (self.document or "file", self.text_column, self.errors != "strict", self.format, (), self.pairs)
-        how = ReadOptions(*read, notes=self.notes)
-        number = 0
+        how, number = ReadOptions(*read, notes=self.notes), 0
         for item in self.items:
             for parts in _by_document(item.rows(how)):
                 for text, last in self._not_blank(self._valid(parts) if self.errors == "skip" else parts):
@@ -337,7 +337,7 @@ def _reading(rows: Iterable[Any], source: str) -> Iterator[Any]:
     try:
         yield from rows
     except Exception as error:  # network failures raise many kinds of exceptions
-        raise UnreadableError(f"reading {source} failed: {one_line(error, 200)}", "run the command again") from error
+        raise UnreadableError(f"reading {source} failed: {one_line(error, 200)}", _AGAIN) from error
 
 
 def _choose(there: list[Any], wanted: Iterable[str], source: str) -> str:

@@ -139,7 +139,7 @@ class OwnText:
         if step % config.steps_per_sample:
             return self._replay.held(len(indices)) or None
         # Places that were the same in every step would always meet the same one of several datasets.
-        shift = float(np.random.default_rng((config.seed, step, 0)).random())
+        shift = float(np.random.default_rng((config.seed, step, 3)).random())
         chosen = [place for place in range(len(indices)) if becomes_text(place, share, shift)]
         origins = {place: chosen[at - at % config.samples_per_prompt] for at, place in enumerate(chosen)}
         old = {place: text for place in chosen if (text := self._replay.chosen(first + place, done)) is not None}
