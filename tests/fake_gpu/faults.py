@@ -22,10 +22,12 @@ CASE = Case("default", "bf16", "muon")
 def _before(change: Callable[[Tensor], Tensor]) -> Planted:
     """Change the tokens of a micro-batch."""
 
-    def change_tokens(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (change(arguments[0]), *arguments[1:])
+    def change_tokens(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if arguments:  # in an evaluation
+            return (change(arguments[0]), *arguments[1:]), named
+        return arguments, {**named, "input_ids": change(named["input_ids"])}
 
-    return _hooked(lambda one: one.step.register_forward_pre_hook(change_tokens))
+    return _hooked(lambda one: one.step.register_forward_pre_hook(change_tokens, with_kwargs=True))
 
 
 def _after(change: Callable[[Tensor], Tensor]) -> Planted:

@@ -114,9 +114,9 @@ def fitted(
         module = Step(job.model, None, job.weights, job.config)
         real = Step.forward
 
-        def forward(self: Step, input_ids: torch.Tensor, *rest: object) -> object:
+        def forward(self: Step, input_ids: torch.Tensor, **rest: object) -> object:
             tried.append(len(input_ids))
-            loss, terms = real(self, input_ids, *rest)  # type: ignore[arg-type]
+            loss, terms = real(self, input_ids, **rest)  # type: ignore[arg-type]
             card.graph = weakref.ref(loss)
             if len(input_ids) > limit:
                 loss.register_hook(lambda _: _raise(type(error), str(error)))
