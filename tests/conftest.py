@@ -134,6 +134,11 @@ def shared_data() -> Path:
     return Path(name)
 
 
+def full_disk(*_: object) -> None:
+    """Stand for a function that writes: there is no space left."""
+    raise OSError(28, "No space left on device")
+
+
 class Outcome:
     """Exit code and streams of one command line."""
 

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import full_disk
 from tests.data.test_tokenizer import legacy_layout
 from tinygpt2 import PregenerateConfig, pregenerate
 from tinygpt2.data import block_writers, external_sort
@@ -368,11 +369,8 @@ def test_resuming_another_run_is_refused_and_a_complete_one_is_done(
 ) -> None:
     out = tmp_path / "d"
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(block_writers.ArrowWriter, "write", full)
+        patch.setattr(block_writers.ArrowWriter, "write", full_disk)
         with pytest.raises(MachineError, match="No space left on device") as error:
             run(out, corpus, tokenizer_dir, sequence_length=16)
     assert "--resume" in str(error.value)

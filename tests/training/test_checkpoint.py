@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import GPT2LMHeadModel
 
-from tests.conftest import sentences
+from tests.conftest import full_disk, sentences
 from tests.training.test_train import same, weights
 from tinygpt2 import DistillConfig, PregenerateConfig, PretrainConfig, distill, pregenerate, pretrain
 from tinygpt2.data.dataset import load_packed_dataset
@@ -177,10 +177,7 @@ def test_the_best_that_could_not_be_written_is_not_trusted(
 def test_a_stop_says_whether_its_checkpoint_was_saved(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
     step = loop._Run.step
     monkeypatch.setattr(loop._Run, "step", lambda self, *, stop: step(self, stop=True))
     with pytest.raises(InterruptedRunError, match="stopped after step 1 of 8; its checkpoint could not be saved"):

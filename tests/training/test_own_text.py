@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.conftest import LENGTH, make_model, stopped_after
+from tests.conftest import LENGTH, full_disk, make_model, stopped_after
 from tinygpt2 import DistillConfig, distill, plan_run
 from tinygpt2.config.decoding import token_range
 from tinygpt2.data.batches.batch import Batch
@@ -504,10 +504,7 @@ def test_the_student_comes_to_write_what_the_teacher_finds_likely(
 def test_a_full_disk_loses_the_shown_texts_alone(
     teacher: Path, student: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(SampleLog, "write", full)
+    monkeypatch.setattr(SampleLog, "write", full_disk)
     said: list[str] = []
     monkeypatch.setattr("tinygpt2.training.checkpoint.warn", said.append)
     out = tmp_path / "o"

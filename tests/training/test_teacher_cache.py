@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.conftest import make_model
+from tests.conftest import full_disk, make_model
 from tinygpt2 import DistillConfig, TruncateStudentConfig, distill, plan_run, truncate_student
 from tinygpt2.config.training import TrainOptions
 from tinygpt2.data.dataset import load_packed_dataset
@@ -149,10 +149,7 @@ def test_space_is_reserved_where_only_the_file_system_cannot_do_it(
 def test_a_full_disk_is_an_error_before_training(
     teacher: Path, data: Path, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full_disk)
     with pytest.raises(MachineError, match="cannot be reserved there: No space left"):
         distill(
             DistillConfig(

@@ -11,6 +11,7 @@ from tinygpt2.evaluation.results import Paired, PplResult, PplRow, short_names
 from tinygpt2.utils.charts import Chart, Series
 from tinygpt2.utils.html_report import chart_section, paragraphs, settings_section, table_section, write_page
 from tinygpt2.utils.plotting import draw
+from tinygpt2.utils.units import percent
 
 
 def plot_comparison(result: PplResult, config: PplConfig) -> None:
@@ -140,17 +141,11 @@ def _table(rows: Sequence[PplRow]) -> tuple[list[str], list[list[str]], str]:
 
 def _accuracies(rows: Sequence[PplRow]) -> list[tuple[str, Callable[[PplRow], str]]]:
     """Return the headings and texts of the shares of right answers that any row has."""
-
-    def share(name: str) -> Callable[[PplRow], str]:
-        def text(row: PplRow) -> str:
-            value, error = getattr(row, name), getattr(row, f"{name}_stderr")
-            return "-" if value is None else f"{value:.2%}" + (f" ± {error:.2%}" if error is not None else "")
-
-        return text
-
-    named = {"accuracy": "accuracy", "normalised accuracy": "accuracy_norm"}
-    there = [one for one in named.items() if any(getattr(row, one[1]) is not None for row in rows)]
-    return [(heading, share(name)) for heading, name in there]
+    every: list[tuple[str, Callable[[PplRow], str]]] = [
+        ("accuracy", lambda row: percent(row.accuracy, row.accuracy_stderr)),
+        ("normalised accuracy", lambda row: percent(row.accuracy_norm, row.accuracy_norm_stderr)),
+    ]
+    return [(heading, text) for heading, text in every if any(text(row) != "-" for row in rows)]
 
 
 def _differences(task: str, name: str, paired: Sequence[Paired]) -> str:

@@ -17,6 +17,11 @@ def number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def percent(share: float | None, error: float | None = None) -> str:
+    """Return a share with its standard error: 45.20%, or 45.20% ± 1.10%; `-` for None."""
+    return "-" if share is None else f"{share:.2%}" + ("" if error is None else f" ± {error:.2%}")
+
+
 def size(count: float) -> str:
     """Return a number of bytes: 512 bytes, 1.2 kB, 12.4 MB, 548 MB."""
     units = ((" kB", 1e3), (" MB", 1e6), (" GB", 1e9), (" TB", 1e12))

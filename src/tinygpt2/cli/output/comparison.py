@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinygpt2.cli.output.tables import Column, print_note, print_table, short_path, total_width
 from tinygpt2.config.evaluation import CONVENTION_NOTES, FIDELITY_NOTE, OTHER_TOKENS_NOTE
-from tinygpt2.utils.units import number, short_count
+from tinygpt2.utils.units import number, percent, short_count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,9 +30,9 @@ _SHARED: dict[str, Callable[[PplRow], str]] = {
 """Figures that the caption tells if all rows agree; else they are columns."""
 
 _FIGURES: list[tuple[str, int, Callable[[PplRow], str]]] = [
-    ("accuracy", 0, lambda row: _percent(row.accuracy, row.accuracy_stderr)),
-    ("normalised", 1, lambda row: _percent(row.accuracy_norm, row.accuracy_norm_stderr)),
-    ("acc. (no stop words)", 6, lambda row: _percent(row.accuracy_without_stop_words)),
+    ("accuracy", 0, lambda row: percent(row.accuracy, row.accuracy_stderr)),
+    ("normalised", 1, lambda row: percent(row.accuracy_norm, row.accuracy_norm_stderr)),
+    ("acc. (no stop words)", 6, lambda row: percent(row.accuracy_without_stop_words)),
     ("bits/byte", 4, lambda row: _digits(row.bits_per_byte)),
     ("loss", 5, lambda row: _with_error(f"{row.loss:.4f}", row.stderr)),
     ("tokens/s", 7, lambda row: number(row.tokens_per_second)),
@@ -47,8 +47,8 @@ _FIDELITY: list[tuple[str, int, Callable[[Fidelity], str]]] = [
     ("median", 4, lambda one: f"{one.kl_median:.4f}"),
     ("99 %", 3, lambda one: f"{one.kl_p99:.3f}"),
     ("reverse KL", 6, lambda one: "-" if one.reverse_kl is None else f"{one.reverse_kl:.4f}"),
-    ("same top", 1, lambda one: _percent(one.same_top, one.same_top_stderr)),
-    ("acceptance", 2, lambda one: _percent(one.acceptance, one.acceptance_stderr)),
+    ("same top", 1, lambda one: percent(one.same_top, one.same_top_stderr)),
+    ("acceptance", 2, lambda one: percent(one.acceptance, one.acceptance_stderr)),
     ("loss above", 5, lambda one: _with_error(f"{one.loss_difference:+.4f}", one.loss_difference_stderr)),
     ("calibration", 7, lambda one: f"{one.calibration_error:.2%}"),
 ]
@@ -305,10 +305,6 @@ def _texts(rows: Sequence[PplRow], text: Callable[[PplRow], str]) -> list[str]:
 def _digits(value: float) -> str:
     """Return a number with four digits or more, so that the numbers of a column line up."""
     return number(value) if value >= 1000 else f"{value:#.4g}".removesuffix(".")
-
-
-def _percent(share: float | None, error: float | None = None) -> str:
-    return "-" if share is None else f"{share:.2%}" + ("" if error is None else f" ± {error:.2%}")
 
 
 def _with_error(value: str, error: Any) -> str:
