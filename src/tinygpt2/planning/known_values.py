@@ -25,21 +25,22 @@ def known_options(config: Config) -> tuple[Config, list[str]]:
     """
     if not isinstance(config, TrainOptions):
         return config, []
-    values: dict[str, float | None] = {"learning_rate": _rate(config)}
+    shape = _shape(config)
+    values: dict[str, float | None] = {"learning_rate": _rate(config, shape)}
     if not config.plan and all(getattr(config, name) is None for name in length_options()):
-        values["num_epochs"] = _passes(config)
+        values["num_epochs"] = _passes(config, shape)
     return config.model_copy(update=values), [name for name, value in values.items() if value is None]
 
 
-def _rate(config: TrainOptions) -> float | None:
-    width = 1 if config.learning_rate else _shape(config).get("n_embd")  # a given rate does not follow from the width
+def _rate(config: TrainOptions, shape: dict[str, Any]) -> float | None:
+    width = 1 if config.learning_rate else shape.get("n_embd")  # a given rate does not follow from the width
     return None if width is None else peak_learning_rate(config, int(width))
 
 
-def _passes(config: TrainOptions) -> float | None:
+def _passes(config: TrainOptions, shape: dict[str, Any]) -> float | None:
     if not isinstance(config, DistillConfig):
         return float(passes_over_data(config, 1, 1))
-    shape, tokens = _shape(config), _training_tokens(config)
+    tokens = _training_tokens(config)
     try:
         parameters = parameters_of(shape)
     except (KeyError, TypeError):
